@@ -1,0 +1,1 @@
+"""One folder for each operation: the specification, the fused backends and the choice among them."""

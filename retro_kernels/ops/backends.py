@@ -1,0 +1,99 @@
+"""The choice of a backend: what can run in this process, what can run one call, and which is taken.
+
+A backend of an operation is a module with `unavailable() -> str | None` (why it cannot run in this process) and
+`refusal(call) -> str | None` (why it cannot run this call). A backend asked for by name runs or raises with that
+reason. Without a name the first of the device's order that can run is taken; when that is only the reference, a
+warning says why, once for each reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "RETRO_KERNELS_BACKEND"
+
+# Fastest first. A kernel that no GPU has verified yet is not in the default order of a GPU (see `unverified`).
+DEFAULT_ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+_warned: set[str] = set()
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run in this process, and if not, why and what to do."""
+
+    available: bool
+    reason: str | None = None
+
+
+def status(modules: dict[str, ModuleType]) -> dict[str, BackendStatus]:
+    """The status of every backend of one operation, by name."""
+    return {name: BackendStatus(reason is None, reason) for name in NAMES for reason in [_unavailable(modules, name)]}
+
+
+def choose(operation: str, modules: dict[str, ModuleType], call: Any, requested: str | None) -> str:
+    """The name of the backend that runs `call`. `requested` (the argument) wins over RETRO_KERNELS_BACKEND.
+
+    Raises ValueError for an unknown name or a call that the named backend refuses, RuntimeError when the named
+    backend cannot run in this process.
+    """
+    name = requested
+    source = "backend"
+    if name is None:
+        name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    if name is not None:
+        if name not in NAMES:
+            raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(NAMES)}")
+        reason = _unavailable(modules, name)
+        if reason is not None:
+            raise RuntimeError(f"{source}={name!r} cannot run here: {reason}")
+        reason = modules[name].refusal(call)
+        if reason is not None:
+            raise ValueError(f"{source}={name!r} cannot run this {operation}: {reason}")
+        return name
+
+    device = call.query.device.type
+    reasons = []
+    for name in DEFAULT_ORDER.get(device, ()):
+        reason = _unavailable(modules, name) or unverified(modules[name], name) or modules[name].refusal(call)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    if not torch.compiler.is_compiling():
+        _warn_once(operation, device, reasons)
+    return "reference"
+
+
+def unverified(module: ModuleType, name: str) -> str | None:
+    """Why a GPU backend that can run is still not taken by default: no GPU has run its checks yet."""
+    if getattr(module, "VERIFIED_ON_GPU", True):
+        return None
+    return (
+        "its kernels have passed their checks in the interpreter and compile ahead of time, but no GPU has run them "
+        f"yet; take them by name with backend={name!r} or {ENVIRONMENT_VARIABLE}={name}, and check them with "
+        "`python -m benchmarks.gpu_suite`"
+    )
+
+
+def _unavailable(modules: dict[str, ModuleType], name: str) -> str | None:
+    if name not in modules:
+        return "this version of retro_kernels does not have it"
+    return modules[name].unavailable()
+
+
+def _warn_once(operation: str, device: str, reasons: list[str]) -> None:
+    why = "; ".join(reasons) or f"no fused kernel exists for device type {device!r}"
+    if why not in _warned:
+        _warned.add(why)
+        warnings.warn(
+            f"retro_kernels: {operation} runs as the slow pure-PyTorch reference. {why}. "
+            f'`retro-kernels doctor` tells more; backend="reference" silences this.',
+            stacklevel=4,
+        )

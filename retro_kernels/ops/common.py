@@ -1,0 +1,41 @@
+"""What all operations and backends share: private op registration and output allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+LIBRARY = torch.library.Library("retro_kernels", "FRAGMENT")
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised contiguous tensor. Every output and scratch buffer of a fused backend is made here,
+    so that a test can replace it by one that fills with NaN and puts guard bands round the memory."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def register(schema: str, *, implementation: Callable, fake: Callable, devices: tuple[str, ...]) -> Callable:
+    """Defines a private `retro_kernels::` op with its kernels and its fake; returns the callable overload.
+
+    Plain `define`/`impl` costs half of `custom_op` per call. Autograd is not registered here: an
+    `autograd.Function` in `api.py` calls these ops with grad mode off.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in devices:
+        LIBRARY.impl(name, implementation, {"cpu": "CPU", "cuda": "CUDA"}[device])
+    torch.library.register_fake(f"retro_kernels::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.retro_kernels, name).default
+
+
+def refuse_second_derivative(backward_op: str) -> None:
+    """Makes a derivative of `retro_kernels::<backward_op>` raise instead of being silently zero."""
+
+    def raise_on_backward(ctx, *gradients):
+        raise RuntimeError(
+            "retro_kernels' fused kernels have no second derivative: the gradient of a gradient was asked for "
+            '(create_graph=True and another backward). Use backend="reference", which PyTorch differentiates twice.'
+        )
+
+    torch.library.register_autograd(f"retro_kernels::{backward_op}", raise_on_backward, lib=LIBRARY)
