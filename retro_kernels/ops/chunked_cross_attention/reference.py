@@ -21,12 +21,18 @@ def refusal(call: Call) -> None:
     """The specification refuses nothing."""
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What inputs of `dtype` are computed in. (The tests replace this by the identity to measure what PyTorch loses
+    when it computes in the inputs' own precision; the softmax stays in fp32 as torch's own does.)"""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def chunked_cross_attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [b, n, h, d_value] in the query's dtype, lse [b, n, h] fp32 (fp64 for fp64 input), detached."""
     b, n, h, d = call.query.shape
     _, num_chunks, k, r, hk, d_value = call.value.shape
     rows = call.stride
-    compute = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+    compute = accumulation_dtype(call.query.dtype)
 
     # The attending chunks: row i of chunk u is token first_token + u * stride + i. A row outside the sequence (a slice
     # may begin or end inside a chunk) is a zero query whose result is dropped.
@@ -73,14 +79,14 @@ def chunked_cross_attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         null_logits = logits.new_full(logits.shape[:4], float("-inf"))
         null_value = logits.new_zeros(h, d_value)
-    logits = torch.cat([null_logits[..., None], logits.flatten(4)], dim=-1)
+    logits = torch.cat([null_logits[..., None], logits.flatten(4)], dim=-1).to(torch.promote_types(compute, torch.float32))
     values = torch.cat([null_value.expand(b, chunks, 1, h, d_value), value.flatten(2, 3)], dim=2)
 
     # A row that sees nothing has no maximum and no sum: it outputs 0 and passes no gradient.
     maximum = logits.detach().amax(-1, keepdim=True)
     weights = torch.exp(logits - maximum.masked_fill(maximum == float("-inf"), 0.0))
     total = weights.sum(-1, keepdim=True)
-    probabilities = F.dropout(weights / total.masked_fill(total == 0, 1.0), call.dropout_p)
+    probabilities = F.dropout(weights / total.masked_fill(total == 0, 1.0), call.dropout_p).to(compute)
     out = torch.einsum("buhij,bujhd->buihd", probabilities, values)
     lse = (maximum + total.log()).detach()[..., 0].transpose(2, 3)
 
