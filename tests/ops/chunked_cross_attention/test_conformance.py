@@ -51,10 +51,9 @@ def check(case, dtype, backend):
     grad_out = torch.randn(case.b, case.n, case.h, d_value, dtype=torch.float64).to(dtype).double().to(DEVICE)
     expected = cases.run(wide, "reference", grad_out)
     given = cases.run(arguments, backend, grad_out)
-    for name, gradient in given.items():
-        assert (
-            gradient.dtype == (torch.float32 if name == "lse" else arguments[name.split()[-1]].dtype) or name == "out"
-        )
+    for name, x in given.items():
+        like = {"out": "query", "lse": None}.get(name, name.removeprefix("gradient of "))
+        assert x.dtype == (arguments[like].dtype if like else torch.float32), name
     if dtype == torch.float32:
         cases.assert_close(given, expected, 1e-5)
     else:

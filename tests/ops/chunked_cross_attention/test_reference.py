@@ -1,4 +1,4 @@
-"""The specification itself: against a loop over single tokens written from the paper, and against finite differences."""
+"""The specification itself: against a loop over tokens written from the paper, and against finite differences."""
 
 from __future__ import annotations
 
