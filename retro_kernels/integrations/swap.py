@@ -1,0 +1,189 @@
+"""`swap`: fused kernels under the modules of an existing RETRO, instance by instance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..ops.chunked_cross_attention import backends
+from . import retro_pytorch
+from .base import AS_TRAINED, PAPER, FusedForward, Integration
+
+INTEGRATIONS: tuple[Integration, ...] = (retro_pytorch,)  # type: ignore[assignment]
+
+
+class SwapReport:
+    """What `swap` did.
+
+    Attributes:
+        replaced: names of the modules that now run fused, as `named_modules` calls them ("" is the model itself).
+        skipped: name -> why a module that was looked at was left alone.
+        notes: name -> what to know about a replaced module, where there is something.
+        backend_note: why nothing gets faster, where no fused backend can run at all; otherwise None.
+
+    `print(report)` shows it all, `rich.print(report)` as a table. `undo()` takes the replacements back.
+    """
+
+    def __init__(
+        self, replaced: dict[str, FusedForward], skipped: dict[str, str], notes: dict[str, str], positions: str
+    ) -> None:
+        self.replaced = list(replaced)
+        self.skipped = dict(skipped)
+        self.notes = dict(notes)
+        self.positions = positions
+        self.backend_note = _backend_note()
+        self._forwards = dict(replaced)
+
+    def undo(self) -> None:
+        """Restores every module this call replaced to exactly what it was; a second call does nothing.
+
+        Raises RuntimeError, after restoring the rest, when something else has replaced a module's forward since.
+        """
+        overlaid = []
+        for name, forward in list(self._forwards.items()):
+            if _restore(forward.module) or "forward" not in vars(forward.module):
+                del self._forwards[name]
+            else:
+                overlaid.append(name)
+        if overlaid:
+            raise RuntimeError(
+                f"undo: the forward of {_listed(overlaid)} was replaced by something else after swap; "
+                "take that back first, then call undo() again"
+            )
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """(module, "replaced" or "skipped", remark) of every module that was looked at."""
+        for name in self.replaced:
+            yield _shown(name), "replaced", self.notes.get(name, "")
+        for name, reason in self.skipped.items():
+            yield _shown(name), "skipped", reason
+
+    def __str__(self) -> str:
+        lines = [f"swap: {len(self.replaced)} replaced, {len(self.skipped)} skipped (positions={self.positions!r})"]
+        lines += [f"  {state} {name}{': ' + remark if remark else ''}" for name, state, remark in self.rows()]
+        return "\n".join(lines + ([f"  {self.backend_note}"] if self.backend_note else []))
+
+    def __repr__(self) -> str:
+        return f"SwapReport(replaced={self.replaced!r}, skipped={self.skipped!r})"
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        title = f"swap: {len(self.replaced)} replaced, {len(self.skipped)} skipped"
+        caption = ". ".join(x for x in (f"positions={self.positions!r}", self.backend_note) if x)
+        table = Table("module", "", "remark", title=title, caption=caption)
+        for name, state, remark in self.rows():
+            table.add_row(Text(name), Text(state, style="green" if state == "replaced" else "yellow"), Text(remark))
+        return table
+
+
+def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED) -> SwapReport:
+    """Puts fused chunked cross-attention under a RETRO that already exists, in place and instance by instance.
+
+    Looks for the `ChunkedCrossAttention` modules of retro-pytorch 0.3.9 in `model` (which may be one of them, any part
+    of a model, or a wrapper such as DistributedDataParallel). Only `forward` of each instance is replaced: parameters,
+    their names, state dicts, classes and submodules stay as they are, and so do deep copies, casts, checkpoints and
+    hooks. Deep copies of a swapped model are swapped, too; `unswap` restores one. Swap before `torch.compile` and
+    before wrapping parts of a model in `fully_shard`; `nn.DataParallel`, whose replicas share instance attributes, is
+    not supported.
+
+    A module is replaced only if its class's source and its parts are those this version was written for; any other
+    is skipped and the report says why. A call that the fused operation cannot compute exactly (attention dropout in
+    training, hooks on the inner attention) runs the module's own code, and a warning says so once.
+
+    Args:
+        model: the module to search.
+        strict: raise when nothing could be replaced. A model that is already swapped with the same `positions` is what
+            was asked for: it does not raise, and the report lists its modules as skipped.
+        positions: "as_trained" computes what the model computed before, including retro-pytorch's doubly shifted
+            rotary query positions (2m - 2, 0, ..., 0), because trained weights embody them. "paper" gives the
+            positions that were meant, m - 1 ... 2m - 2: for training from scratch.
+
+    Raises:
+        TypeError: `model` is not a module. ValueError: an unknown `positions`; with `strict`, nothing to replace.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    if positions not in (AS_TRAINED, PAPER):
+        raise ValueError(f'positions: got {positions!r}, expected "{AS_TRAINED}" or "{PAPER}"')
+    replaced: dict[str, FusedForward] = {}
+    skipped: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    already = 0
+    for name, module in model.named_modules():
+        for integration in INTEGRATIONS:
+            if not integration.recognises(module):
+                continue
+            present = vars(module).get("forward")
+            if isinstance(present, FusedForward):
+                already += present.positions == positions
+                skipped[name] = _already(present.positions, positions)
+                continue
+            if present is not None:
+                skipped[name] = "something else has replaced forward on this instance; take that back first"
+                continue
+            reason = integration.refusal(module)
+            if reason is not None:
+                skipped[name] = reason
+                continue
+            forward = integration.fused_forward(module, positions)
+            module.forward = forward  # type: ignore[method-assign]
+            replaced[name] = forward
+            remark = integration.note(module)
+            if remark is not None:
+                notes[name] = remark
+    report = SwapReport(replaced, skipped, notes, positions)
+    if strict and not replaced and not already:
+        raise ValueError(_nothing_to_replace(model, report))
+    return report
+
+
+def unswap(model: nn.Module) -> list[str]:
+    """Restores every swapped module in `model`, whichever call swapped it (a deep copy's, say) -> their names."""
+    return [name for name, module in model.named_modules() if _restore(module)]
+
+
+def _restore(module: nn.Module) -> bool:
+    if not isinstance(vars(module).get("forward"), FusedForward):
+        return False
+    del module.forward
+    return True
+
+
+def _already(present: str, asked: str) -> str:
+    if present == asked:
+        return "already swapped"
+    return (
+        f'already swapped with positions="{present}", so not changed to "{asked}"; call undo() or unswap(model) first'
+    )
+
+
+def _backend_note() -> str | None:
+    if any(state.available for name, state in backends().items() if name != "reference"):
+        return None
+    return "No fused backend can run here, so calls run as the pure-PyTorch reference: see `retro-kernels doctor`"
+
+
+def _nothing_to_replace(model: nn.Module, report: SwapReport) -> str:
+    looked_for = ", ".join(target for integration in INTEGRATIONS for target in integration.LOOKS_FOR)
+    if report.skipped:
+        found = "; ".join(f"{_shown(name)}: {reason}" for name, reason in report.skipped.items())
+    else:
+        kinds = sorted({type(x).__qualname__ for x in model.modules()})
+        shown = ", ".join(kinds[:12]) + (f" and {len(kinds) - 12} more" if len(kinds) > 12 else "")
+        found = f"only modules of other classes ({shown})"
+    return (
+        f"model: nothing in this {type(model).__name__} can be replaced. Looked for {looked_for}; found {found}. "
+        "strict=False returns the report instead of raising"
+    )
+
+
+def _shown(name: str) -> str:
+    return name or "(the model itself)"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(_shown(name) for name in names)

@@ -1,0 +1,479 @@
+"""The chunked cross-attention layer: projections round `retro_kernels.chunked_cross_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops import validate
+from ..ops.chunked_cross_attention import chunked_cross_attention
+from .positions import RelativePositions, RotaryPositions
+
+POSITIONS = ("none", "relative", "rotary", "bias")
+PROJECTIONS = ("query", "key", "value", "out")
+NULL_SLOT_STD = 0.02
+
+
+class ChunkedCrossAttention(nn.Module):
+    """Chunked cross-attention (CCA) with its projections, section 2.4 of the RETRO paper (arXiv 2112.04426).
+
+    No normalisation and no residual: `hidden + layer(norm(hidden), encoded)` is the caller's. The class methods
+    `paper`, `retro_pytorch`, `megatron`, `norlund`, `labml` and `rpt` build it the way each of these defines it.
+
+    Its parts are the linear layers `w_query`, `w_key`, `w_value`, `w_out`, and where the options ask for them
+    `null_key`, `null_value`, `attention_bias` and `relative`. Keys and values have a linear layer each, not one for
+    both: `w_key.weight.view(hk, d, e)` is then what the projected operation takes, and every peer's weights load row
+    for row. One matrix product for both would save little, since each is already large.
+
+    Args:
+        model_dim: width of `hidden` and of the output.
+        num_heads: query heads.
+        context_dim: width of `encoded`; default `model_dim`.
+        num_kv_heads: key/value heads, a divisor of `num_heads`; default `num_heads`.
+        head_dim: size of a query or key head; default `model_dim / num_heads`.
+        value_head_dim: size of a value head; default `head_dim`.
+        chunk_size: m, tokens in a chunk.
+        stride: tokens between retrievals, at most `chunk_size`; default `chunk_size`.
+        align: "start" (the paper), or "end" (Megatron: the incomplete chunk comes first).
+        dropout: on the attention probabilities, in training only.
+        scale: factor on the logits; default head_dim ** -0.5.
+        biases: which projections have a bias: True, False, or some of "query", "key", "value", "out".
+        null_slot: one learned key and value per head that every retrieving token sees.
+        positions: "none"; "relative" (equation 6, through `RelativePositions`); "rotary"; "bias" (learned, added to the
+            logits, starting at zero).
+        retrieved_length: r, the longest neighbour in tokens, where positions are tables; default 2 * chunk_size.
+        relative_dim, relative_biases: width of the sinusoid (default `model_dim`), and whether Transformer-XL's u and
+            v are learned.
+        rotary_dim, rotary_base, rotary_interleaved: how many dimensions turn (default `head_dim`), the base of the
+            wavelengths, and whether 2j pairs with 2j + 1 rather than j with j + rotary_dim / 2.
+        query_positions: the rotary position of each of the `chunk_size` rows; default m - 1 ... 2m - 2, the paper's
+            distances.
+        key_positions: the rotary position of each token of a neighbour; default 0 ... retrieved_length - 1.
+        num_neighbours: k, to give every neighbour a bias of its own ([h, m, k * r]); default one for all ([h, m, r]).
+        bias_buckets, num_buckets: integers [m, r] or, with `num_neighbours`, [m, k * r]: entries with the same number
+            share one of `num_buckets` (default the largest plus 1) learned biases per head, as in T5. `t5_buckets`
+            makes them.
+        backend: passed on to the operation; None chooses.
+        device, dtype: of the parameters.
+
+    Raises ValueError for sizes that do not fit and for an option that the chosen `positions` would ignore.
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        *,
+        num_heads: int,
+        context_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_head_dim: int | None = None,
+        chunk_size: int = 64,
+        stride: int | None = None,
+        align: str = "start",
+        dropout: float = 0.0,
+        scale: float | None = None,
+        biases: bool | Collection[str] = False,
+        null_slot: bool = False,
+        positions: str = "none",
+        retrieved_length: int | None = None,
+        relative_dim: int | None = None,
+        relative_biases: bool = True,
+        rotary_dim: int | None = None,
+        rotary_base: float = 10000.0,
+        rotary_interleaved: bool = False,
+        query_positions: Sequence[float] | None = None,
+        key_positions: Sequence[float] | None = None,
+        num_neighbours: int | None = None,
+        bias_buckets: torch.Tensor | None = None,
+        num_buckets: int | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.model_dim = validate.integer("model_dim", model_dim, 1)
+        self.num_heads = validate.integer("num_heads", num_heads, 1)
+        self.context_dim = validate.integer("context_dim", model_dim if context_dim is None else context_dim, 1)
+        self.num_kv_heads = validate.integer("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads, 1)
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads = {num_heads}")
+        if head_dim is None:
+            if model_dim % num_heads:
+                raise ValueError(
+                    f"head_dim: got None and model_dim = {model_dim}, which num_heads = {num_heads} does not divide; "
+                    "give head_dim"
+                )
+            head_dim = model_dim // num_heads
+        self.head_dim = validate.integer("head_dim", head_dim, 1)
+        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        self.value_head_dim = validate.integer("value_head_dim", value_head_dim, 1)
+        self.chunk_size = validate.integer("chunk_size", chunk_size, 1)
+        self.stride = chunk_size if stride is None else validate.integer("stride", stride, 1, chunk_size, "chunk_size")
+        if align not in ("start", "end"):
+            raise ValueError(f'align: got {align!r}, expected "start" or "end"')
+        if align == "end" and self.stride != chunk_size:
+            raise ValueError(f'stride: got {stride} with align="end", expected chunk_size = {chunk_size}')
+        self.align = align
+        self.dropout = validate.number("dropout", dropout)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
+        self.scale = head_dim**-0.5 if scale is None else validate.number("scale", scale)
+        if positions not in POSITIONS:
+            raise ValueError(f"positions: got {positions!r}, expected one of {', '.join(POSITIONS)}")
+        self.positions = positions
+        self.backend = backend
+        self.null_slot = null_slot
+        _refuse_idle_options(
+            positions,
+            relative={"relative_dim": relative_dim, "relative_biases": None if relative_biases else False},
+            rotary={
+                "rotary_dim": rotary_dim,
+                "rotary_interleaved": rotary_interleaved or None,
+                "query_positions": query_positions,
+                "key_positions": key_positions,
+            },
+            bias={"num_neighbours": num_neighbours, "bias_buckets": bias_buckets, "num_buckets": num_buckets},
+        )
+
+        with_bias = _biased_projections(biases)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner, value_inner = num_heads * head_dim, num_heads * self.value_head_dim
+        kv_inner, kv_value_inner = self.num_kv_heads * head_dim, self.num_kv_heads * self.value_head_dim
+        self.w_query = nn.Linear(model_dim, inner, bias="query" in with_bias, **factory)
+        self.w_key = nn.Linear(self.context_dim, kv_inner, bias="key" in with_bias, **factory)
+        self.w_value = nn.Linear(self.context_dim, kv_value_inner, bias="value" in with_bias, **factory)
+        self.w_out = nn.Linear(value_inner, model_dim, bias="out" in with_bias, **factory)
+
+        self.null_key: nn.Parameter | None
+        self.null_value: nn.Parameter | None
+        for name, width in (("null_key", head_dim), ("null_value", self.value_head_dim)):
+            null = nn.Parameter(torch.empty(num_heads, width, **factory)) if null_slot else None
+            self.register_parameter(name, null)
+            if null is not None:
+                nn.init.normal_(null, std=NULL_SLOT_STD)
+
+        r = 2 * chunk_size if retrieved_length is None else validate.integer("retrieved_length", retrieved_length, 1)
+        if key_positions is not None:
+            if retrieved_length not in (None, len(key_positions)):
+                raise ValueError(
+                    f"key_positions: got {len(key_positions)}, expected retrieved_length = {retrieved_length}"
+                )
+            r = len(key_positions)
+        self.retrieved_length = r
+        self.num_neighbours = num_neighbours
+        self.rotary_interleaved = rotary_interleaved
+        self.relative: RelativePositions | None = None
+        self.rotary: RotaryPositions | None = None
+        self.attention_bias: nn.Parameter | None
+        self.bias_buckets: torch.Tensor | None
+        self.register_parameter("attention_bias", None)
+        self.register_buffer("bias_buckets", None)
+        if positions == "relative":
+            self.relative = RelativePositions(
+                model_dim if relative_dim is None else relative_dim,
+                num_heads=num_heads,
+                head_dim=head_dim,
+                biases=relative_biases,
+                **factory,
+            )
+        elif positions == "rotary":
+            self.rotary = self._rotary_positions(query_positions, key_positions, rotary_dim, rotary_base, device)
+        elif positions == "bias":
+            num_keys = r if num_neighbours is None else r * validate.integer("num_neighbours", num_neighbours, 1)
+            size: tuple[int, ...] = (num_heads, chunk_size, num_keys)
+            if bias_buckets is not None:
+                buckets, num_buckets = _check_buckets(bias_buckets, num_buckets, chunk_size, num_keys)
+                self.register_buffer("bias_buckets", buckets.to(device=device))
+                size = (num_heads, num_buckets)
+            elif num_buckets is not None:
+                raise ValueError(f"num_buckets: got {num_buckets} without bias_buckets, expected both")
+            self.attention_bias = nn.Parameter(torch.zeros(size, **factory))
+
+    def _rotary_positions(self, query_positions, key_positions, rotary_dim, base, device) -> RotaryPositions:
+        m = self.chunk_size
+        rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
+        if rotary_dim > self.head_dim:
+            raise ValueError(f"rotary_dim: got {rotary_dim}, expected at most head_dim = {self.head_dim}")
+        if query_positions is not None and len(query_positions) != m:
+            raise ValueError(f"query_positions: got {len(query_positions)}, expected one per row, chunk_size = {m}")
+        return RotaryPositions(
+            range(m - 1, 2 * m - 1) if query_positions is None else query_positions,
+            range(self.retrieved_length) if key_positions is None else key_positions,
+            rotary_dim=rotary_dim,
+            base=base,
+            device=device,
+        )
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        encoded: torch.Tensor,
+        neighbour_mask: torch.Tensor | None = None,
+        query_offset: int = 0,
+        chunk_offset: int = 0,
+    ) -> torch.Tensor:
+        """Tokens attend to the encoded neighbours of the chunk they follow.
+
+        Args:
+            hidden: [b, n, model_dim].
+            encoded: [b, l, k, r, context_dim]; chunks beyond those needed are neither projected nor read.
+            neighbour_mask: bool [b, l, k, r], True = attend. What a masked token holds reaches nothing.
+            query_offset, chunk_offset: absolute position of hidden[:, 0], absolute chunk of encoded[:, 0].
+
+        Returns:
+            [b, n, model_dim], exactly 0 for tokens before the first chunk, also where the output projection has a bias.
+
+        Raises TypeError or ValueError for wrong dtypes and sizes, and whatever `chunked_cross_attention` raises.
+        """
+        self._check_inputs(hidden, encoded, neighbour_mask)
+        n, num_chunks = hidden.shape[1], encoded.shape[1]
+        validate.integer("query_offset", query_offset, 0)
+        validate.integer("chunk_offset", chunk_offset, 0)
+        # Tokens before the first chunk are cut off here rather than computed and dropped: NaN in them could otherwise
+        # reach the gradient of w_query, and the bias of w_out must not reach them.
+        before_first, first_chunk, last_chunk = self._attended(n, query_offset, chunk_offset)
+        if first_chunk >= 0 and last_chunk <= num_chunks:
+            encoded = encoded[:, first_chunk:last_chunk]
+            neighbour_mask = None if neighbour_mask is None else neighbour_mask[:, first_chunk:last_chunk]
+            chunk_offset += first_chunk
+        if neighbour_mask is not None:  # NaN of a masked token would reach the gradients of w_key and w_value
+            encoded = encoded.masked_fill(~neighbour_mask[..., None], 0.0)
+
+        query = self.w_query(hidden[:, before_first:]).unflatten(-1, (self.num_heads, self.head_dim))
+        key = self.w_key(encoded).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        value = self.w_value(encoded).unflatten(-1, (self.num_kv_heads, self.value_head_dim))
+        out: Any = chunked_cross_attention(
+            query,
+            key,
+            value,
+            chunk_size=self.chunk_size,
+            neighbour_mask=neighbour_mask,
+            null_key=self.null_key,
+            null_value=self.null_value,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+            stride=self.stride,
+            align=self.align,
+            query_offset=query_offset + before_first if self.align == "start" else query_offset,
+            chunk_offset=chunk_offset,
+            backend=self.backend,
+            **self._position_arguments(*encoded.shape[2:4]),
+        )
+        return F.pad(self.w_out(out.flatten(2)), (0, 0, before_first, 0))
+
+    def _attended(self, n: int, query_offset: int, chunk_offset: int) -> tuple[int, int, int]:
+        """How many tokens come before the first chunk, and the [first, last) chunks of `encoded` that the rest need."""
+        m = self.chunk_size
+        if self.align == "end":
+            return min(n, (n - 1) % m), 0, -(-n // m)
+        before_first = min(n, max(m - 1 - query_offset, 0))
+        if before_first == n:
+            return n, 0, 0
+        first_chunk = (query_offset + before_first - (m - 1)) // self.stride - chunk_offset
+        return before_first, first_chunk, (query_offset + n - m) // self.stride + 1 - chunk_offset
+
+    def _position_arguments(self, k: int, r: int) -> dict[str, Any]:
+        if self.relative is not None:
+            return {
+                "relative_key": self.relative(self.chunk_size, r, offset=self.chunk_size - 1),
+                "content_bias": self.relative.content_bias,
+                "relative_bias": self.relative.relative_bias,
+            }
+        if self.rotary is not None:
+            query_rotary, key_rotary = self.rotary(r)
+            return {
+                "query_rotary": query_rotary,
+                "key_rotary": key_rotary,
+                "rotary_interleaved": self.rotary_interleaved,
+            }
+        if self.attention_bias is not None:
+            return {"attention_bias": self._bias(self.attention_bias, k, r)}
+        return {}
+
+    def _bias(self, table: torch.Tensor, k: int, r: int) -> torch.Tensor:
+        bias = table if self.bias_buckets is None else table[:, self.bias_buckets]
+        if self.num_neighbours is None:
+            if r > self.retrieved_length:
+                raise ValueError(
+                    f"encoded: got neighbours of {r} tokens, expected at most {self.retrieved_length}, the layer's "
+                    "retrieved_length"
+                )
+            return bias[..., :r]
+        if r != self.retrieved_length or k > self.num_neighbours:
+            raise ValueError(
+                f"encoded: got {k} neighbours of {r} tokens, expected at most "
+                f"num_neighbours = {self.num_neighbours}, each of exactly retrieved_length = {self.retrieved_length}: "
+                "the bias counts through all of them"
+            )
+        return bias[..., : k * r]
+
+    def _check_inputs(self, hidden, encoded, neighbour_mask) -> None:
+        validate.tensor("hidden", hidden, validate.FLOATING)
+        validate.rank("hidden", hidden, "b, n, model_dim")
+        validate.tensor("encoded", encoded, validate.FLOATING, hidden.device)
+        validate.rank("encoded", encoded, "b, l, k, r, context_dim")
+        b, l, k, r, _ = encoded.shape
+        for name, x, width_name, width in (
+            ("hidden", hidden, "model_dim", self.model_dim),
+            ("encoded", encoded, "context_dim", self.context_dim),
+        ):
+            if x.shape[-1] != width:
+                raise ValueError(f"{name}: got width {x.shape[-1]}, expected {width_name} = {width}")
+        if hidden.shape[0] != b:
+            raise ValueError(f"encoded: got batch {b}, expected {hidden.shape[0]}, the batch of hidden")
+        if neighbour_mask is not None:
+            validate.tensor("neighbour_mask", neighbour_mask, (torch.bool,), hidden.device)
+            validate.shape("neighbour_mask", neighbour_mask, "b, l, k, r", (b, l, k, r))
+
+    def extra_repr(self) -> str:
+        shown = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "value_head_dim": self.value_head_dim,
+            "chunk_size": self.chunk_size,
+            "stride": self.stride,
+            "align": self.align,
+            "positions": self.positions,
+            "null_slot": self.null_slot,
+            "scale": self.scale,
+            "dropout": self.dropout,
+            "backend": self.backend,
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    @classmethod
+    def paper(cls, model_dim: int, *, num_heads: int, context_dim: int = 896, **options: Any) -> ChunkedCrossAttention:
+        """The paper: relative positions with distance i - t + m - 1, restarted for every neighbour, no null slot, no
+        bias. It states neither u and v (here learned, from zero) nor the scale (here head_dim ** -0.5)."""
+        settings = {"context_dim": context_dim, "positions": "relative", **options}
+        return cls(model_dim, num_heads=num_heads, **settings)
+
+    @classmethod
+    def retro_pytorch(
+        cls,
+        model_dim: int,
+        *,
+        num_heads: int = 8,
+        head_dim: int = 64,
+        chunk_size: int = 64,
+        query_positions: str | Sequence[float] = "as_trained",
+        **options: Any,
+    ) -> ChunkedCrossAttention:
+        """retro-pytorch 0.3.9: rotary on the first min(head_dim, 32) dimensions, a null slot drawn from N(0, 1), a bias
+        on the output projection only. `query_positions="as_trained"` keeps its doubly shifted query positions
+        2m - 2, 0, 0, ..., 0, which its trained weights embody; "paper" has m - 1 ... 2m - 2."""
+        named = {"as_trained": [2 * chunk_size - 2] + [0] * (chunk_size - 1), "paper": None}
+        if isinstance(query_positions, str) and query_positions not in named:
+            raise ValueError(f'query_positions: got {query_positions!r}, expected "as_trained", "paper" or numbers')
+        settings = {
+            "head_dim": head_dim,
+            "chunk_size": chunk_size,
+            "positions": "rotary",
+            "rotary_dim": min(head_dim, 32),
+            "query_positions": named[query_positions] if isinstance(query_positions, str) else query_positions,
+            "null_slot": True,
+            "biases": ("out",),
+            **options,
+        }
+        layer = cls(model_dim, num_heads=num_heads, **settings)
+        for null in (layer.null_key, layer.null_value):
+            if null is not None:
+                nn.init.normal_(null)
+        return layer
+
+    @classmethod
+    def megatron(cls, model_dim: int, *, num_heads: int, **options: Any) -> ChunkedCrossAttention:
+        """Megatron-core 0.15.3: aligned to the end of the sequence, no positions, biases on all projections."""
+        return cls(model_dim, num_heads=num_heads, **{"align": "end", "biases": True, **options})
+
+    @classmethod
+    def norlund(
+        cls,
+        model_dim: int,
+        *,
+        num_heads: int,
+        chunk_size: int = 64,
+        retrieved_length: int | None = None,
+        num_neighbours: int = 2,
+        num_buckets: int = 192,
+        **options: Any,
+    ) -> ChunkedCrossAttention:
+        """Norlund et al.: unscaled logits and a T5 bias whose key index runs on through all neighbours, clamped to
+        `num_buckets` offsets. Its `relative_attention_bias.weight` is `attention_bias` transposed. With `stride` this
+        is PipeRAG's layer."""
+        r = 2 * chunk_size if retrieved_length is None else retrieved_length
+        settings = {
+            "chunk_size": chunk_size,
+            "retrieved_length": r,
+            "num_neighbours": num_neighbours,
+            "positions": "bias",
+            "bias_buckets": t5_buckets(chunk_size, num_neighbours * r, num_buckets),
+            "num_buckets": num_buckets,
+            "scale": 1.0,
+            **options,
+        }
+        return cls(model_dim, num_heads=num_heads, **settings)
+
+    @classmethod
+    def labml(cls, model_dim: int, *, num_heads: int, chunk_size: int = 64, **options: Any) -> ChunkedCrossAttention:
+        """labml's annotated implementation: no positions, biases on all projections."""
+        return cls(model_dim, num_heads=num_heads, chunk_size=chunk_size, **{"biases": True, **options})
+
+    @classmethod
+    def rpt(cls, model_dim: int, *, num_heads: int, chunk_size: int = 64, **options: Any) -> ChunkedCrossAttention:
+        """Retrieval-Pretrained Transformer: interleaved rotary over whole heads with the paper's distances, no biases,
+        a null slot drawn from N(0, 1e-4 ** 2)."""
+        settings = {
+            "chunk_size": chunk_size,
+            "positions": "rotary",
+            "rotary_interleaved": True,
+            "null_slot": True,
+            **options,
+        }
+        layer = cls(model_dim, num_heads=num_heads, **settings)
+        for null in (layer.null_key, layer.null_value):
+            if null is not None:
+                nn.init.normal_(null, std=1e-4)
+        return layer
+
+
+def t5_buckets(chunk_size: int, num_keys: int, num_buckets: int) -> torch.Tensor:
+    """Linear T5 buckets, [chunk_size, num_keys]: the offset key - row, clamped to the `num_buckets` offsets that end at
+    num_buckets // 2, counted from 0."""
+    validate.integer("num_buckets", num_buckets, 1)
+    high = num_buckets // 2
+    low = high - num_buckets + 1
+    offset = torch.arange(num_keys) - torch.arange(chunk_size)[:, None]
+    return offset.clamp(low, high) - low
+
+
+def _biased_projections(biases: bool | Collection[str]) -> Collection[str]:
+    if isinstance(biases, bool):
+        return PROJECTIONS if biases else ()
+    unknown = sorted(set(biases) - set(PROJECTIONS)) if not isinstance(biases, str) else [biases]
+    if unknown:
+        raise ValueError(f"biases: got {biases!r}, expected True, False or a collection of {', '.join(PROJECTIONS)}")
+    return biases
+
+
+def _refuse_idle_options(positions: str, **options: dict[str, Any]) -> None:
+    for kind, settings in options.items():
+        for name, value in settings.items():
+            if kind != positions and value is not None:
+                raise ValueError(f'{name}: got a value with positions="{positions}", expected positions="{kind}"')
+
+
+def _check_buckets(buckets: Any, num_buckets: int | None, chunk_size: int, num_keys: int) -> tuple[torch.Tensor, int]:
+    validate.tensor("bias_buckets", buckets, (torch.int64, torch.int32))
+    validate.shape("bias_buckets", buckets, "m, r | k * r", (chunk_size, num_keys))
+    low, high = int(buckets.min()), int(buckets.max())
+    num_buckets = high + 1 if num_buckets is None else validate.integer("num_buckets", num_buckets, 1)
+    if low < 0 or high >= num_buckets:
+        raise ValueError(f"bias_buckets: got {low} to {high}, expected 0 to num_buckets - 1 = {num_buckets - 1}")
+    return buckets.to(torch.int64), num_buckets
