@@ -171,12 +171,19 @@ def _slots(tile, num_neighbours, retrieved_length, BLOCK: constexpr, WITHIN: con
 
 
 @_jit
-def _offsets(slot, neighbour, token, stride_k, stride_r, FLAT: constexpr):
+def _wide(index, LONG: constexpr):
+    """An index about to be multiplied by a stride: 64-bit where some offset inside a chunk needs it."""
+    return index.to(tl.int64) if LONG else index
+
+
+@_jit
+def _offsets(slot, neighbour, token, stride_k, stride_r, FLAT: constexpr, LONG: constexpr):
     """Element offsets of slots. FLAT: stride_k is retrieved_length * stride_r, so no slot needs dividing."""
     if FLAT:
-        return slot.to(tl.int64) * stride_r
+        offsets = _wide(slot, LONG) * stride_r
     else:
-        return neighbour.to(tl.int64) * stride_k + token.to(tl.int64) * stride_r
+        offsets = _wide(neighbour, LONG) * stride_k + _wide(token, LONG) * stride_r
+    return offsets
 
 
 @_jit
@@ -188,7 +195,7 @@ def _forward_kernel(
     query_b, query_n, query_h, key_b, key_l, key_k, key_r, key_h, value_b, value_l, value_k, value_r, value_h,
     mask_b, mask_l, mask_k, mask_r, bias_h, bias_m, query_cos_m, query_sin_m, key_cos_r, key_sin_r,
     null_key_h, null_value_h,
-    DIM: constexpr, VALUE_DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr, FLAT: constexpr,
+    DIM: constexpr, VALUE_DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr, FLAT: constexpr, LONG: constexpr,
     BIAS_PER_SLOT: constexpr,
     BLOCK_ROWS: constexpr, BLOCK_KEYS: constexpr, BLOCK_PAIR: constexpr, BLOCK_REST: constexpr,
     BLOCK_VALUE: constexpr, PRECISION: constexpr,
@@ -220,8 +227,9 @@ def _forward_kernel(
     row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token = first_token + chunk * stride + row
     inside = (row < stride) & (token >= 0) & (token < num_tokens)
+    start_token = (first_token + chunk * stride).to(tl.int64)
     q_first, q_second, q_rest = _load_split(
-        query + batch * query_b + head * query_h + token.to(tl.int64) * query_n, inside,
+        query + batch * query_b + head * query_h + start_token * query_n + _wide(row, LONG) * query_n, inside,
         query_cos + row * query_cos_m if WIDTH > 0 else None, query_sin + row * query_sin_m if WIDTH > 0 else None,
         DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
     )  # fmt: skip
@@ -246,12 +254,12 @@ def _forward_kernel(
     for tile in range(0, key_tiles):
         slot, neighbour, position, visible = _slots(tile, num_neighbours, retrieved_length, BLOCK_KEYS, False)
         if neighbour_mask is not None:
-            mask_at = _offsets(slot, neighbour, position, mask_k, mask_r, FLAT)
+            mask_at = _offsets(slot, neighbour, position, mask_k, mask_r, FLAT, LONG)
             visible = visible & (
                 tl.load(neighbour_mask + batch * mask_b + chunk64 * mask_l + mask_at, mask=visible, other=0) != 0
             )
         k_first, k_second, k_rest = _load_split(
-            key_rows + _offsets(slot, neighbour, position, key_k, key_r, FLAT), visible,
+            key_rows + _offsets(slot, neighbour, position, key_k, key_r, FLAT, LONG), visible,
             key_cos + position * key_cos_r if WIDTH > 0 else None,
             key_sin + position * key_sin_r if WIDTH > 0 else None,
             DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
@@ -260,7 +268,7 @@ def _forward_kernel(
         if attention_bias is not None:
             column = slot if BIAS_PER_SLOT else position
             bias = tl.load(
-                attention_bias + head * bias_h + (row.to(tl.int64) * bias_m)[:, None] + column[None, :],
+                attention_bias + head * bias_h + (_wide(row, LONG) * bias_m)[:, None] + column[None, :],
                 mask=inside[:, None] & visible[None, :], other=0.0,
             )  # fmt: skip
             logits += bias.to(tl.float32) * 1.4426950408889634
@@ -272,7 +280,7 @@ def _forward_kernel(
         shrink = tl.exp2(largest - finite)
         total = total * shrink + tl.sum(weights, axis=1)
         v = tl.load(
-            value_rows + _offsets(slot, neighbour, position, value_k, value_r, FLAT)[:, None] + value_column[None, :],
+            value_rows + _offsets(slot, neighbour, position, value_k, value_r, FLAT, LONG)[:, None] + value_column[None, :],
             mask=visible[:, None] & value_there[None, :], other=0.0,
         )  # fmt: skip
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator * shrink[:, None], input_precision=PRECISION)
@@ -280,11 +288,11 @@ def _forward_kernel(
 
     nothing = total == 0.0
     accumulator = accumulator / tl.where(nothing, 1.0, total)[:, None]
-    at = token.to(tl.int64) * num_heads
-    tl.store(out_rows + (at * VALUE_DIM)[:, None] + value_column[None, :], accumulator.to(out.dtype.element_ty),
+    at = _wide(row, LONG) * num_heads
+    tl.store(out_rows + start_token * num_heads * VALUE_DIM + (at * VALUE_DIM)[:, None] + value_column[None, :], accumulator.to(out.dtype.element_ty),
              mask=inside[:, None] & value_there[None, :])  # fmt: skip
     natural = tl.where(nothing, float("-inf"), (largest + tl.log2(total)) * 0.6931471805599453)
-    tl.store(lse_rows + at, natural, mask=inside)
+    tl.store(lse_rows + start_token * num_heads + at, natural, mask=inside)
 
 
 @_jit
@@ -298,8 +306,8 @@ def _backward_kernel(
     query_b, query_n, query_h, key_b, key_l, key_k, key_r, key_h, value_b, value_l, value_k, value_r, value_h,
     mask_b, mask_l, mask_k, mask_r, bias_h, bias_m, query_cos_m, query_sin_m, key_cos_r, key_sin_r,
     null_key_h, null_value_h,
-    DIM: constexpr, VALUE_DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr, FLAT: constexpr,
-    BIAS_PER_SLOT: constexpr, WITHIN: constexpr, STORE_KEYS: constexpr, BIAS_ROWS: constexpr,
+    DIM: constexpr, VALUE_DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr, FLAT: constexpr, LONG: constexpr,
+    BIAS_PER_SLOT: constexpr, WITHIN: constexpr, STORE_KEYS: constexpr, PARTIAL_SUMS: constexpr, BIAS_ROWS: constexpr,
     BLOCK_ROWS: constexpr, BLOCK_KEYS: constexpr, BLOCK_PAIR: constexpr, BLOCK_REST: constexpr,
     BLOCK_VALUE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
@@ -317,7 +325,9 @@ def _backward_kernel(
     value_there = value_column < VALUE_DIM
     scale_log2 = scale * 1.4426950408889634
 
-    for work in range(copy, num_items, num_copies):
+    # One item a program unless partial sums are kept: the compiler then drops the loop, which costs registers.
+    for step in range(0, tl.cdiv(num_items - copy, num_copies) if PARTIAL_SUMS else 1):
+        work = copy + step * num_copies
         row_tile = work % row_tiles
         item = work // row_tiles
         if STORE_KEYS:
@@ -340,9 +350,11 @@ def _backward_kernel(
                          mask=(leading < first_token)[:, None] & (column < DIM)[None, :])  # fmt: skip
 
         row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        token = (first_token + chunk * stride + row).to(tl.int64)
+        token = first_token + chunk * stride + row
         inside = (row < stride) & (token >= 0) & (token < num_tokens)
-        natural = tl.load(lse + batch * num_tokens * num_heads + token * num_heads + head, mask=inside,
+        start_token = (first_token + chunk * stride).to(tl.int64)
+        out_row = (batch * num_tokens + start_token) * num_heads + head
+        natural = tl.load(lse + out_row + _wide(row, LONG) * num_heads, mask=inside,
                           other=float("-inf"))  # fmt: skip
         # Rows that saw nothing have lse -inf: they pass no gradient, so neither their query nor grad_out is read.
         alive = natural != float("-inf")
@@ -350,14 +362,14 @@ def _backward_kernel(
         q_cos = query_cos + row * query_cos_m if WIDTH > 0 else None
         q_sin = query_sin + row * query_sin_m if WIDTH > 0 else None
         q_first, q_second, q_rest = _load_split(
-            query + batch * query_b + head * query_h + token * query_n, alive, q_cos, q_sin,
+            query + batch * query_b + head * query_h + start_token * query_n + _wide(row, LONG) * query_n, alive, q_cos, q_sin,
             DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
         )  # fmt: skip
-        there = alive[:, None] & value_there[None, :]
-        do = tl.load(grad_out + batch * grad_out_b + head * grad_out_h + (token * grad_out_n)[:, None]
-                     + value_column[None, :], mask=there, other=0.0)  # fmt: skip
-        o = tl.load(out + (batch * num_tokens * num_heads + head) * VALUE_DIM
-                    + (token * num_heads * VALUE_DIM)[:, None] + value_column[None, :], mask=there, other=0.0)  # fmt: skip
+        row_there = alive[:, None] & value_there[None, :]
+        do = tl.load(grad_out + batch * grad_out_b + head * grad_out_h + start_token * grad_out_n
+                     + (_wide(row, LONG) * grad_out_n)[:, None] + value_column[None, :], mask=row_there, other=0.0)  # fmt: skip
+        o = tl.load(out + out_row * VALUE_DIM + (_wide(row, LONG) * (num_heads * VALUE_DIM))[:, None]
+                    + value_column[None, :], mask=row_there, other=0.0)  # fmt: skip
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
 
         dq_first = tl.zeros([BLOCK_ROWS, BLOCK_PAIR], tl.float32)
@@ -384,10 +396,10 @@ def _backward_kernel(
                 copied = null_key_copies + (copy64 * num_heads + head) * DIM
                 pair = tl.arange(0, BLOCK_PAIR)
                 if 2 * WIDTH < DIM:
-                    column = 2 * WIDTH + tl.arange(0, BLOCK_REST)
+                    rest_column = 2 * WIDTH + tl.arange(0, BLOCK_REST)
                     change = scale * tl.sum(d_logit[:, None] * q_rest.to(tl.float32), axis=0)
-                    sum_so_far = tl.load(copied + column, mask=column < DIM, other=0.0)
-                    tl.store(copied + column, sum_so_far + change, mask=column < DIM)
+                    sum_so_far = tl.load(copied + rest_column, mask=rest_column < DIM, other=0.0)
+                    tl.store(copied + rest_column, sum_so_far + change, mask=rest_column < DIM)
                 if WIDTH > 0:
                     first_column = 2 * pair if INTERLEAVED else pair
                     second_column = 2 * pair + 1 if INTERLEAVED else pair + WIDTH
@@ -409,69 +421,68 @@ def _backward_kernel(
             slot, neighbour, position, present = _slots(tile, num_neighbours, retrieved_length, BLOCK_KEYS, WITHIN)
             visible = present & (slot < readable)
             if neighbour_mask is not None:
-                mask_at = _offsets(slot, neighbour, position, mask_k, mask_r, FLAT)
+                mask_at = _offsets(slot, neighbour, position, mask_k, mask_r, FLAT, LONG)
                 visible = visible & (
                     tl.load(neighbour_mask + batch * mask_b + chunk64 * mask_l + mask_at, mask=visible, other=0) != 0
                 )
             k_cos = key_cos + position * key_cos_r if WIDTH > 0 else None
             k_sin = key_sin + position * key_sin_r if WIDTH > 0 else None
             k_first, k_second, k_rest = _load_split(
-                key_rows + _offsets(slot, neighbour, position, key_k, key_r, FLAT), visible, k_cos, k_sin,
+                key_rows + _offsets(slot, neighbour, position, key_k, key_r, FLAT, LONG), visible, k_cos, k_sin,
                 DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
             )  # fmt: skip
             v = tl.load(
-                value_rows + _offsets(slot, neighbour, position, value_k, value_r, FLAT)[:, None]
+                value_rows + _offsets(slot, neighbour, position, value_k, value_r, FLAT, LONG)[:, None]
                 + value_column[None, :], mask=visible[:, None] & value_there[None, :], other=0.0,
             )  # fmt: skip
-            # Everything between the products is transposed, keys by rows: it is then the left operand of dK and dV.
-            logits = scale_log2 * _product(k_first, k_second, k_rest, q_first, q_second, q_rest, DIM, WIDTH, PRECISION)
+            logits = scale_log2 * _product(q_first, q_second, q_rest, k_first, k_second, k_rest, DIM, WIDTH, PRECISION)
             if attention_bias is not None:
                 column = slot if BIAS_PER_SLOT else position
                 bias = tl.load(
-                    attention_bias + head * bias_h + (row.to(tl.int64) * bias_m)[None, :] + column[:, None],
-                    mask=alive[None, :] & visible[:, None], other=0.0,
+                    attention_bias + head * bias_h + (_wide(row, LONG) * bias_m)[:, None] + column[None, :],
+                    mask=alive[:, None] & visible[None, :], other=0.0,
                 )  # fmt: skip
                 logits += bias.to(tl.float32) * 1.4426950408889634
-            weights = tl.where(visible[:, None], tl.exp2(logits - lse_log2[None, :]), 0.0)
-            d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            d_logits = tl.where(visible[:, None], weights * (d_weights - delta[None, :]), 0.0)
+            weights = tl.where(visible[None, :], tl.exp2(logits - lse_log2[:, None]), 0.0)
+            d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            d_logits = tl.where(visible[None, :], weights * (d_weights - delta[:, None]), 0.0)
             if bias_copies is not None:
                 bias_columns = num_neighbours * retrieved_length if BIAS_PER_SLOT else retrieved_length
                 column = slot if BIAS_PER_SLOT else position
-                copied = (
-                    bias_copies + ((copy.to(tl.int64) * num_heads + head) * BIAS_ROWS + row.to(tl.int64)[None, :])
-                    * bias_columns + column[:, None]
+                sums = (
+                    bias_copies + (copy.to(tl.int64) * num_heads + head) * BIAS_ROWS * bias_columns
+                    + (_wide(row, LONG) * bias_columns)[:, None] + column[None, :]
                 )  # fmt: skip
-                there = alive[None, :] & visible[:, None]
-                tl.store(copied, tl.load(copied, mask=there, other=0.0) + d_logits, mask=there)
+                there = alive[:, None] & visible[None, :]
+                tl.store(sums, tl.load(sums, mask=there, other=0.0) + d_logits, mask=there)
                 # Another neighbour's tile, or the next item, adds to the same sums, perhaps from other threads.
                 tl.debug_barrier()
             d_logits = d_logits.to(q_rest.dtype)
             dq_first, dq_second, dq_rest = _add_product(
-                dq_first, dq_second, dq_rest, tl.trans(d_logits), k_first, k_second, k_rest, DIM, WIDTH, PRECISION
+                dq_first, dq_second, dq_rest, d_logits, k_first, k_second, k_rest, DIM, WIDTH, PRECISION
             )
             if STORE_KEYS:
-                slot_rows = ((batch * num_chunks + chunk) * num_neighbours * retrieved_length + slot) * num_kv_heads
-                slot_rows = slot_rows + kv_head
-                dv = tl.dot(weights.to(do.dtype), do, input_precision=PRECISION)
+                first_slot = (batch * num_chunks + chunk) * (num_neighbours * retrieved_length) * num_kv_heads + kv_head
+                slot_rows = _wide(slot, LONG) * num_kv_heads
+                dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
                 # A masked token's gradient is 0 even beside a query that is NaN.
                 dv = tl.where(visible[:, None], dv, 0.0)
-                tl.store(grad_value + (slot_rows * VALUE_DIM)[:, None] + value_column[None, :],
+                tl.store(grad_value + first_slot * VALUE_DIM + (slot_rows * VALUE_DIM)[:, None] + value_column[None, :],
                          dv.to(grad_value.dtype.element_ty), mask=present[:, None] & value_there[None, :])  # fmt: skip
                 dk_first, dk_second, dk_rest = _add_product(
                     tl.zeros([BLOCK_KEYS, BLOCK_PAIR], tl.float32), tl.zeros([BLOCK_KEYS, BLOCK_PAIR], tl.float32),
                     tl.zeros([BLOCK_KEYS, BLOCK_REST], tl.float32),
-                    d_logits, q_first, q_second, q_rest, DIM, WIDTH, PRECISION,
+                    tl.trans(d_logits), q_first, q_second, q_rest, DIM, WIDTH, PRECISION,
                 )  # fmt: skip
                 _store_split(
-                    grad_key + slot_rows * DIM, present, k_cos, k_sin,
+                    grad_key + first_slot * DIM + slot_rows * DIM, present, k_cos, k_sin,
                     tl.where(visible[:, None], scale * dk_first, 0.0),
                     tl.where(visible[:, None], scale * dk_second, 0.0),
                     tl.where(visible[:, None], scale * dk_rest, 0.0),
                     DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
                 )  # fmt: skip
         _store_split(
-            grad_query_rows + token * num_heads * DIM, inside, q_cos, q_sin,
+            grad_query + out_row * DIM + _wide(row, LONG) * (num_heads * DIM), inside, q_cos, q_sin,
             scale * dq_first, scale * dq_second, scale * dq_rest,
             DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
         )  # fmt: skip
@@ -486,7 +497,7 @@ def _backward_keys_kernel(
     grad_out_b, grad_out_n, grad_out_h,
     query_b, query_n, query_h, key_b, key_l, key_k, key_r, key_h, value_b, value_l, value_k, value_r, value_h,
     mask_b, mask_l, mask_k, mask_r, bias_h, bias_m, query_cos_m, query_sin_m, key_cos_r, key_sin_r,
-    DIM: constexpr, VALUE_DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr, FLAT: constexpr,
+    DIM: constexpr, VALUE_DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr, FLAT: constexpr, LONG: constexpr,
     BIAS_PER_SLOT: constexpr,
     BLOCK_ROWS: constexpr, BLOCK_KEYS: constexpr, BLOCK_PAIR: constexpr, BLOCK_REST: constexpr,
     BLOCK_VALUE: constexpr, PRECISION: constexpr,
@@ -511,7 +522,7 @@ def _backward_keys_kernel(
     slot, neighbour, position, present = _slots(key_tile, num_neighbours, retrieved_length, BLOCK_KEYS, False)
     visible = present & (slot < readable)
     if neighbour_mask is not None:
-        mask_at = _offsets(slot, neighbour, position, mask_k, mask_r, FLAT)
+        mask_at = _offsets(slot, neighbour, position, mask_k, mask_r, FLAT, LONG)
         visible = visible & (
             tl.load(neighbour_mask + batch * mask_b + chunk64 * mask_l + mask_at, mask=visible, other=0) != 0
         )
@@ -519,12 +530,12 @@ def _backward_keys_kernel(
     k_sin = key_sin + position * key_sin_r if WIDTH > 0 else None
     k_first, k_second, k_rest = _load_split(
         key + batch * key_b + chunk64 * key_l + kv_head * key_h
-        + _offsets(slot, neighbour, position, key_k, key_r, FLAT), visible, k_cos, k_sin,
+        + _offsets(slot, neighbour, position, key_k, key_r, FLAT, LONG), visible, k_cos, k_sin,
         DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
     )  # fmt: skip
     v = tl.load(
         value + batch * value_b + chunk64 * value_l + kv_head * value_h
-        + _offsets(slot, neighbour, position, value_k, value_r, FLAT)[:, None] + value_column[None, :],
+        + _offsets(slot, neighbour, position, value_k, value_r, FLAT, LONG)[:, None] + value_column[None, :],
         mask=visible[:, None] & value_there[None, :], other=0.0,
     )  # fmt: skip
 
@@ -535,28 +546,30 @@ def _backward_keys_kernel(
     for work in range(0, group * row_tiles):
         head = kv_head * group + work // row_tiles
         row = (work % row_tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        token = (first_token + chunk * stride + row).to(tl.int64)
+        token = first_token + chunk * stride + row
         inside = (row < stride) & (token >= 0) & (token < num_tokens)
-        natural = tl.load(lse + batch * num_tokens * num_heads + token * num_heads + head, mask=inside,
+        start_token = (first_token + chunk * stride).to(tl.int64)
+        out_row = (batch * num_tokens + start_token) * num_heads + head
+        natural = tl.load(lse + out_row + _wide(row, LONG) * num_heads, mask=inside,
                           other=float("-inf"))  # fmt: skip
         alive = natural != float("-inf")
         lse_log2 = tl.where(alive, natural * 1.4426950408889634, float("inf"))
         q_first, q_second, q_rest = _load_split(
-            query + batch * query_b + head * query_h + token * query_n, alive,
+            query + batch * query_b + head * query_h + start_token * query_n + _wide(row, LONG) * query_n, alive,
             query_cos + row * query_cos_m if WIDTH > 0 else None, query_sin + row * query_sin_m if WIDTH > 0 else None,
             DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
         )  # fmt: skip
         there = alive[:, None] & value_there[None, :]
-        do = tl.load(grad_out + batch * grad_out_b + head * grad_out_h + (token * grad_out_n)[:, None]
-                     + value_column[None, :], mask=there, other=0.0)  # fmt: skip
-        o = tl.load(out + (batch * num_tokens * num_heads + head) * VALUE_DIM
-                    + (token * num_heads * VALUE_DIM)[:, None] + value_column[None, :], mask=there, other=0.0)  # fmt: skip
+        do = tl.load(grad_out + batch * grad_out_b + head * grad_out_h + start_token * grad_out_n
+                     + (_wide(row, LONG) * grad_out_n)[:, None] + value_column[None, :], mask=there, other=0.0)  # fmt: skip
+        o = tl.load(out + out_row * VALUE_DIM + (_wide(row, LONG) * (num_heads * VALUE_DIM))[:, None]
+                    + value_column[None, :], mask=there, other=0.0)  # fmt: skip
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
         logits = scale_log2 * _product(k_first, k_second, k_rest, q_first, q_second, q_rest, DIM, WIDTH, PRECISION)
         if attention_bias is not None:
             column = slot if BIAS_PER_SLOT else position
             bias = tl.load(
-                attention_bias + head * bias_h + (row.to(tl.int64) * bias_m)[None, :] + column[:, None],
+                attention_bias + head * bias_h + (_wide(row, LONG) * bias_m)[None, :] + column[:, None],
                 mask=alive[None, :] & visible[:, None], other=0.0,
             )  # fmt: skip
             logits += bias.to(tl.float32) * 1.4426950408889634
@@ -568,17 +581,21 @@ def _backward_keys_kernel(
         )
 
     # A masked token's gradient is 0 even beside a query that is NaN.
-    slot_rows = ((batch * num_chunks + chunk) * num_neighbours * retrieved_length + slot) * num_kv_heads + kv_head
-    tl.store(grad_value + (slot_rows * VALUE_DIM)[:, None] + value_column[None, :],
+    first_slot = (batch * num_chunks + chunk) * (num_neighbours * retrieved_length) * num_kv_heads + kv_head
+    slot_rows = _wide(slot, LONG) * num_kv_heads
+    tl.store(grad_value + first_slot * VALUE_DIM + (slot_rows * VALUE_DIM)[:, None] + value_column[None, :],
              tl.where(visible[:, None], dv, 0.0).to(grad_value.dtype.element_ty),
              mask=present[:, None] & value_there[None, :])  # fmt: skip
     _store_split(
-        grad_key + slot_rows * DIM, present, k_cos, k_sin,
+        grad_key + first_slot * DIM + slot_rows * DIM, present, k_cos, k_sin,
         tl.where(visible[:, None], scale * dk_first, 0.0),
         tl.where(visible[:, None], scale * dk_second, 0.0),
         tl.where(visible[:, None], scale * dk_rest, 0.0),
         DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
     )  # fmt: skip
+
+
+_MARGIN = 256  # masked lanes of a tile lie at most this far beyond the last row or slot
 
 
 @dataclass(frozen=True)
@@ -611,8 +628,26 @@ def _compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def _needs_long_offsets(query, key, value, neighbour_mask, attention_bias, grad_out, stride: int) -> bool:
+    """Whether an offset from the first element of a chunk can pass 2^31, so that 32-bit products would overflow.
+    Offsets of chunks, batches and heads are 64-bit always."""
+    _, _, k, r, hk, d = key.shape
+    rows, slots = stride + _MARGIN, k * r + _MARGIN
+    width = max(d, value.shape[-1])
+    furthest = [rows * query.stride(1), rows * query.shape[2] * width, slots * hk * width]
+    if grad_out is not None:
+        furthest.append(rows * grad_out.stride(1))
+    if attention_bias is not None:
+        furthest += [rows * attention_bias.stride(1), rows * slots]
+    for tensor in (key, value, neighbour_mask):
+        if tensor is not None:
+            furthest.append((k + _MARGIN) * tensor.stride(2) + (r + _MARGIN) * tensor.stride(3))
+            furthest.append(slots * tensor.stride(3))
+    return max(furthest) + 2 * width >= 2**31
+
+
 def _shared_arguments(query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin,
-                      null_key, null_value, rotary_interleaved, scale, stride, first_token):  # fmt: skip
+                      null_key, null_value, rotary_interleaved, scale, stride, first_token, grad_out=None):  # fmt: skip
     """What every kernel takes, apart from tiles."""
     n, h, d = query.shape[1:]
     num_chunks, k, r, hk = key.shape[1:5]
@@ -633,6 +668,7 @@ def _shared_arguments(query, key, value, neighbour_mask, attention_bias, query_c
         **_strides("key_cos", key_cos, "r"), **_strides("key_sin", key_sin, "r"),
         "DIM": d, "VALUE_DIM": value.shape[-1], "WIDTH": width, "INTERLEAVED": bool(rotary_interleaved),
         "FLAT": all(k == 1 or of_k == r * of_r for of_k, of_r in moved),
+        "LONG": _needs_long_offsets(query, key, value, neighbour_mask, attention_bias, grad_out, stride),
         "BIAS_PER_SLOT": attention_bias is not None and k > 1 and attention_bias.shape[2] == k * r,
         "BLOCK_PAIR": configs.power_of_two(width), "BLOCK_REST": configs.power_of_two(d - 2 * width),
         "BLOCK_VALUE": configs.power_of_two(value.shape[-1]),
@@ -692,7 +728,7 @@ def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, inputs: t
     b, _, h, _ = query.shape
     num_chunks, k, r, hk = key.shape[1:5]
     shared = {
-        **_shared_arguments(*inputs), "grad_out": grad_out, **_strides("grad_out", grad_out, "bnh"), "out": out,
+        **_shared_arguments(*inputs, grad_out), "grad_out": grad_out, **_strides("grad_out", grad_out, "bnh"), "out": out,
         "lse": lse, "num_chunks": num_chunks,
     }  # fmt: skip
     settings = _choose("backward", query, value, stride)
@@ -710,7 +746,7 @@ def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, inputs: t
         **shared, **_null_arguments(*inputs[9:11]), "grad_query": grad_query, "grad_key": grad_key,
         "grad_value": grad_value, "bias_copies": copies[0], "null_key_copies": copies[1],
         "null_value_copies": copies[2], "row_tiles": row_tiles, "key_tiles": key_tiles, "num_items": num_items,
-        "num_copies": num_copies, "WITHIN": within, "STORE_KEYS": single,
+        "num_copies": num_copies, "WITHIN": within, "STORE_KEYS": single, "PARTIAL_SUMS": bool(wanted),
         "BIAS_ROWS": 0 if copies[0] is None else copies[0].shape[2], **_tile_arguments(settings),
     }  # fmt: skip
     launches = [Launch(_backward_kernel, num_copies * h, arguments, settings)]
