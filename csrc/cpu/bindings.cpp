@@ -1,0 +1,221 @@
+// The raw operations of the CPU backend, through torch's stable ABI: every output is an argument, so that Python
+// allocates it. They check what would otherwise corrupt memory; what a user can get wrong is checked in api.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "dispatch.h"
+#include "problem.h"
+
+namespace retro_kernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// A thread's scratch. It is kept between calls, since fresh pages would cost as much as a small call itself.
+char* thread_scratch(size_t bytes) {
+  struct Buffer {
+    char* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffer;
+  if (buffer.size < bytes) {
+    std::free(buffer.data);
+    buffer.data = nullptr;
+    buffer.size = 0;
+    void* fresh = nullptr;
+    STD_TORCH_CHECK(posix_memalign(&fresh, 4096, bytes) == 0, "retro_kernels: no memory for ", bytes,
+                    " bytes of scratch per thread");
+    buffer.data = static_cast<char*>(fresh);
+    buffer.size = bytes;
+  }
+  return buffer.data;
+}
+
+Type type_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+}
+
+void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(t.dim() == static_cast<int64_t>(shape.size()), name, " has ", t.dim(), " dimensions, expected ",
+                  shape.size());
+  int64_t i = 0;
+  for (int64_t size : shape) {
+    STD_TORCH_CHECK(t.size(i) == size, name, ".shape[", i, "] is ", t.size(i), ", expected ", size);
+    ++i;
+  }
+}
+
+void check_last_stride(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name, ".stride(-1) must be 1");
+}
+
+Operand operand(const MaybeTensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  Operand o;
+  if (!t) return o;
+  check_shape(*t, name, shape);
+  check_last_stride(*t, name);
+  o.type = type_of(*t, name);
+  // a table without elements has no address, yet it was given
+  static const float nothing = 0.0f;
+  o.data = t->numel() ? t->const_data_ptr() : &nothing;
+  o.stride0 = t->stride(0);
+  o.stride1 = shape.size() > 2 ? t->stride(1) : 0;
+  return o;
+}
+
+void* output(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), name, " must be contiguous and on the CPU");
+  return t.numel() ? t.mutable_data_ptr() : nullptr;
+}
+
+Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
+                     const MaybeTensor& bias, const MaybeTensor& query_cos, const MaybeTensor& query_sin,
+                     const MaybeTensor& key_cos, const MaybeTensor& key_sin, const MaybeTensor& null_key,
+                     const MaybeTensor& null_value, bool interleaved, double scale, int64_t stride,
+                     int64_t first_token) {
+  Problem p{};
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 6 && value.dim() == 6,
+                  "query must have 4 dimensions and key and value 6");
+  p.batch = query.size(0), p.tokens = query.size(1), p.heads = query.size(2), p.dim = query.size(3);
+  p.chunks = key.size(1), p.neighbours = key.size(2), p.retrieved = key.size(3), p.kv_heads = key.size(4);
+  p.dim_value = value.size(5);
+  check_shape(query, "query", {p.batch, p.tokens, p.heads, p.dim});
+  check_shape(key, "key", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
+  check_shape(value, "value", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim_value});
+  STD_TORCH_CHECK(p.dim >= 1 && p.dim <= 256 && p.dim_value >= 1 && p.dim_value <= 256,
+                  "head sizes must be in [1, 256], got ", p.dim, " and ", p.dim_value);
+  STD_TORCH_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, "query has ", p.heads, " heads and key ", p.kv_heads);
+  STD_TORCH_CHECK(stride >= 1, "stride must be at least 1, got ", stride);
+  check_last_stride(query, "query");
+  check_last_stride(key, "key");
+  check_last_stride(value, "value");
+  p.type = type_of(query, "query");
+  STD_TORCH_CHECK(type_of(key, "key") == p.type && type_of(value, "value") == p.type,
+                  "query, key and value must have one dtype");
+  p.stride = stride, p.first_token = first_token, p.scale = static_cast<float>(scale);
+  p.query = query.numel() ? query.const_data_ptr() : nullptr;
+  p.key = key.numel() ? key.const_data_ptr() : nullptr;
+  p.value = value.numel() ? value.const_data_ptr() : nullptr;
+  for (int i = 0; i < 3; ++i) p.query_stride[i] = query.stride(i);
+  for (int i = 0; i < 5; ++i) p.key_stride[i] = key.stride(i), p.value_stride[i] = value.stride(i);
+  if (mask) {
+    check_shape(*mask, "neighbour_mask", {p.batch, p.chunks, p.neighbours, p.retrieved});
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "neighbour_mask must be bool");
+    p.mask = mask->numel() ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
+    for (int i = 0; i < 4; ++i) p.mask_stride[i] = mask->stride(i);
+  }
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 3, "attention_bias must have 3 dimensions, has ", bias->dim());
+    p.chunk_rows = bias->size(1), p.bias_slots = bias->size(2);
+    STD_TORCH_CHECK(p.bias_slots == p.retrieved || p.bias_slots == p.neighbours * p.retrieved,
+                    "attention_bias.shape[2] must be r or k * r, got ", p.bias_slots);
+    STD_TORCH_CHECK(p.chunk_rows >= stride, "attention_bias.shape[1] is ", p.chunk_rows, ", below stride ", stride);
+    p.bias = operand(bias, "attention_bias", {p.heads, p.chunk_rows, p.bias_slots});
+  }
+  const int tables = !!query_cos + !!query_sin + !!key_cos + !!key_sin;
+  STD_TORCH_CHECK(tables == 0 || tables == 4, "rotary needs all four tables, got ", tables);
+  if (tables == 4) {
+    STD_TORCH_CHECK(query_cos->dim() == 2, "query_cos must have 2 dimensions, has ", query_cos->dim());
+    const int64_t rows = query_cos->size(0);
+    p.rotary_width = query_cos->size(1);
+    STD_TORCH_CHECK(rows >= stride && 2 * p.rotary_width <= p.dim, "rotary tables [", rows, ", ", p.rotary_width,
+                    "] do not fit stride ", stride, " and head size ", p.dim);
+    p.query_cos = operand(query_cos, "query_cos", {rows, p.rotary_width});
+    p.query_sin = operand(query_sin, "query_sin", {rows, p.rotary_width});
+    p.key_cos = operand(key_cos, "key_cos", {p.retrieved, p.rotary_width});
+    p.key_sin = operand(key_sin, "key_sin", {p.retrieved, p.rotary_width});
+  }
+  p.rotary_interleaved = interleaved;
+  STD_TORCH_CHECK(!null_key == !null_value, "null_key and null_value must come together");
+  p.null_key = operand(null_key, "null_key", {p.heads, p.dim});
+  p.null_value = operand(null_value, "null_value", {p.heads, p.dim_value});
+  return p;
+}
+
+// Zeroes `rows` (and sets lse, if any, to -inf) of the tokens that attend to no chunk.
+void clear_idle_tokens(const Problem& p, void* rows, int64_t row_bytes, float* lse) {
+  const int64_t start = std::min(std::max<int64_t>(p.first_token, 0), p.tokens);
+  const int64_t end =
+      std::max(start, std::min(p.first_token + p.chunks * p.stride, p.tokens));
+  const auto clear = [&](int64_t b, int64_t first, int64_t last) {
+    if (first >= last) return;
+    const int64_t at = (b * p.tokens + first) * p.heads, count = (last - first) * p.heads;
+    std::memset(static_cast<char*>(rows) + at * row_bytes, 0, count * row_bytes);
+    if (lse) std::fill(lse + at, lse + at + count, -INFINITY);
+  };
+  for (int64_t b = 0; b < p.batch; ++b) {
+    clear(b, 0, start);
+    clear(b, end, p.tokens);
+  }
+}
+
+void forward(Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTensor bias, MaybeTensor query_cos,
+             MaybeTensor query_sin, MaybeTensor key_cos, MaybeTensor key_sin, MaybeTensor null_key,
+             MaybeTensor null_value, bool interleaved, double scale, int64_t stride, int64_t first_token, Tensor out,
+             Tensor lse) {
+  Problem p = make_problem(query, key, value, mask, bias, query_cos, query_sin, key_cos, key_sin, null_key, null_value,
+                           interleaved, scale, stride, first_token);
+  check_shape(out, "out", {p.batch, p.tokens, p.heads, p.dim_value});
+  check_shape(lse, "lse", {p.batch, p.tokens, p.heads});
+  STD_TORCH_CHECK(type_of(out, "out") == p.type && type_of(lse, "lse") == kFloat32,
+                  "out must have the query's dtype and lse float32");
+  p.out = output(out, "out");
+  p.lse = static_cast<float*>(output(lse, "lse"));
+  if (p.batch * p.tokens * p.heads == 0) return;
+  clear_idle_tokens(p, p.out, p.dim_value * (p.type == kFloat32 ? 4 : 2), p.lse);
+  const Level& chosen = level();
+  const size_t bytes = chosen.scratch_bytes(p, false);
+  torch::stable::parallel_for(0, p.batch * p.chunks * p.kv_heads, 1, [&](int64_t first, int64_t last) {
+    chosen.forward(p, first, last, thread_scratch(bytes));
+  });
+}
+
+std::string isa() { return level().name; }
+std::string isas() { return usable_levels(); }
+void set_isa(std::string name) { choose_level(name); }
+
+}  // namespace
+}  // namespace retro_kernels
+
+#define RK_SLOTS                                                                                                  \
+  "Tensor query, Tensor key, Tensor value, Tensor? neighbour_mask, Tensor? attention_bias, Tensor? query_cos, "   \
+  "Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, Tensor? null_key, Tensor? null_value, "                   \
+  "bool rotary_interleaved, float scale, int stride, int first_token, "
+
+STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
+  m.def("cca_forward(" RK_SLOTS "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("isa() -> str");
+  m.def("isas() -> str");
+  m.def("set_isa(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(retro_kernels_cpu, CPU, m) { m.impl("cca_forward", TORCH_BOX(&retro_kernels::forward)); }
+
+STABLE_TORCH_LIBRARY_IMPL(retro_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&retro_kernels::isa));
+  m.impl("isas", TORCH_BOX(&retro_kernels::isas));
+  m.impl("set_isa", TORCH_BOX(&retro_kernels::set_isa));
+}

@@ -1,0 +1,555 @@
+// Fused chunked cross-attention, forward and backward, for one instruction-set level (see simd.h).
+//
+// A work item is one (batch, chunk, kv head). Its visible keys are packed, `key_block` at a time and masked tokens left
+// out altogether, into per-thread buffers; its rows are the attending tokens of all query heads of the group, taken
+// kRows at a time. Scores are kept transposed, [key][row]: keys and values then serve as the broadcast operand just as
+// they lie in memory, only the (fewer) rows are transposed, and softmax runs down the lanes without any horizontal
+// operation. Rows are padded to kRowStep with zeros; a padded row has finite scores and contributes zero.
+//
+//   forward    S' = K Q'    softmax down S'    O = P V
+//   backward   S' = K Q'    G' = V dO'         dV = P' dO    dK = dS' Q    dQ = dS K      (dS = P (G - delta))
+//
+// With bf16 dot products (kPairs) an "element" of a multiplied matrix is a pair of bf16 adjacent along the summed
+// index. Otherwise bf16 and fp16 are widened to fp32 when packed. Sums and softmax are fp32 throughout.
+//
+// Any number of keys and rows runs in the same scratch: the forward has an online softmax over key blocks; the backward
+// has every row's log-sum-exp and visits (row block, key block) in one sweep when an item has one block of either kind
+// and otherwise in two sweeps, one for dQ and one for dK and dV.
+#include "problem.h"
+#include "simd.h"
+
+namespace retro_kernels {
+namespace RK_NAMESPACE {
+namespace {
+
+constexpr int kRows = 64;
+constexpr int kRowStep = 16;
+constexpr int kMaxDim = 256;
+constexpr int kDepth = 128;  // summed indices per pass of the register tile: a panel of 128 x kPanel stays in L1
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+RK_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+RK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+RK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+RK_INLINE float infinity() { return __builtin_inff(); }
+
+// ---------------------------------------------------------------------------------------------- matrix products
+
+template <int kVectors, bool kDown, bool kPairs, bool kAdd>
+RK_INLINE void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  vfloat acc[kTileRows][kVectors];
+  RK_UNROLL for (int i = 0; i < kTileRows; ++i)
+    RK_UNROLL for (int v = 0; v < kVectors; ++v) acc[i][v] = vfloat{};
+  for (int64_t k = 0; k < depth; ++k) {
+    vfloat bv[kVectors];
+    RK_UNROLL for (int v = 0; v < kVectors; ++v) bv[v] = load(b + k * ldb + v * kLanes);
+    RK_UNROLL for (int i = 0; i < kTileRows; ++i) {
+      const float x = kDown ? a[k * lda + i] : a[i * lda + k];
+      RK_UNROLL for (int v = 0; v < kVectors; ++v) acc[i][v] = multiply_add<kPairs>(acc[i][v], x, bv[v]);
+    }
+  }
+  RK_UNROLL for (int i = 0; i < kTileRows; ++i)
+    RK_UNROLL for (int v = 0; v < kVectors; ++v) {
+      float* p = c + i * ldc + v * kLanes;
+      store(p, kAdd ? load(p) + acc[i][v] : acc[i][v]);
+    }
+}
+
+template <bool kDown, bool kPairs, bool kAdd>
+static __attribute__((noinline)) void multiply_strip(
+    int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+    int64_t panel, float* c, int64_t ldc) {
+  int64_t v = 0;
+  for (; v + 2 <= vectors; v += 2)
+    for (int64_t i = 0; i < rows; i += kTileRows)
+      tile<2, kDown, kPairs, kAdd>(depth, kDown ? a + i : a + i * lda, lda, b + v / 2 * panel, ldb,
+                                   c + i * ldc + v * kLanes, ldc);
+  if (v < vectors)
+    for (int64_t i = 0; i < rows; i += kTileRows)
+      tile<1, kDown, kPairs, kAdd>(depth, kDown ? a + i : a + i * lda, lda, b + v / 2 * panel, ldb,
+                                   c + i * ldc + v * kLanes, ldc);
+}
+
+// C[rows, columns] (+)= A B. A is [rows][depth], or with kDown [depth][rows]; kPanel columns of B start every `panel`
+// elements. `rows` is a multiple of kTileRows and `columns` of kLanes.
+template <bool kDown, bool kPairs>
+RK_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b,
+                        int64_t ldb, int64_t panel, float* c, int64_t ldc, bool add) {
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t n = least(kDepth, depth - k);
+    const float* at = kDown ? a + k * lda : a + k;
+    if (add || k > 0)
+      multiply_strip<kDown, kPairs, true>(rows, columns / kLanes, n, at, lda, b + k * ldb, ldb, panel, c, ldc);
+    else
+      multiply_strip<kDown, kPairs, false>(rows, columns / kLanes, n, at, lda, b + k * ldb, ldb, panel, c, ldc);
+  }
+}
+
+// --------------------------------------------------------------------------------------- loading and storing rows
+
+// dst[0, padded) fp32, zero beyond n
+template <class T>
+RK_INLINE void widen_row(const T* src, int64_t n, float* dst, int64_t padded) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, widen_vector(src + i));
+  for (; i < n; ++i) dst[i] = widen(src[i]);
+  for (; i < padded; ++i) dst[i] = 0.0f;
+}
+
+template <class T>
+RK_INLINE void narrow_row(const float* src, int64_t n, float factor, T* dst) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) narrow_vector(load(src + i) * factor, dst + i);
+  for (; i < n; ++i) narrow(src[i] * factor, dst + i);
+}
+
+static void widen_operand(const Operand& o, int64_t offset, int64_t n, float* dst) {
+  if (o.type == kFloat32)
+    widen_row((const float*)o.data + offset, n, dst, n);
+  else if (o.type == kFloat16)
+    widen_row((const half_t*)o.data + offset, n, dst, n);
+  else
+    widen_row((const bfloat_t*)o.data + offset, n, dst, n);
+}
+
+// Turns x by the table's row, or back with `direction` -1.
+static void rotate(float* x, const Operand& cosine, const Operand& sine, int64_t row, int64_t width, bool interleaved,
+                   float direction) {
+  float c[kMaxDim / 2], s[kMaxDim / 2];
+  widen_operand(cosine, row * cosine.stride0, width, c);
+  widen_operand(sine, row * sine.stride0, width, s);
+  if (interleaved) {
+    for (int64_t j = 0; j < width; ++j) {
+      const float a = x[2 * j], b = x[2 * j + 1], t = s[j] * direction;
+      x[2 * j] = a * c[j] - b * t;
+      x[2 * j + 1] = b * c[j] + a * t;
+    }
+  } else {
+    for (int64_t j = 0; j < width; ++j) {
+      const float a = x[j], b = x[j + width], t = s[j] * direction;
+      x[j] = a * c[j] - b * t;
+      x[j + width] = b * c[j] + a * t;
+    }
+  }
+}
+
+RK_INLINE void add_scaled(float* x, float factor, const float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] += factor * y[i];
+}
+
+RK_INLINE float dot(const float* x, const float* y, int64_t padded) {
+  vfloat sum = {};
+  for (int64_t i = 0; i < padded; i += kLanes) sum += load(x + i) * load(y + i);
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += sum[i];
+  return total;
+}
+
+// ------------------------------------------------------------------------------------------------------- layout
+
+// Buffer sizes, in fp32 elements unless said. Every buffer starts on a cache line.
+struct Sizes {
+  bool pairs;
+  int64_t keys;                 // key_block
+  int64_t dim, dim_value;       // padded to 16
+  int64_t depth, depth_value;   // elements summed over d and d_value
+  int64_t ld, ld_value;         // row length of packed keys and values; never a multiple of 512 bytes
+
+  Sizes(const Problem& p, bool pairs_) : pairs(pairs_) {
+    const int64_t per = pairs ? 2 : 1;
+    dim = round_up(p.dim, 16);
+    dim_value = round_up(p.dim_value, 16);
+    keys = most(dim, dim_value) <= 128 ? 256 : 128;
+    depth = (p.dim + per - 1) / per;
+    depth_value = (p.dim_value + per - 1) / per;
+    ld = round_up(depth, 16) + 16;
+    ld_value = round_up(depth_value, 16) + 16;
+  }
+};
+
+struct Arena {
+  char* base;
+  size_t used = 0;
+  template <class T = float>
+  T* take(int64_t count) {
+    T* p = (T*)(base + used);
+    used += ((size_t)count * sizeof(T) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+// The rows of one row block.
+struct Rows {
+  int64_t count, padded;
+  int64_t head[kRows], token[kRows], row[kRows];
+};
+
+// The attending tokens of a work item.
+struct Item {
+  int64_t b, u, kv;
+  int64_t first, count, row0;  // tokens [first, first + count), the first of them being chunk row row0
+};
+
+RK_INLINE Item make_item(const Problem& p, int64_t b, int64_t u, int64_t kv) {
+  const int64_t start = p.first_token + u * p.stride;
+  const int64_t first = most(start, 0), last = least(start + p.stride, p.tokens);
+  return {b, u, kv, first, most(last - first, 0), first - start};
+}
+
+RK_INLINE void make_rows(const Problem& p, const Item& item, int64_t block, Rows* rows) {
+  const int64_t group = p.heads / p.kv_heads, begin = block * kRows;
+  rows->count = least(kRows, group * item.count - begin);
+  rows->padded = round_up(rows->count, kRowStep);
+  for (int64_t i = 0; i < rows->count; ++i) {
+    const int64_t x = begin + i, token = x % item.count;
+    rows->head[i] = item.kv * group + x / item.count;
+    rows->token[i] = item.first + token;
+    rows->row[i] = item.row0 + token;
+  }
+}
+
+// The next key block: the slots (neighbour * r + token) of up to `limit` visible keys from `*cursor` on.
+struct Keys {
+  int64_t count, padded;
+  bool contiguous;
+  int64_t slot[256];
+};
+
+RK_INLINE void next_keys(const Problem& p, const Item& item, int64_t limit, int64_t* cursor, Keys* keys) {
+  const int64_t slots = p.neighbours * p.retrieved;
+  int64_t n = 0, s = *cursor;
+  if (!p.mask) {
+    for (; s < slots && n < limit; ++s) keys->slot[n++] = s;
+  } else {
+    const uint8_t* base = p.mask + item.b * p.mask_stride[0] + item.u * p.mask_stride[1];
+    for (; s < slots && n < limit; ++s)
+      if (base[s / p.retrieved * p.mask_stride[2] + s % p.retrieved * p.mask_stride[3]]) keys->slot[n++] = s;
+  }
+  *cursor = s;
+  keys->count = n;
+  keys->padded = round_up(n, 8);
+  keys->contiguous = n > 0 && keys->slot[n - 1] - keys->slot[0] == n - 1;
+}
+
+// ------------------------------------------------------------------------------------------------------ packing
+
+// One row of d elements into `dst` as the products want it: fp32, or bf16 (two to an element), zero beyond d.
+template <class T, bool kPairs>
+RK_INLINE void pack_row(const T* src, int64_t d, const Operand* cosine, const Operand* sine, int64_t row,
+                        int64_t width, bool interleaved, float* dst, int64_t padded) {
+  if constexpr (kPairs) {
+    bfloat_t* out = (bfloat_t*)dst;
+    if (width == 0) {
+      __builtin_memcpy(out, src, (size_t)d * 2);
+    } else {
+      float x[kMaxDim];
+      widen_row(src, d, x, round_up(d, 16));
+      rotate(x, *cosine, *sine, row, width, interleaved, 1.0f);
+      narrow_row(x, d, 1.0f, out);
+    }
+    for (int64_t i = d; i < 2 * padded; ++i) out[i].bits = 0;
+  } else {
+    widen_row(src, d, dst, padded);
+    if (width > 0) rotate(dst, *cosine, *sine, row, width, interleaved, 1.0f);
+  }
+}
+
+#if RK_LEVEL >= 3
+// dst[i] = pair (a[i], b[i])
+RK_INLINE void interleave(const bfloat_t* a, const bfloat_t* b, int64_t n, float* dst) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + i)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + i)));
+    _mm512_storeu_si512(dst + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+#endif
+
+// Rows [row][ld] into panels: dst[panel of kPanel rows][element][row in panel].
+RK_INLINE void transpose_rows(const float* rows, int64_t ld, int64_t padded_rows, int64_t elements, float* dst) {
+  for (int64_t i = 0; i < padded_rows; i += kLanes)
+    for (int64_t j = 0; j < elements; j += kLanes)
+      transpose_square(rows + i * ld + j, ld, dst + i / kPanel * round_up(elements, 16) * kPanel + j * kPanel + i % kPanel,
+                       kPanel);
+}
+
+RK_INLINE int64_t panel_size(int64_t depth) { return round_up(depth, 16) * kPanel; }
+
+template <class T>
+RK_INLINE const T* query_row(const Problem& p, const Item& item, const Rows& rows, int64_t i) {
+  return (const T*)p.query + item.b * p.query_stride[0] + rows.token[i] * p.query_stride[1] +
+         rows.head[i] * p.query_stride[2];
+}
+
+RK_INLINE int64_t key_offset(const Problem& p, const int64_t* stride, const Item& item, int64_t slot) {
+  return item.b * stride[0] + item.u * stride[1] + slot / p.retrieved * stride[2] + slot % p.retrieved * stride[3] +
+         item.kv * stride[4];
+}
+
+template <class T, bool kPairs>
+static void pack_keys(const Problem& p, const Item& item, const Sizes& z, const Keys& keys, float* packed) {
+  for (int64_t i = 0; i < keys.count; ++i)
+    pack_row<T, kPairs>((const T*)p.key + key_offset(p, p.key_stride, item, keys.slot[i]), p.dim, &p.key_cos,
+                        &p.key_sin, keys.slot[i] % p.retrieved, p.rotary_width, p.rotary_interleaved,
+                        packed + i * z.ld, z.ld - 16);
+  for (int64_t i = keys.count; i < keys.padded; ++i) __builtin_memset(packed + i * z.ld, 0, (size_t)(z.ld - 16) * 4);
+}
+
+template <class T, bool kPairs>
+static void pack_values(const Problem& p, const Item& item, const Sizes& z, const Keys& keys, float* packed) {
+  for (int64_t i = 0; i < keys.count; ++i)
+    pack_row<T, kPairs>((const T*)p.value + key_offset(p, p.value_stride, item, keys.slot[i]), p.dim_value, nullptr,
+                        nullptr, 0, 0, false, packed + i * z.ld_value, z.ld_value - 16);
+  for (int64_t i = keys.count; i < keys.padded; ++i)
+    __builtin_memset(packed + i * z.ld_value, 0, (size_t)(z.ld_value - 16) * 4);
+}
+
+// Rows [row][ld] of pairs along their length into [row / 2][dim] of pairs along the rows.
+template <bool kPairs>
+RK_INLINE void interleave_rows(const float* rows, int64_t ld, int64_t count, int64_t dim, float* dst, int64_t ld_dst) {
+#if RK_LEVEL >= 3
+  if constexpr (kPairs)
+    for (int64_t i = 0; i < count; i += 2)
+      interleave((const bfloat_t*)(rows + i * ld), (const bfloat_t*)(rows + (i + 1) * ld), dim, dst + i / 2 * ld_dst);
+#endif
+}
+
+// bias[key][row] * log2(e)
+static void gather_bias(const Problem& p, const Rows& rows, const Keys& keys, float* bias) {
+  float line[256 + 16] __attribute__((aligned(64)));
+  float square[kLanes * 256] __attribute__((aligned(64)));
+  const int64_t padded = keys.padded;
+  for (int64_t i0 = 0; i0 < rows.padded; i0 += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      float* dst = square + i * 256;
+      if (i0 + i >= rows.count) {
+        __builtin_memset(dst, 0, sizeof(float) * 256);
+        continue;
+      }
+      const int64_t offset = rows.head[i0 + i] * p.bias.stride0 + rows.row[i0 + i] * p.bias.stride1;
+      int64_t k = 0;
+      while (k < keys.count) {  // runs of consecutive slots that are consecutive in the bias too
+        const int64_t start = keys.slot[k] % p.bias_slots;
+        int64_t n = 1;
+        while (k + n < keys.count && keys.slot[k + n] == keys.slot[k] + n && start + n < p.bias_slots) ++n;
+        widen_operand(p.bias, offset + start, n, line);
+        for (int64_t j = 0; j < n; ++j) dst[k + j] = line[j] * kLog2e;
+        k += n;
+      }
+      for (; k < 256 && k < round_up(padded, kLanes); ++k) dst[k] = 0.0f;
+    }
+    int64_t k = 0;
+    for (; k + kLanes <= padded; k += kLanes) transpose_square(square + k, 256, bias + k * kRows + i0, kRows);
+    for (; k < padded; ++k)
+      for (int64_t i = 0; i < kLanes; ++i) bias[k * kRows + i0 + i] = square[i * 256 + k];
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ forward
+
+struct ForwardBuffers {
+  float *keys, *values, *raw, *rows, *scores, *probabilities, *bias, *out;
+  float *highest, *sum, *rescale;
+  float *null_value, *null_key, *wide;
+
+  ForwardBuffers(const Problem& p, const Sizes& z, Arena* arena) {
+    keys = arena->take(z.keys * z.ld);
+    values = arena->take(z.pairs ? z.keys / 2 * z.dim_value : z.keys * z.ld_value);
+    raw = arena->take(most(kRows * z.ld, z.pairs ? z.keys * z.ld_value : 0));
+    rows = arena->take(kRows * round_up(z.depth, 16));
+    scores = arena->take(z.keys * kRows);
+    probabilities = z.pairs ? arena->take(z.keys / 2 * kRows) : scores;
+    bias = arena->take(p.bias.data ? z.keys * kRows : 0);
+    out = arena->take(kRows * z.dim_value);
+    highest = arena->take(kRows);
+    sum = arena->take(kRows);
+    rescale = arena->take(kRows);
+    null_key = arena->take(kMaxDim);
+    null_value = arena->take(kMaxDim);
+    wide = arena->take(kMaxDim);
+  }
+};
+
+// Scores [key][row] -> unnormalised probabilities relative to the running maximum, which this updates with the sum.
+template <bool kPairs>
+static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, const float* bias, float* scores,
+                          float* probabilities, float* highest, float* sum, float* rescale) {
+  const int64_t n = keys.count;
+  for (int64_t i = 0; i < padded_rows; i += kLanes) {
+    float* s = scores + i;
+    vfloat high = load(highest + i), high1 = high;
+    const vfloat before = high;
+    float scale = factor;
+    int64_t k = 0;
+    if (bias) {
+      for (; k < n; ++k) {
+        const vfloat x = load(s + k * kRows) * factor + load(bias + k * kRows + i);
+        store(s + k * kRows, x);
+        high = larger(x, high);
+      }
+      scale = 1.0f;
+    } else {
+      for (; k + 2 <= n; k += 2) {
+        high = larger(load(s + k * kRows) * factor, high);
+        high1 = larger(load(s + (k + 1) * kRows) * factor, high1);
+      }
+      for (; k < n; ++k) high = larger(load(s + k * kRows) * factor, high);
+      high = larger(high1, high);
+    }
+    store(highest + i, high);
+    const vint nothing = high == splat(-infinity());
+    const vfloat reference = nothing ? vfloat{} : high;
+    const vfloat alpha = exp2(before - reference);
+    store(rescale + i, alpha);
+    vfloat total = {}, total1 = {};
+    k = 0;
+    for (; k + 2 <= n; k += 2) {
+      const vfloat a = exp2(load(s + k * kRows) * scale - reference);
+      const vfloat b = exp2(load(s + (k + 1) * kRows) * scale - reference);
+      total += a;
+      total1 += b;
+#if RK_LEVEL >= 3
+      if constexpr (kPairs) {
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+        const __m512i high16 = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+        _mm512_store_si512(probabilities + k / 2 * kRows + i, _mm512_or_si512(low, _mm512_slli_epi32(high16, 16)));
+        continue;
+      }
+#endif
+      store(probabilities + k * kRows + i, a);
+      store(probabilities + (k + 1) * kRows + i, b);
+    }
+    if (k < n) {
+      const vfloat a = exp2(load(s + k * kRows) * scale - reference);
+      total += a;
+#if RK_LEVEL >= 3
+      if constexpr (kPairs)
+        _mm512_store_si512(probabilities + k / 2 * kRows + i,
+                           _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a)));
+      else
+#endif
+        store(probabilities + k * kRows + i, a);
+    }
+    store(sum + i, load(sum + i) * alpha + (total + total1));
+  }
+}
+
+template <class T, bool kPairs>
+static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers& f, int64_t first_item,
+                          int64_t last_item) {
+  const int64_t slots = p.neighbours * p.retrieved, group = p.heads / p.kv_heads;
+  const bool one_block = slots <= z.keys;
+  const float factor = p.scale * kLog2e;
+  Rows rows;
+  Keys keys;
+  for (int64_t index = first_item; index < last_item; ++index) {
+    const Item item = make_item(p, index / p.kv_heads / p.chunks, index / p.kv_heads % p.chunks, index % p.kv_heads);
+    if (item.count == 0) continue;
+    const int64_t blocks = (group * item.count + kRows - 1) / kRows;
+    for (int64_t block = 0; block < blocks; ++block) {
+      make_rows(p, item, block, &rows);
+      for (int64_t i = 0; i < rows.count; ++i)
+        pack_row<T, kPairs>(query_row<T>(p, item, rows, i), p.dim, &p.query_cos, &p.query_sin, rows.row[i],
+                            p.rotary_width, p.rotary_interleaved, f.raw + i * z.ld, z.ld - 16);
+      for (int64_t i = rows.count; i < rows.padded; ++i) __builtin_memset(f.raw + i * z.ld, 0, (size_t)z.ld * 4);
+      transpose_rows(f.raw, z.ld, rows.padded, round_up(z.depth, 16), f.rows);
+
+      bool started = p.null_key.data != nullptr;
+      for (int64_t i = 0; i < rows.padded; ++i) {
+        f.highest[i] = -infinity();
+        f.sum[i] = 0.0f;
+        if (!started) continue;
+        float* out = f.out + i * z.dim_value;
+        if (i >= rows.count) {
+          __builtin_memset(out, 0, (size_t)z.dim_value * 4);
+          continue;
+        }
+        if (i == 0 || rows.head[i] != rows.head[i - 1]) {
+          __builtin_memset(f.null_key, 0, kMaxDim * 4);
+          __builtin_memset(f.null_value, 0, kMaxDim * 4);
+          widen_operand(p.null_key, rows.head[i] * p.null_key.stride0, p.dim, f.null_key);
+          widen_operand(p.null_value, rows.head[i] * p.null_value.stride0, p.dim_value, f.null_value);
+        }
+        const float* q = f.raw + i * z.ld;
+        if (kPairs) widen_row((const bfloat_t*)q, p.dim, f.wide, z.dim), q = f.wide;
+        f.highest[i] = dot(q, f.null_key, z.dim) * factor;
+        f.sum[i] = 1.0f;
+        __builtin_memcpy(out, f.null_value, (size_t)z.dim_value * 4);
+      }
+
+      int64_t cursor = 0;
+      do {
+        if (!one_block || block == 0) {
+          next_keys(p, item, z.keys, &cursor, &keys);
+          pack_keys<T, kPairs>(p, item, z, keys, f.keys);
+          if (kPairs) {
+            pack_values<T, kPairs>(p, item, z, keys, f.raw);
+            interleave_rows<kPairs>(f.raw, z.ld_value, keys.padded, z.dim_value, f.values, z.dim_value);
+          } else {
+            pack_values<T, kPairs>(p, item, z, keys, f.values);
+          }
+        } else {
+          cursor = slots;
+        }
+        if (keys.count == 0) break;
+        if (p.bias.data) gather_bias(p, rows, keys, f.bias);
+        multiply<false, kPairs>(keys.padded, rows.padded, z.depth, f.keys, z.ld, f.rows, kPanel, panel_size(z.depth),
+                                f.scores, kRows, false);
+        softmax_block<kPairs>(keys, rows.padded, factor, p.bias.data ? f.bias : nullptr, f.scores, f.probabilities,
+                              f.highest, f.sum, f.rescale);
+        if (started)
+          for (int64_t i = 0; i < rows.padded; ++i) {
+            const float alpha = f.rescale[i];
+            float* out = f.out + i * z.dim_value;
+            for (int64_t j = 0; j < z.dim_value; j += kLanes) store(out + j, load(out + j) * alpha);
+          }
+        multiply<true, kPairs>(rows.padded, z.dim_value, kPairs ? (keys.count + 1) / 2 : keys.count, f.probabilities,
+                               kRows, f.values, kPairs ? z.dim_value : z.ld_value, kPanel, f.out, z.dim_value, started);
+        started = true;
+      } while (cursor < slots);
+
+      for (int64_t i = 0; i < rows.count; ++i) {
+        const int64_t position = (item.b * p.tokens + rows.token[i]) * p.heads + rows.head[i];
+        T* out = (T*)p.out + position * p.dim_value;
+        const float sum = f.sum[i];
+        if (!started || sum == 0.0f) {
+          __builtin_memset((void*)out, 0, (size_t)p.dim_value * sizeof(T));
+          p.lse[position] = -infinity();
+        } else {
+          narrow_row(f.out + i * z.dim_value, p.dim_value, 1.0f / sum, out);
+          p.lse[position] = (f.highest[i] + __builtin_log2f(sum)) * kLn2;
+        }
+      }
+    }
+  }
+}
+
+template <class T, bool kPairs>
+static void forward_typed(const Problem& p, int64_t first_item, int64_t last_item, char* scratch) {
+  const Sizes z(p, kPairs);
+  Arena arena{scratch};
+  const ForwardBuffers buffers(p, z, &arena);
+  forward_items<T, kPairs>(p, z, buffers, first_item, last_item);
+}
+
+static void forward(const Problem& p, int64_t first_item, int64_t last_item, char* scratch) {
+  if (p.type == kFloat32)
+    forward_typed<float, false>(p, first_item, last_item, scratch);
+  else if (p.type == kFloat16)
+    forward_typed<half_t, false>(p, first_item, last_item, scratch);
+  else
+    forward_typed<bfloat_t, (RK_LEVEL >= 3)>(p, first_item, last_item, scratch);
+}
+
+static size_t scratch_bytes(const Problem& p, bool) {
+  const Sizes z(p, p.type == kBFloat16 && RK_LEVEL >= 3);
+  Arena arena{nullptr};
+  ForwardBuffers(p, z, &arena);
+  return arena.used;
+}
+static void backward(const Problem&, int64_t, int64_t, char*) {}
+
+}  // namespace
+}  // namespace RK_NAMESPACE
+}  // namespace retro_kernels

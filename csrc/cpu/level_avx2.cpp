@@ -1,0 +1,8 @@
+#define RK_LEVEL 1
+#define RK_NAMESPACE level_avx2
+#include "kernels.h"
+
+namespace retro_kernels {
+extern const Level kLevel_avx2;
+const Level kLevel_avx2 = {"avx2", level_avx2::scratch_bytes, level_avx2::forward, level_avx2::backward};
+}  // namespace retro_kernels

@@ -1,0 +1,8 @@
+#define RK_LEVEL 2
+#define RK_NAMESPACE level_avx512
+#include "kernels.h"
+
+namespace retro_kernels {
+extern const Level kLevel_avx512;
+const Level kLevel_avx512 = {"avx512", level_avx512::scratch_bytes, level_avx512::forward, level_avx512::backward};
+}  // namespace retro_kernels

@@ -1,0 +1,8 @@
+#define RK_LEVEL 3
+#define RK_NAMESPACE level_avx512_bf16
+#include "kernels.h"
+
+namespace retro_kernels {
+extern const Level kLevel_avx512_bf16;
+const Level kLevel_avx512_bf16 = {"avx512_bf16", level_avx512_bf16::scratch_bytes, level_avx512_bf16::forward, level_avx512_bf16::backward};
+}  // namespace retro_kernels

@@ -1,0 +1,8 @@
+#define RK_LEVEL 0
+#define RK_NAMESPACE level_portable
+#include "kernels.h"
+
+namespace retro_kernels {
+extern const Level kLevel_portable;
+const Level kLevel_portable = {"portable", level_portable::scratch_bytes, level_portable::forward, level_portable::backward};
+}  // namespace retro_kernels

@@ -1,0 +1,64 @@
+// What the bindings hand to the kernels: plain pointers, sizes and strides. Included by translation units compiled
+// for different instruction sets, so it must define no function and include no C++ standard header.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace retro_kernels {
+
+enum Type : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// An optional small operand (bias, rotary table, null slot): its own type, strides in elements, last stride 1.
+struct Operand {
+  const void* data = nullptr;
+  Type type = kFloat32;
+  int64_t stride0 = 0, stride1 = 0;
+};
+
+struct Problem {
+  int64_t batch, tokens, heads, chunks, neighbours, retrieved, kv_heads, dim, dim_value;
+  int64_t chunk_rows;   // rows of the bias and of the query's rotary tables (m)
+  int64_t stride;       // tokens that attend to one chunk
+  int64_t first_token;  // token of clock 0; may be negative
+  float scale;
+  Type type;  // of query, key, value, out and their gradients
+
+  const void *query, *key, *value;
+  int64_t query_stride[3];  // batch, token, head
+  int64_t key_stride[5];    // batch, chunk, neighbour, retrieved token, head
+  int64_t value_stride[5];
+
+  const uint8_t* mask;  // null: everything is visible
+  int64_t mask_stride[4];
+
+  Operand bias;              // strides: head, row
+  int64_t bias_slots;        // r or k * r
+  Operand query_cos, query_sin, key_cos, key_sin;  // stride0: row
+  int64_t rotary_width;      // columns of a table; 0: no rotation
+  bool rotary_interleaved;
+  Operand null_key, null_value;  // stride0: head
+
+  // forward: written; backward: read. Contiguous.
+  void* out;
+  float* lse;
+
+  // backward only
+  const void* grad_out;
+  int64_t grad_out_stride[3];
+  void *grad_query, *grad_key, *grad_value;  // contiguous
+  // fp32 partial sums, `copies` of each, contiguous; null when not wanted
+  float *bias_partial, *null_key_partial, *null_value_partial;
+  int64_t copies;
+};
+
+// One instruction-set level. `scratch` is 64-byte aligned and holds scratch_bytes(problem, backward) bytes.
+struct Level {
+  const char* name;
+  size_t (*scratch_bytes)(const Problem&, bool backward);
+  // Work item: (batch, chunk, kv head), the kv head running fastest.
+  void (*forward)(const Problem&, int64_t first_item, int64_t last_item, char* scratch);
+  // `copy`: which partial copy of the parameter gradients these items add to.
+  void (*backward)(const Problem&, int64_t item, int64_t copy, char* scratch);
+};
+
+}  // namespace retro_kernels
