@@ -11,6 +11,10 @@ import torch
 
 PASSES = ("forward", "backward", "backward_queries", "backward_keys")
 
+# Names of the devices whose GPU suite passed with its results committed. While it is empty the Triton kernels have never
+# run on a GPU, and no GPU call takes them unless they are asked for by name.
+VERIFIED_ON_GPU: tuple[str, ...] = ()
+
 SINGLE_PASS_HEAD_DIM = 128  # beyond it the fp32 gradients of a tile of 64 rows no longer fit the registers
 
 

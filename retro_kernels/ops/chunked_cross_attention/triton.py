@@ -12,6 +12,7 @@ import torch
 
 from .. import common as ops_common
 from . import common, configs
+from .configs import VERIFIED_ON_GPU  # noqa: F401 - read by ops/backends.py
 
 try:
     import triton
