@@ -2,6 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import nn
+from .integrations import SwapReport, swap
 from .ops.backends import BackendStatus
 from .ops.chunked_cross_attention import backends, chunked_cross_attention
 
@@ -10,4 +12,4 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0.0.0+uninstalled"
 
-__all__ = ["BackendStatus", "backends", "chunked_cross_attention"]
+__all__ = ["BackendStatus", "SwapReport", "backends", "chunked_cross_attention", "nn", "swap"]

@@ -82,6 +82,7 @@ def unverified(module: ModuleType, name: str) -> str | None:
     )
 
 
+@torch.compiler.assume_constant_result  # what can run does not change under a compiled graph
 def _unavailable(modules: dict[str, ModuleType], name: str) -> str | None:
     if name not in modules:
         return "this version of retro_kernels does not have it"

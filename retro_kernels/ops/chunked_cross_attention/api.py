@@ -3,6 +3,7 @@ the backend that `ops/backends.py` chooses."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -88,8 +89,10 @@ def chunked_cross_attention(
         backend, or an option that the named backend refuses. RuntimeError: the named backend cannot run here; a second
         derivative of a fused backend.
     """
-    if isinstance(query, torch.Tensor) and torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    validate.tensor("query", query, validate.FLOATING)
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         query, key, value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value = (
             _autocast(x, dtype)
             for x in (
@@ -126,7 +129,7 @@ def chunked_cross_attention(
     )
     chosen = backend_choice.choose("chunked_cross_attention", BACKENDS, call, backend)
     if chosen == "reference":
-        with torch.autocast(query.device.type, enabled=False):
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             out, lse = reference.chunked_cross_attention(call)
     else:
         out, lse = _fused(chosen, call)
@@ -144,7 +147,6 @@ def _check_tensors(
     query, key, value, chunk_size, neighbour_mask, attention_bias, relative_key, content_bias, relative_bias,
     query_rotary, key_rotary, rotary_interleaved, null_key, null_value,
 ) -> None:  # fmt: skip
-    validate.tensor("query", query, validate.FLOATING)
     validate.rank("query", query, "b, n, h, d")
     dtype, device = query.dtype, query.device
     for name, x in (("key", key), ("value", value)):
