@@ -4,12 +4,15 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <initializer_list>
 #include <optional>
 #include <string>
 
@@ -193,6 +196,116 @@ void forward(Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTens
   });
 }
 
+// Sums the partial copies in their order and rounds to the gradient's dtype.
+void reduce_copies(const float* partial, int64_t copies, const Tensor& total, const char* name) {
+  const int64_t n = total.numel();
+  const Type type = type_of(total, name);
+  void* out = output(total, name);
+  torch::stable::parallel_for(0, n, 8192, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      float sum = 0.0f;
+      for (int64_t c = 0; c < copies; ++c) sum += partial[c * n + i];
+      if (type == kFloat32)
+        static_cast<float*>(out)[i] = sum;
+      else if (type == kFloat16)
+        static_cast<torch::headeronly::Half*>(out)[i] = torch::headeronly::Half(sum);
+      else
+        static_cast<torch::headeronly::BFloat16*>(out)[i] = torch::headeronly::BFloat16(sum);
+    }
+  });
+}
+
+// The partial sums of one parameter gradient, [copies, *shape] fp32, or null when it is not wanted.
+float* partial_sums(const MaybeTensor& partial, const MaybeTensor& total, int64_t* copies, const char* name) {
+  STD_TORCH_CHECK(!partial == !total, name, " and its partial sums must come together");
+  if (!partial) return nullptr;
+  STD_TORCH_CHECK(partial->dim() == total->dim() + 1 && type_of(*partial, name) == kFloat32 && partial->size(0) >= 1 &&
+                      partial->numel() == partial->size(0) * total->numel() &&
+                      (*copies == 0 || *copies == partial->size(0)),
+                  "the partial sums of ", name, " must be float32 [copies, *shape], one number of copies for all");
+  *copies = partial->size(0);
+  return static_cast<float*>(output(*partial, name));
+}
+
+void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTensor bias,
+              MaybeTensor query_cos, MaybeTensor query_sin, MaybeTensor key_cos, MaybeTensor key_sin,
+              MaybeTensor null_key, MaybeTensor null_value, Tensor out, Tensor lse, bool interleaved, double scale,
+              int64_t stride, int64_t first_token, Tensor grad_query, Tensor grad_key, Tensor grad_value,
+              MaybeTensor grad_bias, MaybeTensor grad_null_key, MaybeTensor grad_null_value, MaybeTensor bias_partial,
+              MaybeTensor null_key_partial, MaybeTensor null_value_partial) {
+  Problem p = make_problem(query, key, value, mask, bias, query_cos, query_sin, key_cos, key_sin, null_key, null_value,
+                           interleaved, scale, stride, first_token);
+  check_shape(grad_out, "grad_out", {p.batch, p.tokens, p.heads, p.dim_value});
+  check_shape(out, "out", {p.batch, p.tokens, p.heads, p.dim_value});
+  check_shape(lse, "lse", {p.batch, p.tokens, p.heads});
+  check_last_stride(grad_out, "grad_out");
+  STD_TORCH_CHECK(type_of(grad_out, "grad_out") == p.type && type_of(out, "out") == p.type &&
+                      type_of(lse, "lse") == kFloat32,
+                  "grad_out and out must have the query's dtype and lse float32");
+  check_shape(grad_query, "grad_query", {p.batch, p.tokens, p.heads, p.dim});
+  check_shape(grad_key, "grad_key", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
+  check_shape(grad_value, "grad_value", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim_value});
+  STD_TORCH_CHECK(type_of(grad_query, "grad_query") == p.type && type_of(grad_key, "grad_key") == p.type &&
+                      type_of(grad_value, "grad_value") == p.type,
+                  "gradients must have the dtype of query, key and value");
+  if (grad_bias) {
+    STD_TORCH_CHECK(!!bias, "grad_bias without attention_bias");
+    check_shape(*grad_bias, "grad_bias", {p.heads, p.chunk_rows, p.bias_slots});
+  }
+  STD_TORCH_CHECK(!grad_null_key == !grad_null_value, "grad_null_key and grad_null_value must come together");
+  if (grad_null_key) {
+    STD_TORCH_CHECK(!!null_key, "grad_null_key without null_key");
+    check_shape(*grad_null_key, "grad_null_key", {p.heads, p.dim});
+    check_shape(*grad_null_value, "grad_null_value", {p.heads, p.dim_value});
+  }
+  p.out = const_cast<void*>(out.numel() ? out.const_data_ptr() : nullptr);
+  p.lse = const_cast<float*>(static_cast<const float*>(lse.numel() ? lse.const_data_ptr() : nullptr));
+  STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous(), "out and lse must be contiguous");
+  p.grad_out = grad_out.numel() ? grad_out.const_data_ptr() : nullptr;
+  for (int i = 0; i < 3; ++i) p.grad_out_stride[i] = grad_out.stride(i);
+  p.grad_query = output(grad_query, "grad_query");
+  p.grad_key = output(grad_key, "grad_key");
+  p.grad_value = output(grad_value, "grad_value");
+  p.bias_partial = partial_sums(bias_partial, grad_bias, &p.copies, "grad_bias");
+  p.null_key_partial = partial_sums(null_key_partial, grad_null_key, &p.copies, "grad_null_key");
+  p.null_value_partial = partial_sums(null_value_partial, grad_null_value, &p.copies, "grad_null_value");
+
+  if (p.grad_query) clear_idle_tokens(p, p.grad_query, p.dim * (p.type == kFloat32 ? 4 : 2), nullptr);
+  const Level& chosen = level();
+  const size_t bytes = chosen.scratch_bytes(p, true);
+  const int64_t places = p.batch * p.chunks;
+  if (p.copies == 0) {
+    torch::stable::parallel_for(0, places * p.kv_heads, 1, [&](int64_t first, int64_t last) {
+      char* scratch = thread_scratch(bytes);
+      for (int64_t item = first; item < last; ++item) chosen.backward(p, item, 0, scratch);
+    });
+    return;
+  }
+  // Copy c sums over the c-th of `copies` contiguous ranges of (batch, chunk), in order. Heads write apart within a
+  // copy, so a task is (copy, range of kv heads): neither rule knows the number of threads.
+  const int64_t head_ranges = std::min<int64_t>(p.kv_heads, 8), group = p.heads / p.kv_heads;
+  torch::stable::parallel_for(0, p.copies * head_ranges, 1, [&](int64_t first, int64_t last) {
+    char* scratch = thread_scratch(bytes);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t copy = task / head_ranges, range = task % head_ranges;
+      const int64_t head = range * p.kv_heads / head_ranges, end = (range + 1) * p.kv_heads / head_ranges;
+      const auto clear = [&](float* partial, int64_t per_head) {
+        if (partial)
+          std::fill(partial + (copy * p.heads + head * group) * per_head,
+                    partial + (copy * p.heads + end * group) * per_head, 0.0f);
+      };
+      clear(p.bias_partial, p.chunk_rows * p.bias_slots);
+      clear(p.null_key_partial, p.dim);
+      clear(p.null_value_partial, p.dim_value);
+      for (int64_t place = copy * places / p.copies; place < (copy + 1) * places / p.copies; ++place)
+        for (int64_t kv = head; kv < end; ++kv) chosen.backward(p, place * p.kv_heads + kv, copy, scratch);
+    }
+  });
+  if (p.bias_partial) reduce_copies(p.bias_partial, p.copies, *grad_bias, "grad_bias");
+  if (p.null_key_partial) reduce_copies(p.null_key_partial, p.copies, *grad_null_key, "grad_null_key");
+  if (p.null_value_partial) reduce_copies(p.null_value_partial, p.copies, *grad_null_value, "grad_null_value");
+}
+
 std::string isa() { return level().name; }
 std::string isas() { return usable_levels(); }
 void set_isa(std::string name) { choose_level(name); }
@@ -200,19 +313,26 @@ void set_isa(std::string name) { choose_level(name); }
 }  // namespace
 }  // namespace retro_kernels
 
-#define RK_SLOTS                                                                                                  \
+#define RK_SLOTS                                                                                                 \
   "Tensor query, Tensor key, Tensor value, Tensor? neighbour_mask, Tensor? attention_bias, Tensor? query_cos, "   \
-  "Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, Tensor? null_key, Tensor? null_value, "                   \
-  "bool rotary_interleaved, float scale, int stride, int first_token, "
+  "Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, Tensor? null_key, Tensor? null_value, "
+#define RK_SETTINGS "bool rotary_interleaved, float scale, int stride, int first_token, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
-  m.def("cca_forward(" RK_SLOTS "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("cca_forward(" RK_SLOTS RK_SETTINGS "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("cca_backward(Tensor grad_out, " RK_SLOTS "Tensor out, Tensor lse, " RK_SETTINGS
+        "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_bias, "
+        "Tensor(e!)? grad_null_key, Tensor(f!)? grad_null_value, Tensor(g!)? bias_partial, "
+        "Tensor(h!)? null_key_partial, Tensor(i!)? null_value_partial) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("set_isa(str name) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(retro_kernels_cpu, CPU, m) { m.impl("cca_forward", TORCH_BOX(&retro_kernels::forward)); }
+STABLE_TORCH_LIBRARY_IMPL(retro_kernels_cpu, CPU, m) {
+  m.impl("cca_forward", TORCH_BOX(&retro_kernels::forward));
+  m.impl("cca_backward", TORCH_BOX(&retro_kernels::backward));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(retro_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&retro_kernels::isa));
