@@ -234,7 +234,7 @@ def _structure(module: Any) -> str | None:
         )
     inner = {name: getattr(getattr(attention, name), "out_features", None) for name in ("to_q", "to_k", "to_v")}
     sizes = {name: x.numel() for name, x in own.items()} | {name: x for name, x in inner.items() if x is not None}
-    if len(set(sizes.values())) != 1 or attention.null_k.numel() % heads:
+    if len(set(sizes.values())) != 1 or own["null_k"].numel() % heads:
         return f"the inner sizes {sizes} differ or are not a multiple of {heads} heads"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ class RelativePositions(nn.Module):
                 f"model_dim: got {model_dim}, expected an even number, as the sinusoid is half sines and half cosines"
             )
         self.model_dim, self.num_heads, self.head_dim, self.base = model_dim, num_heads, head_dim, base
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.projection = nn.Linear(model_dim, num_heads * head_dim, bias=False, **factory)
         self.content_bias: nn.Parameter | None
         self.relative_bias: nn.Parameter | None
