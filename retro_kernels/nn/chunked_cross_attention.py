@@ -182,7 +182,7 @@ class ChunkedCrossAttention(nn.Module):
                 **factory,
             )
         elif positions == "rotary":
-            self.rotary = self._rotary_positions(query_positions, key_positions, rotary_dim, rotary_base, device)
+            self.rotary = self._rotary_positions(query_positions, key_positions, rotary_dim, rotary_base, factory)
         elif positions == "bias":
             num_keys = r if num_neighbours is None else r * validate.integer("num_neighbours", num_neighbours, 1)
             size: tuple[int, ...] = (num_heads, chunk_size, num_keys)
@@ -194,7 +194,7 @@ class ChunkedCrossAttention(nn.Module):
                 raise ValueError(f"num_buckets: got {num_buckets} without bias_buckets, expected both")
             self.attention_bias = nn.Parameter(torch.zeros(size, **factory))
 
-    def _rotary_positions(self, query_positions, key_positions, rotary_dim, base, device) -> RotaryPositions:
+    def _rotary_positions(self, query_positions, key_positions, rotary_dim, base, factory) -> RotaryPositions:
         m = self.chunk_size
         rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
         if rotary_dim > self.head_dim:
@@ -206,7 +206,7 @@ class ChunkedCrossAttention(nn.Module):
             range(self.retrieved_length) if key_positions is None else key_positions,
             rotary_dim=rotary_dim,
             base=base,
-            device=device,
+            **factory,
         )
 
     def forward(

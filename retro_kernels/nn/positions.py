@@ -94,6 +94,7 @@ class RotaryPositions(nn.Module):
         rotary_dim: int,
         base: float = 10000.0,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if rotary_dim < 2 or rotary_dim % 2:
@@ -101,10 +102,13 @@ class RotaryPositions(nn.Module):
         self.query_positions = tuple(float(x) for x in query_positions)
         self.key_positions = tuple(float(x) for x in key_positions)
         self.rotary_dim, self.base = rotary_dim, base
-        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        self._build(torch.device(device) if device is not None else torch.get_default_device(), dtype)
+        self._build(
+            torch.get_default_device() if device is None else torch.device(device),
+            torch.get_default_dtype() if dtype is None else dtype,
+        )
 
-    def _build(self, device: torch.device, dtype: torch.dtype) -> None:
+    def _build(self, device: torch.device, module_dtype: torch.dtype) -> None:
+        dtype = torch.float64 if module_dtype == torch.float64 else torch.float32
         # Frequencies are rounded to fp32 also in fp64 modules: every peer holds them in an fp32 buffer.
         exponent = torch.arange(0, self.rotary_dim, 2, device=device, dtype=torch.float32) / self.rotary_dim
         frequency = (1.0 / self.base**exponent).to(dtype)
@@ -115,8 +119,7 @@ class RotaryPositions(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        dtype = torch.float64 if self.query_cos.dtype == torch.float64 else torch.float32
-        self._build(self.query_cos.device, dtype)
+        self._build(self.query_cos.device, self.query_cos.dtype)
         return self
 
     def forward(self, retrieved_length: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:

@@ -1,0 +1,60 @@
+"""What `swap` does where there is nothing it knows, or something that only looks like it. Needs no peer."""
+
+import pytest
+import torch
+from torch import nn
+
+from retro_kernels.integrations import swap, unswap
+
+
+class ChunkedCrossAttention(nn.Module):
+    """Named as retro-pytorch's, but not built as it."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.attention(x)
+
+
+@pytest.fixture
+def lookalike(monkeypatch):
+    monkeypatch.setattr(ChunkedCrossAttention, "__module__", "retro_pytorch.retro_pytorch")
+    return nn.Sequential(nn.Linear(2, 2), ChunkedCrossAttention())
+
+
+def test_nothing_found_raises_unless_told_not_to():
+    model = nn.Sequential(nn.Linear(2, 2), nn.GELU())
+    with pytest.raises(ValueError, match=r"retro_pytorch\.retro_pytorch\.ChunkedCrossAttention.*GELU.*Linear"):
+        swap(model)
+    report = swap(model, strict=False)
+    assert report.replaced == []
+    assert report.skipped == {}
+    report.undo()
+    assert unswap(model) == []
+
+
+def test_a_module_of_the_right_name_and_another_structure_is_skipped_with_the_reason(lookalike):
+    with pytest.raises(ValueError, match=r"1: its parts are attention"):
+        swap(lookalike)
+    report = swap(lookalike, strict=False)
+    assert list(report.skipped) == ["1"]
+    assert "forward" not in vars(lookalike[1])
+    assert lookalike(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_arguments_are_checked():
+    with pytest.raises(TypeError, match="model"):
+        swap("model")
+    with pytest.raises(ValueError, match=r"positions.*as_trained"):
+        swap(nn.Linear(2, 2), positions="right")
+
+
+def test_the_report_prints_as_text_and_as_a_table(lookalike):
+    rich = pytest.importorskip("rich.console")
+    report = swap(lookalike, strict=False)
+    assert "skipped 1: its parts are attention" in str(report)
+    console = rich.Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report)
+    assert "0 replaced, 1 skipped" in console.export_text()
