@@ -1,4 +1,9 @@
-"""The C++ extension: loaded when it is first asked for, and if it cannot be, the reason in one sentence."""
+"""The compiled CPU kernels: loads `_cpu.abi3.so` when first needed, and knows how it was built.
+
+Importing this module loads nothing and never raises; `why_not()` says in one sentence what is wrong, and what to do.
+The library touches no Python: it registers `torch.ops.retro_kernels_cpu` through torch's stable ABI, so one file
+serves every Python >= 3.10 and every torch from the one it was built for (2.11) on.
+"""
 
 from __future__ import annotations
 
@@ -9,43 +14,86 @@ from typing import Any
 
 import torch
 
-_HERE = Path(__file__).parent
-LIBRARY = _HERE / "_cpu.abi3.so"
-REMEDY = "build it with `pip install --no-build-isolation .` from the source tree (needs torch, ninja and g++ or clang++)"
+LIBRARY = Path(__file__).with_name("_cpu.abi3.so")
+MARK = b"RETRO_KERNELS_BUILD"
+REBUILD = "reinstall with `pip install --no-build-isolation .` in the source tree (with torch >= 2.11 and a C++ compiler)"
 
 
-@functools.cache
 def build_metadata() -> dict[str, Any]:
-    """What setup.py recorded: built, skipped (name -> why), commit, machine, and of a built library also torch,
-    compiler, flags and levels. Empty in a source tree that was never installed."""
+    """How the library was built: torch, oldest_torch, compiler, machine, levels, flags, git_commit.
+
+    Read from the file without loading it, so it is there to explain a library that does not load. Empty when there is
+    no library or it carries no metadata.
+    """
     try:
-        return json.loads((_HERE / "_build.json").read_text())
-    except FileNotFoundError:
+        content = LIBRARY.read_bytes()
+    except OSError:
         return {}
-    except (OSError, ValueError) as error:
-        return {"error": f"_build.json cannot be read: {error}"}
+    start = content.find(MARK)
+    if start < 0:
+        return {}
+    start += len(MARK)
+    try:
+        return json.loads(content[start : content.index(b"\0", start)])
+    except ValueError:
+        return {}
 
 
-@functools.cache
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
+
+
+@functools.lru_cache(maxsize=1)
 def why_not() -> str | None:
-    """Loads the library; None when it works, otherwise why not and what to do."""
+    """Loads the library once; why it cannot be used, with the remedy, or None."""
     if not LIBRARY.exists():
-        skipped = build_metadata().get("skipped", {}).get("cpu")
-        return f"the C++ extension is not built{f' ({skipped})' if skipped else ''}; {REMEDY}"
+        return f"the C++ extension was not built ({LIBRARY} is not there): {REBUILD}"
+    built = build_metadata()
+    oldest = built.get("oldest_torch")
+    if oldest and _version(torch.__version__) < _version(oldest):
+        return (
+            f"the C++ extension was built for torch {oldest} or newer (against {built['torch']}) and this is torch "
+            f"{torch.__version__}: upgrade torch"
+        )
+    against = f"built against torch {built.get('torch', 'unknown')}, found torch {torch.__version__}"
     try:
         torch.ops.load_library(str(LIBRARY))
+    except (OSError, RuntimeError, ImportError) as error:
+        return f"the C++ extension {LIBRARY} does not load ({' '.join(str(error).split())}; {against}): {REBUILD}"
+    try:
         torch.ops.retro_kernels_cpu.isa()
-    except (OSError, RuntimeError, AttributeError) as error:
-        built = build_metadata()
-        return (
-            f"{LIBRARY.name} does not work here: {str(error).splitlines()[0]} (built for torch "
-            f"{built.get('torch', 'unknown')} on {built.get('machine', 'unknown')}, found torch {torch.__version__}); "
-            f"{REMEDY}"
-        )
+    except (AttributeError, RuntimeError) as error:
+        return f"the C++ extension loads but cannot run here: {_first_line(error)} ({against})"
     return None
 
 
-def isa() -> str | None:
-    """The instruction-set level in use ("avx512_bf16", "avx512", "avx2", "portable"), None without the library.
-    RETRO_KERNELS_CPU_ISA names a lower one before the library is loaded."""
-    return None if why_not() is not None else torch.ops.retro_kernels_cpu.isa()
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]
+
+
+def isa() -> str:
+    """The instruction-set level in use: "portable", "avx2", "avx512" or "avx512_bf16".
+
+    The highest this CPU runs, unless the environment variable RETRO_KERNELS_CPU_ISA names one, read when the library is
+    first used. RuntimeError when the library cannot be used.
+    """
+    _require()
+    return torch.ops.retro_kernels_cpu.isa()
+
+
+def usable_isas() -> tuple[str, ...]:
+    """The levels that were built and that this CPU runs, lowest first. RuntimeError when the library cannot be used."""
+    _require()
+    return tuple(torch.ops.retro_kernels_cpu.isas().split())
+
+
+def set_isa(name: str) -> None:
+    """Switches this process to a level ("" for the highest). RuntimeError when it cannot run here."""
+    _require()
+    torch.ops.retro_kernels_cpu.set_isa(name)
+
+
+def _require() -> None:
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(reason)
