@@ -86,9 +86,8 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED) 
     Looks for the `ChunkedCrossAttention` modules of retro-pytorch 0.3.9 in `model` (which may be one of them, any part
     of a model, or a wrapper such as DistributedDataParallel). Only `forward` of each instance is replaced: parameters,
     their names, state dicts, classes and submodules stay as they are, and so do deep copies, casts, checkpoints and
-    hooks. Deep copies of a swapped model are swapped, too; `unswap` restores one. Swap before `torch.compile` and
-    before wrapping parts of a model in `fully_shard`; `nn.DataParallel`, whose replicas share instance attributes, is
-    not supported.
+    hooks. Deep copies of a swapped model are swapped, too; `unswap` restores one. Swap before the first call of a
+    compiled model. `nn.DataParallel` is not supported: its replicas share instance attributes.
 
     A module is replaced only if its class's source and its parts are those this version was written for; any other
     is skipped and the report says why. A call that the fused operation cannot compute exactly (attention dropout in

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from torch import nn
 
 pytest.importorskip("retro_pytorch", reason="the peer is not installed (extra `peers`)")
@@ -368,22 +369,34 @@ def test_casts_autocast_checkpointing_and_compile(backend):
     close(compiled(x, **options), original(x, **options))
 
 
-def test_data_parallel_wrappers(reference, tmp_path):
-    """DDP finds the modules below `module.`, and its hooks keep running."""
+@pytest.mark.parametrize("order", ["swap first", "wrap first"])
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "fully_shard"])
+def test_data_parallel_wrappers(reference, tmp_path, wrapper, order):
+    """Names below `module.` (DDP) and classes derived on the fly (FSDP2) are found; hooks and sharding keep working."""
     model, want = retro(), retro()
     tokens, retrieved = text(24)
     labels = torch.cat([tokens, tokens[:, :1]], 1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        assert swap(wrapped).replaced[0] == "module.decoder.layers.0.1.fn"
+        if order == "swap first":
+            swap(model)
+        if wrapper == "fully_shard":
+            for module in modules_of(model).values():
+                torch.distributed.fsdp.fully_shard(module)
+            wrapped = torch.distributed.fsdp.fully_shard(model)
+        else:
+            wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        assert len(swap(wrapped).replaced) == (0 if order == "swap first" else 2)
         wrapped(labels, retrieved, return_loss=True).backward()
+        gradients = [x.grad for x in model.parameters()]
+        if wrapper == "fully_shard":
+            gradients = [x if x is None else x.full_tensor() for x in gradients]
     finally:
         torch.distributed.destroy_process_group()
     want(labels, retrieved, return_loss=True).backward()
-    for got, parameter in zip(model.parameters(), want.parameters()):
+    for got, parameter in zip(gradients, want.parameters()):
         if parameter.grad is not None:
-            close(got.grad, parameter.grad, 1e-4)
+            close(got, parameter.grad, 1e-4)
 
 
 # Calls that the fused operation does not cover: never in silence
