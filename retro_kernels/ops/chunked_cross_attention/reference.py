@@ -79,7 +79,8 @@ def chunked_cross_attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         null_logits = logits.new_full(logits.shape[:4], float("-inf"))
         null_value = logits.new_zeros(h, d_value)
-    logits = torch.cat([null_logits[..., None], logits.flatten(4)], dim=-1).to(torch.promote_types(compute, torch.float32))
+    logits = torch.cat([null_logits[..., None], logits.flatten(4)], dim=-1)
+    logits = logits.to(torch.promote_types(compute, torch.float32))
     values = torch.cat([null_value.expand(b, chunks, 1, h, d_value), value.flatten(2, 3)], dim=2)
 
     # A row that sees nothing has no maximum and no sum: it outputs 0 and passes no gradient.
