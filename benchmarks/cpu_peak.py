@@ -99,7 +99,7 @@ def multiply_add_rates(seconds: float = 0.15) -> dict[str, float]:
             sinks = [ctypes.c_float(0) for _ in range(threads)]
             for _ in range(8):
                 start = time.perf_counter()
-                done = sum(pool.map(lambda sink: loop(rounds, ctypes.byref(sink)), sinks))
+                done = sum(pool.map(loop, [rounds] * threads, map(ctypes.byref, sinks)))
                 took = time.perf_counter() - start
                 best = max(best, done / took)
                 if took < seconds:

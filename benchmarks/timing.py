@@ -8,6 +8,7 @@ overwritten; the flush also keeps the queue full, so launches are never waited f
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import random
@@ -206,7 +207,7 @@ def measure_ceilings(device: torch.device, dtypes: list[str], quick: bool = Fals
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     protocol = Protocol(seconds=1.0 if quick else 3.0, min_rounds=5, max_rounds=30, graphs=False)
-    copy = interleaved({"copy": Timed(lambda: target.copy_(source))}, device, protocol)["copy"]
+    copy = interleaved({"copy": Timed(functools.partial(target.copy_, source))}, device, protocol)["copy"]
     bandwidth = 2 * size / (copy.percentile(20) * 1e-3)
     del source, target
 

@@ -1,0 +1,155 @@
+"""`retro-kernels bench`: ceilings, the workloads against the alternatives, and a real RETRO on real text."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import environment, peers, real_text, report, results, suite, timing
+from .workloads import MODES, QUICK, SEED, WORKLOADS, Workload, select
+
+
+@dataclass
+class Options:
+    """What is measured and for how long."""
+
+    quick: bool = False
+    workloads: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)
+    modes: list[str] = field(default_factory=list)
+    device: str | None = None
+    compiled: bool = True
+    real_text: bool = True
+    backends: list[str] | None = None
+
+    def resolved(self) -> Options:
+        """With the defaults of this kind of run filled in. Raises ValueError for what there is not."""
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: got 'cuda', but torch sees no usable GPU")
+        dtypes = self.dtypes or ["fp32", "bf16"]
+        unknown = [name for name in dtypes if name not in ("fp32", "bf16", "fp16")]
+        if unknown:
+            raise ValueError(f"dtype: got {unknown[0]!r}, expected fp32, bf16 or fp16")
+        if "fp16" in dtypes and device.type == "cpu":
+            raise ValueError("dtype: got 'fp16' on a CPU, where nothing computes fast in it; expected fp32 or bf16")
+        names = [workload.name for workload in select(self.workloads, QUICK if self.quick else None)]
+        modes = [mode for mode in MODES if not self.modes or mode in self.modes]
+        return Options(self.quick, names, dtypes, modes, str(device), self.compiled, self.real_text, self.backends)
+
+
+class Progress:
+    """What a run tells while it goes on; this one tells nobody."""
+
+    def case(self, text: str) -> None:
+        """A workload or part begins."""
+
+    def step(self, text: str) -> None:
+        """What is being done now."""
+
+    def row(self, row: suite.Row) -> None:
+        """A result is there."""
+
+
+def run(options: Options, progress: Progress | None = None) -> dict:
+    """The document of results.py. On Ctrl-C what is finished is returned, marked as interrupted."""
+    options, progress = options.resolved(), progress or Progress()
+    device, started = torch.device(options.device or "cpu"), time.monotonic()
+    document = results.new(environment.collect(device), {**asdict(options), "seed": SEED})
+    try:
+        progress.case("ceilings")
+        progress.step("copy bandwidth and multiply-add rate")
+        ceilings = timing.measure_ceilings(device, options.dtypes, options.quick)
+        document["ceilings"] = ceilings.to_json()
+        _core(options, device, ceilings, document, progress)
+        if options.real_text:
+            _real_text(options, device, document, progress)
+        else:
+            document["skipped"].append({"what": "real text", "reason": "switched off for this run (--no-real-text)"})
+        if options.quick:
+            left = [name for name in WORKLOADS if name not in options.workloads]
+            document["skipped"].append(
+                {
+                    "what": f"workloads {', '.join(left)}",
+                    "reason": "left out of a quick run; `retro-kernels bench` has them",
+                }
+            )
+    except KeyboardInterrupt:
+        document["interrupted"] = True
+    document["seconds"] = round(time.monotonic() - started, 1)
+    return document
+
+
+def _core(options: Options, device, ceilings, document: dict, progress: Progress) -> None:
+    class Keep(Progress):
+        case, step = staticmethod(progress.case), staticmethod(progress.step)  # type: ignore[assignment]
+
+        def row(self, row: suite.Row) -> None:
+            document["rows"].append(row.to_json())
+            progress.row(row)
+
+    quick = options.quick
+    settings = suite.Settings(
+        device=device,
+        dtypes=options.dtypes,
+        modes=tuple(options.modes),
+        protocol=timing.Protocol(seconds=3.0 if quick else 12.0, min_rounds=3, max_rounds=20 if quick else 50),
+        budget=peers.CompileBudget(total=40.0 if quick else 900.0, per_variant=20.0 if quick else 90.0),
+        compiled=options.compiled,
+        backends=options.backends,
+        skip=_quick_skip if quick else _too_large_on_cpu if device.type == "cpu" else None,
+    )
+    suite.run(select(options.workloads), settings, ceilings, Keep())
+
+
+def _quick_skip(workload: Workload, dtype: str, mode: str, variant: str) -> str | None:
+    """A quick run compiles the folded form where it is worth most; the rest of torch.compile's time buys little."""
+    if variant.startswith("flex"):
+        return "left out of a quick run: compiling it takes longer than everything else"
+    if variant == "compile[eager]":
+        return "left out of a quick run, which compiles the folded SDPA form only"
+    if variant == "sdpa[math]":
+        return "left out of a quick run: it is eager attention under another name, and no faster"
+    return None
+
+
+def _too_large_on_cpu(workload: Workload, dtype: str, mode: str, variant: str) -> str | None:
+    large = workload.keys_per_chunk * workload.kv_heads * workload.head_dim * workload.num_chunks > 1 << 28
+    if large and (variant in ("eager", "sdpa[math]", "compile[eager]") and dtype == "fp32"):
+        return None if variant == "eager" else "left out on a CPU: eager stands for it at this size"
+    return None
+
+
+def _real_text(options: Options, device, document: dict, progress: Progress) -> None:
+    progress.case("real text")
+
+    def keep(found: real_text.Report) -> None:
+        document["real_text"] = found
+
+    quick = options.quick
+    try:
+        real_text.run(
+            device,
+            length=512 if quick and device.type == "cpu" else 2048,
+            dtypes=[name for name in options.dtypes if name in ("fp32", "bf16")],
+            protocol=timing.Protocol(seconds=8.0 if quick else 60.0, min_rounds=2 if quick else 3, max_rounds=10),
+            embedding_seconds=25.0 if quick else 120.0,
+            step=progress.step,
+            report=keep,
+            memory=True,
+        )
+    except real_text.Unavailable as error:
+        document["skipped"].append({"what": "real text", "reason": str(error)})
+    except Exception as error:
+        document["skipped"].append({"what": "real text", "reason": f"failed: {type(error).__name__}: {error}"})
+    finally:
+        if isinstance(document["real_text"], real_text.Report):
+            document["real_text"] = document["real_text"].to_json()
+
+
+def write(document: dict, folder: Path) -> list[Path]:
+    """The raw results, the page and the table, in `folder`."""
+    return report.write(document, folder)

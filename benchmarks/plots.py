@@ -1,0 +1,207 @@
+"""The report's figures as inline SVG. Text and axes take the page's own colour, so they read in light and dark."""
+
+from __future__ import annotations
+
+import io
+
+from . import results
+
+INK = "#123457"  # stands for the page's text colour in the SVG until it is put in
+COLOURS = {
+    "eager": "#8a8a8a",
+    "sdpa[math]": "#9ec5e8",
+    "sdpa[flash]": "#3d85c6",
+    "sdpa[efficient]": "#5b7fd4",
+    "sdpa[cudnn]": "#2a5db0",
+    "sdpa[default]": "#7fb2d9",
+    "compile[sdpa]": "#57a773",
+    "compile[eager]": "#9ccc9c",
+    "flex[folded]": "#a678c9",
+    "flex[block mask]": "#7a4fa3",
+    "retro_kernels[reference]": "#d9a38f",
+    "retro_kernels[cpu]": "#e4572e",
+    "retro_kernels[triton]": "#e4572e",
+    "retro_kernels[cuda]": "#b8321a",
+}
+MARKERS = "osD^vP*Xhp"
+
+
+def speed(document: dict) -> list[str]:
+    """One figure a (precision, mode): median time of every checked variant, whiskers from p20 to p80."""
+    return _bars(
+        document,
+        lambda row: row["p50_ms"],
+        "milliseconds, median; whiskers p20 to p80 (shorter is faster, logarithmic)",
+        lambda row: (row["p50_ms"] - row["p20_ms"], row["p80_ms"] - row["p50_ms"]),
+        lambda value: f"{value:.3g} ms",
+    )
+
+
+def memory(document: dict) -> list[str]:
+    """One figure a (precision, mode): most bytes alive during the call, beyond the inputs."""
+    return _bars(
+        document,
+        lambda row: row["peak_extra_bytes"] / 1e6 if row["peak_extra_bytes"] else None,
+        "MB at most during the call, beyond the inputs; results count (logarithmic)",
+        None,
+        lambda value: f"{value:,.0f} MB" if value >= 10 else f"{value:.2g} MB",
+    )
+
+
+def roofline(document: dict) -> list[str]:
+    """One figure a precision: rate against FLOPs per byte, under the measured copy and matrix ceilings."""
+    ceilings = document["ceilings"]
+    figures = []
+    for dtype in dict.fromkeys(row["dtype"] for row in document["rows"]):
+        rows = [row for row in document["rows"] if row["dtype"] == dtype and row["status"] == "ok"]
+        if not rows or not ceilings:
+            continue
+        figure, axes = _figure(9.6, 5.0)
+        copy, peak = ceilings["copy_bytes_per_second"], ceilings["matrix_flops_per_second"][dtype]
+        intensities = [row["flops"] / row["bytes"] for row in rows]
+        low, high = min(*intensities, peak / copy) / 2, max(*intensities, peak / copy) * 2
+        x = [low, peak / copy, high]
+        axes.plot(x, [copy * low / 1e9, peak / 1e9, peak / 1e9], color=INK, linewidth=1.5)
+        axes.annotate(f"copy, {copy / 1e9:,.0f} GB/s", (low, copy * low / 1e9), xytext=(6, 18),
+                      textcoords="offset points", color=INK, fontsize=9)  # fmt: skip
+        axes.annotate(f"arithmetic, {peak / 1e9:,.0f} GFLOP/s", (high, peak / 1e9), xytext=(-6, 5),
+                      textcoords="offset points", ha="right", color=INK, fontsize=9)  # fmt: skip
+        places = list(dict.fromkeys((row["workload"], row["mode"]) for row in rows))
+        for row in rows:
+            marker = MARKERS[places.index((row["workload"], row["mode"])) % len(MARKERS)]
+            ours = results.is_ours(row["variant"])
+            axes.plot(row["flops"] / row["bytes"], row["tflops"] * 1e3, marker, color=_colour(row["variant"]),
+                      markersize=9 if ours else 6, markeredgecolor=INK if ours else "none",
+                      markeredgewidth=0.8, zorder=3 if ours else 2)  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(low, high)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.set_xlabel("FLOP per byte that must move")
+        axes.set_ylabel("GFLOP/s")
+        axes.set_title(dtype, loc="left", color=INK)
+        _style(axes, grid="both")
+        handles = [_handle(name, "s") for name in dict.fromkeys(row["variant"] for row in rows)]
+        handles += [_handle(" ".join(place), MARKERS[i % len(MARKERS)], INK) for i, place in enumerate(places)]
+        _legend(figure, axes, handles)
+        figures.append(_svg(figure))
+    return figures
+
+
+def swap(document: dict) -> list[str]:
+    """retro-pytorch on real text with and without rk.swap: one bar pair a stage and precision."""
+    pairs = results.real_text_pairs(document)
+    if not pairs:
+        return []
+    figure, axes = _figure(9.6, 0.42 * len(pairs) + 1.3)
+    labels = []
+    for position, pair in enumerate(pairs):
+        for offset, key, colour in ((-0.19, "original", COLOURS["eager"]), (0.19, "swapped", "#e4572e")):
+            row = pair[key]
+            value = row["p50_ms"]
+            axes.barh(position + offset, value, 0.36, color=colour)
+            axes.errorbar(value, position + offset, xerr=[[value - row["p20_ms"]], [row["p80_ms"] - value]],
+                          color=INK, linewidth=0.8, capsize=2)  # fmt: skip
+            label = f"{value:,.3g} ms" if value < 1000 else f"{value:,.0f} ms"
+            axes.annotate(label, (row["p80_ms"], position + offset),
+                          xytext=(5, 0), textcoords="offset points", va="center", color=INK, fontsize=8)  # fmt: skip
+        labels.append(f"{pair['stage']}, {pair['dtype']}")
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.set_yticks(range(len(pairs)), labels)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_xlabel("milliseconds, median; whiskers p20 to p80 (logarithmic)")
+    _style(axes, grid="x")
+    _legend(figure, axes, [_handle("retro-pytorch", "s", COLOURS["eager"]), _handle("with rk.swap", "s", "#e4572e")])
+    return [_svg(figure)]
+
+
+def _bars(document, value_of, label, whiskers, text) -> list[str]:
+    figures = []
+    for dtype, mode in dict.fromkeys((row["dtype"], row["mode"]) for row in document["rows"]):
+        rows = [row for row in document["rows"] if (row["dtype"], row["mode"]) == (dtype, mode)]
+        rows = [row for row in rows if row["status"] == "ok" and value_of(row) is not None]
+        if not rows:
+            continue
+        position, ticks, labels = 0.0, [], []
+        workloads = list(dict.fromkeys(row["workload"] for row in rows))
+        figure, axes = _figure(9.6, 0.2 * len(rows) + 0.22 * len(workloads) + 1.2)
+        for workload in workloads:
+            group = [row for row in rows if row["workload"] == workload]
+            ticks.append(position + (len(group) - 1) / 2)
+            labels.append(workload)
+            for row in group:
+                value = value_of(row)
+                axes.barh(position, value, 0.86, color=_colour(row["variant"]))
+                end = value
+                if whiskers:
+                    down, up = whiskers(row)
+                    end = value + up
+                    axes.errorbar(value, position, xerr=[[down], [up]], color=INK, linewidth=0.8, capsize=2)
+                axes.annotate(text(value), (end, position), xytext=(4, 0), textcoords="offset points", va="center",
+                              color=INK, fontsize=7.5)  # fmt: skip
+                position += 1
+            position += 1
+        axes.set_xscale("log")
+        values = [value_of(row) for row in rows]
+        axes.set_xlim(min(values) / 2, max(values) * 2.5)
+        axes.set_ylim(position - 1.3, -0.7)
+        axes.set_yticks(ticks, labels)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.set_xlabel(label)
+        axes.set_title(f"{dtype}, {mode}", loc="left", color=INK)
+        _style(axes, grid="x")
+        axes.tick_params(axis="y", length=0)
+        _legend(figure, axes, [_handle(name, "s") for name in dict.fromkeys(row["variant"] for row in rows)])
+        figures.append(_svg(figure))
+    return figures
+
+
+def _figure(width: float, height: float):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams["svg.hashsalt"] = "retro_kernels"
+    matplotlib.rcParams["font.family"] = "sans-serif"
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    return figure, figure.add_subplot()
+
+
+def _style(axes, grid: str) -> None:
+    axes.patch.set_alpha(0)
+    axes.grid(axis=grid, color=INK, alpha=0.15, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, which="both", labelsize=9)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(INK)
+        label.set_fontsize(9)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(INK)
+
+
+def _legend(figure, axes, handles) -> None:
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8,
+                labelcolor=INK, borderaxespad=0.0)  # fmt: skip
+
+
+def _handle(name: str, marker: str, colour: str | None = None):
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle="none", marker=marker, markersize=7, color=colour or _colour(name), label=name)
+
+
+def _colour(variant: str) -> str:
+    return COLOURS.get(variant, "#c28f00")
+
+
+def _svg(figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")

@@ -1,0 +1,291 @@
+"""Turns raw results into a report page, tables, and the README's table.
+
+python -m benchmarks.report RESULTS.json --out DIR     write report.html and table.md
+python -m benchmarks.report --readme                   rewrite README.md between the results marks
+python -m benchmarks.report --check                    fail when README.md is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import sys
+from pathlib import Path
+
+from . import results
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+HERE = Path(__file__).resolve().parent
+
+STYLE = """
+:root { color-scheme: light dark; --line: #d5d9de; --soft: #f4f6f8; --accent: #c7401b; --dim: #5c6670; }
+@media (prefers-color-scheme: dark) { :root { --line: #3a424b; --soft: #1f252b; --accent: #ff8a65; --dim: #9aa5b1; } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+@media (prefers-color-scheme: dark) { body { background: #14181c; color: #e4e8ec; } }
+h1 { font-size: 1.6em; margin-bottom: 0.2em; } h2 { font-size: 1.2em; margin-top: 2em; }
+p.dim, .dim { color: var(--dim); } .warn { color: var(--accent); font-weight: 600; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
+th, td { border-bottom: 1px solid var(--line); padding: 3px 9px; text-align: left; vertical-align: top; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { background: var(--soft); } tr.ours td { color: var(--accent); font-weight: 600; }
+svg { max-width: 100%; height: auto; display: block; margin: 0.6em 0 1.4em; font-family: system-ui, sans-serif; }
+details { margin: 0.4em 0; } summary { cursor: pointer; } code { font-size: 0.92em; }
+"""
+
+
+def markdown(document: dict) -> str:
+    """The tables of one run in Markdown, with the device, versions and limits they hold for."""
+    environment = document["environment"]
+    lines = [
+        f"**{environment['device']}**, "
+        + ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if name in _NAMED)
+        + f", commit {environment['commit'] or 'unknown'}, {environment['date']}. {_ceilings(document)}",
+        "",
+    ]
+    cells = results.summary_cells(document)
+    if cells:
+        lines += [*_markdown_table(results.SUMMARY_HEAD, cells, left=3), ""]
+    report = document.get("real_text")
+    cells = results.real_text_cells(document)
+    if report and cells:
+        lines += [
+            f"{report['model']} ({report['parameters']:,} parameters) on real text, {report['length']} tokens:",
+            "",
+            *_markdown_table(results.REAL_TEXT_HEAD, cells, left=2),
+            "",
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_NAMED = ("torch", "triton", "retro_kernels", "retro-pytorch", "faiss-cpu")
+
+
+def _ceilings(document: dict) -> str:
+    ceilings = document["ceilings"]
+    if not ceilings:
+        return ""
+    rates = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in ceilings["matrix_flops_per_second"].items())
+    return f"Measured limits: copy {ceilings['copy_bytes_per_second'] / 1e9:,.0f} GB/s; multiply-add {rates} GFLOP/s."
+
+
+def _markdown_table(head, cells, left: int) -> list[str]:
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    return ["| " + " | ".join(row) + " |" for row in (head, rule, *cells)]
+
+
+def page(document: dict) -> str:
+    """The self-contained report: everything inline, nothing fetched."""
+    environment = document["environment"]
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        '<meta name=viewport content="width=device-width, initial-scale=1">',
+        f"<title>retro_kernels benchmark, {_text(environment['device'])}</title><style>{STYLE}</style>",
+        "<h1>Chunked cross-attention: retro_kernels against the alternatives</h1>",
+        f"<p class=dim>{_text(environment['device'])} · {_text(environment['date'])} · commit "
+        f"{_text(environment['commit'] or 'unknown')} · {_text(_ceilings(document))}</p>",
+    ]
+    if document["interrupted"]:
+        parts.append("<p class=warn>This run was interrupted: what follows is what it had finished.</p>")
+    if any(row["variant"] == "retro_kernels[reference]" for row in document["rows"]):
+        parts.append(
+            "<p class=warn>No fused backend ran here: retro_kernels[reference] is the specification, not a kernel. "
+            "<code>retro-kernels doctor</code> tells why.</p>"
+        )
+    cells = results.summary_cells(document)
+    if cells:
+        parts += ["<h2>Summary</h2>", _table(results.SUMMARY_HEAD, cells, left=3)]
+        parts.append(
+            "<p class=dim>Medians of interleaved rounds. Every timed result was checked against an fp64 reference in "
+            "the same run: error at most twice that of eager PyTorch in the same precision, plus a floor. "
+            "<b>SDPA, compiled</b>: the fastest of its family; the shift, padding and folding it needs is timed. "
+            "<b>Of the limit</b>: the larger of bytes over copy bandwidth and FLOPs over multiply-add rate, both "
+            "measured here, as a share of the time. <b>Memory</b>: most bytes alive beyond the inputs, results "
+            "included.</p>"
+        )
+    parts += _real_text(document)
+    parts += _figures(document)
+    parts += _details(document)
+    missing = results.not_timed(document)
+    parts.append("<h2>Not timed, and why</h2>")
+    parts.append(_table(("what", "why"), [list(entry) for entry in missing], left=2) if missing else "<p>Nothing.</p>")
+    if document["parts"]:
+        rows = [[p["name"], p["status"], f"{p['seconds']:.0f}", p.get("detail") or ""] for p in document["parts"]]
+        parts += ["<h2>Parts of the run</h2>", _table(("part", "status", "seconds", "detail"), rows, left=2)]
+    parts.append("<h2>Environment</h2>" + _table(("", ""), _flat(environment) + _flat(document["settings"]), left=2))
+    return "\n".join(parts) + "\n"
+
+
+def _real_text(document: dict) -> list[str]:
+    report = document.get("real_text")
+    if not report:
+        return []
+    parts = [
+        "<h2>A real RETRO on real text</h2>",
+        f"<p>{_text(report['model'])}, {report['parameters']:,} parameters, {report['length']} tokens, batch 1. "
+        + " ".join(
+            f"<b>{_text(name.capitalize())}:</b> {_text(value)}." for name, value in report["description"].items()
+        )
+        + "</p>",
+    ]
+    rows = [
+        [c["dtype"], "yes" if c["passed"] else "NO", c["rule"], c["worst"], str(c["tensors"]),
+         f"{c['loss_original']:.6f}", f"{c['loss_swapped']:.6f}"]
+        for c in report["comparisons"]
+    ]  # fmt: skip
+    head = ("precision", "same?", "rule", "worst tensor", "tensors", "loss", "loss with rk.swap")
+    parts.append(_table(head, rows, left=4))
+    cells = results.real_text_cells(document)
+    if cells:
+        parts += [_table(results.REAL_TEXT_HEAD, cells, left=2), *_plot("swap", document)]
+    parts += [f"<p class=dim>{_text(note)}.</p>" for note in report["notes"]]
+    if report["swap"]:
+        parts.append(f"<details><summary>What rk.swap said</summary><pre>{_text(report['swap'])}</pre></details>")
+    return parts
+
+
+def _figures(document: dict) -> list[str]:
+    return [
+        "<h2>Speed against the alternatives</h2>", *_plot("speed", document),
+        "<h2>Position on the roofline</h2>", *_plot("roofline", document),
+        "<h2>Peak memory</h2>", *_plot("memory", document),
+    ] if document["rows"] else []  # fmt: skip
+
+
+def _plot(name: str, document: dict) -> list[str]:
+    try:
+        from . import plots
+
+        return getattr(plots, name)(document)
+    except ImportError as error:
+        return [f"<p class=warn>No figure: {_text(str(error))}. pip install 'retro_kernels[bench]'</p>"]
+
+
+def _details(document: dict) -> list[str]:
+    parts = ["<h2>Every variant</h2>"] if document["rows"] else []
+    head = (
+        "variant",
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+        "samples",
+        "GFLOP/s",
+        "GB/s",
+        "of the limit",
+        "memory MB",
+        "errors",
+    )
+    for case in results.cases(document):
+        rows, ours = [], []
+        for row in results.rows_of(document, case):
+            if row["status"] != "ok":
+                continue
+            ours.append(results.is_ours(row["variant"]))
+            errors = ", ".join(f"{error['name']} {float(error['relative']):.0e}" for error in row["errors"])
+            rows.append(
+                [row["variant"], *(f"{row[key]:.3f}" for key in ("p20_ms", "p50_ms", "p80_ms")), str(row["samples"]),
+                 f"{row['tflops'] * 1e3:,.0f}", f"{row['gigabytes_per_second']:,.1f}",
+                 f"{results.percent(row)} ({row['bound']})", results.megabytes(row), errors]
+            )  # fmt: skip
+        shape = results.rows_of(document, case)[0]["shape"]
+        parts.append(
+            f"<details><summary>{_text(' · '.join(case))} <span class=dim>{_text(shape)}</span></summary>"
+            f"{_table(head, rows, left=1, highlighted=ours)}</details>"
+        )
+    return parts
+
+
+def _table(head, rows, left: int, highlighted: list[bool] | None = None) -> str:
+    def line(cells, tag: str) -> str:
+        return "".join(
+            f"<{tag}{'' if i < left or head[i] == 'errors' else ' class=number'}>{_text(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+
+    body = "".join(
+        f"<tr{' class=ours' if highlighted and highlighted[i] else ''}>{line(row, 'td')}</tr>"
+        for i, row in enumerate(rows)
+    )
+    header = f"<tr>{line(head, 'th')}</tr>" if any(head) else ""
+    return f"<div class=wide><table>{header}{body}</table></div>"
+
+
+def _flat(values: dict) -> list[list[str]]:
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        rows.append([name.replace("_", " "), str(value) if value not in (None, "") else "-"])
+    return rows
+
+
+def _text(value) -> str:
+    return html.escape(str(value))
+
+
+def write(document: dict, folder: Path) -> list[Path]:
+    """bench.json, report.html and table.md; returns their paths."""
+    document = results.finite(document)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / results.FILE, folder / "report.html", folder / "table.md"]
+    results.save(document, paths[0])
+    paths[1].write_text(page(document))
+    paths[2].write_text(markdown(document))
+    return paths
+
+
+def readme_block(folder: Path) -> str:
+    """What belongs between the marks: the tables of every committed device."""
+    documents = [results.load(path) for path in sorted(folder.glob(f"*/{results.FILE}"))]
+    if not documents:
+        return "No results are committed yet.\n"
+    blocks = []
+    for document in documents:
+        slug = document["environment"]["device_slug"]
+        blocks.append(
+            markdown(document)
+            + f"\nAll variants, plots and the raw numbers: `benchmarks/results/{slug}/report.html`.\n"
+        )
+    return "\n".join(blocks)
+
+
+def with_block(readme: str, block: str) -> str:
+    """README text with the block between the marks. Raises ValueError when the marks are not there once, in order."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"README.md: expected one {BEGIN} and after it one {END}")
+    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+    return f"{before}{BEGIN}\n{block.rstrip()}\n{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.report", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("results", nargs="?", type=Path, help="raw results to make a report of")
+    parser.add_argument("--out", type=Path, help="folder for the report (default: beside the results)")
+    parser.add_argument("--readme", action="store_true", help="rewrite the README's table from the committed results")
+    parser.add_argument("--check", action="store_true", help="exit 1 when the README's table is stale")
+    parser.add_argument("--root", type=Path, default=HERE.parent, help="the repository (default: this one)")
+    options = parser.parse_args(arguments)
+    if options.results is None and not (options.readme or options.check):
+        parser.error("give raw results, --readme or --check")
+    try:
+        if options.results:
+            for path in write(results.load(options.results), options.out or options.results.parent):
+                print(path)
+        if options.readme or options.check:
+            path = options.root / "README.md"
+            old = path.read_text()
+            new = with_block(old, readme_block(options.root / "benchmarks" / "results"))
+            if options.check and old != new:
+                print("README.md: the results table is stale; run `python -m benchmarks.report --readme`")
+                return 1
+            if options.readme and old != new:
+                path.write_text(new)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

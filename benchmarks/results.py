@@ -1,0 +1,211 @@
+"""The raw results: one JSON document a run, written whole or not at all, and what is derived from it for tables."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+SCHEMA = 1
+FILE = "bench.json"
+
+
+def new(environment: dict, settings: dict) -> dict:
+    """An empty document; a run fills it up and may be interrupted at any time."""
+    return {
+        "schema": SCHEMA,
+        "environment": environment,
+        "settings": settings,
+        "ceilings": None,
+        "rows": [],
+        "real_text": None,
+        "parts": [],
+        "skipped": [],
+        "interrupted": False,
+        "seconds": None,
+    }
+
+
+def save(document: dict, path: Path) -> None:
+    """Writes to a temporary name beside `path` and renames: a reader never sees half a document."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False, default=_plain) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict:
+    """Raises ValueError when the file is not a result of this schema."""
+    document = json.loads(path.read_text())
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
+        raise ValueError(f"{path}: got schema {found}, expected {SCHEMA}: run `retro-kernels bench` again")
+    return document
+
+
+def _plain(value):
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON value")
+
+
+def finite(value):
+    """The same with NaN and infinity as text, which JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    if isinstance(value, float) and value - value != 0:
+        return str(value)
+    return value
+
+
+def cases(document: dict) -> list[tuple[str, str, str]]:
+    """(workload, dtype, mode) in the order they were run."""
+    return list(dict.fromkeys((row["workload"], row["dtype"], row["mode"]) for row in document["rows"]))
+
+
+def rows_of(document: dict, case: tuple[str, str, str]) -> list[dict]:
+    return [row for row in document["rows"] if (row["workload"], row["dtype"], row["mode"]) == case]
+
+
+def is_ours(variant: str) -> bool:
+    return variant.startswith("retro_kernels")
+
+
+def summary(document: dict) -> list[dict]:
+    """One entry a case: retro_kernels, eager, and the fastest of each family of alternatives; None where there is no
+    checked time."""
+
+    def fastest(rows: list[dict], *prefixes: str) -> dict | None:
+        timed = [row for row in rows if row["status"] == "ok" and row["variant"].startswith(prefixes)]
+        return min(timed, key=lambda row: row["p50_ms"], default=None)
+
+    result = []
+    for case in cases(document):
+        rows = rows_of(document, case)
+        ours = fastest([row for row in rows if row["variant"] != "retro_kernels[reference]"], "retro_kernels")
+        ours = ours or fastest(rows, "retro_kernels")
+        result.append(
+            {
+                "workload": case[0],
+                "dtype": case[1],
+                "mode": case[2],
+                "ours": ours,
+                "eager": fastest(rows, "eager"),
+                "sdpa": fastest(rows, "sdpa"),
+                "compiled": fastest(rows, "compile", "flex"),
+            }
+        )
+    return result
+
+
+def ratio(other: dict | None, ours: dict | None) -> float | None:
+    """How many times faster ours is."""
+    return other["p50_ms"] / ours["p50_ms"] if other and ours else None
+
+
+def real_text_pairs(document: dict) -> list[dict]:
+    """(dtype, stage) with both variants' rows, original and swapped."""
+    report = document.get("real_text")
+    if not report or "rows" not in report:
+        return []
+    pairs: dict[tuple[str, str], dict] = {}
+    for row in report["rows"]:
+        entry = pairs.setdefault((row["dtype"], row["stage"]), {"dtype": row["dtype"], "stage": row["stage"]})
+        entry["swapped" if "rk.swap" in row["variant"] else "original"] = row
+    return [pair for pair in pairs.values() if "swapped" in pair and "original" in pair]
+
+
+# Text of numbers: three significant digits, units in the column heads.
+
+
+def milliseconds(row: dict | None) -> str:
+    return "-" if row is None else _digits(row["p50_ms"])
+
+
+def times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def megabytes(row: dict | None) -> str:
+    value = row.get("peak_extra_bytes") if row else None
+    return "-" if value is None else _digits(value / 1e6)
+
+
+def percent(row: dict | None) -> str:
+    value = row.get("percent_of_limit") if row else None
+    return "-" if value is None else f"{value:.0f} %"
+
+
+def _digits(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3g}"
+
+
+SUMMARY_HEAD = (
+    "workload", "dtype", "mode", "retro_kernels ms", "folded SDPA ms", "compiled ms", "eager ms",
+    "over SDPA", "over compiled", "over eager", "of the limit", "memory MB", "SDPA memory MB",
+)  # fmt: skip
+
+
+def summary_cells(document: dict) -> list[list[str]]:
+    """SUMMARY_HEAD's columns as text, one row a case. The name of the fastest alternative stands behind its time."""
+
+    def named(row: dict | None) -> str:
+        if row is None:
+            return "-"
+        short = row["variant"].removeprefix("sdpa").removeprefix("compile").strip("[]")
+        return f"{milliseconds(row)} ({short})"
+
+    cells = []
+    for entry in summary(document):
+        ours, sdpa = entry["ours"], entry["sdpa"]
+        backend = ours["variant"].removeprefix("retro_kernels").strip("[]") if ours else ""
+        cells.append(
+            [
+                entry["workload"], entry["dtype"], entry["mode"],
+                f"{milliseconds(ours)} ({backend})" if ours else "-",
+                named(sdpa), named(entry["compiled"]), milliseconds(entry["eager"]),
+                times(ratio(sdpa, ours)), times(ratio(entry["compiled"], ours)), times(ratio(entry["eager"], ours)),
+                percent(ours), megabytes(ours), megabytes(sdpa),
+            ]
+        )  # fmt: skip
+    return cells
+
+
+REAL_TEXT_HEAD = ("precision", "what", "retro-pytorch ms", "with rk.swap ms", "faster", "memory MB", "with rk.swap MB")
+
+
+def real_text_cells(document: dict) -> list[list[str]]:
+    return [
+        [
+            "bf16 autocast" if pair["dtype"] == "bf16" else pair["dtype"],
+            pair["stage"],
+            milliseconds(pair["original"]),
+            milliseconds(pair["swapped"]),
+            times(ratio(pair["original"], pair["swapped"])),
+            megabytes(pair["original"]),
+            megabytes(pair["swapped"]),
+        ]
+        for pair in real_text_pairs(document)
+    ]
+
+
+def not_timed(document: dict) -> list[tuple[str, str]]:
+    """(what, why) of everything that has no time: variants grouped by reason, then whole parts."""
+    grouped: dict[tuple[str, str, str], list[str]] = {}
+    for row in document["rows"]:
+        if row["status"] != "ok":
+            what = f"{row['workload']} {row['dtype']} {row['mode']}"
+            grouped.setdefault((row["variant"], row["status"], row["reason"] or ""), []).append(what)
+    total = len(cases(document))
+    entries = []
+    for (variant, status, reason), where in grouped.items():
+        place = "everywhere" if len(where) == total else ", ".join(where)
+        entries.append((f"{variant} ({place})", reason if status == "skipped" else f"{status}: {reason}"))
+    return entries + [(entry["what"], entry["reason"]) for entry in document["skipped"]]

@@ -1,0 +1,27 @@
+"""The `retro-kernels` command, one file per subcommand.
+
+Nothing here imports torch or retro_kernels' kernels before a command needs them: `retro-kernels doctor` must be able to
+say what is wrong with an installation that cannot import them.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from . import bench, doctor
+
+app = typer.Typer(
+    name="retro-kernels",
+    help="Fused kernels for retrieval-enhanced transformers (RETRO).",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
+
+
+def main() -> None:
+    """The entry point of the `retro-kernels` script."""
+    app()

@@ -1,0 +1,164 @@
+"""`retro-kernels bench`: times fused chunked cross-attention against the real alternatives on this machine."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+FOLDER = "bench-report"
+
+
+def load(name: str) -> ModuleType:
+    """A module of the benchmark suite: the installed one, or the source tree's."""
+    try:
+        return importlib.import_module(f"retro_kernels.benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("retro_kernels.benchmarks"):
+            raise
+    root = str(Path(__file__).resolve().parents[2])
+    if root not in sys.path:
+        sys.path.append(root)
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two workloads and a short text: under 3 minutes on 2 cores.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, table.md and the raw bench.json.")] = Path(FOLDER),
+    workload: Annotated[
+        list[str] | None, typer.Option(help="A workload by name; may be repeated. Default: all of them.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16 or (on a GPU) fp16; may be repeated. Default: fp32 and bf16.")
+    ] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="'forward' or 'forward+backward'; may be repeated. Default: both.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'. Default: the GPU if there is one.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="A backend of retro_kernels; may be repeated. Default: all fused ones.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Whether to time torch.compile and FlexAttention.")
+    ] = True,
+    real_text: Annotated[
+        bool, typer.Option("--real-text/--no-real-text", help="Whether to run a retro-pytorch model on real text.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the raw results instead of the table.")] = False,
+) -> None:
+    """Times fused chunked cross-attention against eager code, folded SDPA, torch.compile and FlexAttention.
+
+    Every result is checked against an fp64 reference before it is timed. A retro-pytorch model then runs on real text
+    with and without rk.swap. Prints one table; writes a report page, a table and the raw numbers. Ctrl-C writes what
+    is there. Compile time is capped and not counted.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=as_json)
+    try:
+        driver = load("bench")
+    except ImportError as error:
+        console.print(f"The benchmark suite cannot be imported: {error}", style="red", markup=False)
+        raise typer.Exit(2) from error
+    options = driver.Options(
+        quick=quick, workloads=workload or [], dtypes=dtype or [], modes=mode or [], device=device, compiled=compiled,
+        real_text=real_text, backends=backend,
+    )  # fmt: skip
+    try:
+        options.resolved()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report says what each warning would: what ran, and what could not
+        document = _run(driver, options, console)
+    paths = driver.write(document, out)
+    if as_json:
+        typer.echo(json.dumps(load("results").finite(document), default=str))
+    else:
+        show(document, console)
+    for path in paths:
+        console.print(str(path), style="dim", highlight=False)
+    wrong = [
+        row for row in document["rows"] if row["status"] in ("wrong", "failed") and "retro_kernels" in row["variant"]
+    ]
+    raise typer.Exit(130 if document["interrupted"] else 1 if wrong else 0)
+
+
+def _run(driver: ModuleType, options: Any, console: Any) -> dict:
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    class Shown(driver.Progress):  # type: ignore[name-defined, misc]
+        current = ""
+
+        def case(self, text: str) -> None:
+            self.current = text
+            bar.update(task, description=text)
+            if not console.is_terminal:
+                console.print(f"[{time.strftime('%X')}] {text}", highlight=False, markup=False)
+
+        def step(self, text: str) -> None:
+            bar.update(task, description=f"{self.current}: {text}")
+
+        def row(self, row: Any) -> None:
+            if row.status in ("wrong", "failed"):
+                console.print(f"{row.workload} {row.dtype} {row.mode} {row.variant}: {row.status}: {row.reason}",
+                              style="red", markup=False)  # fmt: skip
+
+    columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        return driver.run(options, Shown())
+
+
+def show(document: dict, console: Any) -> None:
+    """The one table, the real-text part under it, and what was not timed."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    results = load("results")
+    environment = document["environment"]
+
+    def table(title: str, head: Any, cells: list[list[str]], left: int) -> None:
+        shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for i, name in enumerate(head):
+            shown.add_column(name, justify="left" if i < left else "right", overflow="fold")
+        for row in cells:
+            shown.add_row(*map(Text, row))
+        console.print(shown)
+
+    cells = results.summary_cells(document)
+    if cells:
+        table(f"chunked cross-attention on {environment['device']}", results.SUMMARY_HEAD, cells, left=3)
+    report = document["real_text"]
+    if report:
+        for line in (f"{name}: {value}" for name, value in report["description"].items()):
+            console.print(line, style="dim", highlight=False, markup=False)
+        for comparison in report["comparisons"]:
+            verdict = "the same" if comparison["passed"] else "NOT the same"
+            console.print(
+                f"{comparison['dtype']}: logits, loss and {comparison['tensors'] - 2} gradients are {verdict} "
+                f"({comparison['worst']})",
+                style="green" if comparison["passed"] else "red", highlight=False, markup=False,
+            )  # fmt: skip
+        cells = results.real_text_cells(document)
+        if cells:
+            title = f"{report['model']}, {report['parameters']:,} parameters, {report['length']} tokens of real text"
+            table(title, results.REAL_TEXT_HEAD, cells, left=2)
+    missing = results.not_timed(document)
+    if missing:
+        console.print("not timed:", style="bold")
+        for what, why in missing:
+            console.print(f"  {what}: {why}", style="dim", highlight=False, markup=False)
+    if document["interrupted"]:
+        console.print("Interrupted: this is what was finished.", style="bold yellow")
+    console.print(f"{document['seconds']:.0f} s", style="dim")

@@ -1,0 +1,278 @@
+"""`retro-kernels doctor`: what is installed, what was built, and what can run. Every probe may fail alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+PACKAGES = (
+    "retro_kernels", "torch", "triton", "numpy", "faiss-cpu", "faiss-gpu", "retro-pytorch", "transformers",
+    "matplotlib",
+)  # fmt: skip
+IMPORTED = {"torch": "torch", "triton": "triton", "numpy": "numpy", "faiss-cpu": "faiss", "faiss-gpu": "faiss"}
+PROGRAMS = ("g++", "clang++", "nvcc", "ninja")
+VARIABLES = {
+    "RETRO_KERNELS_BACKEND": "the backend of every call that names none",
+    "RETRO_KERNELS_BUILD_CPU": "auto, 1 or 0: whether an install builds the C++ extension",
+    "RETRO_KERNELS_BUILD_CUDA": "auto, 1 or 0: whether an install builds the CUDA extension",
+    "TRITON_INTERPRET": "1 runs Triton kernels, very slowly, on the CPU",
+    "CUDA_HOME": "the CUDA toolkit that a build takes",
+    "CUDA_VISIBLE_DEVICES": "which GPUs this process sees",
+    "OMP_NUM_THREADS": "threads of the CPU kernels",
+    "LD_LIBRARY_PATH": "may put other libraries before torch's own",
+}
+OK, PROBLEM, NOTE = "ok", "problem", "note"
+
+
+@dataclasses.dataclass
+class Entry:
+    """One line of the report."""
+
+    name: str
+    value: str
+    status: str = NOTE
+    remedy: str = ""
+
+
+def guarded(name: str, probe: Callable[[], Any]) -> list[Entry]:
+    """The probe's entries; an exception becomes the entry's content instead of a traceback."""
+    try:
+        found = probe()
+    except Exception as error:
+        return [Entry(name, _described(error), PROBLEM)]
+    return found if isinstance(found, list) else [found]
+
+
+def _described(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def versions() -> list[Entry]:
+    """Installed (by the package's metadata) and loaded (by importing it) are told apart."""
+    entries = [Entry("python", f"{platform.python_version()} at {sys.executable}", OK)]
+    for name in PACKAGES:
+        entries += guarded(name, lambda name=name: _version(name))
+    return entries
+
+
+def _version(name: str) -> Entry | list[Entry]:
+    try:
+        installed = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    if name == "retro_kernels":
+        folder = Path(__file__).resolve().parents[1]
+        return Entry(name, f"{installed or 'not installed, run from its source tree'}, at {folder}", OK)
+    if installed is None:
+        return [] if name == "faiss-gpu" else Entry(name, "not installed")
+    if name not in IMPORTED:
+        return Entry(name, installed, OK)
+    try:
+        module = importlib.import_module(IMPORTED[name])
+    except Exception as error:
+        return Entry(name, f"{installed} installed, but importing it fails: {_described(error)}", PROBLEM,
+                     f"reinstall it: pip install --force-reinstall {name}")  # fmt: skip
+    loaded = str(getattr(module, "__version__", installed))
+    if loaded.split("+")[0] != installed.split("+")[0]:
+        return Entry(name, f"{installed} installed, but {loaded} is loaded from {module.__file__}", PROBLEM,
+                     "two installations: remove one, or look at PYTHONPATH")  # fmt: skip
+    return Entry(name, loaded, OK)
+
+
+def devices() -> list[Entry]:
+    """The processor, its instruction sets, and every GPU that torch sees."""
+    return guarded("CPU", _cpu) + guarded("GPU", _gpus) + guarded("driver", _driver)
+
+
+def _cpu() -> list[Entry]:
+    model, flags = platform.processor() or platform.machine(), set()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Hardware"):
+                model = value.strip()
+            elif name.strip() in ("flags", "Features"):
+                flags = set(value.split())
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+    shown = ", ".join(name for name in wanted if name in flags) or "no vector extension that is looked for"
+    return [
+        Entry("CPU", f"{model}, {os.cpu_count()} cores, {platform.machine()}", OK),
+        Entry("CPU instructions", shown),
+    ]
+
+
+def _gpus() -> list[Entry]:
+    import torch
+
+    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+        return [Entry("GPU", f"torch {torch.__version__} is a build without CUDA", NOTE)]
+    if not torch.cuda.is_available():
+        return [Entry("GPU", f"torch is built for CUDA {torch.version.cuda}, but no GPU is usable", NOTE,
+                      "look at the driver, and at CUDA_VISIBLE_DEVICES")]  # fmt: skip
+    entries = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        size = f"{p.total_memory / 2**30:.0f} GiB"
+        entries.append(Entry(f"GPU {i}", f"{p.name}, compute capability {p.major}.{p.minor}, {size}", OK))
+    return [*entries, Entry("CUDA of torch", str(torch.version.cuda), OK)]
+
+
+def _driver() -> list[Entry]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    if done.returncode:
+        return [Entry("driver", f"nvidia-smi fails: {(done.stderr or done.stdout).strip()[:200]}", PROBLEM)]
+    return [Entry("driver", done.stdout.splitlines()[0].strip(), OK)]
+
+
+def compilers() -> list[Entry]:
+    """What an install from source can use."""
+    return [entry for name in PROGRAMS for entry in guarded(name, lambda name=name: _program(name))]
+
+
+def _program(name: str) -> Entry:
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if path is None:
+        return Entry(name, "not found")
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
+    lines = [line for line in (done.stdout or done.stderr).splitlines() if line.strip()]
+    line = next((line for line in lines if "release" in line), lines[0] if lines else "no version")
+    return Entry(name, f"{line.strip()} ({path})", OK)
+
+
+def backends() -> tuple[list[Entry], bool]:
+    """Every backend of chunked cross-attention; and whether one besides the reference can run."""
+    try:
+        import retro_kernels as rk
+
+        states = rk.backends()
+    except Exception as error:
+        entry = Entry("retro_kernels", f"importing it fails: {_described(error)}", PROBLEM, "see the versions above")
+        return [entry], False
+    entries, fused = [], False
+    for name, state in states.items():
+        if state.available:
+            entries.append(Entry(name, "can run", OK))
+            fused = fused or name != "reference"
+        else:
+            entries.append(Entry(name, "cannot run", NOTE, str(state.reason)))
+    return entries, fused
+
+
+def extension() -> list[Entry]:
+    """The compiled extension: whether it loads, and what it was built for against what is here."""
+    return guarded("extension", _extension)
+
+
+def _extension() -> list[Entry]:
+    module = importlib.import_module("retro_kernels.extension")
+    why_not = module.why_not()
+    entries = [Entry("extension", "loaded" if why_not is None else "not loaded", OK if why_not is None else NOTE,
+                     why_not or "")]  # fmt: skip
+    entries += guarded("instruction set in use", lambda: _instruction_set(module, why_not))
+    return entries + guarded("built for", lambda: _built_for(module))
+
+
+def _instruction_set(module: Any, why_not: str | None) -> list[Entry]:
+    return [Entry("instruction set in use", str(module.isa()), OK)] if why_not is None else []
+
+
+def _built_for(module: Any) -> list[Entry]:
+    metadata = module.build_metadata()
+    if not metadata:
+        return [Entry("built for", "nothing was built at install")]
+    import torch
+
+    here = {"torch": torch.__version__, "python": platform.python_version(), "platform": platform.machine()}
+    entries = []
+    for name, value in dict(metadata).items():
+        if isinstance(value, (list, tuple)):
+            value = " ".join(map(str, value))
+        found = here.get(str(name))
+        entries.append(Entry(f"built: {name}", f"{value}" + (f" (found here: {found})" if found else "")))
+    return entries
+
+
+def variables() -> list[Entry]:
+    """The environment variables that matter, where they are set."""
+    entries = [Entry(name, os.environ[name], NOTE, why) for name, why in VARIABLES.items() if name in os.environ]
+    return entries or [Entry("none", "no variable that matters is set")]
+
+
+def collect() -> tuple[dict[str, list[Entry]], bool]:
+    """All sections, and whether a fused backend can run."""
+    states, fused = backends()
+    sections = {
+        "versions": guarded("versions", versions),
+        "devices": devices(),
+        "compilers": compilers(),
+        "backends": states,
+        "extension": extension(),
+        "environment variables": variables(),
+    }
+    return sections, fused
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for machines.")] = False,
+) -> None:
+    """Says what is installed and built, which backends can run, and why the others cannot.
+
+    Works when the package is half broken: each probe that fails says so in its own line. Exit code 0 when a backend
+    besides the reference can run, otherwise 1.
+    """
+    sections, fused = collect()
+    if as_json:
+        document = {
+            "fused_backend_can_run": fused,
+            **{name: [dataclasses.asdict(entry) for entry in entries] for name, entries in sections.items()},
+        }
+        typer.echo(json.dumps(document, indent=1))
+    else:
+        show(sections, fused)
+    raise typer.Exit(0 if fused else 1)
+
+
+def show(sections: dict[str, list[Entry]], fused: bool) -> None:
+    """The sections as tables, and the verdict last."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    styles = {OK: "green", PROBLEM: "bold red", NOTE: ""}
+    for title, entries in sections.items():
+        table = Table(
+            title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
+        )
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for entry in entries:
+            value = Text(entry.value, style=styles[entry.status])
+            if entry.remedy:
+                value.append(f"\n{entry.remedy}", style="dim")
+            table.add_row(Text(entry.name), value)
+        console.print(table, "")
+    if fused:
+        console.print(Text("Fused chunked cross-attention can run here.", style="bold green"))
+    else:
+        console.print(
+            Text("No fused backend can run here: calls go to the slow pure-PyTorch reference.", style="bold yellow"),
+            Text("The reasons are under 'backends'.", style="dim"),
+        )
