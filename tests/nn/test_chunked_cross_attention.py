@@ -209,8 +209,10 @@ def test_fused_backends_agree_with_the_reference(backend, recipe):
         out = layer(*inputs, mask)
         results.append((out, torch.autograd.grad(out.square().sum(), [*inputs, *layer.parameters()])))
     torch.testing.assert_close(results[1][0], results[0][0], atol=1e-4, rtol=1e-4)
+    # One floor for all: the softmax cancels the gradient of the key's bias to rounding noise.
+    floor = 1e-5 * max(want.abs().max().item() for want in results[0][1])
     for got, want in zip(results[1][1], results[0][1]):
-        torch.testing.assert_close(got, want, atol=1e-4 * want.abs().max().item() + 1e-6, rtol=1e-4)
+        torch.testing.assert_close(got, want, atol=floor, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -293,7 +295,7 @@ def test_autocast_copies_and_casts(backend):
     assert all(parameter.grad.isfinite().all() for parameter in twin.parameters())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FUSED)  # the reference traces too, but for a minute
 def test_compiles_in_one_graph_for_any_length(backend):
     layer = build(ChunkedCrossAttention.retro_pytorch, backend=backend).float()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
