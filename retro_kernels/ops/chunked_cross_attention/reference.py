@@ -53,8 +53,8 @@ def chunked_cross_attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
     content_query = query
     if call.query_rotary is not None and call.key_rotary is not None:
-        content_query = rotate(query, *(x[:rows] for x in call.query_rotary), call.rotary_interleaved)
-        key = rotate(key, *call.key_rotary, call.rotary_interleaved)
+        content_query = rotate(query, call.query_rotary, call.rotary_interleaved)
+        key = rotate(key, call.key_rotary, call.rotary_interleaved)
     if call.content_bias is not None:
         content_query = query + call.content_bias.to(compute)
 
@@ -98,11 +98,11 @@ def chunked_cross_attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     return out.to(call.query.dtype), lse
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Turns the first 2 * width dimensions of x [..., positions, heads, d] by the angles whose cosine and sine are
-    [positions, width]: dimension j pairs with j + width, or, interleaved, 2j with 2j + 1."""
-    width = cos.shape[-1]
-    cos, sin = (table.detach().to(x.dtype)[:, None] for table in (cos, sin))
+def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], interleaved: bool) -> torch.Tensor:
+    """Turns the first 2 * width dimensions of x [..., positions, heads, d] by the angles whose (cos, sin) are tables of
+    [at least positions, width]: dimension j pairs with j + width, or, interleaved, 2j with 2j + 1."""
+    width = tables[0].shape[-1]
+    cos, sin = (table[: x.shape[-3], None].detach().to(x.dtype) for table in tables)
     turned, rest = x[..., : 2 * width], x[..., 2 * width :]
     if interleaved:
         first, second = turned[..., 0::2], turned[..., 1::2]
