@@ -11,6 +11,8 @@ import torch
 from . import environment, peers, real_text, report, results, suite, timing
 from .workloads import MODES, QUICK, SEED, WORKLOADS, Workload, select
 
+QUICK_SECONDS = 160.0  # a quick run starts no new measurement after so long; it must end within 3 minutes
+
 
 @dataclass
 class Options:
@@ -66,7 +68,7 @@ def run(options: Options, progress: Progress | None = None) -> dict:
         document["ceilings"] = ceilings.to_json()
         _core(options, device, ceilings, document, progress)
         if options.real_text:
-            _real_text(options, device, document, progress)
+            _real_text(options, device, document, progress, started)
         else:
             document["skipped"].append({"what": "real text", "reason": "switched off for this run (--no-real-text)"})
         if options.quick:
@@ -123,7 +125,7 @@ def _too_large_on_cpu(workload: Workload, dtype: str, mode: str, variant: str) -
     return None
 
 
-def _real_text(options: Options, device, document: dict, progress: Progress) -> None:
+def _real_text(options: Options, device, document: dict, progress: Progress, started: float) -> None:
     progress.case("real text")
 
     def keep(found: real_text.Report) -> None:
@@ -139,7 +141,7 @@ def _real_text(options: Options, device, document: dict, progress: Progress) -> 
             embedding_seconds=25.0 if quick else 120.0,
             step=progress.step,
             report=keep,
-            memory=True,
+            deadline=started + QUICK_SECONDS if quick else float("inf"),
         )
     except real_text.Unavailable as error:
         document["skipped"].append({"what": "real text", "reason": str(error)})

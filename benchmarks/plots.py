@@ -33,7 +33,7 @@ def speed(document: dict) -> list[str]:
         lambda row: row["p50_ms"],
         "milliseconds, median; whiskers p20 to p80 (shorter is faster, logarithmic)",
         lambda row: (row["p50_ms"] - row["p20_ms"], row["p80_ms"] - row["p50_ms"]),
-        lambda value: f"{value:.3g} ms",
+        lambda value: f"{results.digits(value)} ms",
     )
 
 
@@ -44,7 +44,7 @@ def memory(document: dict) -> list[str]:
         lambda row: row["peak_extra_bytes"] / 1e6 if row["peak_extra_bytes"] else None,
         "MB at most during the call, beyond the inputs; results count (logarithmic)",
         None,
-        lambda value: f"{value:,.0f} MB" if value >= 10 else f"{value:.2g} MB",
+        lambda value: f"{results.digits(value)} MB",
     )
 
 
@@ -73,12 +73,9 @@ def roofline(document: dict) -> list[str]:
             axes.plot(row["flops"] / row["bytes"], row["tflops"] * 1e3, marker, color=_colour(row["variant"]),
                       markersize=9 if ours else 6, markeredgecolor=INK if ours else "none",
                       markeredgewidth=0.8, zorder=3 if ours else 2)  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        _logarithmic(axes, "x")
+        _logarithmic(axes, "y")
         axes.set_xlim(low, high)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.set_xlabel("FLOP per byte that must move")
         axes.set_ylabel("GFLOP/s")
         axes.set_title(dtype, loc="left", color=INK)
@@ -104,15 +101,14 @@ def swap(document: dict) -> list[str]:
             axes.barh(position + offset, value, 0.36, color=colour)
             axes.errorbar(value, position + offset, xerr=[[value - row["p20_ms"]], [row["p80_ms"] - value]],
                           color=INK, linewidth=0.8, capsize=2)  # fmt: skip
-            label = f"{value:,.3g} ms" if value < 1000 else f"{value:,.0f} ms"
+            label = f"{results.digits(value)} ms"
             axes.annotate(label, (row["p80_ms"], position + offset),
                           xytext=(5, 0), textcoords="offset points", va="center", color=INK, fontsize=8)  # fmt: skip
         labels.append(f"{pair['stage']}, {pair['dtype']}")
-    axes.set_xscale("log")
+    _logarithmic(axes, "x")
     axes.margins(x=0.12)
     axes.set_yticks(range(len(pairs)), labels)
     axes.invert_yaxis()
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_xlabel("milliseconds, median; whiskers p20 to p80 (logarithmic)")
     _style(axes, grid="x")
     _legend(figure, axes, [_handle("retro-pytorch", "s", COLOURS["eager"]), _handle("with rk.swap", "s", "#e4572e")])
@@ -145,12 +141,11 @@ def _bars(document, value_of, label, whiskers, text) -> list[str]:
                               color=INK, fontsize=7.5)  # fmt: skip
                 position += 1
             position += 1
-        axes.set_xscale("log")
+        _logarithmic(axes, "x")
         values = [value_of(row) for row in rows]
         axes.set_xlim(min(values) / 2, max(values) * 2.5)
         axes.set_ylim(position - 1.3, -0.7)
         axes.set_yticks(ticks, labels)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.set_xlabel(label)
         axes.set_title(f"{dtype}, {mode}", loc="left", color=INK)
         _style(axes, grid="x")
@@ -170,6 +165,17 @@ def _figure(width: float, height: float):
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)
     return figure, figure.add_subplot()
+
+
+def _logarithmic(axes, which: str) -> None:
+    """Plain numbers at 1, 2 and 5 of every decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _style(axes, grid: str) -> None:

@@ -11,7 +11,7 @@ import copy
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +109,11 @@ def run(
     step: Callable[[str], None],
     configuration: dict | None = None,
     memory: bool = True,
+    deadline: float = float("inf"),
     report: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """`report` is handed the report as soon as it exists; it fills up, so that an interruption keeps what there is."""
+    """`report` is handed the report as soon as it exists; it fills up, so that an interruption keeps what there is.
+    After `deadline` (of time.monotonic) nothing more is timed, and what was left out is noted."""
     step("building the model")
     original = load_model(device, configuration)
     chunk_size, vocabulary = original.chunk_size, original.token_emb.num_embeddings
@@ -127,10 +129,12 @@ def run(
     models = {ORIGINAL: original, SWAPPED: swapped}
     sequence, retrieved = corpus.sequence(length).to(device), corpus.retrieved().to(device)
 
-    truth, right = None, []
+    truth, right, costs = None, [], {}
     for dtype in ["fp32", *(name for name in dtypes if name != "fp32")]:
         step(f"{dtype}: comparing logits, loss and gradients")
+        began = time.monotonic()
         results = {name: _results(model, sequence, retrieved, dtype) for name, model in models.items()}
+        costs[dtype] = 1.3 * (time.monotonic() - began)  # a round has the optimiser's step, too
         truth = truth if truth is not None else results[ORIGINAL]
         comparison = compare(results[ORIGINAL], results[SWAPPED], truth, dtype)
         result.comparisons.append(comparison)
@@ -139,9 +143,17 @@ def run(
         elif dtype in dtypes:
             right.append(dtype)
     del results, truth
-    for dtype in right:  # after all comparisons, because training steps change the weights
+    # After all comparisons, because training steps change the weights; the fastest first, in case the time ends.
+    for i, dtype in enumerate(sorted(right, key=costs.__getitem__)):
+        left = (deadline - time.monotonic()) / (len(right) - i)
+        if left < 2 * costs[dtype]:  # a warm-up and one round
+            result.notes.append(f"{dtype}: not timed, too little of this run's time was left")
+            continue
         step(f"{dtype}: timing")
-        result.rows += _time(models, sequence, retrieved, dtype, protocol, device, memory)
+        limited = replace(protocol, seconds=min(protocol.seconds, 0.8 * left - costs[dtype]))
+        if 0.8 * left < costs[dtype] * (1 + protocol.min_rounds):
+            limited = replace(limited, min_rounds=1)
+        result.rows += _time(models, sequence, retrieved, dtype, limited, device, memory)
     result.finished = True
     return result
 

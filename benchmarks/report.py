@@ -44,12 +44,13 @@ def markdown(document: dict) -> str:
     ]
     cells = results.summary_cells(document)
     if cells:
-        lines += [*_markdown_table(results.SUMMARY_HEAD, cells, left=3), ""]
+        lines += [*_markdown_table(results.SUMMARY_HEAD, cells, left=3), "", results.SUMMARY_LEGEND, ""]
     report = document.get("real_text")
     cells = results.real_text_cells(document)
     if report and cells:
         lines += [
-            f"{report['model']} ({report['parameters']:,} parameters) on real text, {report['length']} tokens:",
+            f"{report['model']} ({report['parameters']:,} parameters) on real text, {report['length']} tokens (bf16: "
+            "autocast), as it is and after `rk.swap`; logits, loss and all gradients compared first:",
             "",
             *_markdown_table(results.REAL_TEXT_HEAD, cells, left=2),
             "",
@@ -94,14 +95,7 @@ def page(document: dict) -> str:
     cells = results.summary_cells(document)
     if cells:
         parts += ["<h2>Summary</h2>", _table(results.SUMMARY_HEAD, cells, left=3)]
-        parts.append(
-            "<p class=dim>Medians of interleaved rounds. Every timed result was checked against an fp64 reference in "
-            "the same run: error at most twice that of eager PyTorch in the same precision, plus a floor. "
-            "<b>SDPA, compiled</b>: the fastest of its family; the shift, padding and folding it needs is timed. "
-            "<b>Of the limit</b>: the larger of bytes over copy bandwidth and FLOPs over multiply-add rate, both "
-            "measured here, as a share of the time. <b>Memory</b>: most bytes alive beyond the inputs, results "
-            "included.</p>"
-        )
+        parts.append(f"<p class=dim>{_text(results.SUMMARY_LEGEND)}</p>")
     parts += _real_text(document)
     parts += _figures(document)
     parts += _details(document)

@@ -1,0 +1,481 @@
+"""Everything that wants a GPU, in one command, without a network and in under 9 minutes:
+
+    python -m benchmarks.gpu_suite --out DIR
+
+Writes bench.json (raw numbers and every check), table.md, report.html and log.txt into DIR. Each part runs in a process
+of its own, so that one which fails, hangs or breaks its CUDA context does not stop the rest; what failed is said at the
+end, and the exit code is then 1. A further part is one function and one entry in STAGES.
+
+`--reduced` (the default without a GPU) runs the same parts on tiny shapes, Triton's kernels in its interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+LIMIT_SECONDS = 520.0
+REDUCED_LIMIT_SECONDS = 150.0
+OK, FAILED, SKIPPED, INCOMPLETE = "ok", "failed", "skipped", "incomplete"
+
+
+class Skip(Exception):
+    """This part has nothing to do here; the message is the reason."""
+
+
+@dataclass
+class Context:
+    """What a part is given, and where it leaves what it found. Saved after every step, so that a part which is killed
+    keeps what it had."""
+
+    reduced: bool
+    deadline: float
+    """Of time.monotonic(); a part starts nothing new after it."""
+    file: Path
+    shared: dict
+    """Findings of the parts of earlier stages."""
+    found: dict = field(default_factory=dict)
+
+    @property
+    def device(self):
+        import torch
+
+        return torch.device("cpu" if self.reduced else "cuda")
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def add(self, name: str, *entries: dict) -> None:
+        self.found.setdefault(name, []).extend(entries)
+        self.save()
+
+    def save(self) -> None:
+        from . import results
+
+        results.save(results.finite(self.found), self.file)
+
+    def log(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def machine(context: Context) -> str:
+    """Versions and device, copy bandwidth and matrix rates."""
+    from . import environment, timing
+
+    context.found["environment"] = environment.collect(context.device)
+    context.save()
+    dtypes = ["fp32", "bf16"] if context.reduced else ["fp32", "bf16", "fp16"]
+    ceilings = timing.measure_ceilings(context.device, dtypes, quick=context.reduced)
+    context.found["ceilings"] = ceilings.to_json()
+    rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in ceilings.matrix_flops_per_second.items())
+    return f"copy {ceilings.copy_bytes_per_second / 1e9:,.0f} GB/s; matrix {rates} TFLOP/s"
+
+
+def backend_of(context: Context) -> str:
+    """The backend whose kernels the checks are for. Skips when it cannot run, with its reason."""
+    import retro_kernels as rk
+
+    state = rk.backends()["triton"]
+    if not state.available:
+        raise Skip(f"the triton backend cannot run here: {state.reason}")
+    return "triton"
+
+
+def checks(context: Context, planned: list[tuple[str, Callable[[], str]]]) -> str:
+    """Runs named checks until the time is up; every outcome is kept. Raises when one failed or was not reached."""
+    failed, reached = 0, 0
+    for name, check in planned:
+        if context.seconds_left() < 0:
+            break
+        reached += 1
+        try:
+            entry = {"check": name, "status": OK, "detail": check()}
+        except Skip as reason:
+            entry = {"check": name, "status": SKIPPED, "detail": str(reason)}
+        except Exception as error:
+            failed += 1
+            entry = {"check": name, "status": FAILED, "detail": f"{type(error).__name__}: {error}"[:600]}
+        context.add("checks", entry)
+        context.log(f"{entry['status']:8} {name}: {entry['detail']}")
+    if failed:
+        raise RuntimeError(f"{failed} of {len(planned)} checks failed: see the report's checks")
+    if reached < len(planned):
+        raise TimeoutError(f"time for {reached} of {len(planned)} checks only, all of them passed")
+    return f"{len(planned)} checks passed"
+
+
+def correctness(dtype: str) -> Callable[[Context], str]:
+    """All options against the fp64 reference in one precision, then determinism, guard bands and strides."""
+
+    def part(context: Context) -> str:
+        from . import gpu_checks as c
+
+        if context.reduced and dtype == "bf16":
+            raise Skip("Triton's interpreter computes bf16 wrongly; fp32 and fp16 are checked")
+        backend, device = backend_of(context), context.device
+        cases = c.cases(context.reduced)
+        full = cases[1]
+        planned = [
+            (f"{dtype} deterministic",
+             lambda: c.check_deterministic(full, dtype, device, backend, 2 if context.reduced else 20)),
+            (f"{dtype} guard bands", lambda: c.check_guard_bands(full, dtype, device, backend)),
+            (f"{dtype} odd strides", lambda: c.check_strides(dtype, device, backend, full)),
+        ]  # fmt: skip
+        for case in cases:
+            planned.append(
+                (f"{dtype} {case.name}", lambda case=case: c.check_case(case, dtype, device, backend))  # type: ignore[misc]
+            )
+        return checks(context, planned)
+
+    return part
+
+
+def execution(context: Context) -> str:
+    """CUDA graphs, a second stream, torch.compile with a full graph."""
+    from . import gpu_checks as c
+
+    backend, device = backend_of(context), context.device
+    case = c.cases(context.reduced)[1]
+
+    def on_gpu(check: Callable[[], str]) -> Callable[[], str]:
+        def run() -> str:
+            if context.reduced:
+                raise Skip("there is no CUDA device")
+            return check()
+
+        return run
+
+    compiler = "aot_eager" if context.reduced else "inductor"
+    return checks(
+        context,
+        [
+            ("CUDA graph", on_gpu(lambda: c.check_cuda_graph(case, device, backend))),
+            ("second stream", on_gpu(lambda: c.check_second_stream(case, device, backend))),
+            (f"torch.compile, {compiler}", lambda: c.check_compiled(case, device, backend, compiler)),
+        ],
+    )
+
+
+def beyond_int32(context: Context) -> str:
+    """Tensors of more than 2^31 elements."""
+    from . import gpu_checks as c
+
+    if context.reduced:
+        raise Skip("needs about 40 GB of GPU memory")
+    import torch
+
+    backend = backend_of(context)
+    free, _ = torch.cuda.mem_get_info()
+    if free < 36 << 30:
+        raise Skip(f"needs about 36 GiB of free GPU memory, {free / 2**30:.0f} are free")
+    return checks(context, [("more than 2^31 elements", lambda: c.check_beyond_int32(context.device, backend))])
+
+
+def benchmarks(context: Context) -> str:
+    """The workloads of design section 6 against SDPA, FlexAttention and torch.compile."""
+    from . import peers, suite, timing
+    from .workloads import MODES, TINY, Workload, select
+
+    ceilings = context.shared.get("ceilings")
+    if ceilings is None:
+        raise Skip("there are no ceilings: the part 'machine' failed")
+    known = list(ceilings["matrix_flops_per_second"])
+
+    def in_time(workloads: list[Workload]) -> Iterator[Workload]:
+        for workload in workloads:
+            if context.seconds_left() < 0:
+                context.add("skipped", {"what": f"workload {workload.name}", "reason": "the suite's time was used up"})
+            else:
+                yield workload
+
+    class Keep:
+        def case(self, text: str) -> None:
+            context.log(text)
+
+        def step(self, text: str) -> None:
+            pass
+
+        def row(self, row: suite.Row) -> None:
+            context.add("rows", row.to_json())
+            took = f"{row.p50_ms:.4f} ms" if row.p50_ms is not None else row.reason
+            context.log(f"  {row.dtype} {row.mode} {row.variant}: {row.status} {took}")
+
+    # What matters most comes first, in case the time ends.
+    first = ("retro-7.5b", "retro-172m", "gqa-8b", "megatron-8b")
+    rest = [workload.name for workload in select(None) if workload.name not in first]
+    rounds: list[tuple[list[Workload], list[str], float]] = (
+        [([TINY], ["fp32"], 0.1)]
+        if context.reduced
+        else [
+            (select(first), ["bf16"], 0.55),
+            (select(rest), ["bf16"], 0.3),
+            (select(first[:2]), [name for name in ("fp16", "fp32") if name in known], 0.15),
+        ]
+    )
+    compile_seconds = 0.5 * context.seconds_left()
+    for workloads, dtypes, share in rounds:
+        settings = suite.Settings(
+            device=context.device,
+            dtypes=dtypes,
+            modes=MODES,
+            protocol=timing.Protocol(seconds=0.3 if context.reduced else 0.8, min_rounds=3, max_rounds=100),
+            budget=peers.CompileBudget(compile_seconds * share, 20.0),
+            compiled=not context.reduced,
+            backends=["triton"] if not context.reduced else None,
+        )
+        suite.run(in_time(workloads), settings, timing.Ceilings(**ceilings), Keep())
+    rows = context.found.get("rows", [])
+    bad = [row for row in rows if row["status"] in ("wrong", "failed")]
+    timed = sum(row["status"] == "ok" for row in rows)
+    if any(row["variant"].startswith("retro_kernels") for row in bad):
+        names = {f"{row['workload']} {row['dtype']} {row['mode']}: {row['reason']}" for row in bad}
+        raise RuntimeError("; ".join(sorted(names))[:600])
+    return f"{timed} rows timed, {len(bad)} of the alternatives failed or were wrong"
+
+
+def real_text(context: Context) -> str:
+    """A retro-pytorch model on real text, with and without rk.swap, where its packages are there."""
+    from . import real_text as real
+    from . import timing
+
+    small = dict(real.README, max_seq_len=256, enc_dim=64, enc_depth=1, dec_dim=64, dec_depth=2, heads=2,
+                 dec_cross_attn_layers=(1, 2))  # fmt: skip
+
+    def keep(report: real.Report) -> None:
+        reports.append(report)
+
+    reports: list[real.Report] = []
+    if not context.reduced:
+        os.environ["RETRO_KERNELS_BACKEND"] = backend_of(context)  # not the default choice until a GPU verified it
+    try:
+        report = real.run(
+            context.device,
+            length=128 if context.reduced else 2048,
+            dtypes=["fp32"] if context.reduced else ["fp32", "bf16"],
+            protocol=timing.Protocol(seconds=0.5 if context.reduced else 10.0, min_rounds=2, max_rounds=20),
+            embedding_seconds=2.0 if context.reduced else 30.0,
+            step=context.log,
+            configuration=small if context.reduced else None,
+            report=keep,
+        )
+    except real.Unavailable as error:
+        raise Skip(str(error)) from error
+    finally:
+        if reports:
+            context.found["real_text"] = reports[0].to_json()
+            context.save()
+    wrong = [comparison.worst for comparison in report.comparisons if not comparison.passed]
+    if wrong:
+        raise RuntimeError(f"the swapped model differs: {wrong[0]}")
+    return f"{len(report.rows)} rows timed, all comparisons passed"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One section of the suite: a function, and the most seconds it may take (a third of them when reduced)."""
+
+    name: str
+    run: Callable[[Context], str]
+    seconds: float
+
+
+# The parts of one stage run side by side (checks do not mind company); stages run one after another.
+STAGES: tuple[tuple[Part, ...], ...] = (
+    (Part("machine", machine, 60),),
+    (
+        Part("correctness fp32", correctness("fp32"), 150),
+        Part("correctness fp16", correctness("fp16"), 150),
+        Part("correctness bf16", correctness("bf16"), 150),
+        Part("execution", execution, 120),
+        Part("beyond 2^31 elements", beyond_int32, 100),
+    ),
+    (Part("benchmarks", benchmarks, 270),),
+    (Part("real text", real_text, 70),),
+)
+GRACE_SECONDS = 12.0  # between a part's deadline and its end by force
+
+
+def parts() -> dict[str, Part]:
+    return {part.name: part for stage in STAGES for part in stage}
+
+
+def run_part(name: str, work: Path, seconds: float, reduced: bool) -> int:
+    """In the part's own process: runs it and writes its findings, its status and its detail."""
+    began = time.monotonic()
+    shared_file = work / "shared.json"
+    shared = json.loads(shared_file.read_text()) if shared_file.exists() else {}
+    context = Context(reduced, began + seconds, _file(work, name), shared)
+    try:
+        status, detail = OK, parts()[name].run(context)
+    except Skip as reason:
+        status, detail = SKIPPED, str(reason)
+    except TimeoutError as error:
+        status, detail = INCOMPLETE, str(error)
+    except BaseException as error:
+        traceback.print_exc()
+        status, detail = FAILED, f"{type(error).__name__}: {error}"[:600]
+    context.found["part"] = {
+        "name": name, "status": status, "detail": detail, "seconds": round(time.monotonic() - began, 1)
+    }  # fmt: skip
+    context.save()
+    return 0
+
+
+def _file(work: Path, name: str) -> Path:
+    return work / (name.replace(" ", "-").replace("^", "") + ".json")
+
+
+def _start(part: Part, work: Path, seconds: float, reduced: bool) -> subprocess.Popen:
+    package = __package__ or "benchmarks"
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    root = Path(__file__).resolve().parents[1 + package.count(".")]
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    if reduced:
+        variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", f"{package}.gpu_suite", "--part", part.name, "--work", str(work),
+               "--seconds", str(seconds)]  # fmt: skip
+    log = (work / "log.txt").open("a")
+    log.write(f"\n== {part.name}\n")
+    log.flush()
+    return subprocess.Popen(
+        [*command, "--reduced" if reduced else "--full"], stdout=log, stderr=subprocess.STDOUT, env=variables
+    )
+
+
+def run(out: Path, reduced: bool, only: list[str] | None = None, say: Callable[[str], None] = print) -> int:
+    """The whole suite; returns the exit code. `only`: names of the parts to run."""
+    from . import report, results
+
+    began = time.monotonic()
+    limit = REDUCED_LIMIT_SECONDS if reduced else LIMIT_SECONDS
+    document = results.new({}, {"suite": "gpu_suite", "reduced": reduced, "limit_seconds": limit})
+    document["checks"] = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        try:
+            for stage in STAGES:
+                _run_stage(
+                    [p for p in stage if not only or p.name in only], work, began + limit, reduced, document, say
+                )
+        except KeyboardInterrupt:
+            document["interrupted"] = True
+        document["seconds"] = round(time.monotonic() - began, 1)
+        log = (work / "log.txt").read_text(errors="replace") if (work / "log.txt").exists() else ""
+    document["environment"] = document["environment"] or _unknown_environment()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "log.txt").write_text(log[-2_000_000:])
+    try:
+        report.write(document, out)
+    except Exception:
+        results.save(results.finite(document), out / results.FILE)
+        document["parts"].append({"name": "report", "status": FAILED, "detail": traceback.format_exc(), "seconds": 0.0})
+    failed = [part for part in document["parts"] if part["status"] in (FAILED, INCOMPLETE)]
+    say(f"\n{document['seconds']:.0f} s. " + (f"{len(failed)} parts failed:" if failed else "No part failed."))
+    for part in failed:
+        say(f"  {part['name']}: {part['status']}: {part['detail']}")
+    for entry in document["checks"]:
+        if entry["status"] == FAILED:
+            say(f"    {entry['check']}: {entry['detail']}")
+    say(str(out))
+    return 1 if failed or document["interrupted"] else 0
+
+
+def _run_stage(stage: list[Part], work: Path, end: float, reduced: bool, document: dict, say) -> None:
+    running: list[tuple[Part, subprocess.Popen, float]] = []
+    for part in stage:
+        left = end - time.monotonic() - GRACE_SECONDS
+        seconds = min(part.seconds / 3 if reduced else part.seconds, left)
+        if seconds < 5:
+            document["parts"].append(
+                {"name": part.name, "status": INCOMPLETE, "detail": "the suite's time was used up", "seconds": 0.0}
+            )
+            say(f"{part.name}: the suite's time was used up")
+            continue
+        running.append((part, _start(part, work, seconds, reduced), time.monotonic() + seconds + GRACE_SECONDS))
+    threads = [threading.Thread(target=_wait, args=(process, until)) for _, process, until in running]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        for _, process, _ in running:
+            process.kill()
+        raise
+    finally:
+        for part, process, _ in running:
+            _merge(part, process, work, document, say)
+    (work / "shared.json").write_text(json.dumps({"ceilings": document["ceilings"]}))
+
+
+def _wait(process: subprocess.Popen, until: float) -> None:
+    try:
+        process.wait(max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _merge(part: Part, process: subprocess.Popen, work: Path, document: dict, say) -> None:
+    """A part's findings into the document; a part that left no verdict was killed or crashed."""
+    file = _file(work, part.name)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    verdict = found.pop("part", None) or {
+        "name": part.name, "status": FAILED, "seconds": part.seconds,
+        "detail": f"its process ended with {process.poll()} before it was done (see log.txt)",
+    }  # fmt: skip
+    document["parts"].append(verdict)
+    for name in ("rows", "skipped", "checks"):
+        document[name] += found.get(name, [])
+    for name in ("environment", "ceilings", "real_text"):
+        if found.get(name):
+            document[name] = found[name]
+    if verdict["status"] == SKIPPED:
+        document["skipped"].append({"what": part.name, "reason": verdict["detail"]})
+    say(f"{part.name}: {verdict['status']} in {verdict['seconds']:.0f} s: {verdict['detail']}")
+
+
+def _unknown_environment() -> dict:
+    return {"device": "unknown", "device_slug": "unknown", "date": "", "commit": None, "packages": {}}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu_suite", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder for the results")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--reduced", action="store_true", help="tiny shapes on the CPU (the default without a GPU)")
+    size.add_argument("--full", action="store_true", help="the real thing (the default with a GPU)")
+    parser.add_argument("--only", action="append", metavar="PART", help="run this part; may be repeated")
+    parser.add_argument("--list", action="store_true", help="print the names of the parts")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(parts()))
+        return 0
+    unknown = [name for name in options.only or [] if name not in parts()]
+    if unknown:
+        parser.error(f"--only: unknown part {unknown[0]!r}; there are: {', '.join(parts())}")
+    if options.part:
+        return run_part(options.part, options.work, options.seconds, options.reduced)
+    reduced = options.reduced
+    if not options.full and not reduced:
+        import torch
+
+        reduced = not torch.cuda.is_available()
+    return run(options.out, reduced, options.only)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
