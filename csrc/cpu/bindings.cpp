@@ -271,13 +271,14 @@ void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTens
   p.null_value_partial = partial_sums(null_value_partial, grad_null_value, &p.copies, "grad_null_value");
 
   if (p.grad_query) clear_idle_tokens(p, p.grad_query, p.dim * (p.type == kFloat32 ? 4 : 2), nullptr);
+  p.stream_gradients = (grad_key.numel() + grad_value.numel()) * (p.type == kFloat32 ? 4 : 2) > (8 << 20);
   const Level& chosen = level();
   const size_t bytes = chosen.scratch_bytes(p, true);
   const int64_t places = p.batch * p.chunks;
   if (p.copies == 0) {
     torch::stable::parallel_for(0, places * p.kv_heads, 1, [&](int64_t first, int64_t last) {
       char* scratch = thread_scratch(bytes);
-      for (int64_t item = first; item < last; ++item) chosen.backward(p, item, 0, scratch);
+      for (int64_t item = first; item < last; ++item) chosen.backward(p, item, item + 1 < last ? item + 1 : -1, 0, scratch);
     });
     return;
   }
@@ -298,7 +299,11 @@ void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTens
       clear(p.null_key_partial, p.dim);
       clear(p.null_value_partial, p.dim_value);
       for (int64_t place = copy * places / p.copies; place < (copy + 1) * places / p.copies; ++place)
-        for (int64_t kv = head; kv < end; ++kv) chosen.backward(p, place * p.kv_heads + kv, copy, scratch);
+        for (int64_t kv = head; kv < end; ++kv) {
+          const int64_t item = place * p.kv_heads + kv;
+          const int64_t next_place = place + 1 < (copy + 1) * places / p.copies ? (place + 1) * p.kv_heads + head : -1;
+          chosen.backward(p, item, kv + 1 < end ? item + 1 : next_place, copy, scratch);
+        }
     }
   });
   if (p.bias_partial) reduce_copies(p.bias_partial, p.copies, *grad_bias, "grad_bias");

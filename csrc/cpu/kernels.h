@@ -34,6 +34,56 @@ RK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 RK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 RK_INLINE float infinity() { return __builtin_inff(); }
 
+// ----------------------------------------------------------------------------------------------------- prefetch
+
+// What the next key block will be packed from, fetched into L2 a little after every register tile. Rows of one head lie
+// a whole token apart, which hardware prefetchers do not follow.
+struct Prefetch {
+  struct Stream {
+    const char* row;
+    int64_t step, bytes;
+  };
+  int64_t quota = 0;         // rows per tile
+  int64_t slots = 0, rows = 0;  // what is left
+  int64_t token = 0, retrieved = 1;
+  Stream key, value;               // one row per slot
+  int64_t key_jump = 0, value_jump = 0;  // from the first token of a neighbour to that of the next
+  const char *key_start = nullptr, *value_start = nullptr;
+  Stream lines[3];                 // queries; in the backward also output gradients and outputs
+  int streams = 0;
+
+  RK_INLINE void fetch(const Stream& s) {
+    const char* end = s.row + s.bytes;
+    for (const char* line = (const char*)((uintptr_t)s.row & ~(uintptr_t)63); line < end; line += 64)
+      __builtin_prefetch(line, 0, 2);
+  }
+
+  void step() {
+    for (int64_t i = 0; i < quota; ++i) {
+      if (slots > 0) {
+        fetch(key);
+        fetch(value);
+        key.row += key.step;
+        value.row += value.step;
+        if (++token == retrieved) {
+          token = 0;
+          key.row = key_start += key_jump;
+          value.row = value_start += value_jump;
+        }
+        --slots;
+      } else if (rows > 0) {
+        for (int j = 0; j < streams; ++j) {
+          fetch(lines[j]);
+          lines[j].row += lines[j].step;
+        }
+        --rows;
+      } else {
+        quota = 0;
+      }
+    }
+  }
+};
+
 // ---------------------------------------------------------------------------------------------- matrix products
 
 template <int kVectors, bool kDown, bool kPairs, bool kAdd>
@@ -59,12 +109,14 @@ RK_INLINE void tile(int64_t depth, const float* a, int64_t lda, const float* b, 
 template <bool kDown, bool kPairs, bool kAdd>
 static __attribute__((noinline)) void multiply_strip(
     int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-    int64_t panel, float* c, int64_t ldc) {
+    int64_t panel, float* c, int64_t ldc, Prefetch* next) {
   int64_t v = 0;
   for (; v + 2 <= vectors; v += 2)
-    for (int64_t i = 0; i < rows; i += kTileRows)
+    for (int64_t i = 0; i < rows; i += kTileRows) {
       tile<2, kDown, kPairs, kAdd>(depth, kDown ? a + i : a + i * lda, lda, b + v / 2 * panel, ldb,
                                    c + i * ldc + v * kLanes, ldc);
+      if (next->quota > 0) next->step();
+    }
   if (v < vectors)
     for (int64_t i = 0; i < rows; i += kTileRows)
       tile<1, kDown, kPairs, kAdd>(depth, kDown ? a + i : a + i * lda, lda, b + v / 2 * panel, ldb,
@@ -75,14 +127,16 @@ static __attribute__((noinline)) void multiply_strip(
 // elements. `rows` is a multiple of kTileRows and `columns` of kLanes.
 template <bool kDown, bool kPairs>
 RK_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b,
-                        int64_t ldb, int64_t panel, float* c, int64_t ldc, bool add) {
+                        int64_t ldb, int64_t panel, float* c, int64_t ldc, bool add, Prefetch* next) {
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t n = least(kDepth, depth - k);
     const float* at = kDown ? a + k * lda : a + k;
     if (add || k > 0)
-      multiply_strip<kDown, kPairs, true>(rows, columns / kLanes, n, at, lda, b + k * ldb, ldb, panel, c, ldc);
+      multiply_strip<kDown, kPairs, true>(rows, columns / kLanes, n, at, lda, b + k * ldb, ldb, panel, c, ldc,
+                                          next);
     else
-      multiply_strip<kDown, kPairs, false>(rows, columns / kLanes, n, at, lda, b + k * ldb, ldb, panel, c, ldc);
+      multiply_strip<kDown, kPairs, false>(rows, columns / kLanes, n, at, lda, b + k * ldb, ldb, panel, c, ldc,
+                                           next);
   }
 }
 
@@ -102,6 +156,28 @@ RK_INLINE void narrow_row(const float* src, int64_t n, float factor, T* dst) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) narrow_vector(load(src + i) * factor, dst + i);
   for (; i < n; ++i) narrow(src[i] * factor, dst + i);
+}
+
+// The same for a row that is not read again soon: whole cache lines are written past the cache, unread.
+template <class T>
+RK_INLINE void stream_row(const float* src, int64_t n, float factor, T* dst) {
+#if RK_LEVEL >= 2
+  constexpr int64_t kStep = 64 / (int64_t)sizeof(T);
+  if (((uintptr_t)dst & 63) == 0 && n % kStep == 0) {
+    for (int64_t i = 0; i < n; i += kStep) {
+      if constexpr (sizeof(T) == 4) {
+        _mm512_stream_ps((float*)(dst + i), (__m512)(load(src + i) * factor));
+      } else {
+        T line[kStep] __attribute__((aligned(64)));
+        narrow_vector(load(src + i) * factor, line);
+        narrow_vector(load(src + i + kLanes) * factor, line + kLanes);
+        _mm512_stream_si512((__m512i*)(dst + i), _mm512_load_si512(line));
+      }
+    }
+    return;
+  }
+#endif
+  narrow_row(src, n, factor, dst);
 }
 
 static void widen_operand(const Operand& o, int64_t offset, int64_t n, float* dst) {
@@ -241,7 +317,9 @@ RK_INLINE void pack_row(const T* src, int64_t d, const Operand* cosine, const Op
   if constexpr (kPairs) {
     bfloat_t* out = (bfloat_t*)dst;
     if (width == 0) {
-      __builtin_memcpy(out, src, (size_t)d * 2);
+      int64_t i = 0;
+      for (; i + 32 <= d; i += 32) __builtin_memcpy(out + i, src + i, 64);
+      for (; i < d; ++i) __builtin_memcpy(out + i, src + i, 2);
     } else {
       float x[kMaxDim];
       widen_row(src, d, x, round_up(d, 16));
@@ -346,6 +424,47 @@ static void gather_bias(const Problem& p, const Rows& rows, const Keys& keys, fl
   }
 }
 
+// Starts fetching the key block from `slot` of an item on and, where `slot` is 0, its first rows.
+template <class T>
+RK_INLINE Prefetch make_prefetch(const Problem& p, const Item& item, int64_t slot, const Sizes& z, int64_t tiles,
+                                 bool backward) {
+  Prefetch f;
+  const int64_t size = sizeof(T), slots = p.neighbours * p.retrieved;
+  f.slots = item.count > 0 ? least(slots - slot, z.keys) : 0;
+  f.retrieved = p.retrieved;
+  f.token = f.slots > 0 ? slot % p.retrieved : 0;
+  if (f.slots > 0) {
+    f.key = {(const char*)((const T*)p.key + key_offset(p, p.key_stride, item, slot)), p.key_stride[3] * size,
+             p.dim * size};
+    f.value = {(const char*)((const T*)p.value + key_offset(p, p.value_stride, item, slot)), p.value_stride[3] * size,
+               p.dim_value * size};
+    f.key_start = f.key.row - f.token * f.key.step;
+    f.value_start = f.value.row - f.token * f.value.step;
+    f.key_jump = p.key_stride[2] * size;
+    f.value_jump = p.value_stride[2] * size;
+  }
+  if (slot == 0 && p.heads == p.kv_heads) {
+    f.rows = least(item.count, kRows);
+    f.streams = backward ? 3 : 1;
+    f.lines[0] = {(const char*)((const T*)p.query + item.b * p.query_stride[0] + item.first * p.query_stride[1] +
+                                item.kv * p.query_stride[2]),
+                  p.query_stride[1] * size, p.dim * size};
+    if (backward) {
+      f.lines[1] = {(const char*)((const T*)p.grad_out + item.b * p.grad_out_stride[0] +
+                                  item.first * p.grad_out_stride[1] + item.kv * p.grad_out_stride[2]),
+                    p.grad_out_stride[1] * size, p.dim_value * size};
+      f.lines[2] = {(const char*)((const T*)p.out + ((item.b * p.tokens + item.first) * p.heads + item.kv) * p.dim_value),
+                    p.heads * p.dim_value * size, p.dim_value * size};
+    }
+  }
+  f.quota = f.slots + f.rows > 0 ? (f.slots + f.rows + tiles - 1) / tiles : 0;
+  return f;
+}
+
+RK_INLINE Item item_at(const Problem& p, int64_t index) {
+  return make_item(p, index / p.kv_heads / p.chunks, index / p.kv_heads % p.chunks, index % p.kv_heads);
+}
+
 // ------------------------------------------------------------------------------------------------------ forward
 
 struct ForwardBuffers {
@@ -443,8 +562,11 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
   const float factor = p.scale * kLog2e;
   Rows rows;
   Keys keys;
+  Prefetch ahead;
+  Prefetch* const next = &ahead;
+  const int64_t tiles = least(slots, z.keys) / kTileRows * kRows / kPanel + kRows / kTileRows * z.dim_value / kPanel + 1;
   for (int64_t index = first_item; index < last_item; ++index) {
-    const Item item = make_item(p, index / p.kv_heads / p.chunks, index / p.kv_heads % p.chunks, index % p.kv_heads);
+    const Item item = item_at(p, index);
     if (item.count == 0) continue;
     const int64_t blocks = (group * item.count + kRows - 1) / kRows;
     for (int64_t block = 0; block < blocks; ++block) {
@@ -494,8 +616,12 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
         }
         if (keys.count == 0) break;
         if (p.bias.data) gather_bias(p, rows, keys, f.bias);
+        if (cursor < slots)
+          ahead = make_prefetch<T>(p, item, cursor, z, tiles, false);
+        else if (block + 1 == blocks && index + 1 < last_item)
+          ahead = make_prefetch<T>(p, item_at(p, index + 1), 0, z, tiles, false);
         multiply<false, kPairs>(keys.padded, rows.padded, z.depth, f.keys, z.ld, f.rows, kPanel, panel_size(z.depth),
-                                f.scores, kRows, false);
+                                f.scores, kRows, false, next);
         softmax_block<kPairs>(keys, rows.padded, factor, p.bias.data ? f.bias : nullptr, f.scores, f.probabilities,
                               f.highest, f.sum, f.rescale);
         if (started)
@@ -505,7 +631,8 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
             for (int64_t j = 0; j < z.dim_value; j += kLanes) store(out + j, load(out + j) * alpha);
           }
         multiply<true, kPairs>(rows.padded, z.dim_value, kPairs ? (keys.count + 1) / 2 : keys.count, f.probabilities,
-                               kRows, f.values, kPairs ? z.dim_value : z.ld_value, kPanel, f.out, z.dim_value, started);
+                               kRows, f.values, kPairs ? z.dim_value : z.ld_value, kPanel, f.out, z.dim_value, started,
+                               next);
         started = true;
       } while (cursor < slots);
 
@@ -716,16 +843,16 @@ static void add_bias_gradient(const Problem& p, const Rows& rows, const Keys& ke
 template <class T, bool kPairs>
 static void backward_tile(const Problem& p, const Sizes& z, const BackwardBuffers& f, const Rows& rows,
                           const Keys& keys, bool query_wanted, bool key_wanted, bool add_query, bool add_key,
-                          bool parameters, int64_t copy) {
+                          bool parameters, int64_t copy, Prefetch* next) {
   const float factor = p.scale * kLog2e;
   const int64_t row_depth = kPairs ? (rows.count + 1) / 2 : rows.count;
   const int64_t key_depth = kPairs ? (keys.count + 1) / 2 : keys.count;
   const float* bias = p.bias.data ? f.bias : nullptr;
   if (bias) gather_bias(p, rows, keys, f.bias);
   multiply<false, kPairs>(keys.padded, rows.padded, z.depth, f.keys, z.ld, f.query_panels, kPanel,
-                          panel_size(z.depth), f.scores, kRows, false);
+                          panel_size(z.depth), f.scores, kRows, false, next);
   multiply<false, kPairs>(keys.padded, rows.padded, z.depth_value, f.values, z.ld_value, f.grad_panels, kPanel,
-                          panel_size(z.depth_value), f.grad_scores, kRows, false);
+                          panel_size(z.depth_value), f.grad_scores, kRows, false, next);
   if (parameters && p.bias_partial) {
     differentiate_block<kPairs, true>(keys, rows.padded, factor, bias, f);
     add_bias_gradient(p, rows, keys, f.grad_scores, copy);
@@ -735,13 +862,13 @@ static void backward_tile(const Problem& p, const Sizes& z, const BackwardBuffer
   const int64_t ld_scores = kPairs ? kRows / 2 : kRows;
   if (key_wanted) {
     multiply<false, kPairs>(keys.padded, z.dim_value, row_depth, f.p_down, ld_scores, f.grad_across,
-                            kPairs ? z.dim_value : z.ld_value, kPanel, f.grad_value, z.dim_value, add_key);
+                            kPairs ? z.dim_value : z.ld_value, kPanel, f.grad_value, z.dim_value, add_key, next);
     multiply<false, kPairs>(keys.padded, z.dim, row_depth, f.ds_down, ld_scores, f.query_across,
-                            kPairs ? z.dim : z.ld, kPanel, f.grad_key, z.dim, add_key);
+                            kPairs ? z.dim : z.ld, kPanel, f.grad_key, z.dim, add_key, next);
   }
   if (query_wanted)
     multiply<true, kPairs>(rows.padded, z.dim, key_depth, f.ds_across, kRows, f.keys_across, kPairs ? z.dim : z.ld,
-                           kPanel, f.grad_query, z.dim, add_query);
+                           kPanel, f.grad_query, z.dim, add_query, next);
 }
 
 RK_INLINE int64_t gradient_row(const Problem& p, const Item& item, int64_t slot) {
@@ -756,9 +883,17 @@ static void write_keys(const Problem& p, const Item& item, const Sizes& z, const
     float* dk = f.grad_key + i * z.dim;
     if (p.rotary_width > 0)
       rotate(dk, p.key_cos, p.key_sin, keys.slot[i] % p.retrieved, p.rotary_width, p.rotary_interleaved, -1.0f);
-    narrow_row(dk, p.dim, p.scale, (T*)p.grad_key + at * p.dim);
-    narrow_row(f.grad_value + i * z.dim_value, p.dim_value, 1.0f, (T*)p.grad_value + at * p.dim_value);
+    if (p.stream_gradients) {
+      stream_row(dk, p.dim, p.scale, (T*)p.grad_key + at * p.dim);
+      stream_row(f.grad_value + i * z.dim_value, p.dim_value, 1.0f, (T*)p.grad_value + at * p.dim_value);
+    } else {
+      narrow_row(dk, p.dim, p.scale, (T*)p.grad_key + at * p.dim);
+      narrow_row(f.grad_value + i * z.dim_value, p.dim_value, 1.0f, (T*)p.grad_value + at * p.dim_value);
+    }
   }
+#if RK_LEVEL >= 2
+  if (p.stream_gradients) _mm_sfence();
+#endif
 }
 
 template <class T>
@@ -800,11 +935,11 @@ static void pack_backward_keys(const Problem& p, const Item& item, const Sizes& 
 }
 
 template <class T, bool kPairs>
-static void backward_typed(const Problem& p, int64_t index, int64_t copy, char* scratch) {
+static void backward_typed(const Problem& p, int64_t index, int64_t following, int64_t copy, char* scratch) {
   const Sizes z(p, kPairs);
   Arena arena{scratch};
   const BackwardBuffers f(p, z, &arena);
-  const Item item = make_item(p, index / p.kv_heads / p.chunks, index / p.kv_heads % p.chunks, index % p.kv_heads);
+  const Item item = item_at(p, index);
   clear_hidden_keys<T>(p, item);
   if (item.count == 0) return;
   const int64_t slots = p.neighbours * p.retrieved, group = p.heads / p.kv_heads;
@@ -813,6 +948,10 @@ static void backward_typed(const Problem& p, int64_t index, int64_t copy, char* 
   const bool null_slot = p.null_key.data != nullptr;
   Rows rows;
   Keys keys;
+  Prefetch ahead;
+  const int64_t tiles = 2 * (least(slots, z.keys) / kTileRows * kRows / kPanel) +
+                        least(slots, z.keys) / kTileRows * (z.dim + z.dim_value) / kPanel +
+                        kRows / kTileRows * z.dim / kPanel + 1;
 
   // Row blocks outside: dQ, the parameters, and with a single row block dK and dV as well.
   if (slots > z.keys) {
@@ -824,7 +963,12 @@ static void backward_typed(const Problem& p, int64_t index, int64_t copy, char* 
         next_keys(p, item, z.keys, &cursor, &keys);
         if (keys.count == 0) break;
         pack_backward_keys<T, kPairs>(p, item, z, f, keys);
-        backward_tile<T, kPairs>(p, z, f, rows, keys, true, one_sweep, started, false, true, copy);
+        if (cursor < slots)
+          ahead = make_prefetch<T>(p, item, cursor, z, tiles, true);
+        else if (one_sweep && following >= 0)
+          ahead = make_prefetch<T>(p, item_at(p, following), 0, z, tiles, true);
+        backward_tile<T, kPairs>(p, z, f, rows, keys, true, one_sweep, started, false, true, copy,
+                                  &ahead);
         if (one_sweep) write_keys<T>(p, item, z, f, keys);
         started = true;
       }
@@ -842,21 +986,23 @@ static void backward_typed(const Problem& p, int64_t index, int64_t copy, char* 
     for (int64_t block = 0; block < row_blocks; ++block) {
       make_rows(p, item, block, &rows);
       pack_backward_rows<T, kPairs>(p, item, z, f, rows, one_sweep, one_sweep, copy);
+      if (block + 1 == row_blocks && cursor >= slots && following >= 0)
+        ahead = make_prefetch<T>(p, item_at(p, following), 0, z, tiles, true);
       if (keys.count > 0)
-        backward_tile<T, kPairs>(p, z, f, rows, keys, one_sweep, true, null_slot, block > 0, one_sweep, copy);
+        backward_tile<T, kPairs>(p, z, f, rows, keys, one_sweep, true, null_slot, block > 0, one_sweep, copy, &ahead);
       if (one_sweep) write_queries<T>(p, item, z, f, rows, null_slot || keys.count > 0);
     }
     write_keys<T>(p, item, z, f, keys);
   } while (cursor < slots);
 }
 
-static void backward(const Problem& p, int64_t item, int64_t copy, char* scratch) {
+static void backward(const Problem& p, int64_t item, int64_t following, int64_t copy, char* scratch) {
   if (p.type == kFloat32)
-    backward_typed<float, false>(p, item, copy, scratch);
+    backward_typed<float, false>(p, item, following, copy, scratch);
   else if (p.type == kFloat16)
-    backward_typed<half_t, false>(p, item, copy, scratch);
+    backward_typed<half_t, false>(p, item, following, copy, scratch);
   else
-    backward_typed<bfloat_t, (RK_LEVEL >= 3)>(p, item, copy, scratch);
+    backward_typed<bfloat_t, (RK_LEVEL >= 3)>(p, item, following, copy, scratch);
 }
 
 static size_t scratch_bytes(const Problem& p, bool backward) {

@@ -49,6 +49,7 @@ struct Problem {
   // fp32 partial sums, `copies` of each, contiguous; null when not wanted
   float *bias_partial, *null_key_partial, *null_value_partial;
   int64_t copies;
+  bool stream_gradients;  // dK and dV are larger than the cache: write past it
 };
 
 // One instruction-set level. `scratch` is 64-byte aligned and holds scratch_bytes(problem, backward) bytes.
@@ -57,8 +58,8 @@ struct Level {
   size_t (*scratch_bytes)(const Problem&, bool backward);
   // Work item: (batch, chunk, kv head), the kv head running fastest.
   void (*forward)(const Problem&, int64_t first_item, int64_t last_item, char* scratch);
-  // `copy`: which partial copy of the parameter gradients these items add to.
-  void (*backward)(const Problem&, int64_t item, int64_t copy, char* scratch);
+  // `following`: the item this thread computes next, or -1. `copy`: the partial copy of the parameter gradients to add to.
+  void (*backward)(const Problem&, int64_t item, int64_t following, int64_t copy, char* scratch);
 };
 
 }  // namespace retro_kernels
