@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import zlib
 
 from . import results
 
@@ -210,4 +212,7 @@ def _svg(figure) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    # One page holds many figures: names within one must not be names within another.
+    prefix = f"f{zlib.crc32(text.encode()):08x}-"
+    return re.sub(r'( id="|url\(#|href="#)', rf"\1{prefix}", text)

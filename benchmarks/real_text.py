@@ -204,7 +204,7 @@ def compare(original: dict, swapped: dict, truth: dict, dtype: str) -> Compariso
 
 
 def _distance(x: Tensor, y: Tensor) -> float:
-    return float((x.double() - y.double()).abs().max().nan_to_num(nan=float("inf")))
+    return float((x.double() - y.double()).abs().max().nan_to_num(nan=float("inf"), posinf=float("inf")))
 
 
 def _time(models, sequence, retrieved, dtype, protocol: Protocol, device, memory: bool) -> list[dict]:

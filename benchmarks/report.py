@@ -102,6 +102,9 @@ def page(document: dict) -> str:
     missing = results.not_timed(document)
     parts.append("<h2>Not timed, and why</h2>")
     parts.append(_table(("what", "why"), [list(entry) for entry in missing], left=2) if missing else "<p>Nothing.</p>")
+    if document.get("checks"):
+        rows = [[entry["check"], entry["status"], entry["detail"]] for entry in document["checks"]]
+        parts += ["<h2>Checks</h2>", _table(("check", "status", "found"), rows, left=3)]
     if document["parts"]:
         rows = [[p["name"], p["status"], f"{p['seconds']:.0f}", p.get("detail") or ""] for p in document["parts"]]
         parts += ["<h2>Parts of the run</h2>", _table(("part", "status", "seconds", "detail"), rows, left=2)]

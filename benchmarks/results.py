@@ -138,7 +138,7 @@ def megabytes(row: dict | None) -> str:
 
 def percent(row: dict | None) -> str:
     value = row.get("percent_of_limit") if row else None
-    return "-" if value is None else f"{value:.0f} %"
+    return "-" if value is None else f"{value:.0f}%"
 
 
 def digits(value: float) -> str:

@@ -41,7 +41,7 @@ class Error:
 
 def compare(name: str, tensor: Tensor, truth: Tensor) -> Error:
     """A NaN or infinity that the truth does not have counts as an infinite error."""
-    difference = (tensor.double() - truth.double()).abs().nan_to_num(nan=float("inf"))
+    difference = (tensor.double() - truth.double()).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
     if difference.numel() == 0:
         return Error(name, 0.0, 0.0, 1.0, ())
     worst = int(difference.argmax())

@@ -2,10 +2,22 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import nn
-from .integrations import SwapReport, swap
-from .ops.backends import BackendStatus
-from .ops.chunked_cross_attention import backends, chunked_cross_attention
+try:
+    from . import nn
+    from .integrations import SwapReport, swap
+    from .ops.backends import BackendStatus
+    from .ops.chunked_cross_attention import backends, chunked_cross_attention
+except Exception as error:  # whatever is broken, `retro-kernels doctor` must still start and say what it is
+    _broken = error
+
+    def __getattr__(name: str):
+        if name not in __all__:
+            raise AttributeError(f"module 'retro_kernels' has no attribute {name!r}")
+        raise ImportError(
+            f"retro_kernels.{name} cannot be used: importing the package failed with {type(_broken).__name__}: "
+            f"{_broken}. `retro-kernels doctor` says what is installed and what is broken."
+        ) from _broken
+
 
 try:
     __version__ = version("retro_kernels")

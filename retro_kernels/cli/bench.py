@@ -131,9 +131,9 @@ def show(document: dict, console: Any) -> None:
     environment = document["environment"]
 
     def table(title: str, head: Any, cells: list[list[str]], left: int) -> None:
-        if console.width < 90 and "vs comp." in head:  # what a narrow terminal can spare; the report has it
-            spare = head.index("vs comp.")
-            head, cells = (*head[:spare], *head[spare + 1 :]), [[*c[:spare], *c[spare + 1 :]] for c in cells]
+        if console.width < 90:  # what a narrow terminal can spare; the report has everything
+            kept = [i for i, name in enumerate(head) if name not in ("comp. ms", "eager ms")]
+            head, cells = [head[i] for i in kept], [[row[i] for i in kept] for row in cells]
         shown = Table(
             title=title,
             title_justify="left",

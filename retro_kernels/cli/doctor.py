@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -64,7 +65,7 @@ def versions() -> list[Entry]:
     """Installed (by the package's metadata) and loaded (by importing it) are told apart."""
     entries = [Entry("python", f"{platform.python_version()} at {sys.executable}", OK)]
     for name in PACKAGES:
-        entries += guarded(name, lambda name=name: _version(name))
+        entries += guarded(name, functools.partial(_version, name))
     return entries
 
 
@@ -143,7 +144,7 @@ def _driver() -> list[Entry]:
 
 def compilers() -> list[Entry]:
     """What an install from source can use."""
-    return [entry for name in PROGRAMS for entry in guarded(name, lambda name=name: _program(name))]
+    return [entry for name in PROGRAMS for entry in guarded(name, functools.partial(_program, name))]
 
 
 def _program(name: str) -> Entry:

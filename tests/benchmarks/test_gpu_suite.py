@@ -1,0 +1,145 @@
+"""The GPU suite runs from end to end on a CPU, and a part that breaks neither stops the rest nor goes unsaid."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu_checks, gpu_suite, results
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_reduced_suite(tmp_path):
+    """Every part but the slowest to start, in its own process, as on a GPU."""
+    said = []
+    names = [name for name in gpu_suite.parts() if name not in ("real text", "correctness fp16")]
+    code = gpu_suite.run(tmp_path / "out", reduced=True, only=names, say=said.append)
+    document = results.load(tmp_path / "out" / results.FILE)
+    statuses = {part["name"]: part["status"] for part in document["parts"]}
+    assert code == 0, said
+    assert statuses["machine"] == statuses["benchmarks"] == "ok"
+    assert statuses["beyond 2^31 elements"] == "skipped"
+    assert {entry["what"]: entry["reason"] for entry in document["skipped"]}["correctness bf16"]
+    timed = [row for row in document["rows"] if row["status"] == "ok"]
+    assert {row["variant"] for row in timed} >= {"eager", "sdpa[flash]"}
+    assert any(row["variant"].startswith("retro_kernels") for row in timed)
+    assert all(entry["status"] != "failed" for entry in document["checks"])
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(files) <= 8
+    assert {"bench.json", "log.txt", "report.html", "table.md"} <= set(files)
+    assert "No part failed" in "\n".join(said)
+
+
+def test_a_failing_part_is_said_and_the_rest_runs(tmp_path, monkeypatch):
+    """Parts run in processes of their own: here stand-ins for them, one of which dies without a word."""
+    script = (
+        "import json,sys;"
+        "a=dict(zip(sys.argv[1::2],sys.argv[2::2]));"
+        "name=a['--part'];"
+        "sys.exit(3) if name=='dies' else None;"
+        "part={'name':name,'status':'failed' if name=='fails' else 'ok','detail':'d','seconds':1.0};"
+        "open(a['--work']+'/'+name+'.json','w').write(json.dumps({'part':part}))"
+    )
+
+    def start(part, work, seconds, reduced):
+        command = [gpu_suite.sys.executable, "-c", script, "--part", part.name, "--work", str(work)]
+        return gpu_suite.subprocess.Popen(command)
+
+    def nothing(context):
+        return ""
+
+    monkeypatch.setattr(gpu_suite, "_start", start)
+    stages = tuple((gpu_suite.Part(name, nothing, 30),) for name in ("dies", "fails", "works"))
+    monkeypatch.setattr(gpu_suite, "STAGES", stages)
+    said = []
+    assert gpu_suite.run(tmp_path, reduced=True, say=said.append) == 1
+    parts = {part["name"]: part for part in json.loads((tmp_path / results.FILE).read_text())["parts"]}
+    assert "ended with 3" in parts["dies"]["detail"]
+    assert [parts[name]["status"] for name in ("dies", "fails", "works")] == ["failed", "failed", "ok"]
+    assert "2 parts failed" in "\n".join(said)
+
+
+def test_a_part_that_raises_leaves_its_reason(tmp_path, monkeypatch):
+    def broken(context):
+        context.add("rows", {"kept": 1})
+        raise ValueError("sticky")
+
+    monkeypatch.setattr(gpu_suite, "STAGES", ((gpu_suite.Part("broken", broken, 5),),))
+    gpu_suite.run_part("broken", tmp_path, 5.0, True)
+    found = json.loads((tmp_path / "broken.json").read_text())
+    assert found["part"]["status"] == "failed"
+    assert "sticky" in found["part"]["detail"]
+    assert found["rows"] == [{"kept": 1}]
+
+
+def test_checks_go_on_after_a_failure_and_stop_at_the_deadline(tmp_path):
+    def wrong():
+        raise gpu_checks.Wrong("off by one")
+
+    context = gpu_suite.Context(True, gpu_suite.time.monotonic() + 60, tmp_path / "c.json", {})
+    with pytest.raises(RuntimeError, match="1 of 2"):
+        gpu_suite.checks(context, [("a", wrong), ("b", lambda: "fine")])
+    assert [entry["status"] for entry in context.found["checks"]] == ["failed", "ok"]
+    late = gpu_suite.Context(True, 0.0, tmp_path / "l.json", {})
+    with pytest.raises(TimeoutError, match="0 of 1"):
+        gpu_suite.checks(late, [("a", lambda: "fine")])
+
+
+@pytest.mark.parametrize("case", gpu_checks.cases(reduced=False), ids=lambda case: case.name)
+def test_cases_are_valid_calls(case):
+    """Every case of the full suite is accepted and its reference agrees with itself (shrunk where that is free)."""
+    small = gpu_checks.Case(**{**vars(case), "b": 1, "h": 2, "hk": 1 if case.hk < case.h else 2})
+    found = gpu_checks.check_case(small, "fp32", CPU, "reference")
+    assert "largest error" in found
+
+
+def test_checks_see_faults(monkeypatch):
+    """A backend that misplaces one token fails the error rule; one that writes past its outputs fails the guards."""
+    case = gpu_checks.cases(reduced=True)[0]
+    real = gpu_checks.call
+
+    def shifted(arguments, grad_out, backend):
+        results = real(arguments, grad_out, "reference")
+        if backend == "faulty":
+            results["output"] = results["output"].roll(1, dims=1)
+        return results
+
+    monkeypatch.setattr(gpu_checks, "call", shifted)
+    with pytest.raises(gpu_checks.Wrong, match="output: error"):
+        gpu_checks.check_case(case, "fp32", CPU, "faulty")
+
+    def changing(arguments, grad_out, backend):
+        return {"output": torch.rand(3)}
+
+    monkeypatch.setattr(gpu_checks, "call", changing)
+    with pytest.raises(gpu_checks.Wrong, match="differs in trial"):
+        gpu_checks.check_deterministic(case, "fp32", CPU, "faulty", 3)
+    with pytest.raises(gpu_checks.Wrong, match="NaN surrounds"):
+        gpu_checks.check_guard_bands(case, "fp32", CPU, "faulty")
+
+
+def test_a_write_past_the_end_is_seen(monkeypatch):
+    common = __import__("retro_kernels.ops.common", fromlist=["common"])
+
+    def overrun(arguments, grad_out, backend):
+        out = common.allocate((4,), torch.float32, CPU)
+        if out.storage_offset():  # within guard bands
+            out.as_strided((5,), (1,), out.storage_offset()).fill_(1.0)
+        return {"output": torch.zeros(1)}
+
+    monkeypatch.setattr(gpu_checks, "call", overrun)
+    with pytest.raises(gpu_checks.Wrong, match="guard band"):
+        gpu_checks.check_guard_bands(gpu_checks.cases(reduced=True)[0], "fp32", CPU, "faulty")
+
+
+def test_command_line(capsys):
+    assert gpu_suite.main(["--list"]) == 0
+    assert "benchmarks" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["--only", "nothing"])

@@ -1,0 +1,147 @@
+"""Results survive being written and read, tables say what the numbers say, and the README's table cannot go stale."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks import report, results
+
+
+def row(variant, p50, *, workload="retro-172m", dtype="bf16", mode="forward", status="ok", reason=None, memory=1e6):
+    timed = status == "ok"
+    return {
+        "workload": workload, "shape": "b=1", "dtype": dtype, "mode": mode, "variant": variant, "status": status,
+        "reason": reason, "p20_ms": p50 * 0.9 if timed else None, "p50_ms": p50 if timed else None,
+        "p80_ms": p50 * 1.2 if timed else None, "samples": 5, "cuda_graph": False,
+        "tflops": 2.0 / p50 if timed else None, "gigabytes_per_second": 40.0 / p50 if timed else None,
+        "limit_ms": 1.0, "percent_of_limit": 100 / p50 if timed else None, "bound": "memory", "flops": 10**9,
+        "bytes": 2 * 10**7, "peak_extra_bytes": memory, "checked": "every element",
+        "errors": [{"name": "output", "largest": 1e-3, "relative": 1e-3, "cosine": 1.0, "worst": [0]}] if timed else [],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def document():
+    environment = {
+        "date": "2026-01-01 00:00 UTC", "commit": "abc", "packages": {"torch": "2.13.0"}, "device": "a <CPU>",
+        "device_slug": "a-cpu",
+    }  # fmt: skip
+    made = results.new(environment, {"quick": True})
+    made["ceilings"] = {
+        "copy_bytes_per_second": 2e10, "matrix_flops_per_second": {"bf16": 4e11},
+        "matrix_product_flops_per_second": {"bf16": 4e11}, "multiply_add_flops_per_second": {},
+    }  # fmt: skip
+    made["rows"] = [
+        row("eager", 12.0, memory=8e6), row("sdpa[math]", 9.0), row("sdpa[flash]", 6.0, memory=4e6),
+        row("compile[sdpa]", 0.0, status="skipped", reason="compile exceeded 20 s"),
+        row("flex[folded]", 0.0, status="wrong", reason="output: error"), row("retro_kernels[cpu]", 2.0, memory=2e6),
+    ]  # fmt: skip
+    swapped = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "samples": 4, "peak_extra_bytes": 5e6}
+    made["real_text"] = {
+        "model": "retro-pytorch", "parameters": 12345, "length": 64, "device": "cpu", "finished": True,
+        "description": {"text": "plays"}, "swap": "swap: 4 replaced", "notes": ["dropout 0"],
+        "comparisons": [{"dtype": "fp32", "rule": "close", "passed": True, "worst": "x: 1e-7", "loss_original": 1.5,
+                         "loss_swapped": 1.5, "tensors": 7}],
+        "rows": [
+            {"dtype": "fp32", "stage": "training step", "variant": "retro-pytorch", **swapped, "p50_ms": 3.0},
+            {"dtype": "fp32", "stage": "training step", "variant": "retro-pytorch + rk.swap", **swapped},
+        ],
+    }  # fmt: skip
+    made["skipped"] = [{"what": "everything else", "reason": "quick"}]
+    made["seconds"] = 1.0
+    return made
+
+
+def test_round_trip(document, tmp_path):
+    path = tmp_path / "deep" / results.FILE
+    results.save(document, path)
+    assert results.load(path) == document
+    assert [p.name for p in path.parent.iterdir()] == [results.FILE]
+
+
+def test_a_failed_write_leaves_the_old_results(document, tmp_path):
+    path = tmp_path / results.FILE
+    results.save(document, path)
+    with pytest.raises(ValueError, match="JSON"):
+        results.save({**document, "seconds": float("nan")}, path)
+    assert results.load(path) == document
+    assert [p.name for p in tmp_path.iterdir()] == [results.FILE]
+
+
+def test_another_schema_is_refused(document, tmp_path):
+    path = tmp_path / results.FILE
+    path.write_text(json.dumps({**document, "schema": 99}))
+    with pytest.raises(ValueError, match="got schema 99, expected 1"):
+        results.load(path)
+
+
+def test_summary_takes_the_fastest_that_was_right(document):
+    (cells,) = results.summary_cells(document)
+    shown = dict(zip(results.SUMMARY_HEAD, cells))
+    assert shown["ours ms"] == "2.00"
+    assert shown["SDPA ms"] == "6.00"
+    assert shown["comp. ms"] == "-"
+    assert (shown["vs SDPA"], shown["vs eager"], shown["vs comp."]) == ("3.00x", "6.00x", "-")
+    assert (shown["limit"], shown["MB"], shown["SDPA MB"]) == ("50%", "2.00", "4.00")
+
+
+def test_a_fused_backend_stands_before_the_reference(document):
+    document["rows"].append(row("retro_kernels[reference]", 0.5))
+    assert results.summary(document)[0]["ours"]["variant"] == "retro_kernels[cpu]"
+
+
+def test_what_was_not_timed_is_listed_with_its_reason(document):
+    listed = dict(results.not_timed(document))
+    assert listed["compile[sdpa] (everywhere)"] == "compile exceeded 20 s"
+    assert listed["flex[folded] (everywhere)"] == "wrong: output: error"
+    assert listed["everything else"] == "quick"
+
+
+def test_page_is_self_contained(document):
+    page = report.page(document)
+    assert page.count("<svg") == 4  # swap, speed, roofline, memory
+    assert "a &lt;CPU&gt;" in page
+    assert not re.search(r"""(src|href)=["']?https?:""", page)
+    assert "currentColor" in page
+    assert "compile exceeded 20 s" in page
+    ids = re.findall(r'<clipPath id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_page_of_an_interrupted_run_says_so(document):
+    document.update(rows=[], real_text=None, ceilings=None, interrupted=True)
+    assert "interrupted" in report.page(document)
+
+
+def test_no_figures_without_matplotlib(document, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    page = report.page(document)
+    assert "<svg" not in page
+    assert "No figure" in page
+
+
+def test_readme_table_is_generated_and_checked(document, tmp_path, capsys):
+    results.save(document, tmp_path / "benchmarks" / "results" / "a-cpu" / results.FILE)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\ntyped by hand\n{report.END}\nafter\n")
+    assert report.main(["--check", "--root", str(tmp_path)]) == 1
+    assert "stale" in capsys.readouterr().out
+    assert report.main(["--readme", "--root", str(tmp_path)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "typed by hand" not in text
+    assert "| retro-172m | bf16 | fwd | 2.00 | 6.00 |" in text
+    assert "| fp32 | training step | 3.00 | 2.00 | 1.50x |" in text
+    assert report.main(["--check", "--root", str(tmp_path)]) == 0
+
+
+def test_a_readme_without_marks_is_refused(document, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("nothing\n")
+    assert report.main(["--readme", "--root", str(tmp_path)]) == 2
+    assert report.BEGIN in capsys.readouterr().err
+
+
+def test_non_finite_numbers_become_text():
+    assert results.finite({"a": [float("inf"), 1.0]}) == {"a": ["inf", 1.0]}

@@ -1,0 +1,221 @@
+"""The benchmark suite is honest: what it computes as an alternative is right, what is wrong is never timed, and what
+is counted is counted as the design says."""
+
+import pytest
+import torch
+
+from benchmarks import peers, suite, timing, verify
+from benchmarks.workloads import MODES, TINY, WORKLOADS, Workload, select
+
+CPU = torch.device("cpu")
+GROUPED = Workload("grouped", 4, 16, num_kv_heads=2, sequence_length=45, chunk_size=8, retrieved_length=16, batch=2)
+CEILINGS = timing.Ceilings(1e10, {"fp32": 1e11, "bf16": 2e11}, {}, {})
+
+
+def settings(**changes):
+    values = {
+        "device": CPU, "dtypes": ["fp32"], "modes": MODES,
+        "protocol": timing.Protocol(seconds=0.0, min_rounds=2, max_rounds=2),
+        "budget": peers.CompileBudget(0.0, 0.0), "compiled": False, "backends": ["reference"],
+    }  # fmt: skip
+    return suite.Settings(**{**values, **changes})
+
+
+class Watcher:
+    def __init__(self):
+        self.rows = []
+
+    def case(self, text):
+        pass
+
+    def step(self, text):
+        pass
+
+    def row(self, row):
+        self.rows.append(row)
+
+
+@pytest.mark.parametrize("workload", [TINY, GROUPED], ids=lambda workload: workload.name)
+@pytest.mark.parametrize("function", [peers.eager, peers.folded_sdpa, peers.folded_flex])
+def test_alternatives_compute_chunked_cross_attention(workload, function):
+    """Against the fp64 reference, output and gradients, with an incomplete last chunk and with grouped heads."""
+    inputs = workload.inputs(torch.float64, CPU)
+    truth = verify.Truth(workload, inputs)
+
+    def attention(query, key, value):
+        return function(query, key, value, workload.chunk_size)
+
+    mode = "forward" if function is peers.folded_flex else "forward+backward"
+    for error in truth.errors(verify.run(attention, verify.leaves(inputs, mode != "forward"), mode)):
+        assert error.relative < 1e-12, error
+
+
+def test_masked_flex_marks_the_same_pairs():
+    """The block mask of FlexAttention's own idiom admits exactly the pairs of chunked cross-attention."""
+    workload = WORKLOADS["lucidrains"]
+    mask = peers.chunk_block_mask(workload, CPU)
+    m, keys = workload.chunk_size, workload.keys_per_chunk
+    for token, slot in ((62, 0), (63, 0), (63, 255), (63, 256), (126, 255), (127, 255), (127, 256), (2047, 8191)):
+        expected = token >= m - 1 and (token - (m - 1)) // m == slot // keys
+        assert bool(mask.mask_mod(0, 0, torch.tensor(token), torch.tensor(slot))) == expected
+
+
+def test_every_row_is_checked_and_timed():
+    watcher = Watcher()
+    rows = suite.run([TINY], settings(), CEILINGS, watcher)
+    assert rows == watcher.rows
+    timed = {row.variant for row in rows if row.status == suite.OK}
+    assert timed == {"eager", "sdpa[math]", "sdpa[flash]", "retro_kernels[reference]"}
+    for row in rows:
+        if row.status == suite.OK:
+            assert row.errors, row
+            assert row.checked == "every element"
+            assert row.samples == 2
+            assert row.p20_ms <= row.p50_ms <= row.p80_ms
+        else:
+            assert row.reason, row
+            assert row.p50_ms is None
+
+
+def test_a_wrong_variant_is_not_timed(monkeypatch):
+    """A shift off by one token is caught, named, and never gets a time."""
+
+    def shifted(query, key, value, chunk_size):
+        return peers.eager(query, key, value, chunk_size).roll(1, dims=1)
+
+    monkeypatch.setattr(peers, "folded_sdpa", shifted)
+    for row in suite.run([TINY], settings(), CEILINGS, Watcher()):
+        if row.variant.startswith("sdpa"):
+            assert row.status == suite.WRONG
+            assert row.p50_ms is None
+            assert "output: error" in row.reason
+
+
+def test_a_failing_variant_does_not_stop_the_rest(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no kernel is available")
+
+    monkeypatch.setattr(peers, "folded_sdpa", broken)
+    rows = suite.run([TINY], settings(modes=("forward",)), CEILINGS, Watcher())
+    statuses = {row.variant: row.status for row in rows}
+    assert statuses["sdpa[flash]"] == suite.SKIPPED
+    assert statuses["eager"] == suite.OK
+
+
+def test_compile_budget_caps_the_wall_clock():
+    budget = peers.CompileBudget(total=10.0, per_variant=0.05)
+
+    def endless():
+        with budget.spend():
+            while True:
+                torch.ones(1)
+
+    with pytest.raises(peers.CompileTimeout):
+        endless()
+    assert 0.05 <= budget.used < 5
+    assert peers.CompileBudget(1.0, 1.0, used=1.0).allowed == 0
+
+
+def test_compile_beyond_its_budget_is_skipped_and_said():
+    rows = suite.run([TINY], settings(modes=("forward",), compiled=True), CEILINGS, Watcher())
+    reasons = {row.variant: row.reason for row in rows if row.variant.startswith("compile")}
+    assert reasons
+    assert all("compile budget" in reason for reason in reasons.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_compare_counts_nan_and_infinity_as_infinite(value):
+    truth = torch.ones(3, 4, dtype=torch.float64)
+    found = truth.clone()
+    found[2, 1] = value
+    error = verify.compare("x", found, truth)
+    assert error.largest == float("inf")
+    assert error.worst == (2, 1)
+    assert verify.judge([error], None, "bf16")
+
+
+def test_judge_allows_twice_the_eager_error_and_no_more():
+    def error(relative):
+        return verify.Error("output", relative, relative, 1.0, (0,))
+
+    eager = [error(1e-2)]
+    assert verify.judge([error(2.0e-2)], eager, "bf16") is None
+    assert "output" in verify.judge([error(2.2e-2)], eager, "bf16")
+    assert "cosine" in verify.judge([verify.Error("output", 0.0, 0.0, 0.9, (0,))], eager, "bf16")
+
+
+def test_corners_are_checked_when_everything_is_too_much(monkeypatch):
+    """A fault in the last head is seen although only two corners of the tensors are compared."""
+    monkeypatch.setattr(verify, "LARGEST_FP64_KEY", 0)
+    inputs = GROUPED.inputs(torch.float32, CPU)
+    truth = verify.Truth(GROUPED, inputs)
+    assert not truth.whole
+    result = verify.run(
+        lambda q, k, v: peers.eager(q, k, v, GROUPED.chunk_size), verify.leaves(inputs, True), "forward+backward"
+    )
+    assert verify.judge(truth.errors(result), None, "fp32") is None
+    result["key gradient"][-1, ..., -1, :] += 1
+    assert "key gradient" in verify.judge(truth.errors(result), None, "fp32")
+    result["output"][0, 0, 1] = float("nan")
+    assert max(error.largest for error in truth.errors(result)) == float("inf")
+
+
+def test_counts():
+    """FLOPs and bytes of one small shape, by hand: 30 of 37 tokens attend, 4 chunks of 32 keys, 2 heads of 16."""
+    assert TINY.attending_tokens == 30
+    assert TINY.flops("forward") == 2 * 2 * 30 * 2 * 32 * 16
+    assert TINY.flops("forward+backward") == 7 * 2 * 30 * 2 * 32 * 16
+    query, key, lse = 37 * 2 * 16 * 4, 4 * 32 * 2 * 16 * 4, 37 * 2 * 4
+    assert TINY.bytes("forward", torch.float32) == 2 * query + 2 * key + lse
+    assert TINY.bytes("forward+backward", torch.float32) == 6 * query + 6 * key + 2 * lse
+    assert GROUPED.bytes("forward", torch.float32) < Workload(**{**vars(GROUPED), "num_kv_heads": None}).bytes(
+        "forward", torch.float32
+    )
+
+
+def test_inputs_are_the_same_numbers_in_every_precision():
+    single, half = TINY.inputs(torch.float32, CPU), TINY.inputs(torch.bfloat16, CPU)
+    assert all(torch.equal(a, b.float()) for a, b in zip(single, half))
+
+
+def test_workloads_of_the_design_are_there():
+    assert set(WORKLOADS) >= {
+        "retro-172m",
+        "retro-425m",
+        "retro-1.5b",
+        "retro-7.5b",
+        "megatron-8b",
+        "gqa-8b",
+        "lucidrains",
+    }
+    assert [WORKLOADS[f"retro-7.5b-k{k}"].num_neighbours for k in (1, 10, 40)] == [1, 10, 40]
+    assert WORKLOADS["retro-172m"].on("cuda").batch == 8
+    with pytest.raises(ValueError, match="unknown workload nothing"):
+        select(["nothing"])
+
+
+def test_floor_is_the_larger_of_two_times():
+    assert CEILINGS.floor_seconds(10**11, 10, "fp32") == (1.0, "arithmetic")
+    assert CEILINGS.floor_seconds(10, 10**10, "fp32") == (1.0, "memory")
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    x = torch.randn(256, 1024)
+    size = x.numel() * 4
+    scalars = 64  # torch may make one-element tensors of the constants
+    assert timing.peak_extra_bytes(lambda: x + 1, CPU) == pytest.approx(size, abs=scalars)
+    assert timing.peak_extra_bytes(lambda: (x + 1) * 2, CPU) == pytest.approx(2 * size, abs=scalars)
+    assert timing.peak_extra_bytes(lambda: (x + 1).mul_(2), CPU) == pytest.approx(size, abs=scalars)
+
+
+def test_percentiles():
+    samples = timing.Samples([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert [samples.percentile(p) for p in (0, 20, 50, 80, 100)] == pytest.approx([1.0, 1.8, 3.0, 4.2, 5.0])
+
+
+def test_rounds_are_interleaved():
+    calls = []
+    variants = {name: timing.Timed(lambda name=name: calls.append(name)) for name in "abc"}
+    timing.interleaved(variants, CPU, timing.Protocol(seconds=0.0, min_rounds=4, max_rounds=4, warm_up=0))
+    assert [sorted(calls[i : i + 3]) for i in range(0, 12, 3)] == [["a", "b", "c"]] * 4
+    assert len({tuple(calls[i : i + 3]) for i in range(0, 12, 3)}) > 1

@@ -1,0 +1,109 @@
+"""`retro-kernels bench` checks its options, prints one table, writes its files, and keeps what an interruption left."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import bench, results, suite, timing
+from retro_kernels.cli import app
+from retro_kernels.cli.bench import load
+
+CEILINGS = timing.Ceilings(1e10, {"fp32": 1e11, "bf16": 2e11}, {"fp32": 1e11, "bf16": 2e11}, {})
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Ceilings are given, not measured, and the command's modules are the ones these tests patch."""
+    monkeypatch.setattr(timing, "measure_ceilings", lambda *arguments: CEILINGS)
+    monkeypatch.setattr("retro_kernels.cli.bench.load", lambda name: getattr(__import__(f"benchmarks.{name}"), name))
+
+
+def invoke(tmp_path, *arguments):
+    fixed = ("--out", str(tmp_path), "--device", "cpu", "--no-compile", "--no-real-text", "--workload", "tiny")
+    return CliRunner().invoke(app, ["bench", *fixed, *arguments])
+
+
+def test_writes_table_page_and_raw_numbers(tmp_path):
+    result = invoke(tmp_path, "--dtype", "fp32")
+    assert result.exit_code == 0, result.output
+    assert "retro_kernels" in result.output
+    assert "not timed" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "report.html", "table.md"]
+    document = results.load(tmp_path / results.FILE)
+    assert {row["mode"] for row in document["rows"]} == {"forward", "forward+backward"}
+    assert {row["dtype"] for row in document["rows"]} == {"fp32"}
+    environment = document["environment"]
+    assert environment["packages"]["torch"]
+    assert environment["torch_threads"] >= 1
+    assert document["settings"]["seed"]
+    assert {"what": "real text", "reason": "switched off for this run (--no-real-text)"} in document["skipped"]
+
+
+def test_json_on_standard_output(tmp_path):
+    result = invoke(tmp_path, "--dtype", "fp32", "--mode", "forward", "--json")
+    document = json.loads(result.stdout)
+    assert document["schema"] == results.SCHEMA
+    assert {row["mode"] for row in document["rows"]} == {"forward"}
+
+
+def test_interrupted_runs_write_what_is_there(tmp_path, monkeypatch):
+    real = suite._case
+    done = []
+
+    def once(*arguments):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(suite, "_case", once)
+    result = invoke(tmp_path, "--dtype", "fp32")
+    assert result.exit_code == 130
+    document = results.load(tmp_path / results.FILE)
+    assert document["interrupted"]
+    assert {row["mode"] for row in document["rows"]} == {"forward"}
+    assert "Interrupted" in result.output
+
+
+def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch):
+    import retro_kernels as rk
+
+    real = rk.chunked_cross_attention
+
+    def wrong(query, key, value, *, backend=None, **options):
+        out = real(query, key, value, backend="reference", **options)
+        return out if backend == "reference" else out + 1
+
+    monkeypatch.setattr(rk, "chunked_cross_attention", wrong)
+    states = {name: rk.BackendStatus(name in ("reference", "cpu"), "off") for name in ("reference", "cpu")}
+    monkeypatch.setattr(rk, "backends", lambda: states)
+    result = invoke(tmp_path, "--dtype", "fp32", "--mode", "forward")
+    assert result.exit_code == 1
+    assert "retro_kernels[cpu]: wrong" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--workload", "nothing"), "unknown workload"),
+        (("--dtype", "int8"), "expected fp32, bf16 or fp16"),
+        (("--dtype", "fp16"), "on a CPU"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, arguments, message):
+    result = invoke(tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_quick_has_two_workloads_and_lists_the_rest():
+    options = bench.Options(quick=True, device="cpu").resolved()
+    assert options.workloads == ["retro-172m", "retro-7.5b"]
+    assert options.dtypes == ["fp32", "bf16"]
+    assert bench._quick_skip(None, "fp32", "forward", "flex[folded]")
+    assert bench._quick_skip(None, "fp32", "forward", "sdpa[flash]") is None
+
+
+def test_suite_is_found_without_being_installed():
+    assert hasattr(load("workloads"), "WORKLOADS")
