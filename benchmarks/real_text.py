@@ -147,7 +147,9 @@ def run(
     for i, dtype in enumerate(sorted(right, key=costs.__getitem__)):
         left = (deadline - time.monotonic()) / (len(right) - i)
         if left < 2 * costs[dtype]:  # a warm-up and one round
-            result.notes.append(f"{dtype}: not timed, too little of this run's time was left")
+            result.notes.append(
+                f"{dtype} was not timed: too little of this run's time was left (`retro-kernels bench` has it)"
+            )
             continue
         step(f"{dtype}: timing")
         limited = replace(protocol, seconds=min(protocol.seconds, 0.8 * left - costs[dtype]))

@@ -177,7 +177,7 @@ def summary_cells(document: dict) -> list[list[str]]:
     return cells
 
 
-REAL_TEXT_HEAD = ("dtype", "what", "as it is ms", "swapped ms", "faster", "rounds", "MB", "swapped MB")
+REAL_TEXT_HEAD = ("dtype", "what", "unswapped ms", "swapped ms", "faster", "rounds", "MB", "swapped MB")
 
 
 def real_text_cells(document: dict) -> list[list[str]]:
@@ -208,4 +208,7 @@ def not_timed(document: dict) -> list[tuple[str, str]]:
     for (variant, status, reason), where in grouped.items():
         place = "everywhere" if len(where) == total else ", ".join(where)
         entries.append((f"{variant} ({place})", reason if status == "skipped" else f"{status}: {reason}"))
+    for note in (document.get("real_text") or {}).get("notes", []):
+        if "was not timed" in note or "no time" in note:
+            entries.append(("real text", note))
     return entries + [(entry["what"], entry["reason"]) for entry in document["skipped"]]

@@ -164,6 +164,8 @@ def show(document: dict, console: Any) -> None:
                 f"({comparison['worst']})",
                 style="green" if comparison["passed"] else "red", highlight=False, markup=False,
             )  # fmt: skip
+        for note in report["notes"]:
+            console.print(note, style="dim", highlight=False, markup=False)
         cells = results.real_text_cells(document)
         if cells:
             title = f"{report['model']}, {report['parameters']:,} parameters, {report['length']} tokens of real text"
