@@ -26,6 +26,7 @@ COLOURS = {
     "retro_kernels[cuda]": "#b8321a",
 }
 MARKERS = "osD^vP*Xhp"
+LONGEST_BAR = 8.0  # times the fastest folded SDPA; longer bars end here and say so
 
 
 def speed(document: dict) -> list[str]:
@@ -33,7 +34,7 @@ def speed(document: dict) -> list[str]:
     return _bars(
         document,
         lambda row: row["p50_ms"],
-        "milliseconds, median; whiskers p20 to p80 (shorter is faster, logarithmic)",
+        "median time, fastest folded SDPA = 1; whiskers p20 to p80 (shorter is faster)",
         lambda row: (row["p50_ms"] - row["p20_ms"], row["p80_ms"] - row["p50_ms"]),
         lambda value: f"{results.digits(value)} ms",
     )
@@ -44,7 +45,7 @@ def memory(document: dict) -> list[str]:
     return _bars(
         document,
         lambda row: row["peak_extra_bytes"] / 1e6 if row["peak_extra_bytes"] else None,
-        "MB at most during the call, beyond the inputs; results count (logarithmic)",
+        "most memory alive during the call beyond the inputs, results included; fastest folded SDPA = 1",
         None,
         lambda value: f"{results.digits(value)} MB",
     )
@@ -64,7 +65,7 @@ def roofline(document: dict) -> list[str]:
         low, high = min(*intensities, peak / copy) / 2, max(*intensities, peak / copy) * 2
         x = [low, peak / copy, high]
         axes.plot(x, [copy * low / 1e9, peak / 1e9, peak / 1e9], color=INK, linewidth=1.5)
-        axes.annotate(f"copy, {copy / 1e9:,.0f} GB/s", (low, copy * low / 1e9), xytext=(6, 18),
+        axes.annotate(f"copy, {copy / 1e9:,.0f} GB/s", (low, copy * low / 1e9), xytext=(16, 0), va="center",
                       textcoords="offset points", color=INK, fontsize=9)  # fmt: skip
         axes.annotate(f"arithmetic, {peak / 1e9:,.0f} GFLOP/s", (high, peak / 1e9), xytext=(-6, 5),
                       textcoords="offset points", ha="right", color=INK, fontsize=9)  # fmt: skip
@@ -118,34 +119,41 @@ def swap(document: dict) -> list[str]:
 
 
 def _bars(document, value_of, label, whiskers, text) -> list[str]:
+    """Bars relative to the fastest folded SDPA of the same case, from zero: lengths may be compared, and workloads of
+    every size share an axis. The absolute value stands at each bar's end."""
     figures = []
+    fastest = {(entry["workload"], entry["dtype"], entry["mode"]): entry["sdpa"] for entry in results.summary(document)}
     for dtype, mode in dict.fromkeys((row["dtype"], row["mode"]) for row in document["rows"]):
         rows = [row for row in document["rows"] if (row["dtype"], row["mode"]) == (dtype, mode)]
         rows = [row for row in rows if row["status"] == "ok" and value_of(row) is not None]
         if not rows:
             continue
-        position, ticks, labels = 0.0, [], []
+        position, ticks, labels, longest = 0.0, [], [], 1.0
         workloads = list(dict.fromkeys(row["workload"] for row in rows))
         figure, axes = _figure(9.6, 0.2 * len(rows) + 0.22 * len(workloads) + 1.2)
         for workload in workloads:
             group = [row for row in rows if row["workload"] == workload]
+            sdpa = fastest[workload, dtype, mode]
+            unit = (sdpa and value_of(sdpa)) or max(value_of(row) for row in group)
             ticks.append(position + (len(group) - 1) / 2)
             labels.append(workload)
             for row in group:
-                value = value_of(row)
-                axes.barh(position, value, 0.86, color=_colour(row["variant"]))
-                end = value
-                if whiskers:
-                    down, up = whiskers(row)
-                    end = value + up
-                    axes.errorbar(value, position, xerr=[[down], [up]], color=INK, linewidth=0.8, capsize=2)
-                axes.annotate(text(value), (end, position), xytext=(4, 0), textcoords="offset points", va="center",
+                value = value_of(row) / unit
+                shown = min(value, LONGEST_BAR)
+                axes.barh(position, shown, 0.86, color=_colour(row["variant"]))
+                end = shown
+                if whiskers and value == shown:
+                    down, up = (side / unit for side in whiskers(row))
+                    end = shown + up
+                    axes.errorbar(shown, position, xerr=[[down], [up]], color=INK, linewidth=0.8, capsize=2)
+                note = text(value_of(row)) + (f" ({value:.1f} times)" if value > shown else "")
+                axes.annotate(note, (end, position), xytext=(4, 0), textcoords="offset points", va="center",
                               color=INK, fontsize=7.5)  # fmt: skip
+                longest = max(longest, end)
                 position += 1
             position += 1
-        _logarithmic(axes, "x")
-        values = [value_of(row) for row in rows]
-        axes.set_xlim(min(values) / 2, max(values) * 2.5)
+        axes.axvline(1.0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6)
+        axes.set_xlim(0, longest * 1.16)
         axes.set_ylim(position - 1.3, -0.7)
         axes.set_yticks(ticks, labels)
         axes.set_xlabel(label)
