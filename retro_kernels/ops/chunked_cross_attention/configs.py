@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-PASSES = ("forward", "backward", "backward_queries", "backward_keys")
+KINDS = ("forward", "backward", "backward_queries", "backward_keys", "backward_bias", "backward_null")
 
-# Names of the devices whose GPU suite passed with its results committed. While it is empty the Triton kernels have never
-# run on a GPU, and no GPU call takes them unless they are asked for by name.
+# Names of the devices whose GPU suite passed with its results committed. While it is empty the Triton kernels have
+# never run on a GPU, and no GPU call takes them unless they are asked for by name.
 VERIFIED_ON_GPU: tuple[str, ...] = ()
-
-SINGLE_PASS_HEAD_DIM = 128  # beyond it the fp32 gradients of a tile of 64 rows no longer fit the registers
 
 
 @dataclass(frozen=True)
@@ -29,19 +27,20 @@ class LaunchSettings:
     precision: str = "ieee"
 
 
-_overrides: dict[str, LaunchSettings] = {}
+overrides: dict[str, LaunchSettings] = {}
+tuned: dict[tuple, LaunchSettings] = {}  # by the arguments of `choose`
 
 
 @contextmanager
 def override(**settings: LaunchSettings) -> Iterator[None]:
     """Within the block, the passes named use these settings instead of the rule's (tests, tuning)."""
-    saved = dict(_overrides)
-    _overrides.update(settings)
+    saved = dict(overrides)
+    overrides.update(settings)
     try:
         yield
     finally:
-        _overrides.clear()
-        _overrides.update(saved)
+        overrides.clear()
+        overrides.update(saved)
 
 
 def power_of_two(size: int, smallest: int = 16) -> int:
@@ -49,10 +48,170 @@ def power_of_two(size: int, smallest: int = 16) -> int:
     return max(smallest, 1 << max(0, size - 1).bit_length())
 
 
-def choose(kind: str, sm: int, dtype: torch.dtype, head_dim: int, rows: int) -> LaunchSettings:
-    return _overrides.get(kind) or rule(kind, sm, dtype, head_dim, rows)
+def tile_width(head_dim: int, value_dim: int, rotary_width: int) -> int:
+    """Columns of the widest tile: of the key, rotary pairs and the rest apart, or of the value."""
+    key = power_of_two(head_dim) if rotary_width == 0 else 2 * power_of_two(rotary_width)
+    if 0 < 2 * rotary_width < head_dim:
+        key += power_of_two(head_dim - 2 * rotary_width)
+    return max(key, power_of_two(value_dim))
+
+
+_S = LaunchSettings
+
+# (kind, precision, generation or None for any) -> width -> settings at 64 rows without and with options. Spills,
+# registers and shared memory are measured by tests/ops/chunked_cross_attention/aot.py and listed in
+# compiled_settings.json beside it. No speed has been measured on a GPU.
+_TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None, LaunchSettings | None]]] = {
+    # 64 x 64 with 3 stages: 2 or 3 programs fit a multiprocessor; 128 keys spill at 128 wide, options cost registers
+    ("forward", "half", 90): {
+        64: (_S(64, 64, 4, 3), _S(64, 64, 4, 2)),
+        128: (_S(64, 64, 4, 3), _S(64, 32, 4, 3)),
+        256: (_S(64, 64, 8, 2), _S(64, 32, 8, 2)),
+    },
+    # as sm_90
+    ("forward", "half", 100): {
+        64: (_S(64, 64, 4, 3), _S(64, 64, 4, 2)),
+        128: (_S(64, 64, 4, 3), _S(64, 64, 4, 2)),
+        256: (_S(64, 64, 8, 2), _S(64, 32, 8, 2)),
+    },
+    # no WGMMA: operands sit in registers, so 32 keys from 128 wide or with options on; at most 99 KiB, as sm_86 has
+    ("forward", "half", 80): {
+        64: (_S(64, 64, 4, 3), _S(64, 32, 4, 3)),
+        128: (_S(64, 32, 4, 3), _S(64, 32, 8, 1)),
+        256: (_S(64, 32, 8, 2), _S(32, 32, 4, 2)),
+    },
+    # IEEE products run on the ordinary units and hold whole operands in registers: 64 x 64 spills 1.5 KB at 64 wide
+    ("forward", "fp32", None): {
+        64: (_S(32, 32, 4, 1), _S(32, 32, 4, 1)),
+        128: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
+        256: (_S(32, 16, 8, 1), _S(16, 16, 8, 1)),
+    },
+    # one pass: 4 warps reach 244 registers at 128 wide with 2 stages; with options 64 keys spill there
+    ("backward", "half", 90): {
+        64: (_S(64, 64, 4, 2), _S(64, 64, 4, 1)),
+        128: (_S(64, 64, 4, 2), _S(64, 32, 8, 1)),
+    },
+    ("backward", "half", 100): {
+        64: (_S(64, 64, 4, 2), _S(64, 64, 4, 1)),
+        128: (_S(64, 64, 4, 2), _S(64, 32, 8, 1)),
+    },
+    # one pass without WGMMA: 64 keys spill
+    ("backward", "half", 80): {
+        64: (_S(64, 32, 4, 2), _S(64, 16, 8, 1)),
+        128: (_S(64, 32, 8, 1), _S(64, 16, 8, 1)),
+    },
+    # one pass in fp32 fits only at 64 wide without options
+    ("backward", "fp32", None): {
+        64: (_S(64, 16, 8, 1), None),
+    },
+    # dQ alone
+    ("backward_queries", "half", 90): {
+        64: (_S(64, 64, 4, 2), _S(64, 64, 4, 2)),
+        128: (_S(64, 64, 4, 2), _S(64, 32, 4, 2)),
+        256: (_S(32, 32, 4, 1), _S(16, 16, 8, 1)),
+    },
+    ("backward_queries", "half", 100): {
+        64: (_S(64, 64, 4, 2), _S(64, 64, 4, 2)),
+        128: (_S(64, 64, 4, 2), _S(64, 32, 4, 2)),
+        256: (_S(32, 32, 4, 1), _S(16, 16, 8, 1)),
+    },
+    # dQ alone
+    ("backward_queries", "half", 80): {
+        64: (_S(64, 64, 4, 2), _S(64, 32, 4, 2)),
+        128: (_S(64, 32, 4, 2), _S(32, 32, 8, 1)),
+        256: (_S(32, 32, 4, 1), _S(16, 16, 8, 1)),
+    },
+    # dQ alone in fp32
+    ("backward_queries", "fp32", None): {
+        64: (_S(32, 16, 8, 1), _S(16, 16, 8, 1)),
+        128: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
+        256: (_S(16, 16, 8, 1, "tf32x3"), _S(16, 16, 8, 1, "tf32x3")),
+    },
+    # dK and dV: two accumulators of block_keys rows
+    ("backward_keys", "half", 90): {
+        64: (_S(64, 64, 4, 2), _S(64, 64, 8, 2)),
+        128: (_S(64, 64, 8, 1), _S(32, 64, 8, 1)),
+        256: (_S(32, 32, 8, 1), _S(16, 32, 8, 1)),
+    },
+    ("backward_keys", "half", 100): {
+        64: (_S(64, 64, 4, 2), _S(64, 64, 8, 2)),
+        128: (_S(64, 64, 8, 1), _S(32, 64, 8, 1)),
+        256: (_S(32, 32, 8, 1), _S(16, 32, 8, 1)),
+    },
+    # dK and dV
+    ("backward_keys", "half", 80): {
+        64: (_S(32, 32, 4, 2), _S(32, 32, 8, 1)),
+        128: (_S(32, 32, 8, 1), _S(32, 32, 8, 1)),
+        256: (_S(32, 32, 8, 1), _S(16, 32, 8, 1)),
+    },
+    # dK and dV in fp32
+    ("backward_keys", "fp32", None): {
+        64: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
+        128: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
+        256: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
+    },
+    # gradient of the bias: 4 warps spill at 64 x 64
+    ("backward_bias", "half", None): {
+        64: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
+        128: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
+        256: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
+    },
+    # gradient of the bias in fp32
+    ("backward_bias", "fp32", None): {
+        64: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
+        128: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
+        256: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
+    },
+    # gradients of the null slot read no keys: only rows x width counts
+    ("backward_null", "half", None): {
+        64: (_S(64, 16, 4, 1), _S(64, 16, 4, 1)),
+        128: (_S(32, 16, 4, 1), _S(32, 16, 4, 1)),
+        256: (_S(16, 16, 4, 1), _S(16, 16, 4, 1)),
+    },
+    # the same in fp32
+    ("backward_null", "fp32", None): {
+        64: (_S(64, 16, 4, 1), _S(64, 16, 4, 1)),
+        128: (_S(32, 16, 4, 1), _S(32, 16, 4, 1)),
+        256: (_S(16, 16, 4, 1), _S(16, 16, 4, 1)),
+    },
+}
+
+
+def choose(kind: str, sm: int, dtype: torch.dtype, width: int, options: bool, rows: int) -> LaunchSettings | None:
+    """The settings of one kind of launch: what `override` says, else what tuning found, else the rule's."""
+    found = overrides.get(kind) or tuned.get((kind, sm, dtype, width, options, rows))
+    return found or rule(kind, sm, dtype, width, options, rows)
 
 
 @lru_cache(maxsize=1024)
-def rule(kind: str, sm: int, dtype: torch.dtype, head_dim: int, rows: int) -> LaunchSettings:
-    return LaunchSettings(min(64, power_of_two(rows)), 64, 4, 2)
+def rule(kind: str, sm: int, dtype: torch.dtype, width: int, options: bool, rows: int) -> LaunchSettings | None:
+    """The shipped settings, from what a setting costs in registers and shared memory, never from batch or length.
+
+    `sm` 90 for sm_90; what is neither Hopper nor data-centre Blackwell takes sm_80's. `width` is `tile_width`,
+    rounded up to 64, 128 or 256 (beyond 256, which only partial rotary turns of heads above 128 reach, 256's may
+    spill). `options`: a bias, rotary tables or a null slot, which cost registers. `rows`: the stride; fewer rows make
+    a smaller tile. None for "backward" where the single pass does not fit, and two passes run instead.
+    """
+    generation = {90: 90, 100: 100, 103: 100}.get(sm, 80)
+    size = 64 if width <= 64 else 128 if width <= 128 else 256
+    precision = "fp32" if dtype == torch.float32 else "half"
+    by_width = _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
+    found = by_width.get(size, (None, None))[options]
+    if found is None:
+        return None
+    return replace(found, block_rows=min(found.block_rows, power_of_two(rows)))
+
+
+def candidates(kind: str, sm: int, dtype: torch.dtype, width: int, options: bool, rows: int) -> list[LaunchSettings]:
+    """What tuning tries: the rule's choice first, then its neighbours. Which do not fit is found out by trying."""
+    first = rule(kind, sm, dtype, width, options, rows)
+    if first is None:
+        return []
+    others = [
+        replace(first, block_keys=keys, num_warps=warps, num_stages=stages)
+        for warps in (4, 8)
+        for keys in (first.block_keys // 2, first.block_keys, 2 * first.block_keys)
+        for stages in (1, 2, 3)
+        if 16 <= keys <= 128
+    ]
+    return [first, *(settings for settings in others if settings != first)]

@@ -1,16 +1,42 @@
-"""Chunked cross-attention in Triton."""
+"""Chunked cross-attention in Triton, forward and backward, for NVIDIA GPUs from compute capability 8.0 on.
+
+State: these kernels have run in Triton's interpreter and compile ahead of time for sm_80, sm_90 and sm_100; no GPU has
+run them (`configs.VERIFIED_ON_GPU` is empty), so no call takes them unless they are asked for by name.
+
+Floor. The work is memory-bound: with m queries and S = k * r keys a chunk, the forward does 4 m S d FLOPs over
+2 d (m + S) elements moved a (chunk, head), 51 FLOP a byte in bf16 at m = 64 and S = 256, against some 295 that an H100
+needs to be busy. So the time cannot be less than the bytes of query, key, value, out and lse over the memory's measured
+bandwidth: at batch 8, n = 2048, 32 heads of 128 in bf16, 1.34 GB, 0.40 ms at 3.35 TB/s. The backward moves twice the
+bytes. How close the kernels come is unmeasured.
+
+Programs. Forward: one a (batch, chunk, row tile, query head), keys in tiles under an online softmax; heads of a chunk
+run side by side, since their keys do in memory, and grouped heads find theirs in the L2 cache. Backward: one a (batch,
+chunk, head), which owns its queries and keys, in a single pass of five products with dQ in registers, where the stride
+fits one tile (64), the head is at most 128 wide and has its key/value head to itself. Beyond that two launches: dQ by
+query tile, dK and dV by key tile over every row and head that reads them. The gradients of the bias and of the null
+slot are launches of their own, 32 programs a head, each with a private fp32 copy, summed in a fixed order: within the
+main pass their registers would spill. No atomics, nothing depends on timing: results are bitwise reproducible.
+
+Precision. Dots accumulate in fp32, the softmax is fp32. fp32 inputs are multiplied as IEEE fp32 (`input_precision`),
+not TF32, unless a `LaunchSettings` says "tf32x3" (three TF32 products, fp32 to about 2e-7, for heads of 256 in the
+backward). Rotated queries and keys are rounded to the input's dtype before the products.
+
+In the interpreter bf16 is computed as fp32 on copies, because the interpreter multiplies bit patterns of bf16.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from .. import common as ops_common
+from .. import tuning
 from . import common, configs
 from .configs import VERIFIED_ON_GPU  # noqa: F401 - read by ops/backends.py
 
@@ -191,8 +217,8 @@ def _offsets(slot, neighbour, token, stride_k, stride_r, FLAT: constexpr, LONG: 
 def _forward_kernel(
     query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin, null_key, null_value,
     out, lse,
-    scale, num_tokens, num_neighbours, retrieved_length, num_heads, group, first_chunk, last_chunk, row_tiles, key_tiles,
-    stride, first_token,
+    scale, num_tokens, num_neighbours, retrieved_length, num_heads, group, first_chunk, last_chunk, row_tiles,
+    key_tiles, stride, first_token,
     query_b, query_n, query_h, key_b, key_l, key_k, key_r, key_h, value_b, value_l, value_k, value_r, value_h,
     mask_b, mask_l, mask_k, mask_r, bias_h, bias_m, query_cos_m, query_sin_m, key_cos_r, key_sin_r,
     null_key_h, null_value_h,
@@ -281,7 +307,8 @@ def _forward_kernel(
         shrink = tl.exp2(largest - finite)
         total = total * shrink + tl.sum(weights, axis=1)
         v = tl.load(
-            value_rows + _offsets(slot, neighbour, position, value_k, value_r, FLAT, LONG)[:, None] + value_column[None, :],
+            value_rows + _offsets(slot, neighbour, position, value_k, value_r, FLAT, LONG)[:, None]
+            + value_column[None, :],
             mask=visible[:, None] & value_there[None, :], other=0.0,
         )  # fmt: skip
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator * shrink[:, None], input_precision=PRECISION)
@@ -290,7 +317,8 @@ def _forward_kernel(
     nothing = total == 0.0
     accumulator = accumulator / tl.where(nothing, 1.0, total)[:, None]
     at = _wide(row, LONG) * num_heads
-    tl.store(out_rows + start_token * num_heads * VALUE_DIM + (at * VALUE_DIM)[:, None] + value_column[None, :], accumulator.to(out.dtype.element_ty),
+    tl.store(out_rows + start_token * num_heads * VALUE_DIM + (at * VALUE_DIM)[:, None] + value_column[None, :],
+             accumulator.to(out.dtype.element_ty),
              mask=inside[:, None] & value_there[None, :])  # fmt: skip
     natural = tl.where(nothing, float("-inf"), (largest + tl.log2(total)) * 0.6931471805599453)
     tl.store(lse_rows + start_token * num_heads + at, natural, mask=inside)
@@ -312,11 +340,12 @@ def _backward_kernel(
     BLOCK_ROWS: constexpr, BLOCK_KEYS: constexpr, BLOCK_PAIR: constexpr, BLOCK_REST: constexpr,
     BLOCK_VALUE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Gradients seen from a tile of query rows: of the query, the bias and the null slot, and, with STORE_KEYS (one
-    row tile a chunk, one query head a key/value head), of key and value too.
+    """Gradients seen from a tile of query rows.
 
-    Program (copy, query head) takes every num_copies-th item (batch, chunk, row tile); num_copies is the number of
-    items unless the gradient of a parameter is wanted, whose partial sums are the copies."""
+    Without PARTIAL_SUMS: of the query and, with STORE_KEYS (one row tile a chunk, one query head a key/value head), of
+    key and value in the same pass. Program (batch, chunk, row tile, query head); num_copies is the number of items.
+    With PARTIAL_SUMS: of the bias or the null slot. Program (copy, query head) takes every num_copies-th item (batch,
+    chunk, row tile) and adds to its own copy. In one kernel with the other gradients this would spill."""
     head32 = tl.program_id(0) % num_heads
     copy = tl.program_id(0) // num_heads
     kv_head = (head32 // group).to(tl.int64)
@@ -342,7 +371,7 @@ def _backward_kernel(
         readable = tl.where(attended, num_neighbours * retrieved_length, 0)
         grad_query_rows = grad_query + (batch * num_tokens * num_heads + head) * DIM
 
-        if (chunk == first_chunk) & (row_tile == 0):
+        if not PARTIAL_SUMS and (chunk == first_chunk) & (row_tile == 0):
             for start in range(0, first_token, BLOCK_ROWS):
                 leading = start + tl.arange(0, BLOCK_ROWS)
                 column = tl.arange(0, 256)
@@ -363,12 +392,14 @@ def _backward_kernel(
         q_cos = query_cos + row * query_cos_m if WIDTH > 0 else None
         q_sin = query_sin + row * query_sin_m if WIDTH > 0 else None
         q_first, q_second, q_rest = _load_split(
-            query + batch * query_b + head * query_h + start_token * query_n + _wide(row, LONG) * query_n, alive, q_cos, q_sin,
+            query + batch * query_b + head * query_h + start_token * query_n + _wide(row, LONG) * query_n, alive,
+            q_cos, q_sin,
             DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
         )  # fmt: skip
         row_there = alive[:, None] & value_there[None, :]
         do = tl.load(grad_out + batch * grad_out_b + head * grad_out_h + start_token * grad_out_n
-                     + (_wide(row, LONG) * grad_out_n)[:, None] + value_column[None, :], mask=row_there, other=0.0)  # fmt: skip
+                     + (_wide(row, LONG) * grad_out_n)[:, None] + value_column[None, :],
+                     mask=row_there, other=0.0)  # fmt: skip
         o = tl.load(out + out_row * VALUE_DIM + (_wide(row, LONG) * (num_heads * VALUE_DIM))[:, None]
                     + value_column[None, :], mask=row_there, other=0.0)  # fmt: skip
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
@@ -377,7 +408,7 @@ def _backward_kernel(
         dq_second = tl.zeros([BLOCK_ROWS, BLOCK_PAIR], tl.float32)
         dq_rest = tl.zeros([BLOCK_ROWS, BLOCK_REST], tl.float32)
 
-        if null_key is not None:
+        if null_key is not None and (null_key_copies is not None or not PARTIAL_SUMS):
             null_first, null_second, null_rest = _load_split_unturned(
                 null_key + head * null_key_h, True, DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST
             )
@@ -387,11 +418,12 @@ def _backward_kernel(
             )
             null = tl.load(null_value + head * null_value_h + value_column, mask=value_there, other=0.0)
             d_logit = weight * (tl.sum(do.to(tl.float32) * null.to(tl.float32)[None, :], axis=1) - delta)
-            if 2 * WIDTH < DIM:
-                dq_rest += d_logit[:, None] * null_rest[None, :]
-            if WIDTH > 0:
-                dq_first += d_logit[:, None] * null_first[None, :]
-                dq_second += d_logit[:, None] * null_second[None, :]
+            if not PARTIAL_SUMS:
+                if 2 * WIDTH < DIM:
+                    dq_rest += d_logit[:, None] * null_rest[None, :]
+                if WIDTH > 0:
+                    dq_first += d_logit[:, None] * null_first[None, :]
+                    dq_second += d_logit[:, None] * null_second[None, :]
             if null_key_copies is not None:
                 copy64 = copy.to(tl.int64)
                 copied = null_key_copies + (copy64 * num_heads + head) * DIM
@@ -418,7 +450,7 @@ def _backward_kernel(
 
         key_rows = key + batch * key_b + chunk64 * key_l + kv_head * key_h
         value_rows = value + batch * value_b + chunk64 * value_l + kv_head * value_h
-        for tile in range(0, key_tiles):
+        for tile in range(0, key_tiles if bias_copies is not None or not PARTIAL_SUMS else 0):
             slot, neighbour, position, present = _slots(tile, num_neighbours, retrieved_length, BLOCK_KEYS, WITHIN)
             visible = present & (slot < readable)
             if neighbour_mask is not None:
@@ -458,10 +490,11 @@ def _backward_kernel(
                 tl.store(sums, tl.load(sums, mask=there, other=0.0) + d_logits, mask=there)
                 # Another neighbour's tile, or the next item, adds to the same sums, perhaps from other threads.
                 tl.debug_barrier()
-            d_logits = d_logits.to(q_rest.dtype)
-            dq_first, dq_second, dq_rest = _add_product(
-                dq_first, dq_second, dq_rest, d_logits, k_first, k_second, k_rest, DIM, WIDTH, PRECISION
-            )
+            if not PARTIAL_SUMS:
+                d_logits = d_logits.to(q_rest.dtype)
+                dq_first, dq_second, dq_rest = _add_product(
+                    dq_first, dq_second, dq_rest, d_logits, k_first, k_second, k_rest, DIM, WIDTH, PRECISION
+                )
             if STORE_KEYS:
                 first_slot = (batch * num_chunks + chunk) * (num_neighbours * retrieved_length) * num_kv_heads + kv_head
                 slot_rows = _wide(slot, LONG) * num_kv_heads
@@ -482,11 +515,12 @@ def _backward_kernel(
                     tl.where(visible[:, None], scale * dk_rest, 0.0),
                     DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
                 )  # fmt: skip
-        _store_split(
-            grad_query + out_row * DIM + _wide(row, LONG) * (num_heads * DIM), inside, q_cos, q_sin,
-            scale * dq_first, scale * dq_second, scale * dq_rest,
-            DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-        )  # fmt: skip
+        if not PARTIAL_SUMS:
+            _store_split(
+                grad_query + out_row * DIM + _wide(row, LONG) * (num_heads * DIM), inside, q_cos, q_sin,
+                scale * dq_first, scale * dq_second, scale * dq_rest,
+                DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
+            )  # fmt: skip
 
 
 @_jit
@@ -562,7 +596,8 @@ def _backward_keys_kernel(
         )  # fmt: skip
         there = alive[:, None] & value_there[None, :]
         do = tl.load(grad_out + batch * grad_out_b + head * grad_out_h + start_token * grad_out_n
-                     + (_wide(row, LONG) * grad_out_n)[:, None] + value_column[None, :], mask=there, other=0.0)  # fmt: skip
+                     + (_wide(row, LONG) * grad_out_n)[:, None] + value_column[None, :],
+                     mask=there, other=0.0)  # fmt: skip
         o = tl.load(out + out_row * VALUE_DIM + (_wide(row, LONG) * (num_heads * VALUE_DIM))[:, None]
                     + value_column[None, :], mask=there, other=0.0)  # fmt: skip
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
@@ -601,8 +636,9 @@ _MARGIN = 256  # masked lanes of a tile lie at most this far beyond the last row
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: `kernel[(programs,)](**arguments)` under `settings`."""
+    """One kernel launch: `kernel[(programs,)](**arguments)` under `settings`, which were chosen for `kind`."""
 
+    kind: str
     kernel: Any
     programs: int
     arguments: dict[str, Any]
@@ -648,7 +684,7 @@ def _needs_long_offsets(query, key, value, neighbour_mask, attention_bias, grad_
 
 
 def _shared_arguments(query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin,
-                      null_key, null_value, rotary_interleaved, scale, stride, first_token, grad_out=None):  # fmt: skip
+                      null_key, null_value, rotary_interleaved, scale, stride, first_token, *, grad_out=None):  # fmt: skip
     """What every kernel takes, apart from tiles."""
     n, h, d = query.shape[1:]
     num_chunks, k, r, hk = key.shape[1:5]
@@ -691,16 +727,23 @@ def _tile_arguments(settings: configs.LaunchSettings) -> dict[str, Any]:
     }
 
 
-def _choose(kind: str, query: torch.Tensor, value: torch.Tensor, stride: int) -> configs.LaunchSettings:
-    size = max(query.shape[-1], value.shape[-1])
-    return configs.choose(kind, _compute_capability(query.device), query.dtype, size, stride)
+def _choice(kind: str, inputs: tuple) -> tuple:
+    """What launch settings depend on: the arguments of `configs.choose`."""
+    query, _, value, _, attention_bias, query_cos = inputs[:6]
+    width = configs.tile_width(query.shape[-1], value.shape[-1], 0 if query_cos is None else query_cos.shape[1])
+    options = attention_bias is not None or query_cos is not None or inputs[9] is not None
+    return kind, _compute_capability(query.device), query.dtype, width, options, inputs[-2]
+
+
+def _choose(kind: str, inputs: tuple) -> Any:
+    return configs.choose(*_choice(kind, inputs))
 
 
 def plan_forward(out, lse, inputs: tuple, settings: configs.LaunchSettings | None = None) -> Launch:
     """The forward's launch. `inputs` are the op's arguments; some chunk must be attended."""
-    query, key, value = inputs[:3]
+    query, key = inputs[:2]
     stride = inputs[-2]
-    settings = settings or _choose("forward", query, value, stride)
+    settings = settings or _choose("forward", inputs)
     shared = _shared_arguments(*inputs)
     row_tiles = -(-stride // settings.block_rows)
     arguments = {
@@ -708,58 +751,109 @@ def plan_forward(out, lse, inputs: tuple, settings: configs.LaunchSettings | Non
         "key_tiles": -(-key.shape[2] * key.shape[3] // settings.block_keys), **_tile_arguments(settings),
     }  # fmt: skip
     programs = query.shape[0] * (shared["last_chunk"] - shared["first_chunk"]) * row_tiles * query.shape[2]
-    return Launch(_forward_kernel, programs, arguments, settings)
+    return Launch("forward", _forward_kernel, programs, arguments, settings)
 
 
-def single_pass(query, key, value, stride: int, settings: configs.LaunchSettings) -> bool:
-    """Whether one program can hold all query rows of its keys, and so make all gradients in one pass."""
-    return (
-        stride <= settings.block_rows
-        and query.shape[2] == key.shape[4]
-        and max(query.shape[3], value.shape[-1]) <= configs.SINGLE_PASS_HEAD_DIM
-    )
+def single_pass(query, key, stride: int, settings: configs.LaunchSettings) -> bool:
+    """Whether one program can hold all query rows that read its keys, and so make their gradients in one pass."""
+    return stride <= settings.block_rows and query.shape[2] == key.shape[4]
 
 
 def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, inputs: tuple) -> list[Launch]:
-    """The backward's launches: one, or two where `single_pass` says no. `copies` are the partial sums of the
-    gradients of attention_bias, null_key and null_value, [copies, ...] fp32 and zero, None where not wanted."""
-    query, key, value = inputs[:3]
+    """The backward's launches: one for the gradients of query, key and value, or two where `single_pass` says no,
+    and one more for those of the bias and of the null slot each. `copies` are the partial sums of the gradients of
+    attention_bias, null_key and null_value, [copies, ...] fp32 and zero, None where not wanted."""
+    query, key = inputs[:2]
     stride = inputs[-2]
     grad_query, grad_key, grad_value = gradients
     b, _, h, _ = query.shape
     num_chunks, k, r, hk = key.shape[1:5]
     shared = {
-        **_shared_arguments(*inputs, grad_out), "grad_out": grad_out, **_strides("grad_out", grad_out, "bnh"), "out": out,
-        "lse": lse, "num_chunks": num_chunks,
+        **_shared_arguments(*inputs, grad_out=grad_out), "grad_out": grad_out, **_strides("grad_out", grad_out, "bnh"),
+        "out": out, "lse": lse, "num_chunks": num_chunks,
     }  # fmt: skip
-    settings = _choose("backward", query, value, stride)
-    single = single_pass(query, key, value, stride, settings)
-    if not single:
-        settings = _choose("backward_queries", query, value, stride)
-    row_tiles = -(-stride // settings.block_rows)
-    # Tiles of one neighbour only where several neighbours add to the same bias gradient.
-    within = copies[0] is not None and k > 1 and not shared["BIAS_PER_SLOT"]
-    key_tiles = k * -(-r // settings.block_keys) if within else -(-k * r // settings.block_keys)
-    num_items = b * (num_chunks if single else shared["last_chunk"] - shared["first_chunk"]) * row_tiles
-    wanted = [copy for copy in copies if copy is not None]
-    num_copies = wanted[0].shape[0] if wanted else num_items
-    arguments = {
-        **shared, **_null_arguments(*inputs[9:11]), "grad_query": grad_query, "grad_key": grad_key,
-        "grad_value": grad_value, "bias_copies": copies[0], "null_key_copies": copies[1],
-        "null_value_copies": copies[2], "row_tiles": row_tiles, "key_tiles": key_tiles, "num_items": num_items,
-        "num_copies": num_copies, "WITHIN": within, "STORE_KEYS": single, "PARTIAL_SUMS": bool(wanted),
-        "BIAS_ROWS": 0 if copies[0] is None else copies[0].shape[2], **_tile_arguments(settings),
-    }  # fmt: skip
-    launches = [Launch(_backward_kernel, num_copies * h, arguments, settings)]
-    if not single:
-        settings = _choose("backward_keys", query, value, stride)
+    attended = shared["last_chunk"] - shared["first_chunk"]
+
+    def of_rows(kind: str, copies: tuple, store_keys: bool) -> Launch:
+        settings = _choose(kind, inputs)
+        row_tiles = -(-stride // settings.block_rows)
+        # Tiles of one neighbour only where several neighbours add to the same bias gradient.
+        within = copies[0] is not None and k > 1 and not shared["BIAS_PER_SLOT"]
+        key_tiles = k * -(-r // settings.block_keys) if within else -(-k * r // settings.block_keys)
+        num_items = b * (num_chunks if store_keys else attended) * row_tiles
+        wanted = [copy for copy in copies if copy is not None]
+        num_copies = wanted[0].shape[0] if wanted else num_items
+        arguments = {
+            **shared, **_null_arguments(*inputs[9:11]), "grad_query": grad_query, "grad_key": grad_key,
+            "grad_value": grad_value, "bias_copies": copies[0], "null_key_copies": copies[1],
+            "null_value_copies": copies[2], "row_tiles": row_tiles, "key_tiles": key_tiles, "num_items": num_items,
+            "num_copies": num_copies, "WITHIN": within, "STORE_KEYS": store_keys, "PARTIAL_SUMS": bool(wanted),
+            "BIAS_ROWS": 0 if copies[0] is None else copies[0].shape[2], **_tile_arguments(settings),
+        }  # fmt: skip
+        return Launch(kind, _backward_kernel, num_copies * h, arguments, settings)
+
+    settings = _choose("backward", inputs)
+    if settings is not None and single_pass(query, key, stride, settings):
+        launches = [of_rows("backward", (None, None, None), True)]
+    else:
+        settings = _choose("backward_keys", inputs)
         key_tiles = -(-k * r // settings.block_keys)
         arguments = {
             **shared, "grad_key": grad_key, "grad_value": grad_value, "key_tiles": key_tiles,
             "row_tiles": -(-stride // settings.block_rows), **_tile_arguments(settings),
         }  # fmt: skip
-        launches.append(Launch(_backward_keys_kernel, b * num_chunks * key_tiles * hk, arguments, settings))
+        launches = [
+            of_rows("backward_queries", (None, None, None), False),
+            Launch("backward_keys", _backward_keys_kernel, b * num_chunks * key_tiles * hk, arguments, settings),
+        ]
+    if copies[0] is not None:
+        launches.append(of_rows("backward_bias", (copies[0], None, None), False))
+    if copies[1] is not None:
+        launches.append(of_rows("backward_null", (None, *copies[1:]), False))
     return launches
+
+
+def _tune(kinds: tuple[str, ...], inputs: tuple, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+    """Times the candidates of each kind of launch that has not been tuned yet, and uses the fastest from then on.
+    `run` executes the operation under the settings in force and returns what it computed."""
+    if not (inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        for kind in kinds:
+            choice = _choice(kind, inputs)
+            if choice in configs.tuned or kind in configs.overrides:
+                continue
+            key = tuning.key_of(
+                operation="chunked_cross_attention", choice=choice, triton=triton.__version__, code=_code(),
+                device=torch.cuda.get_device_name(inputs[0].device) if inputs[0].is_cuda else "interpreter",
+            )  # fmt: skip
+            settings = _remembered(key)
+            if settings is None:
+
+                def with_settings(settings, kind=kind):
+                    with configs.override(**{kind: settings}):
+                        return run()
+
+                settings, record = tuning.tune(configs.candidates(*choice), with_settings)
+                tuning.save(key, {"settings": asdict(settings), "milliseconds": record})
+            configs.tuned[choice] = settings
+
+
+def _remembered(key: str) -> configs.LaunchSettings | None:
+    """The settings in the tuning cache; an entry that makes none is ignored with a warning."""
+    entry = tuning.load().get(key)
+    try:
+        return None if entry is None else configs.LaunchSettings(**entry["settings"])
+    except (TypeError, KeyError) as error:
+        warnings.warn(
+            f"retro_kernels: an entry of the tuning cache {tuning.cache_file()} is not understood "
+            f"({type(error).__name__}: {error}) and is tuned again",
+            stacklevel=2,
+        )
+        return None
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    return tuning.source_hash(__file__, configs.__file__)
 
 
 def interpreting() -> bool:
@@ -793,7 +887,14 @@ def _forward(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
             plan_forward(wide, lse, _as_interpretable(inputs))()
             out.copy_(wide)
         else:
-            plan_forward(out, lse, inputs)()
+
+            def run() -> tuple[torch.Tensor, ...]:
+                plan_forward(out, lse, inputs)()
+                return out, lse
+
+            if tuning.enabled():
+                _tune(("forward",), inputs, run)
+            run()
     return out, lse
 
 
@@ -819,7 +920,7 @@ def _backward(grad_out, *inputs) -> tuple[torch.Tensor, ...]:
         def partial_sums(tensor: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
             if tensor is None or not wanted:
                 return None
-            return ops_common.allocate((num_copies, *tensor.shape), torch.float32, tensor.device).zero_()
+            return ops_common.allocate((num_copies, *tensor.shape), torch.float32, tensor.device)
 
         copies = (
             partial_sums(attention_bias, bias_gradient),
@@ -830,8 +931,18 @@ def _backward(grad_out, *inputs) -> tuple[torch.Tensor, ...]:
         if interpreting() and query.dtype == torch.bfloat16:
             wide = tuple(torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients[:3])
             call = (*_as_interpretable(call[:3]), wide, copies, _as_interpretable(call[5]))
-        for launch in plan_backward(*call):
-            launch()
+
+        def run() -> tuple[torch.Tensor, ...]:
+            for copy in copies:
+                if copy is not None:
+                    copy.zero_()
+            for launch in plan_backward(*call):
+                launch()
+            return (*call[3], *(copy for copy in copies if copy is not None))
+
+        if tuning.enabled():
+            _tune(tuple(launch.kind for launch in plan_backward(*call)), call[5], run)
+        run()
         if interpreting() and query.dtype == torch.bfloat16:
             for gradient, result in zip(gradients[:3], wide, strict=True):
                 gradient.copy_(result)
@@ -845,11 +956,13 @@ def _backward(grad_out, *inputs) -> tuple[torch.Tensor, ...]:
 def unavailable() -> str | None:
     """Why this backend cannot run in this process, with the remedy, or None."""
     if triton is None:
-        return f"Triton cannot be imported ({_import_error}): install it with `pip install triton` (Linux, 3.6 or newer)"
+        return (
+            f"Triton cannot be imported ({_import_error}): install it with `pip install triton` (Linux, 3.6 or newer)"
+        )
     if interpreting():
         return None
     if torch.version.hip is not None:
-        return "this PyTorch is built for ROCm, and the kernels are written for NVIDIA GPUs: use backend=\"reference\""
+        return 'this PyTorch is built for ROCm, and the kernels are written for NVIDIA GPUs: use backend="reference"'
     if not torch.cuda.is_available():
         return (
             "no CUDA device is usable: install a CUDA build of PyTorch on a machine with an NVIDIA GPU, or set "
@@ -865,11 +978,11 @@ def refusal(call) -> str | None:
     """Why this call cannot run here, or None."""
     query = call.query
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"query is {query.dtype}; the Triton kernels take float32, float16 and bfloat16: use backend=\"reference\""
+        return f'query is {query.dtype}; the Triton kernels take float32, float16, bfloat16: use backend="reference"'
     if call.relative_key is not None:
-        return "relative_key is not supported by the Triton kernels yet: use backend=\"reference\""
+        return 'relative_key is not supported by the Triton kernels yet: use backend="reference"'
     if call.dropout_p > 0:
-        return f"dropout_p is {call.dropout_p}; the Triton kernels have no dropout yet: use backend=\"reference\""
+        return f'dropout_p is {call.dropout_p}; the Triton kernels have no dropout yet: use backend="reference"'
     if max(query.shape[-1], call.value.shape[-1]) > 256:
         return f"head sizes are {query.shape[-1]} and {call.value.shape[-1]}; the Triton kernels take at most 256"
     if interpreting():

@@ -1,0 +1,269 @@
+"""What is particular to the Triton backend: every tile loop, launch settings, 64-bit offsets, tuning, refusals.
+
+The options against the reference are in test_conformance.py; here small tiles are forced, so that tiny shapes run
+every loop of the kernels in the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import cases
+import pytest
+import torch
+
+from retro_kernels.ops import common, tuning
+from retro_kernels.ops.chunked_cross_attention import configs
+from retro_kernels.ops.chunked_cross_attention import triton as backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GUARD = 64
+
+pytestmark = pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable()))
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch):
+    """Outputs and partial sums start as NaN between guard bands, which must be untouched afterwards."""
+    bands = []
+
+    def allocate(shape, dtype, device):
+        size = int(torch.Size(shape).numel())
+        memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
+        memory[:GUARD] = memory[GUARD + size :] = 123.0
+        bands.append((memory, size))
+        return memory[GUARD : GUARD + size].view(shape)
+
+    monkeypatch.setattr(common, "allocate", allocate)
+    yield
+    for memory, size in bands:
+        assert (torch.cat([memory[:GUARD], memory[GUARD + size :]]) == 123.0).all(), "written outside an output"
+
+
+def small_tiles(block_rows=16, block_keys=16):
+    settings = configs.LaunchSettings(block_rows, block_keys, num_warps=4, num_stages=1)
+    return configs.override(**dict.fromkeys(configs.KINDS, settings))
+
+
+def agree(case, dtype=torch.float32):
+    arguments = cases.make(case, dtype, DEVICE)
+    grad_out = torch.randn(case.b, case.n, case.h, arguments["value"].shape[-1], device=DEVICE)
+    expected = cases.run(cases.as_dtype(arguments, torch.float64), "reference", grad_out.double())
+    given = cases.run(arguments, "triton", grad_out)
+    cases.assert_close(given, expected, 1e-5)
+    return arguments, grad_out, given
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "two_passes"),
+    [(32, 16, False), (16, 16, True), (16, 32, True)],
+    ids=["single pass, several key tiles", "two passes, several of both", "two passes, tiles across neighbours"],
+)
+@pytest.mark.parametrize("options", [(), ("mask", "bias", "rotary", "null")], ids=["plain", "options"])
+def test_every_tile_loop(rows, keys, two_passes, options, monkeypatch):
+    """20 rows and 2 x 19 keys in tiles of 16 and 32: tiles are cut by the end of the chunk and of a neighbour."""
+    launched = []
+    run = backend.Launch.__call__
+    monkeypatch.setattr(backend.Launch, "__call__", lambda self: (launched.append(self.kind), run(self))[1])
+    with small_tiles(rows, keys):
+        agree(cases.Case("", b=1, n=45, m=20, k=2, r=19, h=1, d=16, options=options))
+    passes = ["backward_queries", "backward_keys"] if two_passes else ["backward"]
+    assert launched == ["forward", *passes, *(["backward_bias", "backward_null"] if options else [])]
+
+
+def test_grouped_heads_take_two_passes_and_agree():
+    with small_tiles():
+        agree(cases.Case("", b=1, n=30, m=20, k=2, r=9, h=4, hk=2, d=16, options=("mask", "bias", "null")))
+
+
+def test_bias_shared_by_neighbours_shorter_than_a_tile():
+    """Several neighbours add to one element of the bias gradient, which one tile must never do."""
+    with small_tiles():
+        agree(cases.Case("", b=2, n=23, m=8, k=5, r=3, h=2, d=8, options=("bias",)))
+
+
+def test_more_items_than_partial_copies():
+    """Each of the 32 copies takes several (batch, chunk) items."""
+    agree(cases.Case("", b=3, n=47, m=4, k=1, r=3, h=1, d=4, options=("bias", "null")))
+
+
+def test_long_offsets_compute_the_same(monkeypatch):
+    """The 64-bit variant, which tensors beyond 2^31 elements take, is bitwise the 32-bit one."""
+    arguments, grad_out, short = agree(cases.Case("", b=1, n=29, m=8, k=2, r=5, h=2, d=8, options=cases.ALL))
+    monkeypatch.setattr(backend, "_needs_long_offsets", lambda *_: True)
+    long = cases.run(arguments, "triton", grad_out)
+    for name, x in short.items():
+        assert torch.equal(long[name], x), name
+
+
+@pytest.mark.parametrize(("shape", "long"), [((1, 4, 2, 128, 32, 128), False), ((1, 4, 40, 2048, 256, 128), True)])
+def test_long_offsets_are_taken_when_a_chunk_is_beyond_2_31_elements(shape, long):
+    key = torch.empty(shape, device="meta")
+    query = torch.empty(1, 256, shape[4], 128, device="meta")
+    assert backend._needs_long_offsets(query, key, key, None, None, query, 64) is long
+
+
+def test_bitwise_deterministic_in_two_passes():
+    arguments = cases.make(cases.Case("", b=2, n=45, m=20, k=2, r=7, h=2, hk=1, d=8, options=cases.ALL),
+                           torch.float32, DEVICE)  # fmt: skip
+    grad_out = torch.randn(2, 45, 2, arguments["value"].shape[-1], device=DEVICE)
+    with small_tiles():
+        first = cases.run(arguments, "triton", grad_out)
+        again = cases.run(arguments, "triton", grad_out)
+    for name, x in first.items():
+        assert torch.equal(again[name], x), name
+
+
+def test_settings_never_depend_on_batch_or_length():
+    """Neither the choice nor the compiled variant: lengths are not specialised."""
+    assert set(backend._LENGTHS) >= {"num_tokens", "num_chunks", "num_items", "key_tiles", "retrieved_length"}
+    for name in ("num_tokens", "num_neighbours", "retrieved_length", "first_token", "num_chunks"):
+        assert name in backend._LENGTHS
+
+
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 64, 128, 256, 384])
+@pytest.mark.parametrize("options", [False, True])
+def test_the_rule_covers_everything(sm, dtype, width, options):
+    """Every kind has settings; only the single pass may say that it does not fit."""
+    for kind in configs.KINDS:
+        for rows in (1, 16, 64, 100):
+            settings = configs.rule(kind, sm, dtype, width, options, rows)
+            if kind == "backward" and settings is None:
+                continue
+            assert min(settings.block_rows, settings.block_keys) >= 16
+            assert settings.block_rows <= configs.power_of_two(rows)
+            assert configs.candidates(kind, sm, dtype, width, options, rows)[0] == settings
+
+
+def test_no_gpu_has_verified_the_kernels_yet_and_the_dispatcher_is_told():
+    assert backend.VERIFIED_ON_GPU == configs.VERIFIED_ON_GPU
+
+
+def test_import_and_refusal_without_the_interpreter_or_a_gpu():
+    """In a process without TRITON_INTERPRET the module imports, and says why it cannot run."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    code = "from retro_kernels.ops.chunked_cross_attention import triton as t; print(t.unavailable())"
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "no CUDA device" in out.stdout
+    assert "TRITON_INTERPRET=1" in out.stdout
+
+
+def test_import_without_triton():
+    """Where Triton is not installed the module imports all the same, and `unavailable` names the remedy."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from retro_kernels.ops.chunked_cross_attention import triton as t; print(t.unavailable())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install triton" in out.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"relative_key": 1}, "relative_key"),
+        ({"dropout_p": 0.5}, "dropout"),
+        ({"query": torch.empty(1, 1, 1, 4, dtype=torch.float64)}, "float64"),
+        ({"value": torch.empty(1, 1, 1, 1, 1, 300)}, "256"),
+    ],
+)
+def test_refusals_name_the_option(change, words):
+    call = types.SimpleNamespace(query=torch.empty(1, 1, 1, 4, device=DEVICE), value=torch.empty(1, 1, 1, 1, 1, 4),
+                                 relative_key=None, dropout_p=0.0)  # fmt: skip
+    assert backend.refusal(call) is None
+    vars(call).update(change)
+    assert words in backend.refusal(call)
+
+
+class FakeTimer:
+    """Says that one setting is fast, and counts."""
+
+    def __init__(self, fast):
+        self.fast, self.seen = fast, []
+
+    def __call__(self, run):
+        run()
+        (candidate,) = run.args
+        self.seen.append(candidate)
+        return 1.0 if candidate == self.fast else 2.0
+
+
+@pytest.fixture
+def tuned_in(tmp_path, monkeypatch):
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "1")
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(configs, "tuned", {})
+    return tmp_path / "tuning.json"
+
+
+CASE = cases.Case("", b=1, n=9, m=4, k=1, r=3, h=1, d=4)
+
+
+def test_tuning_takes_the_fastest_and_remembers_it(tuned_in, monkeypatch):
+    choice = ("forward", backend._compute_capability(torch.device(DEVICE)), torch.float32, 16, False, 4)
+    fast = configs.candidates(*choice)[2]
+    timer = FakeTimer(fast)
+    monkeypatch.setattr(tuning, "median_milliseconds", timer)
+    agree(CASE)
+    assert configs.tuned[choice] == fast
+    entries = json.loads(tuned_in.read_text())["entries"]
+    assert len(entries) == len(configs.tuned)
+    key = json.loads(next(key for key in entries if '"forward"' in key))
+    assert set(key) == {"operation", "choice", "triton", "code", "device"}
+
+    timer.seen.clear()
+    configs.tuned.clear()
+    agree(CASE)
+    assert configs.tuned[choice] == fast
+    assert not timer.seen, "the second process tuned again"
+
+
+def test_a_candidate_that_is_wrong_or_fails_is_left_out():
+    def run(candidate):
+        if candidate == "fails":
+            raise RuntimeError("out of shared memory")
+        return [torch.tensor([1.0, 2.0]) * (2 if candidate == "wrong" else 1)]
+
+    times = iter([3.0, 2.0])
+    best, record = tuning.tune(["rule", "wrong", "fails", "good"], run, lambda _: next(times))
+    assert best == "good"
+    assert "differs" in record["wrong"]
+    assert "out of shared memory" in record["fails"]
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": 0, "entries": {}}', "[]", '{"format": 1}'])
+def test_a_broken_cache_is_ignored_with_a_warning_and_replaced(content, tuned_in):
+    tuned_in.write_text(content)
+    with pytest.warns(UserWarning, match="delete it to tune again"):
+        assert tuning.load() == {}
+    with pytest.warns(UserWarning, match="ignored"):
+        tuning.save("key", {"settings": {}})
+    assert tuning.load() == {"key": {"settings": {}}}
+    assert [file.name for file in tuned_in.parent.iterdir()] == ["tuning.json"], "a temporary file was left"
+
+
+def test_a_cache_entry_that_makes_no_settings_is_tuned_again(tuned_in, monkeypatch):
+    monkeypatch.setattr(tuning, "median_milliseconds", FakeTimer(None))
+    agree(CASE)
+    content = json.loads(tuned_in.read_text())
+    content["entries"] = {key: {"settings": {"unknown": 1}} for key in content["entries"]}
+    tuned_in.write_text(json.dumps(content))
+    configs.tuned.clear()
+    with pytest.warns(UserWarning, match="is not understood"):
+        agree(CASE)
+    assert all(isinstance(settings, configs.LaunchSettings) for settings in configs.tuned.values())
+
+
+def test_no_tuning_unless_asked(monkeypatch):
+    monkeypatch.delenv(tuning.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(configs, "tuned", {})
+    agree(CASE)
+    assert not configs.tuned
