@@ -193,8 +193,12 @@ def variants(
         result.append(Variant(names[1], _compile(way(eager)), compiled=True))
         result.append(Variant(names[2], _compile(way(folded_flex)), compiled=True))
         if device.type == "cuda":
-            mask = chunk_block_mask(workload, device)
-            result.append(Variant(names[3], _compile(way(masked_flex, block_mask=mask)), compiled=True))
+            try:
+                mask = chunk_block_mask(workload, device)
+            except Exception as error:
+                result.append(Skipped(names[3], f"its block mask cannot be made: {type(error).__name__}: {error}"))
+            else:
+                result.append(Variant(names[3], _compile(way(masked_flex, block_mask=mask)), compiled=True))
         else:
             result.append(Skipped(names[3], "measured on a GPU only: its block mask is built for GPU tiles"))
     return result + own_variants(workload, device, backends)

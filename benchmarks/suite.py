@@ -137,7 +137,13 @@ def _case(workload, dtype, mode, inputs, truth, settings: Settings, ceilings, wa
     watcher.step(f"{dtype} {mode}: timing {len(timed)} variants")
     flops, moved = workload.flops(mode), workload.bytes(mode, DTYPES[dtype])
     limit, bound = ceilings.floor_seconds(flops, moved, dtype)
-    for name, samples in interleaved(timed, device, settings.protocol, seed=SEED).items():
+    try:
+        found = interleaved(timed, device, settings.protocol, seed=SEED)
+    except torch.OutOfMemoryError:
+        found = {}
+        for name in timed:
+            rows[name].status, rows[name].reason = FAILED, "out of memory while all variants were timed"
+    for name, samples in found.items():
         row = rows[name]
         for key, value in samples.summary().items():
             setattr(row, key, value)

@@ -112,6 +112,8 @@ class _CpuClock:
 class _GpuClock:
     def __init__(self, device: torch.device) -> None:
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
+        # One pool for all graphs: only their time matters, so they may overwrite one another's results.
+        self.pool = torch.cuda.graph_pool_handle()
         self.flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
 
     def prepare(self, timed: Timed, protocol: Protocol) -> _Prepared:
@@ -125,11 +127,11 @@ class _GpuClock:
         if protocol.graphs:
             graph = torch.cuda.CUDAGraph()
             try:
-                with timed.context(), torch.cuda.graph(graph):
-                    result = timed.call()
+                with timed.context(), torch.cuda.graph(graph, pool=self.pool):
+                    timed.call()
                 graph.replay()
                 torch.cuda.synchronize()
-                return _Prepared(graph.replay, graphed=True, keep=[graph, result])
+                return _Prepared(graph.replay, graphed=True, keep=[graph])
             except RuntimeError:
                 torch.cuda.synchronize()
         return _Prepared(timed.call)
