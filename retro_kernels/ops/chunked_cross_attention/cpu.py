@@ -30,13 +30,13 @@ def refusal(call) -> str | None:
     if query.device.type != "cpu":
         return f"query is on {query.device}; the CPU kernels need CPU tensors"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"query is {query.dtype}; the CPU kernels take float32, float16 and bfloat16: use backend=\"reference\""
+        return f'query is {query.dtype}; the CPU kernels take float32, float16 and bfloat16: use backend="reference"'
     if call.relative_key is not None:
-        return "relative_key is not supported by the CPU kernels yet: use backend=\"reference\""
+        return 'relative_key is not supported by the CPU kernels yet: use backend="reference"'
     if call.dropout_p > 0:
-        return f"dropout_p is {call.dropout_p}; the CPU kernels have no dropout yet: use backend=\"reference\""
+        return f'dropout_p is {call.dropout_p}; the CPU kernels have no dropout yet: use backend="reference"'
     if not 1 <= min(dims) <= max(dims) <= 256:
-        return f"head sizes are {dims[0]} and {dims[1]}; the CPU kernels take 1 to 256: use backend=\"reference\""
+        return f'head sizes are {dims[0]} and {dims[1]}; the CPU kernels take 1 to 256: use backend="reference"'
     return None
 
 
