@@ -1,4 +1,4 @@
-"""What every test shares: Triton's interpreter where there is no GPU, a fixed seed, and one thread pool of two."""
+"""What every test shares: Triton's interpreter where there is no GPU, a fixed seed, and one thread."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ import pytest
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The problems here are so small that a second thread only waits. (The tests of threading set their own.)"""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -41,7 +41,7 @@ def refusal(call) -> str | None:
 
 
 def _copies(key: torch.Tensor) -> int:
-    """Partial sums of each parameter gradient. Tasks are (copy, kv head), up to 8 heads apart, so few heads get more."""
+    """Partial sums of each parameter gradient. Tasks are (copy, range of kv heads): few heads get more."""
     batch, num_chunks, kv_heads = key.shape[0], key.shape[1], key.shape[4]
     most = min(common.PARTIAL_COPIES, 8 if kv_heads >= 8 else 32)
     return max(1, min(batch * num_chunks, most))
