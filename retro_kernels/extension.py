@@ -16,9 +16,7 @@ import torch
 
 LIBRARY = Path(__file__).with_name("_cpu.abi3.so")
 MARK = b"RETRO_KERNELS_BUILD"
-REBUILD = (
-    "reinstall with `pip install --no-build-isolation .` in the source tree (with torch >= 2.11 and a C++ compiler)"
-)
+REBUILD = "run `pip install --no-build-isolation .` in the source tree, with torch >= 2.11 and a C++ compiler"
 
 
 def build_metadata() -> dict[str, Any]:

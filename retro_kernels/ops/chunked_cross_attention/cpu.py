@@ -4,7 +4,7 @@ Speed is bounded by multiply-adds: per (chunk, head) the forward does 4 m S d FL
 values, 32 FLOP per byte at m = 64. csrc/README.md says how far from the measured limit the kernels are.
 
 Memory: the outputs, and for the gradients of the bias and the null slot `_copies` fp32 partial sums of each. Besides,
-each thread keeps a scratch buffer (at most 1.3 MiB, for any size of call) between calls.
+each thread keeps a scratch buffer (about 1 MiB, whatever the size of the call) between calls.
 
 Each level of instructions gives bitwise the same result on every run and for every number of threads: a (batch, chunk,
 kv head) is computed by one thread in one order, and partial sums are assigned to them by a rule that knows only shapes.

@@ -94,12 +94,12 @@ def test_a_bias_of_minus_infinity_hides_like_a_mask(m):
 
 def test_gradients_beyond_the_cache_are_streamed_right():
     """dK and dV above 8 MiB are written past the cache; the result does not depend on it."""
-    case = Case("large", b=1, n=256, m=64, k=2, r=128, h=8, d=64)
+    case = Case("large", b=1, n=512, m=64, k=2, r=128, h=16, d=64)
     arguments = cases.make(case, torch.float32)
-    grad_out = torch.randn(1, 256, 8, 64)
+    grad_out = torch.randn(1, 512, 16, 64)
     whole = cases.run(arguments, "cpu", grad_out)
     query, key, value = (arguments[name].detach() for name in ("query", "key", "value"))
-    for head in (0, 7):
+    for head in (0, 15):
         part = {**arguments, "query": query[:, :, head : head + 1], "key": key[..., head : head + 1, :],
                 "value": value[..., head : head + 1, :]}  # fmt: skip
         part = {
