@@ -62,13 +62,13 @@ _S = LaunchSettings
 # registers and shared memory are measured by tests/ops/chunked_cross_attention/aot.py and listed in
 # compiled_settings.json beside it. No speed has been measured on a GPU.
 _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None, LaunchSettings | None]]] = {
-    # 64 x 64 with 3 stages: 2 or 3 programs fit a multiprocessor; 128 keys spill at 128 wide, options cost registers
+    # 64 x 64, 3 stages: 2 or 3 programs share a multiprocessor; 64 x 128 spills at 128 wide, 64 x 256 at any
     ("forward", "half", 90): {
         64: (_S(64, 64, 4, 3), _S(64, 64, 4, 2)),
         128: (_S(64, 64, 4, 3), _S(64, 32, 4, 3)),
         256: (_S(64, 64, 8, 2), _S(64, 32, 8, 2)),
     },
-    # as sm_90
+    # as sm_90, accumulators in tensor memory
     ("forward", "half", 100): {
         64: (_S(64, 64, 4, 3), _S(64, 64, 4, 2)),
         128: (_S(64, 64, 4, 3), _S(64, 64, 4, 2)),
@@ -80,89 +80,110 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
         128: (_S(64, 32, 4, 3), _S(64, 32, 8, 1)),
         256: (_S(64, 32, 8, 2), _S(32, 32, 4, 2)),
     },
-    # IEEE products run on the ordinary units and hold whole operands in registers: 64 x 64 spills 1.5 KB at 64 wide
+    # IEEE products run outside the tensor cores and hold whole rows in registers: 64 x 64 spills 1.5 KB at 64 wide
     ("forward", "fp32", None): {
         64: (_S(32, 32, 4, 1), _S(32, 32, 4, 1)),
         128: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
         256: (_S(32, 16, 8, 1), _S(16, 16, 8, 1)),
     },
-    # one pass: 4 warps reach 244 registers at 128 wide with 2 stages; with options 64 keys spill there
+    # 32 x 16 spills 8 bytes at 128 wide on sm_80
+    ("forward", "fp32", 80): {
+        64: (_S(32, 32, 4, 1), _S(32, 32, 4, 1)),
+        128: (_S(16, 16, 8, 1), _S(32, 16, 8, 1)),
+        256: (_S(32, 16, 8, 1), _S(16, 16, 8, 1)),
+    },
+    # one pass: 244 registers at 128 wide; options spill 72 bytes there with 64 keys. At 256 wide dQ does not fit
     ("backward", "half", 90): {
         64: (_S(64, 64, 4, 2), _S(64, 64, 4, 1)),
         128: (_S(64, 64, 4, 2), _S(64, 32, 8, 1)),
     },
+    # 2 stages spill 64 bytes at 128 wide
     ("backward", "half", 100): {
-        64: (_S(64, 64, 4, 2), _S(64, 64, 4, 1)),
-        128: (_S(64, 64, 4, 2), _S(64, 32, 8, 1)),
+        64: (_S(64, 64, 4, 2), _S(64, 64, 8, 1)),
+        128: (_S(64, 64, 4, 1), _S(64, 32, 8, 1)),
     },
-    # one pass without WGMMA: 64 keys spill
+    # without WGMMA 64 keys spill, with options 32 keys too
     ("backward", "half", 80): {
         64: (_S(64, 32, 4, 2), _S(64, 16, 8, 1)),
         128: (_S(64, 32, 8, 1), _S(64, 16, 8, 1)),
     },
-    # one pass in fp32 fits only at 64 wide without options
+    # in fp32 one pass fits only at 64 wide without options: 8 bytes spill with them, 504 at 128 wide
     ("backward", "fp32", None): {
         64: (_S(64, 16, 8, 1), None),
     },
-    # dQ alone
-    ("backward_queries", "half", 90): {
+    # dQ alone: 186 registers at 128 wide, where options spill 56 bytes with 64 keys
+    ("backward_queries", "half", None): {
         64: (_S(64, 64, 4, 2), _S(64, 64, 4, 2)),
         128: (_S(64, 64, 4, 2), _S(64, 32, 4, 2)),
         256: (_S(32, 32, 4, 1), _S(16, 16, 8, 1)),
     },
-    ("backward_queries", "half", 100): {
-        64: (_S(64, 64, 4, 2), _S(64, 64, 4, 2)),
-        128: (_S(64, 64, 4, 2), _S(64, 32, 4, 2)),
-        256: (_S(32, 32, 4, 1), _S(16, 16, 8, 1)),
-    },
-    # dQ alone
+    # without WGMMA half the tile
     ("backward_queries", "half", 80): {
         64: (_S(64, 64, 4, 2), _S(64, 32, 4, 2)),
         128: (_S(64, 32, 4, 2), _S(32, 32, 8, 1)),
         256: (_S(32, 32, 4, 1), _S(16, 16, 8, 1)),
     },
-    # dQ alone in fp32
+    # IEEE products; 256 wide spills 140 to 200 bytes in every tile, this one least
     ("backward_queries", "fp32", None): {
         64: (_S(32, 16, 8, 1), _S(16, 16, 8, 1)),
         128: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
-        256: (_S(16, 16, 8, 1, "tf32x3"), _S(16, 16, 8, 1, "tf32x3")),
+        256: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
     },
-    # dK and dV: two accumulators of block_keys rows
-    ("backward_keys", "half", 90): {
+    # dK and dV, two accumulators: 255 registers at 128 wide; at 256 with options every tile spills, this one least
+    ("backward_keys", "half", None): {
         64: (_S(64, 64, 4, 2), _S(64, 64, 8, 2)),
         128: (_S(64, 64, 8, 1), _S(32, 64, 8, 1)),
-        256: (_S(32, 32, 8, 1), _S(16, 32, 8, 1)),
+        256: (_S(32, 32, 8, 1), _S(16, 16, 8, 1)),
     },
-    ("backward_keys", "half", 100): {
-        64: (_S(64, 64, 4, 2), _S(64, 64, 8, 2)),
-        128: (_S(64, 64, 8, 1), _S(32, 64, 8, 1)),
-        256: (_S(32, 32, 8, 1), _S(16, 32, 8, 1)),
-    },
-    # dK and dV
+    # without WGMMA key and value stay in registers: 32 x 32 spills 232 bytes at 64 wide with options
     ("backward_keys", "half", 80): {
-        64: (_S(32, 32, 4, 2), _S(32, 32, 8, 1)),
+        64: (_S(32, 32, 4, 2), _S(16, 16, 4, 1)),
         128: (_S(32, 32, 8, 1), _S(32, 32, 8, 1)),
-        256: (_S(32, 32, 8, 1), _S(16, 32, 8, 1)),
+        256: (_S(32, 32, 8, 1), _S(16, 16, 8, 1)),
     },
-    # dK and dV in fp32
+    # IEEE products
     ("backward_keys", "fp32", None): {
         64: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
         128: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
         256: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
     },
-    # gradient of the bias: 4 warps spill at 64 x 64
-    ("backward_bias", "half", None): {
+    # 16 x 32 spills 8 bytes with options on sm_80
+    ("backward_keys", "fp32", 80): {
+        64: (_S(16, 32, 8, 1), _S(16, 16, 8, 1)),
+        128: (_S(16, 32, 8, 1), _S(16, 16, 8, 1)),
+        256: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
+    },
+    # gradient of the bias: 4 warps spill 40 bytes at 64 x 64
+    ("backward_bias", "half", 90): {
         64: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
         128: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
         256: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
     },
-    # gradient of the bias in fp32
+    # 256 wide every tile spills with all options, this one 56 bytes
+    ("backward_bias", "half", 100): {
+        64: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
+        128: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
+        256: (_S(32, 64, 8, 1), _S(32, 64, 8, 1)),
+    },
+    # without WGMMA 64 x 64 spills 360 bytes at 64 wide
+    ("backward_bias", "half", 80): {
+        64: (_S(64, 32, 8, 1), _S(64, 32, 8, 1)),
+        128: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
+        256: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
+    },
+    # IEEE products
     ("backward_bias", "fp32", None): {
         64: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
         128: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
         256: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
     },
-    # gradients of the null slot read no keys: only rows x width counts
+    # 32 x 16 spills 8 bytes at 64 wide on sm_80
+    ("backward_bias", "fp32", 80): {
+        64: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
+        128: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
+        256: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
+    },
+    # gradients of the null slot read no keys: rows times width count, 166 to 214 registers
     ("backward_null", "half", None): {
         64: (_S(64, 16, 4, 1), _S(64, 16, 4, 1)),
         128: (_S(32, 16, 4, 1), _S(32, 16, 4, 1)),

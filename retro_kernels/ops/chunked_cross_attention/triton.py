@@ -18,8 +18,7 @@ slot are launches of their own, 32 programs a head, each with a private fp32 cop
 main pass their registers would spill. No atomics, nothing depends on timing: results are bitwise reproducible.
 
 Precision. Dots accumulate in fp32, the softmax is fp32. fp32 inputs are multiplied as IEEE fp32 (`input_precision`),
-not TF32, unless a `LaunchSettings` says "tf32x3" (three TF32 products, fp32 to about 2e-7, for heads of 256 in the
-backward). Rotated queries and keys are rounded to the input's dtype before the products.
+outside the tensor cores: exact and slow. Rotated queries and keys are rounded to the input's dtype before the products.
 
 In the interpreter bf16 is computed as fp32 on copies, because the interpreter multiplies bit patterns of bf16.
 """
@@ -684,7 +683,8 @@ def _needs_long_offsets(query, key, value, neighbour_mask, attention_bias, grad_
 
 
 def _shared_arguments(query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin,
-                      null_key, null_value, rotary_interleaved, scale, stride, first_token, *, grad_out=None):  # fmt: skip
+                      null_key, null_value, rotary_interleaved, scale, stride, first_token, *,
+                      grad_out=None):  # fmt: skip
     """What every kernel takes, apart from tiles."""
     n, h, d = query.shape[1:]
     num_chunks, k, r, hk = key.shape[1:5]
