@@ -23,6 +23,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -237,6 +238,26 @@ def ninja_path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+SKIPPED: list[str] = []
+
+
+def skip(reason: str) -> None:
+    """pip hides what a build prints, so the reason is kept in the package too (see BuildPython)."""
+    SKIPPED.append(reason)
+    say(f"the CPU kernels are skipped: {reason}. Everything else is installed. To get them, {REMEDY}.")
+
+
+class BuildPython(build_py):
+    """Writes why the library was skipped beside where it would be; `extension.why_not` and the doctor repeat it."""
+
+    def run(self) -> None:
+        super().run()
+        package = (ROOT if self.editable_mode else Path(self.build_lib)) / "retro_kernels"
+        if SKIPPED:
+            package.mkdir(parents=True, exist_ok=True)
+            (package / "_skipped.txt").write_text(SKIPPED[0])
+
+
 def extensions() -> list[Extension]:
     cpu, cuda = setting("RETRO_KERNELS_BUILD_CPU"), setting("RETRO_KERNELS_BUILD_CUDA")
     if cuda == "1":
@@ -245,7 +266,7 @@ def extensions() -> list[Extension]:
             "on a GPU the Triton kernels run. Unset it, or set it to auto or 0."
         )
     if cpu == "0":
-        say("the CPU kernels are not built, because RETRO_KERNELS_BUILD_CPU=0")
+        skip("RETRO_KERNELS_BUILD_CPU was 0")
         return []
     try:
         torch_installation()
@@ -253,7 +274,7 @@ def extensions() -> list[Extension]:
     except CannotBuild as reason:
         if cpu == "1":
             raise SystemExit(f"retro_kernels: RETRO_KERNELS_BUILD_CPU=1, but {reason}. Remedy: {REMEDY}.") from reason
-        say(f"the CPU kernels are skipped: {reason}. Everything else is installed. To get them, {REMEDY}.")
+        skip(str(reason))
         return []
     return [Extension("retro_kernels._cpu", sources=[], py_limited_api=True, optional=cpu == "auto")]
 
@@ -261,6 +282,6 @@ def extensions() -> list[Extension]:
 MODULES = extensions()
 setup(
     ext_modules=MODULES,
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if MODULES else {},
 )

@@ -39,6 +39,14 @@ def build_metadata() -> dict[str, Any]:
         return {}
 
 
+def _skipped() -> str | None:
+    """Why setup.py skipped the library, which it writes beside where the library would be."""
+    try:
+        return LIBRARY.with_name("_skipped.txt").read_text().strip() or None
+    except OSError:
+        return None
+
+
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
 
@@ -47,7 +55,7 @@ def _version(text: str) -> tuple[int, ...]:
 def why_not() -> str | None:
     """Loads the library once; why it cannot be used, with the remedy, or None."""
     if not LIBRARY.exists():
-        return f"the C++ extension was not built ({LIBRARY} is not there): {REBUILD}"
+        return f"the C++ extension was not built ({_skipped() or f'{LIBRARY} is not there'}): {REBUILD}"
     built = build_metadata()
     oldest = built.get("oldest_torch")
     if oldest and _version(torch.__version__) < _version(oldest):

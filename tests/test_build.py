@@ -42,6 +42,13 @@ def test_a_missing_library_is_explained(tmp_path, monkeypatch):
     assert extension.build_metadata() == {}
 
 
+def test_a_skipped_library_is_explained(tmp_path, monkeypatch):
+    """pip hides what a build prints, so the reason must outlive it."""
+    (tmp_path / "_skipped.txt").write_text("torch cannot be imported in the build environment")
+    monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_cpu.abi3.so")
+    assert "was not built (torch cannot be imported" in extension.why_not.__wrapped__()
+
+
 def test_a_broken_library_is_explained(tmp_path, monkeypatch):
     library = tmp_path / "_cpu.abi3.so"
     library.write_bytes(b"not a library RETRO_KERNELS_BUILD" + b'{"torch": "2.12.0", "oldest_torch": "2.11"}\0')
