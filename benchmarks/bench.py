@@ -135,7 +135,7 @@ def _real_text(options: Options, device, document: dict, progress: Progress, sta
     try:
         real_text.run(
             device,
-            length=512 if quick and device.type == "cpu" else 2048,
+            length=256 if quick and device.type == "cpu" else 2048,
             dtypes=[name for name in options.dtypes if name in ("fp32", "bf16")],
             protocol=timing.Protocol(seconds=8.0 if quick else 60.0, min_rounds=2 if quick else 3, max_rounds=10),
             embedding_seconds=25.0 if quick else 120.0,
