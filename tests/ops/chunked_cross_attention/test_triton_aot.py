@@ -1,4 +1,5 @@
-"""Every shipped launch setting compiles for sm_80, sm_90 and sm_100: no spill, no atomic, shared memory that fits.
+"""Every shipped launch setting compiles for sm_80, sm_90 and sm_100: no global atomic, shared memory that fits, and
+no spill but for the settings that `aot.MAY_SPILL` names with a limit (backward of heads wider than 128).
 
 All of them take minutes, so their results are committed (compiled_settings.json), tied to the kernels' source by a
 hash; the settings of the main workloads are compiled anew in every run.
