@@ -1,0 +1,168 @@
+"""What the three attentions reduce to, and the private ops that every fused backend registers for it.
+
+A *group* is the set of query rows and key slots that see each other. Tensors are
+
+    query [b, lq, kq, n, h, d]    key, value [b, l, k, r, hk, d | d_value]    out [b, lq, kq, n, h, d_value]
+
+and `grouping` says what a group is:
+
+    CLOCK      lq = kq = 1. Group (b, u): tokens of the sequence n by the clock below, all k * r slots of chunk u of l.
+               (chunked cross-attention)
+    NEIGHBOUR  lq = l, kq = k, n = r. Group (b, u, j): the n rows and the r slots of one neighbour.
+               (neighbour self-attention; with l = k = 1 and `causal` a decoder's self-attention)
+    CHUNK      lq = l, k = 1. Group (b, u): the kq * n rows of all neighbours of chunk u, and the r slots of chunk u.
+               (neighbour cross-attention: r is the paper's m)
+
+*Clock.* Token j of the sequence has clock c = j - first_token. It attends when c >= 0, to chunk c // stride (counted in
+`key`'s own chunk axis), as row c % stride. `first_token` may be negative (a slice of a longer sequence whose first
+token is already inside a chunk). So chunk u is attended by the `stride` tokens from first_token + u * stride, those
+outside [0, n) left out. Tokens with c < 0 output 0 with lse -inf; there are at most chunk_size - 1 of them. Chunks that
+no token attends to are not read and get zero gradient. With `chunk_spans` (int32 [b, l, 2], packed documents) chunk u
+of sequence b is instead attended by the chunk_spans[b, u, 1] <= stride tokens from chunk_spans[b, u, 0], as rows from
+0 on; spans do not overlap and lie inside [0, n); tokens in no span output 0 with lse -inf. In the other groupings
+stride = n and first_token = 0.
+
+*Row* is the row in the chunk under CLOCK, and the index on the axis n otherwise; *slot* (neighbour-major) is j * r + t
+for token t of neighbour j; M is the number of rows of the tables: m (>= stride) under CLOCK, n otherwise. The logit is
+
+    scale * ((q + content_bias) . k + (q + relative_bias) . relative_key[row - t + r - 1]) + attention_bias[row, t | slot]
+
+with q and k rotated by row and by t. The null slot's is scale * q' . null_key, q' rotated or with content_bias.
+`causal` (NEIGHBOUR only): row i sees t <= i; with `first_visible` (int32 [b, n], lq = kq = 1) only
+first_visible[b, i] <= t, and rotary tables are read at i - first_visible[b, i] and t - first_visible[b, t]: positions
+restart in every document. There is no attention_bias then. A row always sees itself unless it is masked.
+
+*Dropout.* See `dropout.py`: a slot of a row is kept or not by a function of the seed, b * h + head, the row's place in
+query's axes (lq, kq, n), and the slot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .. import common
+
+CLOCK, NEIGHBOUR, CHUNK = 0, 1, 2
+
+SLOTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? attention_bias, "
+    "Tensor? relative_key, Tensor? content_bias, Tensor? relative_bias, "
+    "Tensor? query_cos, Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, "
+    "Tensor? null_key, Tensor? null_value, Tensor? chunk_spans, Tensor? first_visible, Tensor? dropout_seed"
+)
+SETTINGS = (
+    "int grouping, bool causal, bool rotary_interleaved, float scale, float dropout_p, SymInt stride, SymInt first_token"
+)
+# Places in SLOTS of what has a gradient; the backward returns them in this order.
+DIFFERENTIABLE = (0, 1, 2, 4, 5, 6, 7, 12, 13)
+TENSORS = SLOTS.count("Tensor")
+
+PARTIAL_COPIES = 32  # partial sums of parameter gradients: at most this many of each, on any device
+
+
+def forward_schema(backend: str) -> str:
+    """mask bool [b, l, k, r], True = attend; attention_bias [h, M, r] or [h, M, k * r]; relative_key [h, M + r - 1, d];
+    content_bias, relative_bias, null_key [h, d]; null_value [h, d_value]; cos/sin [M | r, rotary_dim / 2];
+    dropout_seed int64 [1], given when dropout_p > 0
+    -> out [b, lq, kq, n, h, d_value] in the query's dtype, lse [b, lq, kq, n, h] fp32 (natural logarithm, null slot
+    included, before dropout)."""
+    return f"attention_forward_{backend}({SLOTS}, {SETTINGS}) -> (Tensor out, Tensor lse)"
+
+
+def backward_schema(backend: str) -> str:
+    """The forward's arguments, its outputs, and which parameter gradients are wanted -> gradients of query, key,
+    value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value, each contiguous, shaped and
+    typed as its input; those absent or not wanted have no elements."""
+    return (
+        f"attention_backward_{backend}(Tensor grad_out, {SLOTS}, Tensor out, Tensor lse, {SETTINGS}, "
+        "bool bias_gradient, bool relative_gradient, bool null_gradient) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+
+
+def allocate_forward(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse, uninitialised."""
+    out = common.allocate((*query.shape[:-1], value.shape[-1]), query.dtype, query.device)
+    return out, common.allocate(tuple(query.shape[:-1]), torch.float32, query.device)
+
+
+def allocate_backward(
+    query, key, value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value,
+    bias_gradient, relative_gradient, null_gradient,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """The nine gradients in the schema's order, uninitialised."""
+
+    def like(tensor: torch.Tensor | None, wanted: bool) -> torch.Tensor:
+        if tensor is None or not wanted:
+            return query.new_empty((0,))
+        return common.allocate(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+    return (
+        like(query, True),
+        like(key, True),
+        like(value, True),
+        like(attention_bias, bias_gradient),
+        like(relative_key, relative_gradient),
+        like(content_bias, relative_gradient),
+        like(relative_bias, relative_gradient),
+        like(null_key, null_gradient),
+        like(null_value, null_gradient),
+    )
+
+
+def _fake_forward(query, key, value, *_):
+    return allocate_forward(query, value)
+
+
+def _fake_backward(grad_out, *inputs):
+    return allocate_backward(*(inputs[place] for place in DIFFERENTIABLE), *inputs[-3:])
+
+
+def register(backend: str, forward, backward, devices: tuple[str, ...]):
+    """Registers `attention_forward_<backend>` and `attention_backward_<backend>`; returns both callables."""
+    forward_op = common.register(forward_schema(backend), implementation=forward, fake=_fake_forward, devices=devices)
+    backward_op = common.register(
+        backward_schema(backend), implementation=backward, fake=_fake_backward, devices=devices
+    )
+    common.refuse_second_derivative(f"attention_backward_{backend}")
+    return forward_op, backward_op
+
+
+def attended_chunks(n: int, num_chunks: int, stride: int, first_token: int) -> tuple[int, int]:
+    """[first, last) chunks that at least one of the n tokens attends to by the clock."""
+    if n <= first_token:
+        return 0, 0
+    return max(0, -first_token // stride), min(num_chunks, (n - 1 - first_token) // stride + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One validated call, as an `api.py` hands it to a backend, in the form that this module's docstring fixes.
+    `rows` is M, the rows of tables."""
+
+    operation: str
+    grouping: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    attention_bias: torch.Tensor | None
+    relative_key: torch.Tensor | None
+    content_bias: torch.Tensor | None
+    relative_bias: torch.Tensor | None
+    query_rotary: tuple[torch.Tensor, torch.Tensor] | None
+    key_rotary: tuple[torch.Tensor, torch.Tensor] | None
+    rotary_interleaved: bool
+    null_key: torch.Tensor | None
+    null_value: torch.Tensor | None
+    chunk_spans: torch.Tensor | None
+    first_visible: torch.Tensor | None
+    dropout_seed: torch.Tensor | None
+    causal: bool
+    scale: float
+    dropout_p: float
+    rows: int
+    stride: int
+    first_token: int
