@@ -5,8 +5,11 @@ from importlib.metadata import PackageNotFoundError, version
 try:
     from . import nn
     from .integrations import SwapReport, swap
+    from .ops.attention.run import backends
     from .ops.backends import BackendStatus
-    from .ops.chunked_cross_attention import backends, chunked_cross_attention
+    from .ops.chunked_cross_attention import chunked_cross_attention
+    from .ops.neighbour_cross_attention import neighbour_cross_attention
+    from .ops.neighbour_self_attention import neighbour_self_attention
 except Exception as error:  # whatever is broken, `retro-kernels doctor` must still start and say what it is
     _broken = error
 
@@ -24,4 +27,13 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0.0.0+uninstalled"
 
-__all__ = ["BackendStatus", "SwapReport", "backends", "chunked_cross_attention", "nn", "swap"]
+__all__ = [
+    "BackendStatus",
+    "SwapReport",
+    "backends",
+    "chunked_cross_attention",
+    "neighbour_cross_attention",
+    "neighbour_self_attention",
+    "nn",
+    "swap",
+]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..ops.chunked_cross_attention import backends
+from ..ops.attention.run import backends
 from . import retro_pytorch
 from .base import AS_TRAINED, PAPER, FusedForward, Integration
 

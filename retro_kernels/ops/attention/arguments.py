@@ -1,0 +1,153 @@
+"""Checks of the arguments that the three attentions share, by the names and letters of their own signatures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from .. import validate
+from . import dropout
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """Sizes of what is indexed by row and by slot: `rows` and `slots` with their letters, and other widths that
+    `attention_bias` may have besides (`wide`)."""
+
+    rows: int
+    slots: int
+    row_letter: str
+    slot_letter: str
+    wide: tuple[tuple[str, int], ...] = ()
+
+
+def check_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_dims: str, key_dims: str) -> None:
+    """One dtype and device, ranks, and head counts and sizes that fit; the sizes of other axes are the caller's.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+    validate.rank("query", query, query_dims)
+    dtype, device = query.dtype, query.device
+    for name, x in (("key", key), ("value", value)):
+        validate.tensor(name, x, (dtype,), device)
+        validate.rank(name, x, key_dims)
+    h, d = query.shape[-2:]
+    hk = key.shape[-2]
+    for name, size in (("h", h), ("d", d)):
+        if size == 0:
+            raise ValueError(f"query: got shape {list(query.shape)}, expected [{query_dims}] with {name} at least 1")
+    if hk == 0 or h % hk != 0:
+        raise ValueError(
+            f"key: got {hk} key/value heads, expected a divisor of the query's {h} heads (shape {list(key.shape)})"
+        )
+    if value.shape[-1] == 0:
+        raise ValueError(f"value: got shape {list(value.shape)}, expected d_value at least 1")
+
+
+def check_mask(name: str, mask: torch.Tensor | None, query: torch.Tensor, dims: str, shape: tuple[int, ...]) -> None:
+    if mask is not None:
+        validate.tensor(name, mask, (torch.bool,), query.device)
+        validate.shape(name, mask, dims, shape)
+
+
+def check_positions(
+    query: torch.Tensor, tables: Tables, attention_bias, relative_key, content_bias, relative_bias,
+    query_rotary, key_rotary, rotary_interleaved,
+) -> None:  # fmt: skip
+    """The additive bias, the relative positions and the rotary tables."""
+    h, d = query.shape[-2:]
+    device = query.device
+    either = (query.dtype, torch.float32)  # parameters and tables may stay in fp32 beside half-precision activations
+    row, slot = tables.row_letter, tables.slot_letter
+    if attention_bias is not None:
+        validate.tensor("attention_bias", attention_bias, either, device)
+        widths = (*tables.wide, (slot, tables.slots))
+        dims = f"h, {row}, " + " | ".join(letter for letter, _ in reversed(widths))
+        validate.shape(
+            "attention_bias", attention_bias, dims, *((h, tables.rows, width) for _, width in reversed(widths))
+        )
+    if relative_key is not None:
+        validate.tensor("relative_key", relative_key, either, device)
+        distances = f"2 {row} - 1" if row == slot else f"{row} + {slot} - 1"
+        expected = (h, max(tables.rows + tables.slots - 1, 0), d)
+        validate.shape("relative_key", relative_key, f"h, {distances}, d", expected)
+        if query_rotary is not None or key_rotary is not None:
+            raise ValueError("relative_key: got rotary tables too, expected one kind of position: drop one of them")
+    for name, x in (("content_bias", content_bias), ("relative_bias", relative_bias)):
+        if x is not None:
+            if relative_key is None:
+                raise ValueError(
+                    f"{name}: got a tensor without relative_key, expected both: it is part of the position"
+                )
+            validate.tensor(name, x, either, device)
+            validate.shape(name, x, "h, d", (h, d))
+
+    if not isinstance(rotary_interleaved, bool):
+        raise TypeError(f"rotary_interleaved: got {rotary_interleaved!r}, expected True or False")
+    if (query_rotary is None) != (key_rotary is None):
+        raise ValueError(
+            f"query_rotary and key_rotary: got only {'key' if query_rotary is None else 'query'}_rotary, "
+            "expected both (a table of cos 1 and sin 0 turns nothing)"
+        )
+    if query_rotary is not None:
+        width = _check_rotary("query_rotary", query_rotary, row, tables.rows, d, either, device)
+        key_width = _check_rotary("key_rotary", key_rotary, slot, tables.slots, d, either, device)
+        if width != key_width:
+            raise ValueError(f"key_rotary: got width {key_width}, expected {width}, the width of query_rotary")
+
+
+def _check_rotary(name, tables, rows_name, rows, d, dtypes, device) -> int:
+    """-> the tables' width, half of the dimensions that they turn."""
+    if not isinstance(tables, (tuple, list)) or len(tables) != 2:
+        raise TypeError(f"{name}: got {type(tables).__name__}, expected a pair of tensors (cos, sin)")
+    for part, table in zip(("cos", "sin"), tables):
+        validate.tensor(f"{name} ({part})", table, dtypes, device)
+        validate.rank(f"{name} ({part})", table, f"{rows_name}, rotary_dim / 2")
+    width = tables[0].shape[1]
+    for part, table in zip(("cos", "sin"), tables):
+        validate.shape(f"{name} ({part})", table, f"{rows_name}, rotary_dim / 2", (rows, width))
+    if 2 * width > d:
+        raise ValueError(f"{name}: got width {width}, which turns {2 * width} dimensions, expected at most d = {d}")
+    return width
+
+
+def check_null_slot(query: torch.Tensor, d_value: int, null_key, null_value) -> None:
+    if (null_key is None) != (null_value is None):
+        raise ValueError(
+            f"null_key and null_value: got only null_{'value' if null_key is None else 'key'}, expected both or neither"
+        )
+    if null_key is not None:
+        h, d = query.shape[-2:]
+        either = (query.dtype, torch.float32)
+        validate.tensor("null_key", null_key, either, query.device)
+        validate.tensor("null_value", null_value, either, query.device)
+        validate.shape("null_key", null_key, "h, d", (h, d))
+        validate.shape("null_value", null_value, "h, d_value", (h, d_value))
+
+
+def pair(tables: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    return None if tables is None else (tables[0], tables[1])
+
+
+def checked_scale(scale: Any, query: torch.Tensor) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else validate.number("scale", scale)
+
+
+def checked_dropout(dropout_p: Any, query: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+    """-> p, and a fresh seed from torch's generator, or 0 and None where nothing would be dropped."""
+    dropout_p = validate.number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: got {dropout_p}, expected 0 <= dropout_p < 1")
+    if dropout.threshold(dropout_p) == 0:
+        return 0.0, None
+    return dropout_p, dropout.draw_seed(query.device)
+
+
+def document_starts(sequence_starts: torch.Tensor, query: torch.Tensor, b: int, n: int) -> torch.Tensor:
+    """int64 [b, n]: where each token's document begins. The first token of a row begins one, marked or not."""
+    validate.tensor("sequence_starts", sequence_starts, (torch.bool,), query.device)
+    validate.shape("sequence_starts", sequence_starts, "b, n", (b, n))
+    token = torch.arange(n, device=query.device)
+    return torch.where(sequence_starts, token, 0).cummax(1).values if n > 0 else token.expand(b, n)
