@@ -52,9 +52,7 @@ SLOTS = (
     "Tensor? query_cos, Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, "
     "Tensor? null_key, Tensor? null_value, Tensor? chunk_spans, Tensor? first_visible, Tensor? dropout_seed"
 )
-SETTINGS = (
-    "int grouping, bool causal, bool rotary_interleaved, float scale, float dropout_p, SymInt stride, SymInt first_token"
-)
+SETTINGS = "int grouping, bool causal, bool rotary_interleaved, float scale, float dropout_p, SymInt stride, SymInt first_token"
 # Places in SLOTS of what has a gradient; the backward returns them in this order.
 DIFFERENTIABLE = (0, 1, 2, 4, 5, 6, 7, 12, 13)
 TENSORS = SLOTS.count("Tensor")

@@ -40,10 +40,11 @@ def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         together = (b * lq, kq) if call.grouping == CHUNK else (b * lq * kq, 1)
         query = call.query.reshape(*together, n, *call.query.shape[4:])
         key, value = (x.reshape(together[0], 1, *x.shape[3:]) for x in (call.key, call.value))
-        mask = None if call.mask is None else call.mask.reshape(together[0], 1, -1)
+        mask = None if call.mask is None else call.mask.reshape(together[0], 1, call.mask.shape[3])
         batch = torch.arange(b, device=place.device)[:, None].expand_as(place)
         out, lse = attend(call, query, key, value, mask, *(x.reshape(*together, n) for x in (batch, place)))
-    return out.reshape(b, lq, kq, n, h, -1).to(call.query.dtype), lse.reshape(b, lq, kq, n, h)
+    d_value = call.value.shape[-1]
+    return out.reshape(b, lq, kq, n, h, d_value).to(call.query.dtype), lse.reshape(b, lq, kq, n, h)
 
 
 def _by_clock(call: Call) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 import retro_kernels as rk
 from retro_kernels.ops import backends as backend_choice
-from retro_kernels.ops.chunked_cross_attention import api
+from retro_kernels.ops.attention.run import BACKENDS
 
 SHAPE = cases.Case("", b=2, n=21, m=8, k=2, r=16, h=4, hk=2, d=16, d_value=12)
 
@@ -96,14 +96,73 @@ BAD = {
     "negative offset": ({"query_offset": -1}, ValueError, ("query_offset", "-1")),
     "chunk offset past the queries": ({"chunk_offset": 1}, ValueError, ("chunk_offset", "1", "chunk 0")),
     "unknown backend": ({"backend": "fast"}, ValueError, ("backend", "fast", "triton")),
+    "starts of integers": ({"sequence_starts": zeros(2, 21)}, TypeError, ("sequence_starts", "float32", "bool")),
+    "starts of another length": (
+        {"sequence_starts": zeros(2, 20, dtype=torch.bool)}, ValueError, ("sequence_starts", "[2, 20]", "[2, 21]")
+    ),
+    "starts aligned to the end": (
+        {"sequence_starts": zeros(2, 21, dtype=torch.bool), "align": "end"}, ValueError, ("sequence_starts", "'end'")
+    ),
+    "starts with an offset": (
+        {"sequence_starts": zeros(2, 21, dtype=torch.bool), "query_offset": 3}, ValueError,
+        ("sequence_starts", "query_offset 3")
+    ),
+    "too few chunks for the documents": (
+        {"sequence_starts": zeros(2, 40, dtype=torch.bool), "query": zeros(2, 40, 4, 16)}, ValueError,
+        ("l = 2", "at least 5", "row 0")
+    ),
 }  # fmt: skip
 
+ENCODER = cases.Case("", "self", l=1, k=1, r=16, h=4, hk=2, d=16, d_value=12, causal=True)
+BAD_SELF = {
+    "query of rank 4": ({"query": zeros(2, 16, 4, 16)}, ValueError, ("query", "[2, 16, 4, 16]", "b, l, k, r, h, d")),
+    "key of other tokens": ({"key": zeros(2, 1, 1, 15, 2, 16)}, ValueError, ("key", "15", "16")),
+    "value of other heads": ({"value": zeros(2, 1, 1, 16, 1, 12)}, ValueError, ("value", "[2, 1, 1, 16, 1, 12]")),
+    "heads that do not divide": ({"key": zeros(2, 1, 1, 16, 3, 16)}, ValueError, ("3", "divisor", "4")),
+    "mask of floats": ({"neighbour_mask": zeros(2, 1, 1, 16)}, TypeError, ("neighbour_mask", "float32", "bool")),
+    "bias of another shape": ({"attention_bias": zeros(4, 16, 8)}, ValueError, ("attention_bias", "[4, 16, 16]")),
+    "relative key too short": ({"relative_key": zeros(4, 30, 16)}, ValueError, ("relative_key", "2 r - 1", "31")),
+    "causal of an int": ({"causal": 1}, TypeError, ("causal", "1", "True or False")),
+    "dropout of 1": ({"dropout_p": 1.0}, ValueError, ("dropout_p", "1.0")),
+    "starts without causal": (
+        {"causal": False, "sequence_starts": zeros(2, 16, dtype=torch.bool)}, ValueError, ("sequence_starts", "causal")
+    ),
+    "starts with a bias": (
+        {"attention_bias": zeros(4, 16, 16), "sequence_starts": zeros(2, 16, dtype=torch.bool)}, ValueError,
+        ("attention_bias", "sequence_starts")
+    ),
+}  # fmt: skip
+CROSS = cases.Case("", "cross", l=2, k=3, r=16, m=8, h=4, hk=2, d=16, d_value=12)
+BAD_CROSS = {
+    "key with an axis of neighbours": ({"key": zeros(2, 2, 3, 8, 2, 16)}, ValueError, ("key", "b, l, m, hk, d")),
+    "key of other chunks": ({"key": zeros(2, 3, 8, 2, 16)}, ValueError, ("key", "[2, 3, 8, 2, 16]", "expand")),
+    "value of other activations": ({"value": zeros(2, 2, 7, 2, 12)}, ValueError, ("value", "7", "8")),
+    "mask of another shape": (
+        {"activation_mask": zeros(2, 2, 16, dtype=torch.bool)}, ValueError, ("activation_mask", "[2, 2, 8]")
+    ),
+    "bias of another shape": ({"attention_bias": zeros(4, 8, 16)}, ValueError, ("attention_bias", "[4, 16, 8]")),
+    "relative key too long": ({"relative_key": zeros(4, 24, 16)}, ValueError, ("relative_key", "r + m - 1", "23")),
+    "key rotary of the query's length": (
+        {"query_rotary": tables(16), "key_rotary": tables(16)}, ValueError, ("key_rotary (cos)", "[8, 4]")
+    ),
+    "v without relative key": ({"relative_bias": zeros(4, 16)}, ValueError, ("relative_bias", "relative_key")),
+}  # fmt: skip
+EVERY_BAD = [
+    (case, name, *row)
+    for case, table in ((SHAPE, BAD), (ENCODER, BAD_SELF), (CROSS, BAD_CROSS))
+    for name, row in table.items()
+]
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named(name):
-    changes, error, words = BAD[name]
+
+@pytest.mark.parametrize(
+    ("case", "changes", "error", "words"),
+    [(case, *row) for case, _, *row in EVERY_BAD],
+    ids=[f"{case.operation}: {name}" for case, name, *_ in EVERY_BAD],
+)
+def test_bad_input_is_named(case, changes, error, words):
+    good = cases.make(case, torch.float32)
     with pytest.raises(error) as raised:
-        rk.chunked_cross_attention(**arguments(**changes))
+        cases.operation(good)(**{**good, **changes})
     for word in words:
         assert word in str(raised.value), f"{word!r} is not in {str(raised.value)!r}"
 
@@ -125,7 +184,7 @@ def test_backends_says_what_runs_and_why_not():
 
 
 def test_a_named_backend_never_falls_back(monkeypatch):
-    monkeypatch.setattr(api.BACKENDS["cpu"], "unavailable", lambda: "it was not built")
+    monkeypatch.setattr(BACKENDS["cpu"], "unavailable", lambda: "it was not built")
     with pytest.raises(RuntimeError, match=r"cpu.*it was not built"):
         rk.chunked_cross_attention(**arguments(), backend="cpu")
     with pytest.raises(RuntimeError, match="cuda"):
@@ -133,7 +192,7 @@ def test_a_named_backend_never_falls_back(monkeypatch):
 
 
 def test_the_environment_is_read_at_every_call_and_the_argument_wins(monkeypatch):
-    monkeypatch.setattr(api.BACKENDS["triton"], "unavailable", lambda: "no GPU")
+    monkeypatch.setattr(BACKENDS["triton"], "unavailable", lambda: "no GPU")
     rk.chunked_cross_attention(**arguments(), backend="reference")
     monkeypatch.setenv("RETRO_KERNELS_BACKEND", "triton")
     with pytest.raises(RuntimeError, match=r"RETRO_KERNELS_BACKEND='triton'.*no GPU"):
@@ -145,7 +204,7 @@ def test_the_environment_is_read_at_every_call_and_the_argument_wins(monkeypatch
 
 
 def test_the_default_warns_once_when_only_the_reference_is_left(monkeypatch):
-    monkeypatch.setattr(api.BACKENDS["cpu"], "unavailable", lambda: "it was not built; run pip")
+    monkeypatch.setattr(BACKENDS["cpu"], "unavailable", lambda: "it was not built; run pip")
     monkeypatch.setattr(backend_choice, "_warned", set())
     with pytest.warns(UserWarning, match=r"pure-PyTorch reference.*it was not built; run pip"):
         rk.chunked_cross_attention(**arguments())
@@ -156,7 +215,7 @@ def test_the_default_warns_once_when_only_the_reference_is_left(monkeypatch):
 
 def test_a_kernel_that_no_gpu_has_run_is_not_the_default(monkeypatch):
     """It is taken by name, and the warning of the default says so."""
-    triton = api.BACKENDS["triton"]
+    triton = BACKENDS["triton"]
     monkeypatch.setattr(triton, "VERIFIED_ON_GPU", ())
     assert "no GPU has run" in backend_choice.unverified(triton, "triton")
     monkeypatch.setattr(triton, "VERIFIED_ON_GPU", ("NVIDIA H100",))

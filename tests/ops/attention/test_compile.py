@@ -10,7 +10,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import retro_kernels as rk
-from retro_kernels.ops.chunked_cross_attention.api import BACKENDS
+from retro_kernels.ops.attention.common import CLOCK, SLOTS
+from retro_kernels.ops.attention.run import BACKENDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASE = cases.Case("", b=1, n=13, m=4, k=2, r=5, h=2, hk=1, d=8, options=cases.ALL)
@@ -32,24 +33,30 @@ def fused(backend):
 
 
 def op_arguments():
-    """The positional arguments of the private forward op for CASE."""
+    """The positional arguments of the private forward op for CASE, tensors then settings."""
     x = cases.make(CASE, torch.float32, DEVICE)
-    tensors = [x[name].detach() for name in ("query", "key", "value", "neighbour_mask", "attention_bias")]
-    tables = [*x["query_rotary"], *x["key_rotary"]]
-    null = [x["null_key"].detach(), x["null_value"].detach()]
-    return [*tensors, *tables, *null, False, 0.3, 4, 3]
+    query_cos, query_sin = x["query_rotary"]
+    key_cos, key_sin = x["key_rotary"]
+    given = {
+        **{name: x[name].detach() for name in ("key", "value", "attention_bias", "null_key", "null_value")},
+        "query": x["query"].detach()[:, None, None], "mask": x["neighbour_mask"], "query_cos": query_cos,
+        "query_sin": query_sin, "key_cos": key_cos, "key_sin": key_sin,
+        "dropout_seed": torch.tensor([5], device=DEVICE),
+    }  # fmt: skip
+    tensors = [given.get(slot.split()[-1]) for slot in SLOTS.split(", ")]
+    return tensors, [CLOCK, False, False, 0.3, 0.25, 4, 3]
 
 
 @pytest.mark.parametrize("test", ["test_schema", "test_faketensor"])
 def test_opcheck(test, fused):
     """The schema tells the truth about mutation and aliasing, and the fake agrees with the kernel."""
-    forward = getattr(torch.ops.retro_kernels, f"cca_forward_{fused}").default
-    backward = getattr(torch.ops.retro_kernels, f"cca_backward_{fused}").default
-    arguments = op_arguments()
-    torch.library.opcheck(forward, arguments, test_utils=test)
-    out, lse = forward(*arguments)
+    forward = getattr(torch.ops.retro_kernels, f"attention_forward_{fused}").default
+    backward = getattr(torch.ops.retro_kernels, f"attention_backward_{fused}").default
+    tensors, settings = op_arguments()
+    torch.library.opcheck(forward, [*tensors, *settings], test_utils=test)
+    out, lse = forward(*tensors, *settings)
     torch.library.opcheck(
-        backward, [torch.ones_like(out), *arguments[:11], out, lse, *arguments[11:], True, True], test_utils=test
+        backward, [torch.ones_like(out), *tensors, out, lse, *settings, True, True, True], test_utils=test
     )
 
 
@@ -112,6 +119,31 @@ def test_compiles_with_inductor(backend):
         torch.testing.assert_close(g, e)
 
 
+ENCODER = (
+    cases.Case("self", "self", b=1, l=1, k=1, r=9, h=1, d=8, causal=True, dropout_p=0.4,
+               options=("relative", "relative_biases")),
+    cases.Case("cross", "cross", b=1, l=1, k=2, r=5, m=3, h=1, d=8, dropout_p=0.4, options=("mask",)),
+    cases.Case("packed", b=1, n=13, m=4, k=1, r=5, h=1, d=8, documents=(7, 6)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENCODER, ids=str)
+def test_the_encoder_dropout_and_packing_compile_whole(case, backend):
+    """Reproducibly: the generator's state decides what is dropped in the compiled graph as well."""
+    torch._dynamo.reset()
+    x = cases.make(case, torch.float32, DEVICE)
+    call = cases.operation(x)
+    compiled = torch.compile(lambda **kw: call(**kw, backend=backend), fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (compiled, compiled, lambda **kw: call(**kw, backend=backend)):
+        torch.manual_seed(3)
+        out = run(**x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(cases.differentiable(x).values()))))
+    for first, second, eager in zip(*results):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, eager)
+
+
 def test_the_default_choice_compiles():
     torch._dynamo.reset()
     x = cases.make(cases.Case("", b=1, n=9, m=4, k=1, r=4, h=1, d=8), torch.float32, DEVICE)
@@ -142,14 +174,19 @@ def test_inference_mode_and_no_grad(backend):
     assert torch.equal(first, second)
 
 
-def test_activation_checkpointing(backend):
-    x = cases.make(CASE, torch.float32, DEVICE)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_activation_checkpointing(dropout_p, backend):
+    """The recomputed forward drops what the first one dropped."""
+    x = cases.make(CASE, torch.float32, DEVICE) | {"dropout_p": dropout_p}
 
     def call(query):
         return rk.chunked_cross_attention(**{**x, "query": query}, backend=backend)
 
+    torch.manual_seed(3)
     out = torch.utils.checkpoint.checkpoint(call, x["query"], use_reentrant=False)
+    torch.rand(5)  # the generator has moved on when the backward recomputes
     (given,) = torch.autograd.grad(out.square().sum(), x["query"])
+    torch.manual_seed(3)
     (expected,) = torch.autograd.grad(call(x["query"]).square().sum(), x["query"])
     assert torch.equal(given, expected)
 
