@@ -25,9 +25,9 @@ stride = n and first_token = 0.
 *Row* is the row in the chunk under CLOCK, and the index on the axis n otherwise; *slot* (neighbour-major) is j * r + t
 for token t of neighbour j; M is the number of rows of the tables: m (>= stride) under CLOCK, n otherwise. The logit is
 
-    scale * ((q + content_bias) . k + (q + relative_bias) . relative_key[row - t + r - 1]) + attention_bias[row, t | slot]
+    scale * ((q + content_bias) . k + (q + relative_bias) . relative_key[row - t + r - 1]) + attention_bias[row, t]
 
-with q and k rotated by row and by t. The null slot's is scale * q' . null_key, q' rotated or with content_bias.
+(attention_bias[row, slot] where it is that wide) with q and k rotated by row and by t. The null slot's is scale * q' . null_key, q' rotated or with content_bias.
 `causal` (NEIGHBOUR only): row i sees t <= i; with `first_visible` (int32 [b, n], lq = kq = 1) only
 first_visible[b, i] <= t, and rotary tables are read at i - first_visible[b, i] and t - first_visible[b, t]: positions
 restart in every document. There is no attention_bias then. A row always sees itself unless it is masked.
@@ -52,7 +52,10 @@ SLOTS = (
     "Tensor? query_cos, Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, "
     "Tensor? null_key, Tensor? null_value, Tensor? chunk_spans, Tensor? first_visible, Tensor? dropout_seed"
 )
-SETTINGS = "int grouping, bool causal, bool rotary_interleaved, float scale, float dropout_p, SymInt stride, SymInt first_token"
+SETTINGS = (
+    "int grouping, bool causal, bool rotary_interleaved, float scale, float dropout_p, "
+    "SymInt stride, SymInt first_token"
+)
 # Places in SLOTS of what has a gradient; the backward returns them in this order.
 DIFFERENTIABLE = (0, 1, 2, 4, 5, 6, 7, 12, 13)
 TENSORS = SLOTS.count("Tensor")

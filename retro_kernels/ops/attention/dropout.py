@@ -3,8 +3,8 @@
 The generator is Philox4x32 with 7 rounds, the fewest that pass BigCrush (Salmon et al. 2011, "Parallel random numbers:
 as easy as 1, 2, 3"). One evaluation serves 8 neighbouring slots of a row, 16 bits each:
 
-    key      (seed & 0xffffffff, seed >> 32)                       `dropout_seed`, one int64 drawn from torch's generator
-    counter  (slot // 8, place, b * h + head, 0)                   place: the row's index in query's axes (lq, kq, n)
+    key      (seed & 0xffffffff, seed >> 32)            `dropout_seed`, one int64 drawn from torch's generator
+    counter  (slot // 8, place, b * h + head, 0)        place: the row's index in query's axes (lq, kq, n)
     lot      bits of word (slot % 8) // 2 of the four that come out: the low half for an even slot, the high half else
 
 The null slot's counter begins with 0xffffffff and its lot is the low half of word 0. A slot is kept when its lot is at

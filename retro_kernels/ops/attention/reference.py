@@ -10,7 +10,6 @@ folded form: g groups, j neighbours whose rows or slots share the group, i row, 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from . import dropout
 from .common import CHUNK, CLOCK, Call, attended_chunks
@@ -99,7 +98,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query [g, jq, i, h, d]; key, value [g, j, t, hk, d | d_value]; mask bool [g, j, t]; batch and place [g, jq, i]
     (what dropout counts) -> out [g, jq, i, h, d_value], lse [g, jq, i, h]. All rows of a group see all its slots."""
-    g, jq, rows, h, d = query.shape
+    g, _, rows, h, _ = query.shape
     _, j, r, hk, d_value = value.shape
     compute = accumulation_dtype(call.query.dtype)
     query, key, value = (x.to(compute) for x in (query, key, value))

@@ -1,5 +1,5 @@
-"""`chunked_cross_attention`: checks the arguments, reduces alignment, offsets and documents to the clock or the spans of
-`ops/attention/common.py`, and runs it on the backend that `ops/backends.py` chooses."""
+"""`chunked_cross_attention`: checks the arguments, reduces alignment, offsets and documents to the clock or the spans
+of `ops/attention/common.py`, and runs it on the backend that `ops/backends.py` chooses."""
 
 from __future__ import annotations
 
