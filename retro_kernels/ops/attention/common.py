@@ -27,7 +27,8 @@ for token t of neighbour j; M is the number of rows of the tables: m (>= stride)
 
     scale * ((q + content_bias) . k + (q + relative_bias) . relative_key[row - t + r - 1]) + attention_bias[row, t]
 
-(attention_bias[row, slot] where it is that wide) with q and k rotated by row and by t. The null slot's is scale * q' . null_key, q' rotated or with content_bias.
+(attention_bias[row, slot] where it is that wide) with q and k rotated by row and by t. The null slot's logit is
+scale * q' . null_key, q' rotated or with content_bias.
 `causal` (NEIGHBOUR only): row i sees t <= i; with `first_visible` (int32 [b, n], lq = kq = 1) only
 first_visible[b, i] <= t, and rotary tables are read at i - first_visible[b, i] and t - first_visible[b, t]: positions
 restart in every document. There is no attention_bias then. A row always sees itself unless it is masked.
