@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from . import environment, peers, real_text, report, results, suite, timing
-from .workloads import MODES, QUICK, SEED, WORKLOADS, Workload, select
+from .workloads import DEFAULT, ENCODER_SELF, MODES, PLAIN, QUICK, SEED, Workload, select
 
 QUICK_SECONDS = 160.0  # a quick run starts no new measurement after so long; it must end within 3 minutes
 
@@ -19,6 +19,8 @@ class Options:
     """What is measured and for how long."""
 
     quick: bool = False
+    operations: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
     workloads: list[str] = field(default_factory=list)
     dtypes: list[str] = field(default_factory=list)
     modes: list[str] = field(default_factory=list)
@@ -26,6 +28,8 @@ class Options:
     compiled: bool = True
     real_text: bool = True
     backends: list[str] | None = None
+    seconds: float | None = None
+    """Of timing a case, all variants together. None: 2 in a quick run, else 8."""
 
     def resolved(self) -> Options:
         """With the defaults of this kind of run filled in. Raises ValueError for what there is not."""
@@ -38,9 +42,20 @@ class Options:
             raise ValueError(f"dtype: got {unknown[0]!r}, expected fp32, bf16 or fp16")
         if "fp16" in dtypes and device.type == "cpu":
             raise ValueError("dtype: got 'fp16' on a CPU, where nothing computes fast in it; expected fp32 or bf16")
-        names = [workload.name for workload in select(self.workloads, QUICK if self.quick else None)]
+        unknown = [name for name in self.modes if name not in MODES]
+        if unknown:
+            raise ValueError(f"mode: got {unknown[0]!r}, expected {' or '.join(MODES)}")
+        if self.seconds is not None and not self.seconds >= 0:
+            raise ValueError(f"seconds: got {self.seconds}, expected 0 or more")
+        self.cases()
         modes = [mode for mode in MODES if not self.modes or mode in self.modes]
-        return Options(self.quick, names, dtypes, modes, str(device), self.compiled, self.real_text, self.backends)
+        seconds = (2.0 if self.quick else 8.0) if self.seconds is None else self.seconds
+        return replace(self, dtypes=dtypes, modes=modes, device=str(device), seconds=seconds)
+
+    def cases(self) -> list[Workload]:
+        """What is measured, in every dtype and mode. Raises ValueError for what there is not."""
+        table = QUICK if self.quick else DEFAULT
+        return select(self.workloads, self.operations, self.options, table)
 
 
 class Progress:
@@ -71,18 +86,25 @@ def run(options: Options, progress: Progress | None = None) -> dict:
             _real_text(options, device, document, progress, started)
         else:
             document["skipped"].append({"what": "real text", "reason": "switched off for this run (--no-real-text)"})
-        if options.quick:
-            left = [name for name in WORKLOADS if name not in options.workloads]
-            document["skipped"].append(
-                {
-                    "what": f"workloads {', '.join(left)}",
-                    "reason": "left out of a quick run; `retro-kernels bench` has them",
-                }
-            )
+        left = _left_out(options)
+        if left:
+            run_all = "; `retro-kernels bench` has them" if options.quick else ""
+            document["skipped"].append({"what": "; ".join(left), "reason": f"not asked for in this run{run_all}"})
     except KeyboardInterrupt:
         document["interrupted"] = True
     document["seconds"] = round(time.monotonic() - started, 1)
     return document
+
+
+def _left_out(options: Options) -> list[str]:
+    """Of all operations, workloads and options what this run does not time."""
+    timed = {(case.operation, case.option, case.name) for case in options.cases()}
+    left = []
+    for (operation, option), names in DEFAULT.items():
+        missing = [name for name in names if (operation, option, name) not in timed]
+        if missing:
+            left.append(f"{operation} {option}: {', '.join(missing)}")
+    return left
 
 
 def _core(options: Options, device, ceilings, document: dict, progress: Progress) -> None:
@@ -98,13 +120,13 @@ def _core(options: Options, device, ceilings, document: dict, progress: Progress
         device=device,
         dtypes=options.dtypes,
         modes=tuple(options.modes),
-        protocol=timing.Protocol(seconds=2.5 if quick else 12.0, min_rounds=3, max_rounds=20 if quick else 50),
+        protocol=timing.Protocol(seconds=options.seconds, min_rounds=3, max_rounds=20 if quick else 50),
         budget=peers.CompileBudget(total=30.0 if quick else 900.0, per_variant=15.0 if quick else 90.0),
         compiled=options.compiled,
         backends=options.backends,
         skip=_quick_skip if quick else _too_large_on_cpu if device.type == "cpu" else None,
     )
-    suite.run(select(options.workloads), settings, ceilings, Keep())
+    suite.run(options.cases(), settings, ceilings, Keep())
 
 
 def _quick_skip(workload: Workload, dtype: str, mode: str, variant: str) -> str | None:
@@ -113,15 +135,20 @@ def _quick_skip(workload: Workload, dtype: str, mode: str, variant: str) -> str 
         return "left out of a quick run: compiling it takes longer than everything else"
     if variant == "compile[eager]":
         return "left out of a quick run, which compiles the folded SDPA form only"
-    if variant == "sdpa[math]":
+    if variant == "compile[sdpa]" and (workload.option != PLAIN or workload.operation == ENCODER_SELF):
+        return "left out of a quick run: one operation shows what compiling the folded form gives"
+    if variant.startswith("sdpa[math") and workload.option == PLAIN:
         return "left out of a quick run: it is eager attention under another name, and no faster"
     return None
 
 
 def _too_large_on_cpu(workload: Workload, dtype: str, mode: str, variant: str) -> str | None:
-    large = workload.keys_per_chunk * workload.kv_heads * workload.head_dim * workload.num_chunks > 1 << 28
-    if large and (variant in ("eager", "sdpa[math]", "compile[eager]") and dtype == "fp32"):
-        return None if variant == "eager" else "left out on a CPU: eager stands for it at this size"
+    """Where one call takes seconds, the ways known to be slowest are represented by one of them."""
+    slow = ("sdpa[math", "compile[eager]", "flex", "compile[sdpa]")
+    if workload.flops("forward") > 2e11 and variant.startswith(slow):
+        return "left out on a CPU at this size: eager and folded SDPA stand for it"
+    if workload.flops("forward") > 2e10 and variant.startswith(slow[:2]) and dtype == "fp32":
+        return "left out on a CPU at this size: eager stands for it"
     return None
 
 

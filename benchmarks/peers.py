@@ -1,8 +1,13 @@
-"""The alternatives: chunked cross-attention as others compute it, each from the same query, key and value.
+"""The alternatives: each attention as others compute it, from the same tensors.
 
-Every function takes query [b, n, h, d], key and value [b, l, k, r, hk, d] and the chunk size, and returns [b, n, h, d]
-with zeros before the first chunk: whatever shifting, padding and folding a way of computing needs is inside and is
-timed, because its user pays for it.
+Every way takes the tensors of `Workload.leaves` and returns what retro_kernels returns: whatever shifting, padding,
+repeating and folding it needs is inside and is timed, because its user pays for it. All of them fold the operation to a
+plain attention first:
+
+    query [g, h, i, d]    key, value [g, hk, t, d]    g groups of i rows and t slots
+
+Encoder cross-attention folds in two ways: `repeated` gives every neighbour a copy of its chunk's keys and values, as
+every peer does; `rows` lays the k neighbours' rows of a chunk side by side, so that nothing is repeated.
 """
 
 from __future__ import annotations
@@ -20,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .workloads import Workload
+from .workloads import CAUSAL_SELF, CCA, DROPOUT, ENCODER_CROSS, PLAIN, Workload
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[..., Tensor]
 
 SDPA_BACKENDS = {
     "cpu": {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION},
@@ -35,6 +40,43 @@ SDPA_BACKENDS = {
 }
 
 
+@dataclass(frozen=True)
+class Folded:
+    """One operation as a plain attention. `unfold` takes [g, h, i, d] back to the operation's own shape."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    unfold: Callable[[Tensor], Tensor]
+    same_rows: int
+    """Neighbours whose rows stand side by side in i, each with rows 0, 1, ... of the tables."""
+    same_slots: int
+    """Neighbours whose slots stand side by side in t."""
+    causal: bool
+
+
+def fold(workload: Workload, query: Tensor, key: Tensor, value: Tensor, rows: bool = False) -> Folded:
+    """`rows`: fold encoder cross-attention's neighbours into rows instead of repeating keys and values."""
+    if workload.operation == CCA:
+        b, n, _, _ = query.shape
+        m, k = workload.chunk_size, workload.num_neighbours
+        return Folded(
+            fold_query(query, m), *(t.flatten(0, 1).flatten(1, 2).transpose(1, 2) for t in (key, value)),
+            lambda out: unfold_query(out, b, n), 1, k, False,
+        )  # fmt: skip
+    shape = query.shape
+    if workload.operation == ENCODER_CROSS and rows:
+        k = shape[2]
+        queries = query.flatten(0, 1).flatten(1, 2).transpose(1, 2)
+        keys, values = (t.flatten(0, 1).transpose(1, 2) for t in (key, value))
+        return Folded(queries, keys, values, lambda out: out.transpose(1, 2).reshape(shape), k, 1, False)
+    if workload.operation == ENCODER_CROSS:
+        key, value = (t[:, :, None].expand(-1, -1, shape[2], -1, -1, -1) for t in (key, value))
+    queries, keys, values = (t.flatten(0, 2).transpose(1, 2) for t in (query, key, value))
+    causal = workload.operation == CAUSAL_SELF
+    return Folded(queries, keys, values, lambda out: out.transpose(1, 2).reshape(shape), 1, 1, causal)
+
+
 def fold_query(query: Tensor, chunk_size: int) -> Tensor:
     """[b, n, h, d] -> [b * l, h, m, d]: the queries shifted by m - 1 so that row i of fold u attends to chunk u."""
     b, n, h, d = query.shape
@@ -43,49 +85,106 @@ def fold_query(query: Tensor, chunk_size: int) -> Tensor:
     return shifted.reshape(b * chunks, chunk_size, h, d).transpose(1, 2)
 
 
-def fold_key(key: Tensor) -> Tensor:
-    """[b, l, k, r, hk, d] -> [b * l, hk, k * r, d], a view of a contiguous key."""
-    return key.flatten(0, 1).flatten(1, 2).transpose(1, 2)
-
-
-def unfold(out: Tensor, batch: int, length: int) -> Tensor:
+def unfold_query(out: Tensor, batch: int, length: int) -> Tensor:
     """[b * l, h, m, d] -> [b, n, h, d]: the shift undone, zeros before the first chunk."""
     folds, h, m, d = out.shape
     out = out.transpose(1, 2).reshape(batch, folds // batch * m, h, d)
     return F.pad(out, (0, 0, 0, 0, m - 1, length - out.shape[1] - (m - 1)))
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor, chunk_size: int) -> Tensor:
-    """retro-pytorch's way: fold, scale the query, einsum, softmax, einsum, unfold, logits in the inputs' dtype."""
-    b, n, h, d = query.shape
-    queries, keys, values = fold_query(query * d**-0.5, chunk_size), fold_key(key), fold_key(value)
+def by_distance(folded: Folded, relative_key: Tensor, relative_bias: Tensor) -> Tensor:
+    """(q + v) . R for every row and distance, largest distance first: [g, h, neighbours, rows, M + r - 1]."""
+    query = (folded.query + relative_bias[:, None]).unflatten(2, (folded.same_rows, -1))
+    return torch.einsum("ghjid,hxd->ghjix", query, relative_key.flip(1))
+
+
+def shift(distances: Tensor) -> Tensor:
+    """Transformer-XL's shift: [..., M, M + r - 1] by distance -> [..., M, r] by slot, a view. Row i begins M - 1 - i
+    places further on, which is what a row of one place less does to the whole."""
+    rows, count = distances.shape[-2:]
+    flat = distances.flatten(-2)[..., rows - 1 : rows - 1 + rows * (count - 1)]
+    return flat.unflatten(-1, (rows, count - 1))[..., : count - rows + 1]
+
+
+def relative_logits(folded: Folded, relative_key: Tensor, relative_bias: Tensor) -> Tensor:
+    """The positional logits of all rows and slots: [g, h, i, t], before scaling."""
+    shifted = shift(by_distance(folded, relative_key, relative_bias)).flatten(2, 3)
+    if folded.same_slots > 1:  # equation 6 restarts the distance for every neighbour
+        shifted = shifted[..., None, :].expand(*shifted.shape[:-1], folded.same_slots, -1).flatten(-2)
+    return shifted
+
+
+def hidden(folded: Folded) -> Tensor:
+    """bool [i, t]: what a causal row does not see."""
+    i, t = folded.query.shape[2], folded.key.shape[2]
+    return torch.ones(i, t, dtype=torch.bool, device=folded.query.device).triu(1)
+
+
+def eager(workload: Workload, query, key, value, *positions, rows=False, dropout_p=0.0) -> Tensor:
+    """retro-pytorch's way (scale the query, einsum, mask, softmax, dropout, einsum; logits in the inputs' dtype), and
+    Transformer-XL's where there are relative positions (both terms added, then scaled)."""
+    folded = fold(workload, query, key, value, rows)
+    queries, keys, values = folded.query, folded.key, folded.value
+    scale, h = workload.head_dim**-0.5, queries.shape[1]
     if keys.shape[1] != h:
         keys, values = (t.repeat_interleave(h // t.shape[1], dim=1) for t in (keys, values))
-    probabilities = torch.einsum("bhid,bhjd->bhij", queries, keys).softmax(dim=-1)
-    return unfold(torch.einsum("bhij,bhjd->bhid", probabilities, values), b, n)
+    if positions:
+        relative_key, content_bias, relative_bias = positions
+        logits = torch.einsum("bhid,bhjd->bhij", queries + content_bias[:, None], keys)
+        logits = (logits + relative_logits(folded, relative_key, relative_bias)) * scale
+    else:
+        logits = torch.einsum("bhid,bhjd->bhij", queries * scale, keys)
+    if folded.causal:
+        logits = logits.masked_fill(hidden(folded), -torch.finfo(logits.dtype).max)
+    probabilities = logits.softmax(dim=-1)
+    if dropout_p > 0:
+        probabilities = F.dropout(probabilities, dropout_p)
+    return folded.unfold(torch.einsum("bhij,bhjd->bhid", probabilities, values))
 
 
-def folded_sdpa(query: Tensor, key: Tensor, value: Tensor, chunk_size: int) -> Tensor:
-    b, n, h, _ = query.shape
-    keys = fold_key(key)
+def sdpa(workload: Workload, query, key, value, *positions, rows=False, dropout_p=0.0) -> Tensor:
+    """scaled_dot_product_attention on folded tensors; relative positions as a materialised additive bias."""
+    folded = fold(workload, query, key, value, rows)
+    queries, bias = folded.query, None
+    if positions:
+        relative_key, content_bias, relative_bias = positions
+        bias = relative_logits(folded, relative_key, relative_bias) * workload.head_dim**-0.5
+        if folded.causal:
+            bias = bias.masked_fill(hidden(folded), float("-inf"))
+        queries = queries + content_bias[:, None]
     out = F.scaled_dot_product_attention(
-        fold_query(query, chunk_size), keys, fold_key(value), enable_gqa=keys.shape[1] != h
-    )
-    return unfold(out, b, n)
+        queries, folded.key, folded.value, attn_mask=bias, dropout_p=dropout_p,
+        is_causal=folded.causal and bias is None, enable_gqa=folded.key.shape[1] != queries.shape[1],
+    )  # fmt: skip
+    return folded.unfold(out)
 
 
-def folded_flex(query: Tensor, key: Tensor, value: Tensor, chunk_size: int) -> Tensor:
-    """FlexAttention on the folded tensors; to be compiled, eager FlexAttention materialises everything."""
+def flex(workload: Workload, query, key, value, *positions, rows=False, block_mask=None) -> Tensor:
+    """FlexAttention on the folded tensors; to be compiled, eager FlexAttention materialises everything. Relative
+    positions are looked up by distance in its score_mod, so that queries x slots never exist."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    b, n, h, _ = query.shape
-    keys = fold_key(key)
-    out = flex_attention(fold_query(query, chunk_size), keys, fold_key(value), enable_gqa=keys.shape[1] != h)
-    return unfold(out, b, n)
+    folded = fold(workload, query, key, value, rows)
+    queries, score_mod = folded.query, None
+    if positions:
+        relative_key, content_bias, relative_bias = positions
+        scale = workload.head_dim**-0.5
+        m, r = workload.rows, workload.slots
+        table = (by_distance(folded, relative_key, relative_bias) * scale).flatten(2, 3)
+        queries = queries + content_bias[:, None]
+
+        def score_mod(score, group, head, i, t):
+            return score + table[group, head, i, t % r + (m - 1 - i % m)]
+
+    gqa = folded.key.shape[1] != queries.shape[1]
+    return folded.unfold(
+        flex_attention(queries, folded.key, folded.value, score_mod=score_mod, block_mask=block_mask, enable_gqa=gqa)
+    )
 
 
-def masked_flex(query: Tensor, key: Tensor, value: Tensor, chunk_size: int, block_mask) -> Tensor:
-    """FlexAttention's own idiom: the sequence unfolded, chunks as a block mask; nothing is shifted or padded."""
+def masked_flex(workload: Workload, query: Tensor, key: Tensor, value: Tensor, *, block_mask) -> Tensor:
+    """FlexAttention's own idiom for chunked cross-attention: the sequence unfolded, chunks as a block mask; nothing is
+    shifted or padded."""
     from torch.nn.attention.flex_attention import flex_attention
 
     keys, values = (t.flatten(1, 3).transpose(1, 2) for t in (key, value))
@@ -105,6 +204,13 @@ def chunk_block_mask(workload: Workload, device: torch.device):
     return create_block_mask(
         same_chunk, None, None, workload.sequence_length, workload.num_chunks * keys, device=str(device)
     )
+
+
+def causal_block_mask(workload: Workload, device: torch.device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    n = workload.sequence_length
+    return create_block_mask(lambda batch, head, i, t: t <= i, None, None, n, n, device=str(device))
 
 
 class CompileTimeout(BaseException):
@@ -157,10 +263,13 @@ class Variant:
     """One way of computing a workload. `context` is entered round the call, outside the timed region."""
 
     name: str
+    workload: Workload
+    """What it computes, and takes the leaves of: the case's workload, or that without its option."""
     attention: Attention
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     compiled: bool = False
-    ours: bool = False
+    undropped: Attention | None = None
+    """The same without dropout, where dropout is PyTorch's own and so cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -171,42 +280,77 @@ class Skipped:
     reason: str
 
 
+WITHOUT = " without"
+"""Ends the name of retro_kernels' own variants without the case's option."""
+
+
 def variants(
     workload: Workload, device: torch.device, *, compiled: bool = True, backends: list[str] | None = None
 ) -> list[Variant | Skipped]:
     """Every alternative for this workload on this device, retro_kernels' own backends last."""
-    m = workload.chunk_size
+    dropout = workload.option == DROPOUT
 
     def way(function: Callable, **fixed) -> Attention:
-        return functools.partial(_keyword_call, function, {"chunk_size": m, **fixed})
+        return functools.partial(function, workload, **fixed)
 
-    result: list[Variant | Skipped] = [Variant("eager", way(eager))]
+    def variant(name: str, function: Callable, wrap=lambda attention: attention, **settings) -> Variant:
+        fixed = {"rows": True} if settings.pop("rows", False) else {}
+        if not dropout:
+            return Variant(name, workload, wrap(way(function, **fixed)), **settings)
+        with_dropout = wrap(way(function, **fixed, dropout_p=workload.dropout_p))
+        return Variant(name, workload, with_dropout, undropped=way(function, **fixed), **settings)
+
+    # The repeated form is what peers do; the compiler and FlexAttention are given the stronger one.
+    foldings = {"": False, " rows": True} if workload.operation == ENCODER_CROSS else {"": False}
+    best = workload.operation == ENCODER_CROSS
+    result: list[Variant | Skipped] = [variant("eager" + end, eager, rows=rows) for end, rows in foldings.items()]
     for name, backend in SDPA_BACKENDS[device.type].items():
-        result.append(Variant(f"sdpa[{name}]", way(folded_sdpa), context=functools.partial(sdpa_kernel, backend)))
+        for end, rows in foldings.items():
+            context = functools.partial(sdpa_kernel, backend)
+            result.append(variant(f"sdpa[{name}{end}]", sdpa, rows=rows, context=context))
     if device.type == "cuda":
-        result.append(Variant("sdpa[default]", way(folded_sdpa)))
-    names = ("compile[sdpa]", "compile[eager]", "flex[folded]", "flex[block mask]")
+        result.append(variant("sdpa[default]", sdpa, rows=best))
+    names = ("compile[sdpa]", "compile[eager]", "flex[folded]")
     if not compiled:
         result += [Skipped(name, "torch.compile was switched off for this run (--no-compile)") for name in names]
     else:
-        result.append(Variant(names[0], _compile(way(folded_sdpa)), compiled=True))
-        result.append(Variant(names[1], _compile(way(eager)), compiled=True))
-        result.append(Variant(names[2], _compile(way(folded_flex)), compiled=True))
-        if device.type == "cuda":
-            try:
-                mask = chunk_block_mask(workload, device)
-            except Exception as error:
-                result.append(Skipped(names[3], f"its block mask cannot be made: {type(error).__name__}: {error}"))
-            else:
-                result.append(Variant(names[3], _compile(way(masked_flex, block_mask=mask)), compiled=True))
+        result.append(variant(names[0], sdpa, _compile, rows=best, compiled=True))
+        result.append(variant(names[1], eager, _compile, rows=best, compiled=True))
+        if dropout:
+            result.append(Skipped(names[2], "FlexAttention has no dropout"))
         else:
-            result.append(Skipped(names[3], "measured on a GPU only: its block mask is built for GPU tiles"))
+            result.append(_flex(names[2], workload, device, best))
+    if workload.operation == CCA and workload.option == PLAIN:
+        result.append(_block_mask_flex(workload, device, compiled))
     return result + own_variants(workload, device, backends)
+
+
+def _flex(name: str, workload: Workload, device: torch.device, rows: bool) -> Variant | Skipped:
+    fixed = {"rows": True} if rows else {}
+    if workload.operation == CAUSAL_SELF:
+        try:
+            fixed["block_mask"] = causal_block_mask(workload, device)
+        except Exception as error:
+            return Skipped(name, f"its block mask cannot be made: {type(error).__name__}: {error}")
+    return Variant(name, workload, _compile(functools.partial(flex, workload, **fixed)), compiled=True)
+
+
+def _block_mask_flex(workload: Workload, device: torch.device, compiled: bool) -> Variant | Skipped:
+    name = "flex[block mask]"
+    if device.type != "cuda":
+        return Skipped(name, "measured on a GPU only: its block mask is built for GPU tiles")
+    if not compiled:
+        return Skipped(name, "torch.compile was switched off for this run (--no-compile)")
+    try:
+        mask = chunk_block_mask(workload, device)
+    except Exception as error:
+        return Skipped(name, f"its block mask cannot be made: {type(error).__name__}: {error}")
+    return Variant(name, workload, _compile(functools.partial(masked_flex, workload, block_mask=mask)), compiled=True)
 
 
 def own_variants(workload: Workload, device: torch.device, backends: list[str] | None = None) -> list:
     """retro_kernels[<backend>] for every backend but the reference, which judges and does not compete. It is timed
-    when it is asked for by name, or when nothing else can run."""
+    when it is asked for by name, or when nothing else can run. Each also without the case's option."""
     import retro_kernels as rk
 
     result: list[Variant | Skipped] = []
@@ -222,23 +366,19 @@ def own_variants(workload: Workload, device: torch.device, backends: list[str] |
         if {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(name, device.type) != device.type:
             result.append(Skipped(f"retro_kernels[{name}]", f"computes on another kind of device than {device.type}"))
             continue
-        result.append(own_variant(workload, name))
+        result += own_variant(workload, name)
     if not any(isinstance(variant, Variant) for variant in result) and not backends:
-        result.append(own_variant(workload, "reference"))
+        result += own_variant(workload, "reference")
     return result
 
 
-def own_variant(workload: Workload, backend: str) -> Variant:
-    import retro_kernels as rk
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return rk.chunked_cross_attention(query, key, value, chunk_size=workload.chunk_size, backend=backend)
-
-    return Variant(f"retro_kernels[{backend}]", attention, ours=True)
-
-
-def _keyword_call(function: Callable, fixed: dict, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return function(query, key, value, **fixed)
+def own_variant(workload: Workload, backend: str) -> list[Variant]:
+    name = f"retro_kernels[{backend}]"
+    result = [Variant(name, workload, functools.partial(workload.attend, backend=backend))]
+    if workload.option != PLAIN:
+        plain = workload.with_option(PLAIN)
+        result.append(Variant(name + WITHOUT, plain, functools.partial(plain.attend, backend=backend)))
+    return result
 
 
 def _compile(attention: Attention) -> Attention:

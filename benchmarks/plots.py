@@ -11,10 +11,15 @@ from . import results
 INK = "#123457"  # stands for the page's text colour in the SVG until it is put in
 COLOURS = {
     "eager": "#8a8a8a",
+    "eager rows": "#b4b4b4",
     "sdpa[math]": "#9ec5e8",
+    "sdpa[math rows]": "#c3dcf2",
     "sdpa[flash]": "#3d85c6",
+    "sdpa[flash rows]": "#1f5f99",
     "sdpa[efficient]": "#5b7fd4",
+    "sdpa[efficient rows]": "#8ea6e2",
     "sdpa[cudnn]": "#2a5db0",
+    "sdpa[cudnn rows]": "#17407f",
     "sdpa[default]": "#7fb2d9",
     "compile[sdpa]": "#57a773",
     "compile[eager]": "#9ccc9c",
@@ -25,14 +30,16 @@ COLOURS = {
     "retro_kernels[triton]": "#e4572e",
     "retro_kernels[cuda]": "#b8321a",
 }
-MARKERS = "osD^vP*Xhp"
+BASELINE = "#f3b7a4"
+MARKERS = {"cca": "o", "encoder-self": "s", "encoder-cross": "D", "causal-self": "^"}
 LONGEST_BAR = 8.0  # times the fastest folded SDPA; longer bars end here and say so
 
 
-def speed(document: dict) -> list[str]:
+def speed(document: dict, rows: list[dict]) -> list[str]:
     """One figure a (precision, mode): median time of every checked variant, whiskers from p20 to p80."""
     return _bars(
         document,
+        rows,
         lambda row: row["p50_ms"],
         "median time, fastest folded SDPA = 1; whiskers p20 to p80 (shorter is faster)",
         lambda row: (row["p50_ms"] - row["p20_ms"], row["p80_ms"] - row["p50_ms"]),
@@ -40,10 +47,11 @@ def speed(document: dict) -> list[str]:
     )
 
 
-def memory(document: dict) -> list[str]:
+def memory(document: dict, rows: list[dict]) -> list[str]:
     """One figure a (precision, mode): most bytes alive during the call, beyond the inputs."""
     return _bars(
         document,
+        rows,
         lambda row: row["peak_extra_bytes"] / 1e6 if row["peak_extra_bytes"] else None,
         "most memory alive during the call beyond the inputs, results included; fastest folded SDPA = 1",
         None,
@@ -52,7 +60,8 @@ def memory(document: dict) -> list[str]:
 
 
 def roofline(document: dict) -> list[str]:
-    """One figure a precision: rate against FLOPs per byte, under the measured copy and matrix ceilings."""
+    """One figure a precision: rate against FLOPs per byte, under the measured copy and matrix ceilings. Hollow:
+    forward; filled: forward and backward."""
     ceilings = document["ceilings"]
     figures = []
     for dtype in dict.fromkeys(row["dtype"] for row in document["rows"]):
@@ -69,13 +78,12 @@ def roofline(document: dict) -> list[str]:
                       textcoords="offset points", color=INK, fontsize=9)  # fmt: skip
         axes.annotate(f"arithmetic, {peak / 1e9:,.0f} GFLOP/s", (high, peak / 1e9), xytext=(-6, 5),
                       textcoords="offset points", ha="right", color=INK, fontsize=9)  # fmt: skip
-        places = list(dict.fromkeys((row["workload"], row["mode"]) for row in rows))
         for row in rows:
-            marker = MARKERS[places.index((row["workload"], row["mode"])) % len(MARKERS)]
             ours = results.is_ours(row["variant"])
-            axes.plot(row["flops"] / row["bytes"], row["tflops"] * 1e3, marker, color=_colour(row["variant"]),
-                      markersize=9 if ours else 6, markeredgecolor=INK if ours else "none",
-                      markeredgewidth=0.8, zorder=3 if ours else 2)  # fmt: skip
+            colour = _colour(row["variant"])
+            axes.plot(row["flops"] / row["bytes"], row["tflops"] * 1e3, MARKERS[row["operation"]], markersize=7 if ours
+                      else 5, markerfacecolor="none" if row["mode"] == "forward" else colour, markeredgecolor=colour,
+                      markeredgewidth=1.1, zorder=3 if ours else 2)  # fmt: skip
         _logarithmic(axes, "x")
         _logarithmic(axes, "y")
         axes.set_xlim(low, high)
@@ -84,7 +92,8 @@ def roofline(document: dict) -> list[str]:
         axes.set_title(dtype, loc="left", color=INK)
         _style(axes, grid="both")
         handles = [_handle(name, "s") for name in dict.fromkeys(row["variant"] for row in rows)]
-        handles += [_handle(" ".join(place), MARKERS[i % len(MARKERS)], INK) for i, place in enumerate(places)]
+        handles += [_handle(name, MARKERS[name], INK) for name in dict.fromkeys(row["operation"] for row in rows)]
+        handles += [_handle("hollow: forward only", " ")]
         _legend(figure, axes, handles)
         figures.append(_svg(figure))
     return figures
@@ -118,25 +127,25 @@ def swap(document: dict) -> list[str]:
     return [_svg(figure)]
 
 
-def _bars(document, value_of, label, whiskers, text) -> list[str]:
+def _bars(document, rows, value_of, label, whiskers, text) -> list[str]:
     """Bars relative to the fastest folded SDPA of the same case, from zero: lengths may be compared, and workloads of
     every size share an axis. The absolute value stands at each bar's end."""
     figures = []
-    fastest = {(entry["workload"], entry["dtype"], entry["mode"]): entry["sdpa"] for entry in results.summary(document)}
-    for dtype, mode in dict.fromkeys((row["dtype"], row["mode"]) for row in document["rows"]):
-        rows = [row for row in document["rows"] if (row["dtype"], row["mode"]) == (dtype, mode)]
-        rows = [row for row in rows if row["status"] == "ok" and value_of(row) is not None]
-        if not rows:
-            continue
+    fastest = {results.case_of(entry): entry["sdpa"] for entry in results.summary(document, rows)}
+    checked = [row for row in rows if row["status"] == "ok" and value_of(row) is not None]
+    for dtype, mode in dict.fromkeys((row["dtype"], row["mode"]) for row in checked):
+        shown_rows = [row for row in checked if (row["dtype"], row["mode"]) == (dtype, mode)]
         position, ticks, labels, longest = 0.0, [], [], 1.0
-        workloads = list(dict.fromkeys(row["workload"] for row in rows))
-        figure, axes = _figure(9.6, 0.2 * len(rows) + 0.22 * len(workloads) + 1.2)
-        for workload in workloads:
-            group = [row for row in rows if row["workload"] == workload]
-            sdpa = fastest[workload, dtype, mode]
+        groups: dict[results.Case, list[dict]] = {}
+        for row in shown_rows:
+            groups.setdefault(results.case_of(row), []).append(row)
+        several = len({case[:2] for case in groups}) > 1
+        figure, axes = _figure(9.6, 0.2 * len(shown_rows) + 0.22 * len(groups) + 1.2)
+        for case, group in groups.items():
+            sdpa = fastest[case]
             unit = (sdpa and value_of(sdpa)) or max(value_of(row) for row in group)
             ticks.append(position + (len(group) - 1) / 2)
-            labels.append(workload)
+            labels.append(f"{case[0]}\n{case[2]}" if several else case[2])
             for row in group:
                 value = value_of(row) / unit
                 shown = min(value, LONGEST_BAR)
@@ -160,7 +169,7 @@ def _bars(document, value_of, label, whiskers, text) -> list[str]:
         axes.set_title(f"{dtype}, {mode}", loc="left", color=INK)
         _style(axes, grid="x")
         axes.tick_params(axis="y", length=0)
-        _legend(figure, axes, [_handle(name, "s") for name in dict.fromkeys(row["variant"] for row in rows)])
+        _legend(figure, axes, [_handle(name, "s") for name in dict.fromkeys(row["variant"] for row in shown_rows)])
         figures.append(_svg(figure))
     return figures
 
@@ -213,7 +222,7 @@ def _handle(name: str, marker: str, colour: str | None = None):
 
 
 def _colour(variant: str) -> str:
-    return COLOURS.get(variant, "#c28f00")
+    return BASELINE if results.is_baseline(variant) else COLOURS.get(variant, "#c28f00")
 
 
 def _svg(figure) -> str:

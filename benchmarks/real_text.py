@@ -3,12 +3,19 @@
 Both models have the same weights. Logits, loss and every parameter gradient are compared before any time is printed:
 in fp32 the two must agree within FP32_LIMIT of each tensor's largest value; under bf16 autocast the swapped model's
 distance to the fp32 model must be at most twice the unswapped one's, plus BF16_FLOOR.
+
+With dropout the two draw different masks, so the swapped model is compared, by the same rules and on the first tokens,
+with itself on backend="reference", which drops what the fused backend drops.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import copy
+import os
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -31,13 +38,17 @@ README = {
     "heads": 8,
     "dim_head": 64,
 }
-"""README.md of retro-pytorch 0.3.9 but for its dropout of 0.25: with dropout two models have nothing to compare."""
+"""README.md of retro-pytorch 0.3.9 but for its dropout, which comes afterwards."""
+DROPOUT = 0.25
+"""The README's, in the decoder's attentions and feed-forwards."""
+COMPARED_WITH_DROPOUT = 256  # tokens: the reference keeps every probability of every layer
 
 FP32_LIMIT = 1e-4
 BF16_FLOOR = 1e-3
 ORIGINAL, SWAPPED = "retro-pytorch", "retro-pytorch + rk.swap"
-STAGES = ("forward", "forward+backward", "training step", "cross-attention layer forward",
-          "cross-attention layer forward+backward")  # fmt: skip
+STAGES = ("forward", "forward+backward", "training step")
+LAYERS = {"one CCA layer": "ChunkedCrossAttention", "encoder": "Encoder"}
+"""Parts of the model timed alone, by the name of their class."""
 
 
 class Unavailable(Exception):
@@ -67,6 +78,8 @@ class Report:
     device: str
     description: dict[str, str]
     swap: str = ""
+    swapped: str = ""
+    """What swap replaced, counted."""
     comparisons: list[Comparison] = field(default_factory=list)
     rows: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -88,15 +101,46 @@ def load_model(device: torch.device, configuration: dict | None = None) -> nn.Mo
     return RETRO(**(configuration or README)).to(device).train()
 
 
-def swapped_copy(model: nn.Module) -> tuple[nn.Module, str]:
-    """A copy with the same weights and fused cross-attention, and what swap said."""
+def swapped_copy(model: nn.Module) -> tuple[nn.Module, str, str]:
+    """A copy with the same weights and fused attentions, what swap said, and what it replaced, counted."""
     import retro_kernels as rk
 
     if not hasattr(rk, "swap"):
         raise Unavailable("this version of retro_kernels has no swap")
     twin = copy.deepcopy(model)
     report = rk.swap(twin)
-    return twin, str(report)
+    return twin, str(report), replaced_parts(report.replaced)
+
+
+def replaced_parts(names: list[str]) -> str:
+    """'3 encoder self-attentions, 4 decoder cross-attentions': what modules of these names in a RETRO are."""
+    kinds = {"0": "self-attention", "1": "cross-attention", "2": "feed-forward"}
+    counted: collections.Counter[str] = collections.Counter()
+    for name in names:
+        place = re.search(r"(encoder|decoder)\.layers\.\d+\.(\d)", name)
+        counted[f"{place[1]} {kinds.get(place[2], 'part')}" if place else "other module"] += 1
+    return ", ".join(f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in sorted(counted.items())) or "nothing"
+
+
+def set_dropout(model: nn.Module, p: float) -> None:
+    """In every nn.Dropout of the decoder, where the README has it."""
+    for module in model.decoder.modules():  # type: ignore[union-attr, operator]
+        if isinstance(module, nn.Dropout):
+            module.p = p
+
+
+@contextlib.contextmanager
+def backend_variable(name: str):
+    """RETRO_KERNELS_BACKEND, which is read at every call, within the block."""
+    old = os.environ.get("RETRO_KERNELS_BACKEND")
+    os.environ["RETRO_KERNELS_BACKEND"] = name
+    try:
+        yield
+    finally:
+        if old is None:
+            del os.environ["RETRO_KERNELS_BACKEND"]
+        else:
+            os.environ["RETRO_KERNELS_BACKEND"] = old
 
 
 def run(
@@ -124,8 +168,8 @@ def run(
     )  # fmt: skip
     result = Report(MODEL, sum(p.numel() for p in original.parameters()), length, str(device), corpus.description)
     report(result)
-    result.notes.append("dropout 0 instead of the README's 0.25: the outputs of the two models are compared")
-    swapped, result.swap = swapped_copy(original)
+    result.notes.append("dropout 0 where none is named: the outputs of the two models are compared")
+    swapped, result.swap, result.swapped = swapped_copy(original)
     models = {ORIGINAL: original, SWAPPED: swapped}
     sequence, retrieved = corpus.sequence(length).to(device), corpus.retrieved().to(device)
 
@@ -143,21 +187,49 @@ def run(
         elif dtype in dtypes:
             right.append(dtype)
     del results, truth
+    step("comparing with dropout")
+    with_dropout = [dtype for dtype in right if _right_with_dropout(swapped, sequence, retrieved, dtype, result)]
     # After all comparisons, because training steps change the weights; the fastest first, in case the time ends.
-    for i, dtype in enumerate(sorted(right, key=costs.__getitem__)):
-        left = (deadline - time.monotonic()) / (len(right) - i)
+    jobs = [(p, dtype) for p in (0.0, DROPOUT) for dtype in sorted(right if p == 0 else with_dropout, key=costs.get)]
+    for i, (p, dtype) in enumerate(jobs):
+        what = f"{dtype} with dropout" if p > 0 else dtype
+        left = (deadline - time.monotonic()) / sum(1.0 if later == 0 else 0.5 for later, _ in jobs[i:])
         if left < 2 * costs[dtype]:  # a warm-up and one round
             result.notes.append(
-                f"{dtype} was not timed: too little of this run's time was left (`retro-kernels bench` has it)"
+                f"{what} was not timed: too little of this run's time was left (`retro-kernels bench` has it)"
             )
             continue
-        step(f"{dtype}: timing")
+        step(f"{what}: timing")
         limited = replace(protocol, seconds=min(protocol.seconds, 0.8 * left - costs[dtype]))
         if 0.8 * left < costs[dtype] * (1 + protocol.min_rounds):
             limited = replace(limited, min_rounds=1)
-        result.rows += _time(models, sequence, retrieved, dtype, limited, device, memory)
+        for model in models.values():
+            set_dropout(model, p)
+        result.rows += _time(models, sequence, retrieved, dtype, limited, device, memory, p)
     result.finished = True
     return result
+
+
+def _right_with_dropout(swapped, sequence, retrieved, dtype, result: Report) -> bool:
+    """Adds a comparison of the swapped model with itself on the reference backend."""
+    length = min(COMPARED_WITH_DROPOUT, sequence.shape[1] - 1)
+    data = sequence[:, : length + 1], retrieved[:, : length // swapped.chunk_size]
+    set_dropout(swapped, DROPOUT)
+    try:
+        found = {}
+        with backend_variable("reference"):
+            for name in dict.fromkeys(("fp32", dtype)):
+                found[name] = _results(swapped, *data, name)
+        fused = _results(swapped, *data, dtype)
+    finally:
+        set_dropout(swapped, 0.0)
+    comparison = compare(found[dtype], fused, found["fp32"], dtype)
+    comparison.dtype = f"{dtype}, dropout {DROPOUT:g}"
+    comparison.rule = f"fused against backend='reference', {length} tokens: {comparison.rule}"
+    result.comparisons.append(comparison)
+    if not comparison.passed:
+        result.notes.append(f"{dtype} with dropout: no time is printed, the models differ: {comparison.worst}")
+    return comparison.passed
 
 
 def _autocast(device: torch.device, dtype: str):
@@ -167,6 +239,7 @@ def _autocast(device: torch.device, dtype: str):
 def _results(model: nn.Module, sequence: Tensor, retrieved: Tensor, dtype: str) -> dict[str, Tensor]:
     """Logits, loss and the gradient of every parameter that has one."""
     model.zero_grad(set_to_none=True)
+    torch.manual_seed(SEED)
     with _autocast(sequence.device, dtype):
         with torch.no_grad():
             logits = model(sequence[:, :-1], retrieved)
@@ -209,10 +282,10 @@ def _distance(x: Tensor, y: Tensor) -> float:
     return float((x.double() - y.double()).abs().max().nan_to_num(nan=float("inf"), posinf=float("inf")))
 
 
-def _time(models, sequence, retrieved, dtype, protocol: Protocol, device, memory: bool) -> list[dict]:
+def _time(models, sequence, retrieved, dtype, protocol: Protocol, device, memory: bool, dropout: float) -> list[dict]:
     """Rounds over both models in changing order; within a training step the stages are read off one clock."""
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-5) for name, model in models.items()}
-    times: dict[tuple[str, str], list[float]] = {(name, stage): [] for name in models for stage in STAGES[:3]}
+    times: dict[tuple[str, str], list[float]] = {(name, stage): [] for name in models for stage in STAGES}
 
     def clock() -> float:
         if device.type == "cuda":
@@ -249,14 +322,15 @@ def _time(models, sequence, retrieved, dtype, protocol: Protocol, device, memory
     optimizers.clear()
 
     peaks: dict[tuple[str, str], int | None] = {}
-    layers = _layer_calls(models, sequence, retrieved, dtype, device)
+    layers = {} if dropout else _layer_calls(models, sequence, retrieved, dtype, device)
     for stage, calls in layers.items():
         for name, samples in interleaved(calls, device, _layer_protocol(protocol), seed=SEED).items():
             times[name, stage] = samples.milliseconds
         for name, timed in calls.items() if memory else ():
             peaks[name, stage] = peak_extra_bytes(timed.call, device)
+    end = f", dropout {dropout:g}" if dropout else ""
     return [
-        {"dtype": dtype, "stage": stage, "variant": name, **Samples(values).summary(),
+        {"dtype": dtype, "stage": stage + end, "variant": name, **Samples(values).summary(),
          "peak_extra_bytes": peaks.get((name, stage))}
         for (name, stage), values in times.items()
     ]  # fmt: skip
@@ -267,30 +341,36 @@ def _layer_protocol(protocol: Protocol) -> Protocol:
 
 
 def _layer_calls(models, sequence, retrieved, dtype, device) -> dict[str, dict[str, Timed]]:
-    """One decoder cross-attention layer alone (projections and core), on the inputs it has within the model."""
-    calls: dict[str, dict[str, Timed]] = {stage: {} for stage in STAGES[3:]}
+    """The first part of each kind alone (with its projections), on the inputs it has within the model."""
+    modes = ("forward", "forward+backward")
+    calls: dict[str, dict[str, Timed]] = {f"{part} {mode}": {} for part in LAYERS for mode in modes}
     for name, model in models.items():
-        layer = next(m for m in model.modules() if type(m).__name__ == "ChunkedCrossAttention")
-        seen: dict = {}
+        for part, kind in LAYERS.items():
+            layer = next(m for m in model.modules() if type(m).__name__ == kind)
+            seen: dict = {}
 
-        def remember(module, args, kwargs, seen=seen):
-            seen["args"], seen["kwargs"] = args, kwargs
+            def remember(module, args, kwargs, seen=seen):
+                seen["args"], seen["kwargs"] = args, kwargs
 
-        hook = layer.register_forward_pre_hook(remember, with_kwargs=True)
-        with torch.no_grad(), _autocast(device, dtype):
-            model(sequence[:, :-1], retrieved)
-        hook.remove()
-        x = seen["args"][0].detach().requires_grad_()
-        keywords = dict(seen["kwargs"], context=seen["kwargs"]["context"].detach().requires_grad_())
-
-        def forward(layer=layer, x=x, keywords=keywords):
+            hook = layer.register_forward_pre_hook(remember, with_kwargs=True)
             with torch.no_grad(), _autocast(device, dtype):
-                return layer(x, **keywords)
+                model(sequence[:, :-1], retrieved)
+            hook.remove()
+            x = seen["args"][0].detach().requires_grad_()
+            keywords = {
+                key: value.detach().requires_grad_() if key in ("context", "chunked_seq") else value
+                for key, value in seen["kwargs"].items()
+            }
+            wanted = [x, *(value for key, value in keywords.items() if key in ("context", "chunked_seq"))]
 
-        def both(layer=layer, x=x, keywords=keywords):
-            with _autocast(device, dtype):
-                out = layer(x, **keywords)
-            return torch.autograd.grad(out.sum(), [x, keywords["context"], *layer.parameters()])
+            def forward(layer=layer, x=x, keywords=keywords):
+                with torch.no_grad(), _autocast(device, dtype):
+                    return layer(x, **keywords)
 
-        calls[STAGES[3]][name], calls[STAGES[4]][name] = Timed(forward), Timed(both)
+            def both(layer=layer, x=x, keywords=keywords, wanted=wanted):
+                with _autocast(device, dtype):
+                    out = layer(x, **keywords)
+                return torch.autograd.grad(out.sum(), [*wanted, *layer.parameters()])
+
+            calls[f"{part} forward"][name], calls[f"{part} forward+backward"][name] = Timed(forward), Timed(both)
     return calls

@@ -42,15 +42,18 @@ def markdown(document: dict) -> str:
         + f", commit {environment['commit'] or 'unknown'}, {environment['date']}. {_ceilings(document)}",
         "",
     ]
-    cells = results.summary_cells(document)
-    if cells:
-        lines += [*_markdown_table(results.SUMMARY_HEAD, cells, left=3), "", results.SUMMARY_LEGEND, ""]
+    for title, rows in results.sections(document):
+        head, cells, left = results.section_cells(document, rows)
+        lines += [f"{title}:", "", *_markdown_table(head, cells, left), ""]
+    if document["rows"]:
+        lines += [results.SUMMARY_LEGEND, ""]
     report = document.get("real_text")
     cells = results.real_text_cells(document)
     if report and cells:
         lines += [
             f"{report['model']} ({report['parameters']:,} parameters) on real text, {report['length']} tokens (bf16: "
-            "autocast), as it is and after `rk.swap`; logits, loss and all gradients compared first:",
+            f"autocast), as it is and after `rk.swap`, which replaced {report['swapped']}; logits, loss and all "
+            "gradients compared first:",
             "",
             *_markdown_table(results.REAL_TEXT_HEAD, cells, left=2),
             "",
@@ -81,7 +84,7 @@ def page(document: dict) -> str:
         "<!doctype html><html lang=en><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         f"<title>retro_kernels benchmark, {_text(environment['device'])}</title><style>{STYLE}</style>",
-        "<h1>Chunked cross-attention: retro_kernels against the alternatives</h1>",
+        "<h1>RETRO's attentions: retro_kernels against the alternatives</h1>",
         f"<p class=dim>{_text(environment['device'])} · {_text(environment['date'])} · commit "
         f"{_text(environment['commit'] or 'unknown')} · {_text(_ceilings(document))}</p>",
     ]
@@ -92,12 +95,14 @@ def page(document: dict) -> str:
             "<p class=warn>No fused backend ran here: retro_kernels[reference] is the specification, not a kernel. "
             "<code>retro-kernels doctor</code> tells why.</p>"
         )
-    cells = results.summary_cells(document)
-    if cells:
-        parts += ["<h2>Summary</h2>", _table(results.SUMMARY_HEAD, cells, left=3)]
-        parts.append(f"<p class=dim>{_text(results.SUMMARY_LEGEND)}</p>")
+    for number, (title, rows) in enumerate(results.sections(document)):
+        head, cells, left = results.section_cells(document, rows)
+        parts += [f"<h2>{_text(title)}</h2>", _table(head, cells, left=left)]
+        parts += [f"<p class=dim>{_text(results.SUMMARY_LEGEND)}</p>"] if number == 0 else []
+        parts += _figures(document, rows, unfolded=number == 0)
     parts += _real_text(document)
-    parts += _figures(document)
+    if document["rows"]:
+        parts += ["<h2>Position on the roofline</h2>", *_plot("roofline", document)]
     parts += _details(document)
     missing = results.not_timed(document)
     parts.append("<h2>Not timed, and why</h2>")
@@ -119,6 +124,7 @@ def _real_text(document: dict) -> list[str]:
     parts = [
         "<h2>A real RETRO on real text</h2>",
         f"<p>{_text(report['model'])}, {report['parameters']:,} parameters, {report['length']} tokens, batch 1. "
+        f"<b>rk.swap replaced:</b> {_text(report['swapped'])}. "
         + " ".join(
             f"<b>{_text(name.capitalize())}:</b> {_text(value)}." for name, value in report["description"].items()
         )
@@ -140,19 +146,21 @@ def _real_text(document: dict) -> list[str]:
     return parts
 
 
-def _figures(document: dict) -> list[str]:
+def _figures(document: dict, rows: list[dict], unfolded: bool) -> list[str]:
+    """Speed and memory of one section, folded away but for the first."""
+    state = " open" if unfolded else ""
+    speed, memory = _plot("speed", document, rows), _plot("memory", document, rows)
     return [
-        "<h2>Speed against the alternatives</h2>", *_plot("speed", document),
-        "<h2>Position on the roofline</h2>", *_plot("roofline", document),
-        "<h2>Peak memory</h2>", *_plot("memory", document),
-    ] if document["rows"] else []  # fmt: skip
+        f"<details{state}><summary>Speed against the alternatives</summary>", *speed, "</details>",
+        "<details><summary>Peak memory</summary>", *memory, "</details>",
+    ]  # fmt: skip
 
 
-def _plot(name: str, document: dict) -> list[str]:
+def _plot(name: str, *arguments) -> list[str]:
     try:
         from . import plots
 
-        return getattr(plots, name)(document)
+        return getattr(plots, name)(*arguments)
     except ImportError as error:
         return [f"<p class=warn>No figure: {_text(str(error))}. pip install 'retro_kernels[bench]'</p>"]
 

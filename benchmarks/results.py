@@ -6,7 +6,9 @@ import json
 import os
 from pathlib import Path
 
-SCHEMA = 1
+from .workloads import OPERATIONS, OPTIONS, PLAIN
+
+SCHEMA = 2
 FILE = "bench.json"
 
 
@@ -63,41 +65,69 @@ def finite(value):
     return value
 
 
-def cases(document: dict) -> list[tuple[str, str, str]]:
-    """(workload, dtype, mode) in the order they were run."""
-    return list(dict.fromkeys((row["workload"], row["dtype"], row["mode"]) for row in document["rows"]))
+Case = tuple[str, str, str, str, str]
 
 
-def rows_of(document: dict, case: tuple[str, str, str]) -> list[dict]:
-    return [row for row in document["rows"] if (row["workload"], row["dtype"], row["mode"]) == case]
+def case_of(row: dict) -> Case:
+    """(operation, option, workload, dtype, mode)"""
+    return row["operation"], row["option"], row["workload"], row["dtype"], row["mode"]
+
+
+def cases(document: dict) -> list[Case]:
+    """In the order they were run."""
+    return list(dict.fromkeys(map(case_of, document["rows"])))
+
+
+def rows_of(document: dict, case: Case) -> list[dict]:
+    return [row for row in document["rows"] if case_of(row) == case]
 
 
 def is_ours(variant: str) -> bool:
-    return variant.startswith("retro_kernels")
+    return variant.startswith("retro_kernels") and not is_baseline(variant)
 
 
-def summary(document: dict) -> list[dict]:
-    """One entry a case: retro_kernels, eager, and the fastest of each family of alternatives; None where there is no
-    checked time."""
+def is_baseline(variant: str) -> bool:
+    """Ours without the case's option, timed beside it to tell what the option costs."""
+    return variant.endswith(" without")
+
+
+def sections(document: dict) -> list[tuple[str, list[dict]]]:
+    """(title, rows): one section an operation without options, then one for each option."""
+    plain = [(title, [row for row in document["rows"] if (row["operation"], row["option"]) == (operation, PLAIN)])
+             for operation, title in OPERATIONS.items()]  # fmt: skip
+    others = [(f"With {text}", [row for row in document["rows"] if row["option"] == option])
+              for option, text in OPTIONS.items() if option != PLAIN]  # fmt: skip
+    return [(title, rows) for title, rows in plain + others if rows]
+
+
+def summary(document: dict, rows: list[dict] | None = None) -> list[dict]:
+    """One entry a case (of these rows): retro_kernels, the same without the option, eager, and the fastest of each
+    family of alternatives; None where there is no checked time."""
 
     def fastest(rows: list[dict], *prefixes: str) -> dict | None:
         timed = [row for row in rows if row["status"] == "ok" and row["variant"].startswith(prefixes)]
         return min(timed, key=lambda row: row["p50_ms"], default=None)
 
     result = []
-    for case in cases(document):
-        rows = rows_of(document, case)
-        ours = fastest([row for row in rows if row["variant"] != "retro_kernels[reference]"], "retro_kernels")
-        ours = ours or fastest(rows, "retro_kernels")
+    grouped: dict[Case, list[dict]] = {}
+    for row in document["rows"] if rows is None else rows:
+        grouped.setdefault(case_of(row), []).append(row)
+    for (operation, option, workload, dtype, mode), found in grouped.items():
+        own = [row for row in found if is_ours(row["variant"])]
+        ours = fastest([row for row in own if row["variant"] != "retro_kernels[reference]"], "retro_kernels")
+        ours = ours or fastest(own, "retro_kernels")
         result.append(
             {
-                "workload": case[0],
-                "dtype": case[1],
-                "mode": case[2],
+                "operation": operation,
+                "option": option,
+                "workload": workload,
+                "dtype": dtype,
+                "mode": mode,
                 "ours": ours,
-                "eager": fastest(rows, "eager"),
-                "sdpa": fastest(rows, "sdpa"),
-                "compiled": fastest(rows, "compile", "flex"),
+                "without": fastest([row for row in found if is_baseline(row["variant"])], "retro_kernels"),
+                "eager": fastest(found, "eager"),
+                "sdpa": fastest(found, "sdpa"),
+                "compiled": fastest(found, "compile", "flex"),
             }
         )
     return result
@@ -152,29 +182,45 @@ SUMMARY_HEAD = (
     "workload", "dtype", "mode", "ours ms", "SDPA ms", "comp. ms", "eager ms", "vs SDPA", "vs comp.", "vs eager",
     "limit", "MB", "SDPA MB",
 )  # fmt: skip
+OPTION_HEAD = (
+    "operation", "workload", "dtype", "mode", "ours ms", "without", "costs", "SDPA ms", "comp. ms", "eager ms",
+    "vs SDPA", "vs comp.", "vs eager", "limit", "MB", "SDPA MB",
+)  # fmt: skip
 SUMMARY_LEGEND = (
     "Medians of interleaved rounds; every timed result was checked against an fp64 reference in the same run. "
-    "Ours: retro_kernels. SDPA: the fastest backend of scaled_dot_product_attention on folded tensors; comp.: the "
-    "fastest of torch.compile and FlexAttention; eager: retro-pytorch's way. vs: how many times faster ours is. "
-    "Limit: the least time that the measured copy bandwidth and multiply-add rate allow, as a share of our time. "
-    "MB: most memory alive beyond the inputs, results included."
+    "Ours: retro_kernels. SDPA: the fastest way of using scaled_dot_product_attention (every backend, on folded "
+    "tensors; relative positions as a materialised bias); comp.: the fastest of torch.compile and FlexAttention; "
+    "eager: retro-pytorch's way, with relative positions Transformer-XL's. vs: how many times faster ours is. without: "
+    "ours without the option, in the same rounds; costs: how much longer the option takes. Limit: the least time that "
+    "the measured copy bandwidth and multiply-add rate allow, as a share of our time. MB: most memory alive beyond the "
+    "inputs, results included."
 )
 
 
-def summary_cells(document: dict) -> list[list[str]]:
-    """SUMMARY_HEAD's columns as text, one row a case."""
+def section_cells(document: dict, rows: list[dict]) -> tuple[tuple[str, ...], list[list[str]], int]:
+    """One section's table: its head, its cells as text (one row a case), and how many columns are words."""
+    entries = summary(document, rows)
+    plain = all(entry["option"] == PLAIN for entry in entries)
     cells = []
-    for entry in summary(document):
+    for entry in entries:
         ours, sdpa, compiled, eager = (entry[name] for name in ("ours", "sdpa", "compiled", "eager"))
+        without = [] if plain else [milliseconds(entry["without"]), cost(entry)]
         cells.append(
             [
-                entry["workload"], entry["dtype"], entry["mode"].replace("forward", "fwd").replace("backward", "bwd"),
-                *(milliseconds(row) for row in (ours, sdpa, compiled, eager)),
+                *([] if plain else [entry["operation"]]), entry["workload"], entry["dtype"],
+                entry["mode"].replace("forward", "fwd").replace("backward", "bwd"), milliseconds(ours), *without,
+                *(milliseconds(row) for row in (sdpa, compiled, eager)),
                 *(times(ratio(row, ours)) for row in (sdpa, compiled, eager)),
                 percent(ours), megabytes(ours), megabytes(sdpa),
             ]
         )  # fmt: skip
-    return cells
+    return (SUMMARY_HEAD, cells, 3) if plain else (OPTION_HEAD, cells, 4)
+
+
+def cost(entry: dict) -> str:
+    """How much longer ours takes with the case's option, in percent."""
+    value = ratio(entry["ours"], entry["without"])
+    return "-" if value is None else f"{100 * (value - 1):+.0f}%"
 
 
 REAL_TEXT_HEAD = ("dtype", "what", "unswapped ms", "swapped ms", "faster", "rounds", "MB", "swapped MB")
@@ -184,7 +230,7 @@ def real_text_cells(document: dict) -> list[list[str]]:
     return [
         [
             pair["dtype"],
-            pair["stage"].replace("cross-attention layer", "one CCA layer").replace("forward+backward", "fwd+bwd"),
+            pair["stage"].replace("forward+backward", "fwd+bwd"),
             milliseconds(pair["original"]),
             milliseconds(pair["swapped"]),
             times(ratio(pair["original"], pair["swapped"])),
@@ -196,17 +242,26 @@ def real_text_cells(document: dict) -> list[list[str]]:
     ]
 
 
+def _places(where: list[str]) -> str:
+    """Cases, those that differ in dtype and mode only named once."""
+    short: dict[str, list[str]] = {}
+    for what in where:
+        operation, option, workload, *case = what.split()
+        short.setdefault(f"{operation} {option} {workload}", []).append(" ".join(case))
+    return "; ".join(f"{place}: {', '.join(found)}" for place, found in short.items())
+
+
 def not_timed(document: dict) -> list[tuple[str, str]]:
     """(what, why) of everything that has no time: variants grouped by reason, then whole parts."""
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for row in document["rows"]:
         if row["status"] != "ok":
-            what = f"{row['workload']} {row['dtype']} {row['mode']}"
+            what = " ".join(case_of(row))
             grouped.setdefault((row["variant"], row["status"], row["reason"] or ""), []).append(what)
     total = len(cases(document))
     entries = []
     for (variant, status, reason), where in grouped.items():
-        place = "everywhere" if len(where) == total else ", ".join(where)
+        place = "everywhere" if len(where) == total else _places(where)
         entries.append((f"{variant} ({place})", reason if status == "skipped" else f"{status}: {reason}"))
     for note in (document.get("real_text") or {}).get("notes", []):
         if "was not timed" in note or "no time" in note:

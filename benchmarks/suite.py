@@ -1,7 +1,8 @@
-"""Times chunked cross-attention: for every workload, precision and mode, all variants checked, then interleaved."""
+"""Times the attentions: for every workload, precision and mode, all variants checked, then interleaved."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ import torch
 from . import peers, verify
 from .peers import CompileBudget, CompileTimeout, Skipped, Variant
 from .timing import Ceilings, Protocol, Timed, interleaved, peak_extra_bytes
-from .workloads import DTYPES, SEED, Workload
+from .workloads import DROPOUT, DTYPES, PLAIN, SEED, Workload
 
 OK, SKIPPED, WRONG, FAILED = "ok", "skipped", "wrong", "failed"
 
@@ -22,6 +23,8 @@ OK, SKIPPED, WRONG, FAILED = "ok", "skipped", "wrong", "failed"
 class Row:
     """One variant of one case. Times, rates and memory are there only when `status` is "ok"."""
 
+    operation: str
+    option: str
     workload: str
     shape: str
     dtype: str
@@ -84,34 +87,48 @@ def run(workloads: Iterable[Workload], settings: Settings, ceilings: Ceilings, w
             rows.append(row)
             watcher.row(row)
 
+    truths: dict[Workload, verify.Truth] = {}
     for workload in workloads:
         workload = workload.on(settings.device)
-        watcher.case(workload.name)
+        plain = workload.with_option(PLAIN)
+        watcher.case(f"{workload.operation} {workload.option} {workload.name}")
+        base = None
         try:
             watcher.step("fp64 reference")
             base = workload.inputs(torch.bfloat16, settings.device)
-            truth = verify.Truth(workload, base)
-        except torch.OutOfMemoryError as error:
-            add([_row(workload, name, mode, "all", FAILED, f"out of memory: {error}")
+            truths = {known: truth for known, truth in truths.items() if known == plain}
+            for needed in (workload, plain):  # what the option costs is told beside it, and checked as well
+                if needed not in truths:
+                    truths[needed] = verify.Truth(needed, inputs_of(needed, base))
+        except (torch.OutOfMemoryError, ValueError) as error:
+            reason = f"out of memory: {error}" if isinstance(error, torch.OutOfMemoryError) else str(error)
+            status = SKIPPED if isinstance(error, ValueError) else FAILED
+            add([_row(workload, name, mode, "all", status, reason)
                  for name in settings.dtypes for mode in settings.modes])  # fmt: skip
+            del base
             continue
         for dtype in settings.dtypes:
             inputs = tuple(tensor.to(DTYPES[dtype]) for tensor in base)
             for mode in settings.modes:
-                add(_case(workload, dtype, mode, inputs, truth, settings, ceilings, watcher))
+                add(_case(workload, dtype, mode, inputs, truths, settings, ceilings, watcher))
             del inputs
-        del base, truth
+        del base
         _clean(settings.device)
     return rows
 
 
-def _case(workload, dtype, mode, inputs, truth, settings: Settings, ceilings, watcher) -> list[Row]:
+def inputs_of(workload: Workload, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Of a case's inputs those that this workload takes: its leaves, and the output's gradient."""
+    return (*inputs[: len(workload.leaves)], inputs[-1])
+
+
+def _case(workload, dtype, mode, inputs, truths, settings: Settings, ceilings, watcher) -> list[Row]:
     device = settings.device
     torch._dynamo.reset()
     inputs = verify.leaves(inputs, mode != "forward")
     rows: dict[str, Row] = {}
     timed: dict[str, Timed] = {}
-    eager_errors = None
+    eager_errors: dict[Workload, list[verify.Error]] = {}
     for variant in peers.variants(workload, device, compiled=settings.compiled, backends=settings.backends):
         why = settings.skip(workload, dtype, mode, variant.name) if settings.skip else None
         if isinstance(variant, Skipped) or why:
@@ -119,24 +136,22 @@ def _case(workload, dtype, mode, inputs, truth, settings: Settings, ceilings, wa
             rows[variant.name] = _row(workload, dtype, mode, variant.name, SKIPPED, reason)
             continue
         watcher.step(f"{dtype} {mode}: checking {variant.name}")
-        status, reason, errors = _check(variant, inputs, mode, truth, settings.budget, dtype, eager_errors)
+        own_inputs = inputs_of(variant.workload, inputs)
+        status, reason, errors = check(variant, own_inputs, mode, truths, settings.budget, dtype, eager_errors)
         row = _row(workload, dtype, mode, variant.name, status, reason)
         row.errors = verify.to_json(errors)
-        row.checked = "every element" if truth.whole else "two corners of batch and heads; the rest finite"
+        row.checked = "every element" if truths[workload].whole else "two corners of batch and heads; the rest finite"
+        if variant.undropped is not None:
+            row.checked += " without dropout; with it, mean and noise"
         rows[variant.name] = row
-        if variant.name == "eager" and errors:
-            eager_errors = errors
         if status == OK:
-            call = _call(variant, inputs, mode)
-            timed[variant.name] = Timed(call, variant.context)
+            timed[variant.name] = Timed(_call(variant, own_inputs, mode), variant.context)
     if settings.memory:
         for name, entry in list(timed.items()):
             watcher.step(f"{dtype} {mode}: memory of {name}")
             with entry.context():
                 rows[name].peak_extra_bytes = _peak(entry.call, device)
     watcher.step(f"{dtype} {mode}: timing {len(timed)} variants")
-    flops, moved = workload.flops(mode), workload.bytes(mode, DTYPES[dtype])
-    limit, bound = ceilings.floor_seconds(flops, moved, dtype)
     try:
         found = interleaved(timed, device, settings.protocol, seed=SEED)
     except torch.OutOfMemoryError:
@@ -145,6 +160,9 @@ def _case(workload, dtype, mode, inputs, truth, settings: Settings, ceilings, wa
             rows[name].status, rows[name].reason = FAILED, "out of memory while all variants were timed"
     for name, samples in found.items():
         row = rows[name]
+        computed = workload.with_option(PLAIN) if name.endswith(peers.WITHOUT) else workload
+        flops, moved = computed.flops(mode), computed.bytes(mode, DTYPES[dtype])
+        limit, bound = ceilings.floor_seconds(flops, moved, dtype)
         for key, value in samples.summary().items():
             setattr(row, key, value)
         seconds = samples.percentile(50) * 1e-3
@@ -154,18 +172,22 @@ def _case(workload, dtype, mode, inputs, truth, settings: Settings, ceilings, wa
     return list(rows.values())
 
 
-def _check(variant: Variant, inputs, mode, truth, budget: CompileBudget, dtype, eager_errors):
-    """-> status, reason, errors of one call, which also warms the variant up and compiles it."""
+def check(variant: Variant, inputs, mode, truths, budget: CompileBudget, dtype, eager_errors):
+    """-> status, reason, errors of one call, which also warms the variant up and compiles it. The errors of eager
+    PyTorch, which judge those of the rest, are kept in `eager_errors` by what was computed."""
+    plain = variant.workload.with_option(PLAIN)
     try:
         if not variant.compiled:
             with variant.context():
-                result = verify.run(variant.attention, inputs, mode)
+                result, undropped = _results(variant, inputs, mode)
         elif budget.allowed <= 0:
             return SKIPPED, f"the run's compile budget of {budget.total:.0f} s was used up", []
         else:
             with warnings.catch_warnings(), budget.spend() as allowed:
                 warnings.simplefilter("ignore")
-                result = verify.run(variant.attention, inputs, mode)
+                result, undropped = _results(variant, inputs, mode)
+        if variant.workload not in eager_errors:
+            eager_errors.update(_eager_errors(variant, inputs, mode, truths))
     except CompileTimeout:
         torch._dynamo.reset()
         return SKIPPED, f"compile exceeded {allowed:.0f} s", []
@@ -174,13 +196,34 @@ def _check(variant: Variant, inputs, mode, truth, budget: CompileBudget, dtype, 
     except Exception as error:
         kind = SKIPPED if variant.compiled or variant.name.startswith("sdpa") else FAILED
         return kind, f"{type(error).__name__}: {_first_line(error)}", []
-    errors = truth.errors(result)
-    reason = verify.judge(errors, None if variant.name == "eager" else eager_errors, dtype)
+    eager = None if variant.name == "eager" else eager_errors[variant.workload]
+    if undropped is None:
+        errors = truths[variant.workload].errors(result)
+        reason = verify.judge(errors, eager, dtype)
+    else:
+        errors = truths[plain].errors(undropped)
+        reason = verify.judge(errors, eager, dtype) or truths[plain].judge_own_dropout(result)
     return (WRONG, reason, errors) if reason else (OK, None, errors)
 
 
+def _results(variant: Variant, inputs, mode):
+    """What the variant gives, and what it gives without dropout where its dropout is PyTorch's."""
+    torch.manual_seed(SEED)
+    result = verify.run(variant.workload, variant.attention, inputs, mode)
+    if variant.undropped is None:
+        return result, None
+    return result, verify.run(variant.workload, variant.undropped, inputs, mode)
+
+
+def _eager_errors(variant: Variant, inputs, mode, truths) -> dict[Workload, list[verify.Error]]:
+    """Of what this variant computes; dropout's measure is the error without it."""
+    computed = variant.workload.with_option(PLAIN) if variant.workload.option == DROPOUT else variant.workload
+    result = verify.run(computed, functools.partial(peers.eager, computed), inputs, mode)
+    return {variant.workload: truths[computed].errors(result)}
+
+
 def _call(variant: Variant, inputs, mode: str) -> Callable[[], object]:
-    return lambda: verify.run(variant.attention, inputs, mode)
+    return lambda: verify.run(variant.workload, variant.attention, inputs, mode)
 
 
 def _peak(call: Callable[[], object], device: torch.device) -> int | None:
@@ -191,7 +234,8 @@ def _peak(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _row(workload: Workload, dtype: str, mode: str, variant: str, status: str, reason: str | None) -> Row:
-    return Row(workload.name, workload.describe(), dtype, mode, variant, status, reason)
+    shape = workload.describe()
+    return Row(workload.operation, workload.option, workload.name, shape, dtype, mode, variant, status, reason)
 
 
 def _first_line(error: Exception) -> str:

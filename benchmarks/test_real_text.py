@@ -13,7 +13,7 @@ LENGTH = 512
 def models():
     try:
         original = real_text.load_model(DEVICE)
-        swapped, _ = real_text.swapped_copy(original)
+        swapped, _, _ = real_text.swapped_copy(original)
     except real_text.Unavailable as error:
         pytest.skip(str(error))
     corpus = text_database.build(

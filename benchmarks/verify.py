@@ -6,6 +6,10 @@ computation in eager PyTorch of the same precision, plus a floor of FLOORS times
 direction agrees (COSINES). The eager computation is what sets that measure, so it is judged by EAGER_LIMITS instead.
 Where the tensors are too large for fp64, the first and the last batch entry and key/value head are checked, and the
 rest is checked to be finite.
+
+Dropout: retro_kernels is judged as above, by a reference that drops the same probabilities. PyTorch draws a mask of its
+own, so its ways are judged as above with dropout off, and with dropout by what it must leave alone and change: output
+and gradients unbiased (BIAS), the output's noise that of this probability (NOISE).
 """
 
 from __future__ import annotations
@@ -16,13 +20,19 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from .workloads import Workload
+from .workloads import CAUSAL_SELF, DROPOUT, DROPOUT_P, SEED, Workload
 
 FLOORS = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 2e-4}
 COSINES = {"fp32": 0.999999, "bf16": 0.9995, "fp16": 0.9999}
 EAGER_LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-NAMES = ("output", "query gradient", "key gradient", "value gradient")
-LARGEST_FP64_KEY = 512 << 20
+BIAS, NOISE = 0.01, 0.1
+LARGEST_FP64_KEY = 640 << 20
+LARGEST_FP64_LOGITS = 1 << 30
+
+
+def names(workload: Workload) -> tuple[str, ...]:
+    """What a call with gradients gives, in order."""
+    return ("output", *(f"{leaf} gradient" for leaf in workload.leaves))
 
 
 @dataclass(frozen=True)
@@ -63,30 +73,33 @@ class Slice:
     group: int
 
     def of(self, name: str, tensor: Tensor) -> Tensor:
-        if name in ("key", "value", "key gradient", "value gradient"):
-            return tensor[self.batch, :, :, :, self.kv_heads]
+        """The part of an input, or of what a call gives, by its name."""
+        name = name.removesuffix(" gradient")
         heads = slice(self.kv_heads.start * self.group, self.kv_heads.stop * self.group)
-        return tensor[self.batch, :, heads]
+        if name in ("relative_key", "content_bias", "relative_bias"):
+            return tensor[heads]
+        return tensor[self.batch][..., self.kv_heads if name in ("key", "value") else heads, :]
 
 
 def slices(workload: Workload) -> list[Slice]:
-    """Everything when it fits LARGEST_FP64_KEY bytes, otherwise two corners of it."""
+    """Everything when it fits LARGEST_FP64_KEY bytes, otherwise two corners of it. (A parameter's gradient is a sum
+    over the batch, so with parameters the corners have all of it.)"""
     group = workload.num_heads // workload.kv_heads
     b, hk = workload.batch or 1, workload.kv_heads
-    per_head = workload.num_chunks * workload.keys_per_chunk * workload.head_dim * 8
-    if b * hk * per_head <= LARGEST_FP64_KEY:
+    query, key, _, *positions = workload.shapes()
+    elements = max(torch.Size(query).numel(), torch.Size(key).numel())
+    if elements * 8 <= LARGEST_FP64_KEY:
         return [Slice(slice(0, b), slice(0, hk), group)]
-    return [
-        Slice(slice(0, 1), slice(0, 1), group),
-        Slice(slice(b - 1, b), slice(hk - 1, hk), group),
-    ]
+    first, last = (slice(0, b), slice(0, b)) if positions else (slice(0, 1), slice(b - 1, b))
+    return [Slice(first, slice(0, 1), group), Slice(last, slice(hk - 1, hk), group)]
 
 
 Result = dict[str, Tensor]
 
 
-def run(attention: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str) -> Result:
-    """Output, and for "forward+backward" the gradients, of one call. inputs: query, key, value, output gradient."""
+def run(workload: Workload, attention: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str) -> Result:
+    """Output, and for "forward+backward" the gradients, of one call. inputs: the workload's, the output gradient
+    last."""
     *leaves, grad_out = inputs
     if mode == "forward":
         with torch.no_grad():
@@ -94,11 +107,11 @@ def run(attention: Callable[..., Tensor], inputs: tuple[Tensor, ...], mode: str)
     with torch.enable_grad():
         out = attention(*leaves)
         gradients = torch.autograd.grad(out, leaves, grad_out)
-    return dict(zip(NAMES, (out.detach(), *gradients)))
+    return dict(zip(names(workload), (out.detach(), *gradients)))
 
 
 def leaves(inputs: tuple[Tensor, ...], gradients: bool) -> tuple[Tensor, ...]:
-    """query, key and value as autograd leaves, and the output gradient."""
+    """The inputs as autograd leaves, and the output gradient."""
     *tensors, grad_out = inputs
     return (*(t.detach().requires_grad_(gradients) for t in tensors), grad_out)
 
@@ -107,21 +120,38 @@ class Truth:
     """The fp64 reference of one workload, computed once, for the slices that are checked."""
 
     def __init__(self, workload: Workload, inputs: tuple[Tensor, ...]) -> None:
-        """inputs: query, key, value, output gradient in any precision (the values are the same in all)."""
-        import retro_kernels as rk
-
-        def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return rk.chunked_cross_attention(query, key, value, chunk_size=workload.chunk_size, backend="reference")
-
+        """inputs: the workload's in any precision (the values are the same in all). Raises ValueError when the
+        workload has dropout and is too large to be checked whole: a slice of it would drop something else."""
+        self.workload = workload
         self.slices = slices(workload)
         self.whole = len(self.slices) == 1
-        self.results: list[Result] = []
-        for part in self.slices:
+        if workload.option == DROPOUT and not self.whole:
+            raise ValueError("too large for an fp64 reference, which dropout needs whole")
+        self.results = [self._reference(part, inputs) for part in self.slices]
+
+    def _reference(self, part: Slice, inputs: tuple[Tensor, ...]) -> Result:
+        """Head by head where all heads' logits at once would be too many (but not with dropout, which counts heads)."""
+        workload = self.workload
+        rows = (workload.rows,) if workload.operation == CAUSAL_SELF else ()
+        logits = 8 * part.group * (workload.pairs()[0] * (2 if rows else 1))
+        count = part.kv_heads.stop - part.kv_heads.start
+        step = count if workload.option == DROPOUT else max(1, min(count, LARGEST_FP64_LOGITS // max(1, logits)))
+        found: list[Result] = []
+        for start in range(part.kv_heads.start, part.kv_heads.stop, step):
+            heads = Slice(part.batch, slice(start, min(start + step, part.kv_heads.stop)), part.group)
             doubles = tuple(
-                part.of(name, tensor).double()
-                for name, tensor in zip(("query", "key", "value", "output gradient"), inputs)
+                heads.of(name, tensor).double() for name, tensor in zip((*workload.leaves, "output gradient"), inputs)
             )
-            self.results.append(run(reference, leaves(doubles, True), "forward+backward"))
+            torch.manual_seed(SEED)
+            found.append(run(workload, self._attend, leaves(doubles, True), "forward+backward"))
+        whole = {}
+        for name in found[0]:
+            axis = 0 if name.split()[0] in ("relative_key", "content_bias", "relative_bias") else -2
+            whole[name] = torch.cat([result[name] for result in found], dim=axis)
+        return whole
+
+    def _attend(self, *tensors: Tensor) -> Tensor:
+        return self.workload.attend(*tensors, backend="reference")
 
     def errors(self, result: Result) -> list[Error]:
         """One Error a tensor; of several slices the worst. Outside the slices everything must be finite."""
@@ -135,6 +165,22 @@ class Truth:
                 worst = Error(name, float("inf"), float("inf"), 0.0, ())
             found.append(worst)
         return found
+
+    def judge_own_dropout(self, result: Result) -> str | None:
+        """Why a result with PyTorch's own dropout mask cannot be right, or None. This is the truth without dropout."""
+        (truth,) = self.results
+        for name, tensor in result.items():
+            x, y = tensor.double().flatten(), truth[name].double().flatten()
+            noise, rows = float((x - y).norm() / y.norm()), y.numel() / tensor.shape[-1]
+            slope = float(x @ y) / float(y @ y)
+            allowed = BIAS + 6 * noise / rows**0.5  # what chance may do to so many rows
+            if not abs(slope - 1) <= allowed:
+                return f"{name}: on average {slope:.4f} of what it is without dropout, expected 1 within {allowed:.2g}"
+            expected = (DROPOUT_P / (1 - DROPOUT_P)) ** 0.5
+            allowed = NOISE + 3 / rows**0.5
+            if name == "output" and not abs(noise / expected - 1) <= allowed:
+                return f"output: noise {noise:.3f} of its length, expected {expected:.3f} within {allowed:.0%}"
+        return None
 
 
 def judge(errors: list[Error], eager: list[Error] | None, dtype: str) -> str | None:

@@ -1,4 +1,4 @@
-"""`retro-kernels bench`: times fused chunked cross-attention against the real alternatives on this machine."""
+"""`retro-kernels bench`: times RETRO's fused attentions against the real alternatives on this machine."""
 
 from __future__ import annotations
 
@@ -31,11 +31,19 @@ def load(name: str) -> ModuleType:
 
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two workloads and a short text: under 3 minutes on 2 cores.")
+        bool, typer.Option("--quick", help="One workload an operation and a short text: under 3 minutes on 2 cores.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for report.html, table.md and the raw bench.json.")] = Path(FOLDER),
+    operation: Annotated[
+        list[str] | None,
+        typer.Option(help="'cca', 'encoder-self', 'encoder-cross' or 'causal-self'; may be repeated. Default: all."),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="'plain', 'relative' or 'dropout'; may be repeated. Default: all.")
+    ] = None,
     workload: Annotated[
-        list[str] | None, typer.Option(help="A workload by name; may be repeated. Default: all of them.")
+        list[str] | None,
+        typer.Option(help="A workload by name, of the operations that have it; may be repeated. Default: all of them."),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="fp32, bf16 or (on a GPU) fp16; may be repeated. Default: fp32 and bf16.")
@@ -53,12 +61,18 @@ def bench(
     real_text: Annotated[
         bool, typer.Option("--real-text/--no-real-text", help="Whether to run a retro-pytorch model on real text.")
     ] = True,
+    seconds: Annotated[
+        float | None, typer.Option(help="Seconds of timing a case, all variants together. Default: 8 (quick: 2).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the raw results instead of the table.")] = False,
 ) -> None:
-    """Times fused chunked cross-attention against eager code, folded SDPA, torch.compile and FlexAttention.
+    """Times the fused attentions against eager code, folded SDPA, torch.compile and FlexAttention.
+
+    Chunked cross-attention, the neighbour encoder's self- and cross-attention and a decoder's causal self-attention,
+    each plain, with the paper's relative positions and with dropout.
 
     Every result is checked against an fp64 reference before it is timed. A retro-pytorch model then runs on real text
-    with and without rk.swap. Prints one table; writes a report page, a table and the raw numbers. Ctrl-C writes what
+    with and without rk.swap. Prints its tables; writes a report page, a table and the raw numbers. Ctrl-C writes what
     is there. Compile time is capped and not counted.
     """
     from rich.console import Console
@@ -72,8 +86,8 @@ def bench(
         console.print(f"The benchmark suite cannot be imported: {error}", style="red", markup=False)
         raise typer.Exit(2) from error
     options = driver.Options(
-        quick=quick, workloads=workload or [], dtypes=dtype or [], modes=mode or [], device=device, compiled=compiled,
-        real_text=real_text, backends=backend,
+        quick=quick, operations=operation or [], options=option or [], workloads=workload or [], dtypes=dtype or [],
+        modes=mode or [], device=device, compiled=compiled, real_text=real_text, backends=backend, seconds=seconds,
     )  # fmt: skip
     try:
         options.resolved()
@@ -112,8 +126,8 @@ def _run(driver: ModuleType, options: Any, console: Any) -> dict:
 
         def row(self, row: Any) -> None:
             if row.status in ("wrong", "failed"):
-                console.print(f"{row.workload} {row.dtype} {row.mode} {row.variant}: {row.status}: {row.reason}",
-                              style="red", markup=False)  # fmt: skip
+                case = f"{row.operation} {row.option} {row.workload} {row.dtype} {row.mode}"
+                console.print(f"{case} {row.variant}: {row.status}: {row.reason}", style="red", markup=False)
 
     columns = (SpinnerColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True) as bar:
@@ -122,7 +136,7 @@ def _run(driver: ModuleType, options: Any, console: Any) -> dict:
 
 
 def show(document: dict, console: Any) -> None:
-    """The one table, the real-text part under it, and what was not timed."""
+    """A table a section, the real-text part under them, and what was not timed."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -132,7 +146,8 @@ def show(document: dict, console: Any) -> None:
 
     def table(title: str, head: Any, cells: list[list[str]], left: int) -> None:
         if console.width < 90:  # what a narrow terminal can spare; the report has everything
-            kept = [i for i, name in enumerate(head) if name not in ("comp. ms", "eager ms")]
+            spared = ("comp. ms", "eager ms", "MB", "SDPA MB")
+            kept = [i for i, name in enumerate(head) if name not in spared]
             head, cells = [head[i] for i in kept], [[row[i] for i in kept] for row in cells]
         shown = Table(
             title=title,
@@ -148,13 +163,16 @@ def show(document: dict, console: Any) -> None:
             shown.add_row(*map(Text, row))
         console.print(shown)
 
-    cells = results.summary_cells(document)
-    if cells:
-        table(f"chunked cross-attention on {environment['device']}", results.SUMMARY_HEAD, cells, left=3)
+    for title, rows in results.sections(document):
+        head, cells, left = results.section_cells(document, rows)
+        table(f"{title}, {environment['device']}", head, cells, left)
+        console.print()
+    if document["rows"]:
         console.print(results.SUMMARY_LEGEND, style="dim", highlight=False, markup=False)
         console.print()
     report = document["real_text"]
     if report:
+        console.print(f"rk.swap replaced: {report['swapped']}", style="dim", highlight=False, markup=False)
         for line in (f"{name}: {value}" for name, value in report["description"].items()):
             console.print(line, style="dim", highlight=False, markup=False)
         for comparison in report["comparisons"]:

@@ -8,9 +8,11 @@ import pytest
 from benchmarks import report, results
 
 
-def row(variant, p50, *, workload="retro-172m", dtype="bf16", mode="forward", status="ok", reason=None, memory=1e6):
+def row(variant, p50, *, workload="retro-172m", dtype="bf16", mode="forward", status="ok", reason=None, memory=1e6,
+        operation="cca", option="plain"):  # fmt: skip
     timed = status == "ok"
     return {
+        "operation": operation, "option": option,
         "workload": workload, "shape": "b=1", "dtype": dtype, "mode": mode, "variant": variant, "status": status,
         "reason": reason, "p20_ms": p50 * 0.9 if timed else None, "p50_ms": p50 if timed else None,
         "p80_ms": p50 * 1.2 if timed else None, "samples": 5, "cuda_graph": False,
@@ -40,7 +42,8 @@ def document():
     swapped = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "samples": 4, "peak_extra_bytes": 5e6}
     made["real_text"] = {
         "model": "retro-pytorch", "parameters": 12345, "length": 64, "device": "cpu", "finished": True,
-        "description": {"text": "plays"}, "swap": "swap: 4 replaced", "notes": ["dropout 0"],
+        "description": {"text": "plays"}, "swap": "swap: 4 replaced",
+        "swapped": "4 decoder cross-attentions", "notes": ["dropout 0"],
         "comparisons": [{"dtype": "fp32", "rule": "close", "passed": True, "worst": "x: 1e-7", "loss_original": 1.5,
                          "loss_swapped": 1.5, "tensors": 7}],
         "rows": [
@@ -72,18 +75,38 @@ def test_a_failed_write_leaves_the_old_results(document, tmp_path):
 def test_another_schema_is_refused(document, tmp_path):
     path = tmp_path / results.FILE
     path.write_text(json.dumps({**document, "schema": 99}))
-    with pytest.raises(ValueError, match="got schema 99, expected 1"):
+    with pytest.raises(ValueError, match="got schema 99, expected 2"):
         results.load(path)
 
 
 def test_summary_takes_the_fastest_that_was_right(document):
-    (cells,) = results.summary_cells(document)
-    shown = dict(zip(results.SUMMARY_HEAD, cells))
+    ((title, rows),) = results.sections(document)
+    head, (cells,), left = results.section_cells(document, rows)
+    assert (title, left) == ("Chunked cross-attention", 3)
+    shown = dict(zip(head, cells))
     assert shown["ours ms"] == "2.00"
     assert shown["SDPA ms"] == "6.00"
     assert shown["comp. ms"] == "-"
     assert (shown["vs SDPA"], shown["vs eager"], shown["vs comp."]) == ("3.00x", "6.00x", "-")
     assert (shown["limit"], shown["MB"], shown["SDPA MB"]) == ("50%", "2.00", "4.00")
+
+
+def test_options_have_a_section_that_tells_their_cost(document):
+    other = {"operation": "encoder-cross", "option": "relative", "workload": "encoder-896"}
+    document["rows"] += [
+        row("eager", 9.0, **other), row("sdpa[flash rows]", 6.0, **other), row("retro_kernels[cpu]", 2.5, **other),
+        row("retro_kernels[cpu] without", 2.0, **other),
+    ]  # fmt: skip
+    _, (title, rows) = results.sections(document)
+    assert title == "With the paper's relative positions, with u and v"
+    head, (cells,), left = results.section_cells(document, rows)
+    shown = dict(zip(head, cells))
+    assert cells[:left] == ["encoder-cross", "encoder-896", "bf16", "fwd"]
+    assert (shown["ours ms"], shown["without"], shown["costs"]) == ("2.50", "2.00", "+25%")
+    assert shown["vs SDPA"] == "2.40x"
+    page = report.page(document)
+    assert page.count("<svg") == 6
+    assert "With the paper&#x27;s relative positions" in page
 
 
 def test_a_fused_backend_stands_before_the_reference(document):
@@ -105,6 +128,7 @@ def test_page_is_self_contained(document):
     assert not re.search(r"""(src|href)=["']?https?:""", page)
     assert "currentColor" in page
     assert "compile exceeded 20 s" in page
+    assert "4 decoder cross-attentions" in page
     ids = re.findall(r'<clipPath id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 

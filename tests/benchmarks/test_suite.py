@@ -1,14 +1,35 @@
 """The benchmark suite is honest: what it computes as an alternative is right, what is wrong is never timed, and what
 is counted is counted as the design says."""
 
+import functools
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import peers, suite, timing, verify
-from benchmarks.workloads import MODES, TINY, WORKLOADS, Workload, select
+from benchmarks.workloads import (
+    CAUSAL_SELF,
+    CCA,
+    DEFAULT,
+    DROPOUT,
+    ENCODER_CROSS,
+    ENCODER_SELF,
+    MODES,
+    OPERATIONS,
+    OPTIONS,
+    PLAIN,
+    QUICK,
+    RELATIVE,
+    TINY,
+    WORKLOADS,
+    Workload,
+    select,
+)
 
 CPU = torch.device("cpu")
 GROUPED = Workload("grouped", 4, 16, num_kv_heads=2, sequence_length=45, chunk_size=8, retrieved_length=16, batch=2)
+EVERY = select(["tiny"], options=[PLAIN, RELATIVE])
 CEILINGS = timing.Ceilings(1e10, {"fp32": 1e11, "bf16": 2e11}, {}, {})
 
 
@@ -35,19 +56,40 @@ class Watcher:
         self.rows.append(row)
 
 
-@pytest.mark.parametrize("workload", [TINY, GROUPED], ids=lambda workload: workload.name)
-@pytest.mark.parametrize("function", [peers.eager, peers.folded_sdpa, peers.folded_flex])
-def test_alternatives_compute_chunked_cross_attention(workload, function):
+@pytest.mark.parametrize("rows", [False, True], ids=["", "rows"])
+@pytest.mark.parametrize("function", [peers.eager, peers.sdpa, peers.flex])
+@pytest.mark.parametrize("workload", [GROUPED, *EVERY], ids=lambda w: f"{w.operation}-{w.option}-{w.name}")
+def test_alternatives_compute_the_operation(workload, function, rows):
     """Against the fp64 reference, output and gradients, with an incomplete last chunk and with grouped heads."""
     inputs = workload.inputs(torch.float64, CPU)
     truth = verify.Truth(workload, inputs)
-
-    def attention(query, key, value):
-        return function(query, key, value, workload.chunk_size)
-
-    mode = "forward" if function is peers.folded_flex else "forward+backward"
-    for error in truth.errors(verify.run(attention, verify.leaves(inputs, mode != "forward"), mode)):
+    fixed = {"rows": rows}
+    if function is peers.flex and workload.operation == CAUSAL_SELF:
+        fixed["block_mask"] = peers.causal_block_mask(workload, CPU)
+    mode = "forward" if function is peers.flex else "forward+backward"
+    attention = functools.partial(function, workload, **fixed)
+    for error in truth.errors(verify.run(workload, attention, verify.leaves(inputs, mode != "forward"), mode)):
         assert error.relative < 1e-12, error
+
+
+def test_shift_moves_every_row_by_one():
+    """Row i, slot t of the shifted logits is the distance i - t."""
+    rows, slots = 3, 5
+    distances = torch.arange(rows + slots - 1).flip(0).expand(2, rows, -1)  # largest first
+    i, t = torch.arange(rows)[:, None], torch.arange(slots)
+    assert torch.equal(peers.shift(distances)[1], i - t + slots - 1)
+
+
+def test_rows_folding_repeats_nothing():
+    """Encoder cross-attention folded into rows reads the keys where they are; the repeated form copies them."""
+    workload = select(["tiny"], [ENCODER_CROSS])[0]
+    query, key, value, _ = workload.inputs(torch.float32, CPU)
+    folded = peers.fold(workload, query, key, value, rows=True)
+    assert folded.key.data_ptr() == key.data_ptr()
+    assert folded.query.data_ptr() == query.data_ptr()
+    assert folded.query.shape[2] == workload.num_neighbours * workload.retrieved_length
+    repeated = peers.fold(workload, query, key, value)
+    assert repeated.key.numel() == workload.num_neighbours * key.numel()
 
 
 def test_masked_flex_marks_the_same_pairs():
@@ -80,10 +122,10 @@ def test_every_row_is_checked_and_timed():
 def test_a_wrong_variant_is_not_timed(monkeypatch):
     """A shift off by one token is caught, named, and never gets a time."""
 
-    def shifted(query, key, value, chunk_size):
-        return peers.eager(query, key, value, chunk_size).roll(1, dims=1)
+    def shifted(*arguments, **settings):
+        return peers.eager(*arguments, **settings).roll(1, dims=1)
 
-    monkeypatch.setattr(peers, "folded_sdpa", shifted)
+    monkeypatch.setattr(peers, "sdpa", shifted)
     for row in suite.run([TINY], settings(), CEILINGS, Watcher()):
         if row.variant.startswith("sdpa"):
             assert row.status == suite.WRONG
@@ -91,11 +133,57 @@ def test_a_wrong_variant_is_not_timed(monkeypatch):
             assert "output: error" in row.reason
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_options_are_timed_beside_none(operation):
+    """With positions or dropout, ours stands beside ours without it: checked, in the same rounds, its own counts."""
+    cases = select(["tiny"], [operation], [RELATIVE, DROPOUT])
+    rows = suite.run(cases, settings(modes=("forward+backward",)), CEILINGS, Watcher())
+    for option in (RELATIVE, DROPOUT):
+        found = {row.variant: row for row in rows if row.option == option}
+        ours, without = found["retro_kernels[reference]"], found["retro_kernels[reference]" + peers.WITHOUT]
+        assert (ours.status, without.status, found["eager"].status) == (suite.OK,) * 3
+        assert len(ours.errors) == (7 if option == RELATIVE else 4)
+        assert len(without.errors) == 4
+        assert (ours.flops > without.flops) == (option == RELATIVE)
+
+
+def test_dropout_of_the_wrong_probability_or_scale_is_seen():
+    """PyTorch's own mask cannot be compared; what it must leave alone and change is."""
+    workload = replace(select(["tiny"], [ENCODER_SELF], [DROPOUT])[0], sequence_length=256)
+    inputs = workload.inputs(torch.float32, CPU)
+    truth = verify.Truth(workload.with_option(PLAIN), inputs)
+
+    def outcome(p, scale=1.0):
+        torch.manual_seed(0)
+        attention = functools.partial(peers.eager, workload, dropout_p=p)
+        result = verify.run(workload, lambda *tensors: scale * attention(*tensors), inputs, "forward")
+        return truth.judge_own_dropout(result)
+
+    assert outcome(workload.dropout_p) is None
+    assert "noise" in outcome(3 * workload.dropout_p)
+    assert "noise" in outcome(0.0)
+    assert "on average" in outcome(workload.dropout_p, 1 - workload.dropout_p)
+
+
+def test_another_dropout_mask_of_ours_is_wrong(monkeypatch):
+    """Ours is compared with a reference that drops the same probabilities: another seed does not pass."""
+    (workload,) = select(["tiny"], [ENCODER_SELF], [DROPOUT])
+    real = Workload.attend
+
+    def reseeded(self, *tensors, backend=None):
+        torch.manual_seed(int(tensors[0].dtype == torch.float64))
+        return real(self, *tensors, backend=backend)
+
+    monkeypatch.setattr(Workload, "attend", reseeded)
+    rows = suite.run([workload], settings(modes=("forward",)), CEILINGS, Watcher())
+    assert {row.variant: row.status for row in rows}["retro_kernels[reference]"] == suite.WRONG
+
+
 def test_a_failing_variant_does_not_stop_the_rest(monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, **settings):
         raise RuntimeError("no kernel is available")
 
-    monkeypatch.setattr(peers, "folded_sdpa", broken)
+    monkeypatch.setattr(peers, "sdpa", broken)
     rows = suite.run([TINY], settings(modes=("forward",)), CEILINGS, Watcher())
     statuses = {row.variant: row.status for row in rows}
     assert statuses["sdpa[flash]"] == suite.SKIPPED
@@ -151,7 +239,7 @@ def test_corners_are_checked_when_everything_is_too_much(monkeypatch):
     truth = verify.Truth(GROUPED, inputs)
     assert not truth.whole
     result = verify.run(
-        lambda q, k, v: peers.eager(q, k, v, GROUPED.chunk_size), verify.leaves(inputs, True), "forward+backward"
+        GROUPED, functools.partial(peers.eager, GROUPED), verify.leaves(inputs, True), "forward+backward"
     )
     assert verify.judge(truth.errors(result), None, "fp32") is None
     result["key gradient"][-1, ..., -1, :] += 1
@@ -173,6 +261,43 @@ def test_counts():
     )
 
 
+def test_counts_of_the_encoder():
+    """By hand: 4 chunks, 2 neighbours of 16 tokens, 2 heads of 16; chunks of 8 activations."""
+    own, cross, causal = (select(["tiny"], [name])[0] for name in (ENCODER_SELF, ENCODER_CROSS, CAUSAL_SELF))
+    product = 2 * 2 * 16
+    assert own.flops("forward") == 2 * product * 4 * 2 * 16 * 16
+    assert cross.flops("forward") == 2 * product * 4 * 2 * 16 * 8
+    assert causal.flops("forward") == 2 * product * 37 * 38 // 2
+    query, key, lse = 4 * 2 * 16 * 32 * 4, 4 * 8 * 32 * 4, 4 * 2 * 16 * 2 * 4
+    assert cross.bytes("forward", torch.float32) == 2 * query + 2 * key + lse
+    assert own.bytes("forward", torch.float32) == 4 * query + lse
+
+
+def test_counts_of_relative_positions():
+    """One neighbour's products serve all neighbours of a chunk, but every row of the encoder has its own."""
+
+    def more(operation):
+        plain, relative = (select(["tiny"], [operation], [option])[0] for option in (PLAIN, RELATIVE))
+        return relative.flops("forward") / plain.flops("forward")
+
+    assert more(CCA) == 1.25  # two neighbours share it
+    assert more(ENCODER_SELF) == more(ENCODER_CROSS) == more(CAUSAL_SELF) == 1.5
+    relative = select(["tiny"], [ENCODER_CROSS], [RELATIVE])[0]
+    assert relative.shapes()[3:] == ((2, 16 + 8 - 1, 16), (2, 16), (2, 16))
+    table = (23 + 2) * 2 * 16 * 4
+    plain = relative.with_option(PLAIN)
+    assert relative.bytes("forward", torch.float32) == plain.bytes("forward", torch.float32) + table
+
+
+def test_truth_head_by_head_is_the_whole_truth(monkeypatch):
+    workload = select(["tiny"], [CAUSAL_SELF], [RELATIVE])[0]
+    inputs = workload.inputs(torch.float32, CPU)
+    whole = verify.Truth(workload, inputs).results[0]
+    monkeypatch.setattr(verify, "LARGEST_FP64_LOGITS", 1)
+    for name, tensor in verify.Truth(workload, inputs).results[0].items():
+        assert torch.allclose(tensor, whole[name], rtol=0, atol=1e-12), name
+
+
 def test_inputs_are_the_same_numbers_in_every_precision():
     single, half = TINY.inputs(torch.float32, CPU), TINY.inputs(torch.bfloat16, CPU)
     assert all(torch.equal(a, b.float()) for a, b in zip(single, half))
@@ -190,8 +315,27 @@ def test_workloads_of_the_design_are_there():
     }
     assert [WORKLOADS[f"retro-7.5b-k{k}"].num_neighbours for k in (1, 10, 40)] == [1, 10, 40]
     assert WORKLOADS["retro-172m"].on("cuda").batch == 8
-    with pytest.raises(ValueError, match="unknown workload nothing"):
-        select(["nothing"])
+    assert (WORKLOADS["encoder-896"].num_heads, WORKLOADS["encoder-896"].head_dim) == (14, 64)
+    assert (WORKLOADS["encoder-4096"].num_heads, WORKLOADS["encoder-4096"].head_dim) == (32, 128)
+
+
+def test_select():
+    """What is not named comes from the table; names are taken with every operation that has them."""
+
+    def found(*arguments, **keywords):
+        return {(w.operation, w.option, w.name) for w in select(*arguments, **keywords)}
+
+    assert found() == {(*key, name) for key, names in DEFAULT.items() for name in names}
+    assert found(default=QUICK) == {(*key, name) for key, names in QUICK.items() for name in names}
+    assert found(["gqa-8b"]) == {(CCA, PLAIN, "gqa-8b"), (CAUSAL_SELF, PLAIN, "gqa-8b")}
+    assert found(["encoder-896"], [ENCODER_SELF], [DROPOUT]) == {(ENCODER_SELF, DROPOUT, "encoder-896")}
+    assert found(None, [CCA], [DROPOUT]) == {(CCA, DROPOUT, "retro-172m")}
+    assert len(found(["tiny"], None, list(OPTIONS))) == 12
+    for arguments in (["nothing"], [], []), ([], ["nothing"], []), ([], [], ["nothing"]):
+        with pytest.raises(ValueError, match=r"unknown \w+ nothing"):
+            select(*arguments)
+    with pytest.raises(ValueError, match="no case in common"):
+        select(["gqa-8b"], [ENCODER_SELF])
 
 
 def test_floor_is_the_larger_of_two_times():

@@ -20,7 +20,10 @@ def small(monkeypatch):
 
 
 def invoke(tmp_path, *arguments):
-    fixed = ("--out", str(tmp_path), "--device", "cpu", "--no-compile", "--no-real-text", "--workload", "tiny")
+    fixed = ("--out", str(tmp_path), "--device", "cpu", "--no-compile", "--no-real-text", "--workload", "tiny",
+             "--seconds", "0")  # fmt: skip
+    if "--operation" not in arguments:
+        fixed += ("--operation", "cca")
     return CliRunner().invoke(app, ["bench", *fixed, *arguments])
 
 
@@ -45,6 +48,19 @@ def test_json_on_standard_output(tmp_path):
     document = json.loads(result.stdout)
     assert document["schema"] == results.SCHEMA
     assert {row["mode"] for row in document["rows"]} == {"forward"}
+
+
+def test_every_operation_and_option(tmp_path):
+    chosen = [x for name in ("cca", "encoder-self", "encoder-cross", "causal-self") for x in ("--operation", name)]
+    chosen += [x for name in ("plain", "relative", "dropout") for x in ("--option", name)]
+    result = invoke(tmp_path, *chosen, "--dtype", "fp32", "--mode", "forward", "--backend", "reference")
+    assert result.exit_code == 0, result.output
+    rows = results.load(tmp_path / results.FILE)["rows"]
+    assert len({(row["operation"], row["option"]) for row in rows if row["status"] == "ok"}) == 12
+    table = (tmp_path / "table.md").read_text()
+    for title in ("Encoder self-attention", "Encoder cross-attention", "Causal self-attention", "relative positions"):
+        assert title in table
+        assert title in result.output
 
 
 def test_interrupted_runs_write_what_is_there(tmp_path, monkeypatch):
@@ -87,6 +103,9 @@ def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (("--workload", "nothing"), "unknown workload"),
+        (("--operation", "nothing"), "unknown operation"),
+        (("--option", "nothing"), "unknown option"),
+        (("--mode", "nothing"), "expected forward or forward+backward"),
         (("--dtype", "int8"), "expected fp32, bf16 or fp16"),
         (("--dtype", "fp16"), "on a CPU"),
     ],
@@ -97,12 +116,16 @@ def test_bad_options_are_refused(tmp_path, arguments, message):
     assert message in " ".join(result.output.replace("│", " ").split())
 
 
-def test_quick_has_two_workloads_and_lists_the_rest():
+def test_quick_has_every_operation_and_lists_the_rest():
     options = bench.Options(quick=True, device="cpu").resolved()
-    assert options.workloads == ["retro-172m", "retro-7.5b"]
+    assert {case.operation for case in options.cases()} == {"cca", "encoder-self", "encoder-cross"}
+    assert {case.option for case in options.cases()} >= {"plain", "relative"}
+    assert any("retro-7.5b" in left for left in bench._left_out(options))
+    assert bench._left_out(bench.Options(device="cpu").resolved()) == []
     assert options.dtypes == ["fp32", "bf16"]
-    assert bench._quick_skip(None, "fp32", "forward", "flex[folded]")
-    assert bench._quick_skip(None, "fp32", "forward", "sdpa[flash]") is None
+    (case, *_) = options.cases()
+    assert bench._quick_skip(case, "fp32", "forward", "flex[folded]")
+    assert bench._quick_skip(case, "fp32", "forward", "sdpa[flash]") is None
 
 
 def test_suite_is_found_without_being_installed():
