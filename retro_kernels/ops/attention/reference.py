@@ -62,7 +62,6 @@ def _by_clock(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         start, count = call.chunk_spans.long().unbind(-1)
         token = start[..., None] + row
         inside = row < count[..., None]
-    chunks = last - first
     token = token.clamp(0, max(n - 1, 0))
 
     # A row outside the sequence (a slice may begin or end inside a chunk) is a zero query whose result is dropped.
@@ -78,13 +77,11 @@ def _by_clock(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         call, rows.flatten(0, 1)[:, None], key, value, mask, batch.flatten(0, 1)[:, None], token.flatten(0, 1)[:, None]
     )
 
-    # Tokens in no chunk output exactly 0, with nothing to sum.
-    d_value = value.shape[-1]
-    target = (batch * n + token)[inside]
-    out = out.reshape(b, chunks, call.stride, h, d_value)[inside]
-    lse = lse.reshape(b, chunks, call.stride, h)[inside]
-    everywhere = out.new_zeros(b * n, h, d_value).index_copy(0, target, out)
-    return everywhere, lse.new_full((b * n, h), float("-inf")).index_copy(0, target, lse)
+    # Tokens in no chunk output exactly 0, with nothing to sum. Rows outside go to a row of their own, which is cut off.
+    target = torch.where(inside, batch * n + token, b * n).flatten()
+    everywhere = out.new_zeros(b * n + 1, h, value.shape[-1]).index_copy(0, target, out.reshape(-1, h, out.shape[-1]))
+    lse = lse.new_full((b * n + 1, h), float("-inf")).index_copy(0, target, lse.reshape(-1, h))
+    return everywhere[:-1], lse[:-1]
 
 
 def attend(
