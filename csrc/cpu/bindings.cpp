@@ -75,6 +75,13 @@ void check_last_stride(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name, ".stride(-1) must be 1");
 }
 
+const int32_t* integers(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
+  check_shape(t, name, shape);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous(), name, " must be int32 and contiguous");
+  static const int32_t nothing[2] = {};
+  return t.numel() ? static_cast<const int32_t*>(t.const_data_ptr()) : nothing;
+}
+
 Operand operand(const MaybeTensor& t, const char* name, std::initializer_list<int64_t> shape) {
   Operand o;
   if (!t) return o;
@@ -94,49 +101,96 @@ void* output(const Tensor& t, const char* name) {
   return t.numel() ? t.mutable_data_ptr() : nullptr;
 }
 
-Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
-                     const MaybeTensor& bias, const MaybeTensor& query_cos, const MaybeTensor& query_sin,
-                     const MaybeTensor& key_cos, const MaybeTensor& key_sin, const MaybeTensor& null_key,
-                     const MaybeTensor& null_value, bool interleaved, double scale, int64_t stride,
-                     int64_t first_token) {
+// The slots of ops/attention/common.py, in their order.
+#define RK_ARGUMENTS                                                                                               \
+  Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTensor bias, MaybeTensor relative_key,            \
+      MaybeTensor content_bias, MaybeTensor relative_bias, MaybeTensor query_cos, MaybeTensor query_sin,           \
+      MaybeTensor key_cos, MaybeTensor key_sin, MaybeTensor null_key, MaybeTensor null_value,                      \
+      MaybeTensor chunk_spans, MaybeTensor first_visible, MaybeTensor dropout_seed
+#define RK_SETTINGS                                                                                                  \
+  int64_t grouping, bool causal, bool interleaved, double scale, double dropout_p, int64_t stride, int64_t first_token
+#define RK_ALL                                                                                                       \
+  query, key, value, mask, bias, relative_key, content_bias, relative_bias, query_cos, query_sin, key_cos, key_sin,  \
+      null_key, null_value, chunk_spans, first_visible, dropout_seed, grouping, causal, interleaved, scale,          \
+      dropout_p, stride, first_token
+
+Problem make_problem(RK_ARGUMENTS, RK_SETTINGS) {
   Problem p{};
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 6 && value.dim() == 6,
-                  "query must have 4 dimensions and key and value 6");
-  p.batch = query.size(0), p.tokens = query.size(1), p.heads = query.size(2), p.dim = query.size(3);
+  STD_TORCH_CHECK(grouping >= kClock && grouping <= kChunk, "grouping must be 0, 1 or 2, got ", grouping);
+  p.grouping = static_cast<Grouping>(grouping), p.causal = causal;
+  STD_TORCH_CHECK(query.dim() == 6 && key.dim() == 6 && value.dim() == 6, "query, key and value must have 6 dimensions");
+  p.batch = query.size(0), p.query_chunks = query.size(1), p.query_neighbours = query.size(2);
+  p.tokens = query.size(3), p.heads = query.size(4), p.dim = query.size(5);
   p.chunks = key.size(1), p.neighbours = key.size(2), p.retrieved = key.size(3), p.kv_heads = key.size(4);
   p.dim_value = value.size(5);
-  check_shape(query, "query", {p.batch, p.tokens, p.heads, p.dim});
   check_shape(key, "key", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
   check_shape(value, "value", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim_value});
+  STD_TORCH_CHECK(query.is_cpu(), "query must be on the CPU");
+  if (p.grouping == kClock) {
+    STD_TORCH_CHECK(p.query_chunks == 1 && p.query_neighbours == 1, "grouping CLOCK needs query [b, 1, 1, n, h, d]");
+    p.groups = p.chunks;
+  } else if (p.grouping == kNeighbour) {
+    STD_TORCH_CHECK(p.query_chunks == p.chunks && p.query_neighbours == p.neighbours && p.tokens == p.retrieved,
+                    "grouping NEIGHBOUR needs query and key of the same [b, l, k, r]");
+    p.groups = p.chunks * p.neighbours;
+  } else {
+    STD_TORCH_CHECK(p.query_chunks == p.chunks && p.neighbours == 1, "grouping CHUNK needs key [b, l, 1, r, hk, d]");
+    p.groups = p.chunks;
+  }
+  STD_TORCH_CHECK(!causal || p.grouping == kNeighbour, "causal needs grouping NEIGHBOUR");
+  STD_TORCH_CHECK(!causal || !bias, "causal excludes attention_bias");
+  STD_TORCH_CHECK(!causal || p.tokens < (int64_t{1} << 31), "causal takes fewer than 2^31 tokens, got ", p.tokens);
   STD_TORCH_CHECK(p.dim >= 1 && p.dim <= 256 && p.dim_value >= 1 && p.dim_value <= 256,
                   "head sizes must be in [1, 256], got ", p.dim, " and ", p.dim_value);
   STD_TORCH_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, "query has ", p.heads, " heads and key ", p.kv_heads);
-  STD_TORCH_CHECK(stride >= 1, "stride must be at least 1, got ", stride);
+  STD_TORCH_CHECK(stride >= 1 || p.grouping != kClock, "stride must be at least 1, got ", stride);
   check_last_stride(query, "query");
   check_last_stride(key, "key");
   check_last_stride(value, "value");
   p.type = type_of(query, "query");
   STD_TORCH_CHECK(type_of(key, "key") == p.type && type_of(value, "value") == p.type,
                   "query, key and value must have one dtype");
-  p.stride = stride, p.first_token = first_token, p.scale = static_cast<float>(scale);
+  p.stride = p.grouping == kClock ? stride : p.tokens;
+  p.first_token = p.grouping == kClock ? first_token : 0;
+  p.scale = static_cast<float>(scale);
   p.query = query.numel() ? query.const_data_ptr() : nullptr;
   p.key = key.numel() ? key.const_data_ptr() : nullptr;
   p.value = value.numel() ? value.const_data_ptr() : nullptr;
-  for (int i = 0; i < 3; ++i) p.query_stride[i] = query.stride(i);
-  for (int i = 0; i < 5; ++i) p.key_stride[i] = key.stride(i), p.value_stride[i] = value.stride(i);
+  for (int i = 0; i < 5; ++i)
+    p.query_stride[i] = query.stride(i), p.key_stride[i] = key.stride(i), p.value_stride[i] = value.stride(i);
   if (mask) {
-    check_shape(*mask, "neighbour_mask", {p.batch, p.chunks, p.neighbours, p.retrieved});
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "neighbour_mask must be bool");
+    check_shape(*mask, "mask", {p.batch, p.chunks, p.neighbours, p.retrieved});
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
     p.mask = mask->numel() ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
     for (int i = 0; i < 4; ++i) p.mask_stride[i] = mask->stride(i);
   }
+  if (chunk_spans) {
+    STD_TORCH_CHECK(p.grouping == kClock, "chunk_spans needs grouping CLOCK");
+    p.chunk_spans = integers(*chunk_spans, "chunk_spans", {p.batch, p.chunks, 2});
+    for (int64_t i = 0; i < p.batch * p.chunks; ++i) {
+      const int64_t first = p.chunk_spans[2 * i], count = p.chunk_spans[2 * i + 1];
+      STD_TORCH_CHECK(count >= 0 && count <= p.stride && (count == 0 || (first >= 0 && first + count <= p.tokens)),
+                      "chunk_spans has ", count, " tokens from ", first, "; they must lie in [0, ", p.tokens,
+                      ") and be at most ", p.stride);
+    }
+  }
+  if (first_visible) {
+    STD_TORCH_CHECK(causal && p.query_chunks == 1 && p.query_neighbours == 1,
+                    "first_visible needs causal and query [b, 1, 1, n, h, d]");
+    p.first_visible = integers(*first_visible, "first_visible", {p.batch, p.tokens});
+    for (int64_t i = 0; i < p.batch * p.tokens; ++i)
+      STD_TORCH_CHECK(p.first_visible[i] >= 0 && p.first_visible[i] <= i % p.tokens,
+                      "first_visible must be between 0 and the token's own place, got ", p.first_visible[i]);
+  }
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 3, "attention_bias must have 3 dimensions, has ", bias->dim());
-    p.chunk_rows = bias->size(1), p.bias_slots = bias->size(2);
-    STD_TORCH_CHECK(p.bias_slots == p.retrieved || p.bias_slots == p.neighbours * p.retrieved,
+    p.table_rows = bias->size(1), p.bias_slots = bias->size(2);
+    STD_TORCH_CHECK(p.bias_slots == p.retrieved ||
+                        (p.grouping == kClock && p.bias_slots == p.neighbours * p.retrieved),
                     "attention_bias.shape[2] must be r or k * r, got ", p.bias_slots);
-    STD_TORCH_CHECK(p.chunk_rows >= stride, "attention_bias.shape[1] is ", p.chunk_rows, ", below stride ", stride);
-    p.bias = operand(bias, "attention_bias", {p.heads, p.chunk_rows, p.bias_slots});
+    STD_TORCH_CHECK(p.table_rows >= p.stride, "attention_bias.shape[1] is ", p.table_rows, ", below the rows, ",
+                    p.stride);
+    p.bias = operand(bias, "attention_bias", {p.heads, p.table_rows, p.bias_slots});
   }
   const int tables = !!query_cos + !!query_sin + !!key_cos + !!key_sin;
   STD_TORCH_CHECK(tables == 0 || tables == 4, "rotary needs all four tables, got ", tables);
@@ -144,8 +198,8 @@ Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value
     STD_TORCH_CHECK(query_cos->dim() == 2, "query_cos must have 2 dimensions, has ", query_cos->dim());
     const int64_t rows = query_cos->size(0);
     p.rotary_width = query_cos->size(1);
-    STD_TORCH_CHECK(rows >= stride && 2 * p.rotary_width <= p.dim, "rotary tables [", rows, ", ", p.rotary_width,
-                    "] do not fit stride ", stride, " and head size ", p.dim);
+    STD_TORCH_CHECK(rows >= p.stride && 2 * p.rotary_width <= p.dim, "rotary tables [", rows, ", ", p.rotary_width,
+                    "] do not fit ", p.stride, " rows and head size ", p.dim);
     p.query_cos = operand(query_cos, "query_cos", {rows, p.rotary_width});
     p.query_sin = operand(query_sin, "query_sin", {rows, p.rotary_width});
     p.key_cos = operand(key_cos, "key_cos", {p.retrieved, p.rotary_width});
@@ -155,14 +209,17 @@ Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value
   STD_TORCH_CHECK(!null_key == !null_value, "null_key and null_value must come together");
   p.null_key = operand(null_key, "null_key", {p.heads, p.dim});
   p.null_value = operand(null_value, "null_value", {p.heads, p.dim_value});
+  STD_TORCH_CHECK(!relative_key && !content_bias && !relative_bias, "relative positions are not supported yet");
+  STD_TORCH_CHECK(!dropout_seed && dropout_p == 0, "dropout is not supported yet");
   return p;
 }
 
 // Zeroes `rows` (and sets lse, if any, to -inf) of the tokens that attend to no chunk.
 void clear_idle_tokens(const Problem& p, void* rows, int64_t row_bytes, float* lse) {
-  const int64_t start = std::min(std::max<int64_t>(p.first_token, 0), p.tokens);
-  const int64_t end =
-      std::max(start, std::min(p.first_token + p.chunks * p.stride, p.tokens));
+  if (p.grouping != kClock) return;
+  int64_t start = std::min(std::max<int64_t>(p.first_token, 0), p.tokens);
+  int64_t end = std::max(start, std::min(p.first_token + p.chunks * p.stride, p.tokens));
+  if (p.chunk_spans) start = end = 0;
   const auto clear = [&](int64_t b, int64_t first, int64_t last) {
     if (first >= last) return;
     const int64_t at = (b * p.tokens + first) * p.heads, count = (last - first) * p.heads;
@@ -175,23 +232,19 @@ void clear_idle_tokens(const Problem& p, void* rows, int64_t row_bytes, float* l
   }
 }
 
-void forward(Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTensor bias, MaybeTensor query_cos,
-             MaybeTensor query_sin, MaybeTensor key_cos, MaybeTensor key_sin, MaybeTensor null_key,
-             MaybeTensor null_value, bool interleaved, double scale, int64_t stride, int64_t first_token, Tensor out,
-             Tensor lse) {
-  Problem p = make_problem(query, key, value, mask, bias, query_cos, query_sin, key_cos, key_sin, null_key, null_value,
-                           interleaved, scale, stride, first_token);
-  check_shape(out, "out", {p.batch, p.tokens, p.heads, p.dim_value});
-  check_shape(lse, "lse", {p.batch, p.tokens, p.heads});
+void forward(RK_ARGUMENTS, RK_SETTINGS, Tensor out, Tensor lse) {
+  Problem p = make_problem(RK_ALL);
+  check_shape(out, "out", {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim_value});
+  check_shape(lse, "lse", {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads});
   STD_TORCH_CHECK(type_of(out, "out") == p.type && type_of(lse, "lse") == kFloat32,
                   "out must have the query's dtype and lse float32");
   p.out = output(out, "out");
   p.lse = static_cast<float*>(output(lse, "lse"));
-  if (p.batch * p.tokens * p.heads == 0) return;
+  if (lse.numel() == 0) return;
   clear_idle_tokens(p, p.out, p.dim_value * (p.type == kFloat32 ? 4 : 2), p.lse);
   const Level& chosen = level();
   const size_t bytes = chosen.scratch_bytes(p, false);
-  torch::stable::parallel_for(0, p.batch * p.chunks * p.kv_heads, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, p.batch * p.groups * p.kv_heads, 1, [&](int64_t first, int64_t last) {
     chosen.forward(p, first, last, thread_scratch(bytes));
   });
 }
@@ -227,22 +280,20 @@ float* partial_sums(const MaybeTensor& partial, const MaybeTensor& total, int64_
   return static_cast<float*>(output(*partial, name));
 }
 
-void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTensor bias,
-              MaybeTensor query_cos, MaybeTensor query_sin, MaybeTensor key_cos, MaybeTensor key_sin,
-              MaybeTensor null_key, MaybeTensor null_value, Tensor out, Tensor lse, bool interleaved, double scale,
-              int64_t stride, int64_t first_token, Tensor grad_query, Tensor grad_key, Tensor grad_value,
-              MaybeTensor grad_bias, MaybeTensor grad_null_key, MaybeTensor grad_null_value, MaybeTensor bias_partial,
-              MaybeTensor null_key_partial, MaybeTensor null_value_partial) {
-  Problem p = make_problem(query, key, value, mask, bias, query_cos, query_sin, key_cos, key_sin, null_key, null_value,
-                           interleaved, scale, stride, first_token);
-  check_shape(grad_out, "grad_out", {p.batch, p.tokens, p.heads, p.dim_value});
-  check_shape(out, "out", {p.batch, p.tokens, p.heads, p.dim_value});
-  check_shape(lse, "lse", {p.batch, p.tokens, p.heads});
+void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS, Tensor grad_query, Tensor grad_key,
+              Tensor grad_value, MaybeTensor grad_bias, MaybeTensor grad_null_key, MaybeTensor grad_null_value,
+              MaybeTensor bias_partial, MaybeTensor null_key_partial, MaybeTensor null_value_partial) {
+  Problem p = make_problem(RK_ALL);
+  const auto rows = {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim_value};
+  check_shape(grad_out, "grad_out", rows);
+  check_shape(out, "out", rows);
+  check_shape(lse, "lse", {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads});
   check_last_stride(grad_out, "grad_out");
   STD_TORCH_CHECK(type_of(grad_out, "grad_out") == p.type && type_of(out, "out") == p.type &&
                       type_of(lse, "lse") == kFloat32,
                   "grad_out and out must have the query's dtype and lse float32");
-  check_shape(grad_query, "grad_query", {p.batch, p.tokens, p.heads, p.dim});
+  check_shape(grad_query, "grad_query",
+              {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim});
   check_shape(grad_key, "grad_key", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
   check_shape(grad_value, "grad_value", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim_value});
   STD_TORCH_CHECK(type_of(grad_query, "grad_query") == p.type && type_of(grad_key, "grad_key") == p.type &&
@@ -250,7 +301,7 @@ void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTens
                   "gradients must have the dtype of query, key and value");
   if (grad_bias) {
     STD_TORCH_CHECK(!!bias, "grad_bias without attention_bias");
-    check_shape(*grad_bias, "grad_bias", {p.heads, p.chunk_rows, p.bias_slots});
+    check_shape(*grad_bias, "grad_bias", {p.heads, p.table_rows, p.bias_slots});
   }
   STD_TORCH_CHECK(!grad_null_key == !grad_null_value, "grad_null_key and grad_null_value must come together");
   if (grad_null_key) {
@@ -262,7 +313,7 @@ void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTens
   p.lse = const_cast<float*>(static_cast<const float*>(lse.numel() ? lse.const_data_ptr() : nullptr));
   STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous(), "out and lse must be contiguous");
   p.grad_out = grad_out.numel() ? grad_out.const_data_ptr() : nullptr;
-  for (int i = 0; i < 3; ++i) p.grad_out_stride[i] = grad_out.stride(i);
+  for (int i = 0; i < 5; ++i) p.grad_out_stride[i] = grad_out.stride(i);
   p.grad_query = output(grad_query, "grad_query");
   p.grad_key = output(grad_key, "grad_key");
   p.grad_value = output(grad_value, "grad_value");
@@ -274,7 +325,7 @@ void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTens
   p.stream_gradients = (grad_key.numel() + grad_value.numel()) * (p.type == kFloat32 ? 4 : 2) > (8 << 20);
   const Level& chosen = level();
   const size_t bytes = chosen.scratch_bytes(p, true);
-  const int64_t places = p.batch * p.chunks;
+  const int64_t places = p.batch * p.groups;
   if (p.copies == 0) {
     torch::stable::parallel_for(0, places * p.kv_heads, 1, [&](int64_t first, int64_t last) {
       char* scratch = thread_scratch(bytes);
@@ -282,7 +333,7 @@ void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTens
     });
     return;
   }
-  // Copy c sums over the c-th of `copies` contiguous ranges of (batch, chunk), in order. Heads write apart within a
+  // Copy c sums over the c-th of `copies` contiguous ranges of (batch, group), in order. Heads write apart within a
   // copy, so a task is (copy, range of kv heads): neither rule knows the number of threads.
   const int64_t head_ranges = std::min<int64_t>(p.kv_heads, 8), group = p.heads / p.kv_heads;
   torch::stable::parallel_for(0, p.copies * head_ranges, 1, [&](int64_t first, int64_t last) {
@@ -295,7 +346,7 @@ void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTens
           std::fill(partial + (copy * p.heads + head * group) * per_head,
                     partial + (copy * p.heads + end * group) * per_head, 0.0f);
       };
-      clear(p.bias_partial, p.chunk_rows * p.bias_slots);
+      clear(p.bias_partial, p.table_rows * p.bias_slots);
       clear(p.null_key_partial, p.dim);
       clear(p.null_value_partial, p.dim_value);
       for (int64_t place = copy * places / p.copies; place < (copy + 1) * places / p.copies; ++place)
@@ -318,14 +369,17 @@ void set_isa(std::string name) { choose_level(name); }
 }  // namespace
 }  // namespace retro_kernels
 
-#define RK_SLOTS                                                                                                 \
-  "Tensor query, Tensor key, Tensor value, Tensor? neighbour_mask, Tensor? attention_bias, Tensor? query_cos, "   \
-  "Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, Tensor? null_key, Tensor? null_value, "
-#define RK_SETTINGS "bool rotary_interleaved, float scale, int stride, int first_token, "
+#define RK_SLOTS_SCHEMA                                                                                              \
+  "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? attention_bias, Tensor? relative_key, "              \
+  "Tensor? content_bias, Tensor? relative_bias, Tensor? query_cos, Tensor? query_sin, Tensor? key_cos, "              \
+  "Tensor? key_sin, Tensor? null_key, Tensor? null_value, Tensor? chunk_spans, Tensor? first_visible, "               \
+  "Tensor? dropout_seed, "
+#define RK_SETTINGS_SCHEMA                                                                                           \
+  "int grouping, bool causal, bool rotary_interleaved, float scale, float dropout_p, int stride, int first_token, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
-  m.def("cca_forward(" RK_SLOTS RK_SETTINGS "Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("cca_backward(Tensor grad_out, " RK_SLOTS "Tensor out, Tensor lse, " RK_SETTINGS
+  m.def("attention_forward(" RK_SLOTS_SCHEMA RK_SETTINGS_SCHEMA "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("attention_backward(Tensor grad_out, " RK_SLOTS_SCHEMA "Tensor out, Tensor lse, " RK_SETTINGS_SCHEMA
         "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_bias, "
         "Tensor(e!)? grad_null_key, Tensor(f!)? grad_null_value, Tensor(g!)? bias_partial, "
         "Tensor(h!)? null_key_partial, Tensor(i!)? null_value_partial) -> ()");
@@ -335,8 +389,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(retro_kernels_cpu, CPU, m) {
-  m.impl("cca_forward", TORCH_BOX(&retro_kernels::forward));
-  m.impl("cca_backward", TORCH_BOX(&retro_kernels::backward));
+  m.impl("attention_forward", TORCH_BOX(&retro_kernels::forward));
+  m.impl("attention_backward", TORCH_BOX(&retro_kernels::backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(retro_kernels_cpu, CompositeExplicitAutograd, m) {

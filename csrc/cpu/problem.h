@@ -8,6 +8,9 @@ namespace retro_kernels {
 
 enum Type : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// Which query rows and key slots see each other; the numbers and the words of ops/attention/common.py.
+enum Grouping : int { kClock = 0, kNeighbour = 1, kChunk = 2 };
+
 // An optional small operand (bias, rotary table, null slot): its own type, strides in elements, last stride 1.
 struct Operand {
   const void* data = nullptr;
@@ -16,20 +19,28 @@ struct Operand {
 };
 
 struct Problem {
-  int64_t batch, tokens, heads, chunks, neighbours, retrieved, kv_heads, dim, dim_value;
-  int64_t chunk_rows;   // rows of the bias and of the query's rotary tables (m)
-  int64_t stride;       // tokens that attend to one chunk
-  int64_t first_token;  // token of clock 0; may be negative
+  Grouping grouping;
+  bool causal;
+  int64_t batch, query_chunks, query_neighbours, tokens, heads;  // query's axes: b, lq, kq, n, h
+  int64_t chunks, neighbours, retrieved, kv_heads;               // key's axes: l, k, r, hk
+  int64_t dim, dim_value;
+  int64_t groups;       // per sequence
+  int64_t table_rows;   // rows of the bias, of the query's rotary tables (M)
+  int64_t stride;       // CLOCK: tokens that attend to one chunk
+  int64_t first_token;  // CLOCK: token of clock 0; may be negative
   float scale;
   Type type;  // of query, key, value, out and their gradients
 
   const void *query, *key, *value;
-  int64_t query_stride[3];  // batch, token, head
+  int64_t query_stride[5];  // batch, chunk, neighbour, token, head
   int64_t key_stride[5];    // batch, chunk, neighbour, retrieved token, head
   int64_t value_stride[5];
 
   const uint8_t* mask;  // null: everything is visible
   int64_t mask_stride[4];
+
+  const int32_t* chunk_spans;    // [batch, chunks, 2] or null
+  const int32_t* first_visible;  // [batch, tokens] or null
 
   Operand bias;              // strides: head, row
   int64_t bias_slots;        // r or k * r
@@ -44,7 +55,7 @@ struct Problem {
 
   // backward only
   const void* grad_out;
-  int64_t grad_out_stride[3];
+  int64_t grad_out_stride[5];
   void *grad_query, *grad_key, *grad_value;  // contiguous
   // fp32 partial sums, `copies` of each, contiguous; null when not wanted
   float *bias_partial, *null_key_partial, *null_value_partial;
@@ -56,7 +67,7 @@ struct Problem {
 struct Level {
   const char* name;
   size_t (*scratch_bytes)(const Problem&, bool backward);
-  // Work item: (batch, chunk, kv head), the kv head running fastest.
+  // Work item: (batch, group, kv head), the kv head running fastest.
   void (*forward)(const Problem&, int64_t first_item, int64_t last_item, char* scratch);
   // `following`: the item this thread computes next, or -1. `copy`: the partial copy of the parameter gradients to add to.
   void (*backward)(const Problem&, int64_t item, int64_t following, int64_t copy, char* scratch);

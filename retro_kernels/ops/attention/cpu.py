@@ -1,12 +1,12 @@
-"""Chunked cross-attention on the CPU: the kernels of csrc/cpu.
+"""Attention within groups on the CPU: the kernels of csrc/cpu.
 
-Speed is bounded by multiply-adds: per (chunk, head) the forward does 4 m S d FLOPs on 4 bytes x 2 S d of fp32 keys and
-values, 32 FLOP per byte at m = 64. csrc/README.md says how far from the measured limit the kernels are.
+Speed is bounded by multiply-adds: per (group, head) the forward does 4 rows S d FLOPs on 4 bytes x 2 S d of fp32 keys
+and values, 32 FLOP per byte at 64 rows. csrc/README.md says how far from the measured limit the kernels are.
 
-Memory: the outputs, and for the gradients of the bias and the null slot `_copies` fp32 partial sums of each. Besides,
-each thread keeps a scratch buffer (about 1 MiB, whatever the size of the call) between calls.
+Memory: the outputs, and for the gradients of parameters `_copies` fp32 partial sums of each. Besides, each thread
+keeps a scratch buffer (about 1 MiB, whatever the size of the call) between calls.
 
-Each level of instructions gives bitwise the same result on every run and for every number of threads: a (batch, chunk,
+Each level of instructions gives bitwise the same result on every run and for every number of threads: a (batch, group,
 kv head) is computed by one thread in one order, and partial sums are assigned to them by a rule that knows only shapes.
 """
 
@@ -24,7 +24,7 @@ def unavailable() -> str | None:
     return extension.why_not()
 
 
-def refusal(call) -> str | None:
+def refusal(call: common.Call) -> str | None:
     """Why this call cannot run here, or None."""
     query, dims = call.query, (call.query.shape[-1], call.value.shape[-1])
     if query.device.type != "cpu":
@@ -40,43 +40,42 @@ def refusal(call) -> str | None:
     return None
 
 
-def _copies(key: torch.Tensor) -> int:
+def _copies(key: torch.Tensor, grouping: int) -> int:
     """Partial sums of each parameter gradient. Tasks are (copy, range of kv heads): few heads get more."""
-    batch, num_chunks, kv_heads = key.shape[0], key.shape[1], key.shape[4]
+    batch, num_chunks, neighbours, _, kv_heads, _ = key.shape
+    groups = batch * num_chunks * (neighbours if grouping == common.NEIGHBOUR else 1)
     most = min(common.PARTIAL_COPIES, 8 if kv_heads >= 8 else 32)
-    return max(1, min(batch * num_chunks, most))
+    return max(1, min(groups, most))
 
 
-def _forward(query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin,
-             null_key, null_value, rotary_interleaved, scale, stride, first_token):  # fmt: skip
+def _forward(query, key, value, *arguments):
     out, lse = common.allocate_forward(query, value)
-    torch.ops.retro_kernels_cpu.cca_forward(
-        query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin,
-        null_key, null_value, rotary_interleaved, scale, stride, first_token, out, lse,
-    )  # fmt: skip
+    torch.ops.retro_kernels_cpu.attention_forward(query, key, value, *arguments, out, lse)
     return out, lse
 
 
-def _backward(grad_out, query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin,
-              null_key, null_value, out, lse, rotary_interleaved, scale, stride, first_token,
-              bias_gradient, null_gradient):  # fmt: skip
+def _backward(grad_out, *arguments):
+    slots, (out, lse) = arguments[: common.TENSORS], arguments[common.TENSORS : common.TENSORS + 2]
+    *settings, bias_gradient, relative_gradient, null_gradient = arguments[common.TENSORS + 2 :]
     gradients = common.allocate_backward(
-        query, key, value, attention_bias, null_key, null_value, bias_gradient, null_gradient
+        *(slots[place] for place in common.DIFFERENTIABLE), bias_gradient, relative_gradient, null_gradient
     )
-    wanted = (bias_gradient and attention_bias is not None, *(2 * (null_gradient and null_key is not None,)))
-    parameters = [gradient if flag else None for gradient, flag in zip(gradients[3:], wanted)]
-    copies = _copies(key)
+    asked = (bias_gradient, *(3 * (relative_gradient,)), *(2 * (null_gradient,)))
+    given = [slots[place] is not None for place in common.DIFFERENTIABLE[3:]]
+    parameters = [
+        gradient if wanted and there else None for gradient, wanted, there in zip(gradients[3:], asked, given)
+    ]
+    bias, null = parameters[:1], parameters[4:]
+    copies = _copies(slots[1], settings[0])
     partial = [
-        None if total is None else ops_common.allocate((copies, *total.shape), torch.float32, query.device)
-        for total in parameters
+        None if total is None else ops_common.allocate((copies, *total.shape), torch.float32, grad_out.device)
+        for total in (*bias, *null)
     ]
     if grad_out.dim() and grad_out.shape[-1] > 1 and grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    torch.ops.retro_kernels_cpu.cca_backward(
-        grad_out, query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin,
-        null_key, null_value, out.contiguous(), lse.contiguous(), rotary_interleaved, scale, stride, first_token,
-        *gradients[:3], *parameters, *partial,
-    )  # fmt: skip
+    torch.ops.retro_kernels_cpu.attention_backward(
+        grad_out, *slots, out.contiguous(), lse.contiguous(), *settings, *gradients[:3], *bias, *null, *partial
+    )
     return gradients
 
 

@@ -1,0 +1,362 @@
+// The backward. Every row's log-sum-exp is known, so (row block, key block) tiles are visited in one sweep when an item
+// has one block of either kind, and otherwise in two: one for dQ and the parameters, one for dK and dV.
+#pragma once
+#include "packing.h"
+
+namespace retro_kernels {
+namespace RK_NAMESPACE {
+namespace {
+
+struct BackwardBuffers {
+  // packed: as the broadcast operand, and with pairs adjacent along the keys or rows as the other operand
+  float *keys, *keys_across, *values;
+  float *query, *query_panels, *query_across;
+  float *grad, *grad_panels, *grad_across;
+  float *scores, *grad_scores, *bias;
+  float *p_down, *ds_down, *ds_across;  // pairs along the rows, along the rows, along the keys
+  float *grad_query, *grad_key, *grad_value;
+  float *lse, *delta, *null_key, *null_value, *wide, *wide_grad;
+
+  BackwardBuffers(const Problem& p, const Sizes& z, Arena* arena) {
+    keys = arena->take(z.keys * z.ld);
+    keys_across = z.pairs ? arena->take(z.keys / 2 * z.dim) : keys;
+    values = arena->take(z.keys * z.ld_value);
+    query = arena->take(kRows * z.ld);
+    query_across = z.pairs ? arena->take(kRows / 2 * z.dim) : query;
+    query_panels = arena->take(kRows * round_up(z.depth, 16));
+    grad = arena->take(kRows * z.ld_value);
+    grad_across = z.pairs ? arena->take(kRows / 2 * z.dim_value) : grad;
+    grad_panels = arena->take(kRows * round_up(z.depth_value, 16));
+    scores = arena->take(z.keys * kRows);
+    grad_scores = arena->take(z.keys * kRows);
+    bias = arena->take(p.bias.data ? z.keys * kRows : 0);
+    p_down = z.pairs ? arena->take(z.keys * kRows / 2) : scores;
+    ds_down = z.pairs ? arena->take(z.keys * kRows / 2) : grad_scores;
+    ds_across = z.pairs ? arena->take(z.keys / 2 * kRows) : grad_scores;
+    grad_query = arena->take(kRows * z.dim);
+    grad_key = arena->take(z.keys * z.dim);
+    grad_value = arena->take(z.keys * z.dim_value);
+    lse = arena->take(kRows);
+    delta = arena->take(kRows);
+    null_key = arena->take(kMaxDim);
+    null_value = arena->take(kMaxDim);
+    wide = arena->take(kMaxDim);
+    wide_grad = arena->take(kMaxDim);
+  }
+};
+
+// Packs queries and output gradients of a row block; lse (base 2) and delta; the null slot's share of all gradients.
+// Rows that saw nothing are packed as zeros with lse +inf, whatever they hold.
+template <class T, bool kPairs>
+static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& z, const BackwardBuffers& f,
+                               const Rows& rows, bool grad_query, bool parameters, int64_t copy) {
+  for (int64_t i = 0; i < rows.padded; ++i) {
+    float* query = f.query + i * z.ld;
+    float* grad = f.grad + i * z.ld_value;
+    float* dq = f.grad_query + i * z.dim;
+    if (grad_query && p.null_key.data) __builtin_memset(dq, 0, (size_t)z.dim * 4);
+    const int64_t position = i < rows.count ? rows.position[i] : 0;
+    if (i >= rows.count || p.lse[position] == -infinity()) {
+      __builtin_memset(query, 0, (size_t)(z.ld - 16) * 4);
+      __builtin_memset(grad, 0, (size_t)(z.ld_value - 16) * 4);
+      f.lse[i] = i < rows.count ? infinity() : 0.0f;
+      f.delta[i] = 0.0f;
+      continue;
+    }
+    pack_row<T, kPairs>((const T*)p.query + row_offset(p.query_stride, item, rows, i), p.dim, &p.query_cos,
+                        &p.query_sin, rows.angle[i], p.rotary_width, p.rotary_interleaved, query, z.ld - 16);
+    const T* grad_row = (const T*)p.grad_out + row_offset(p.grad_out_stride, item, rows, i);
+    pack_row<T, kPairs>(grad_row, p.dim_value, nullptr, nullptr, 0, 0, false, grad, z.ld_value - 16);
+    const float* wide_grad = grad;
+    if (kPairs) widen_row(grad_row, p.dim_value, f.wide_grad, z.dim_value), wide_grad = f.wide_grad;
+    widen_row((const T*)p.out + position * p.dim_value, p.dim_value, f.wide, z.dim_value);
+    f.lse[i] = p.lse[position] * kLog2e;
+    f.delta[i] = dot(wide_grad, f.wide, z.dim_value);
+    if (!p.null_key.data) continue;
+
+    if (i == 0 || rows.head[i] != rows.head[i - 1] || f.lse[i - 1] == infinity()) {
+      __builtin_memset(f.null_key, 0, kMaxDim * 4);
+      __builtin_memset(f.null_value, 0, kMaxDim * 4);
+      widen_operand(p.null_key, rows.head[i] * p.null_key.stride0, p.dim, f.null_key);
+      widen_operand(p.null_value, rows.head[i] * p.null_value.stride0, p.dim_value, f.null_value);
+    }
+    const float* wide_query = query;
+    if (kPairs) widen_row((const bfloat_t*)query, p.dim, f.wide, z.dim), wide_query = f.wide;
+    const float logit = dot(wide_query, f.null_key, z.dim) * (p.scale * kLog2e);
+    const float probability = exp2(splat(logit - f.lse[i]))[0];
+    const float ds = probability * (dot(wide_grad, f.null_value, z.dim_value) - f.delta[i]);
+    if (grad_query)
+      for (int64_t j = 0; j < z.dim; ++j) dq[j] = ds * f.null_key[j];
+    if (parameters && p.null_key_partial) {
+      const int64_t at = copy * p.heads + rows.head[i];
+      add_scaled(p.null_key_partial + at * p.dim, ds * p.scale, wide_query, p.dim);
+      add_scaled(p.null_value_partial + at * p.dim_value, probability, wide_grad, p.dim_value);
+    }
+  }
+  transpose_rows(f.query, z.ld, rows.padded, round_up(z.depth, 16), f.query_panels);
+  transpose_rows(f.grad, z.ld_value, rows.padded, round_up(z.depth_value, 16), f.grad_panels);
+  interleave_rows<kPairs>(f.query, z.ld, rows.padded, z.dim, f.query_across, z.dim);
+  interleave_rows<kPairs>(f.grad, z.ld_value, rows.padded, z.dim_value, f.grad_across, z.dim_value);
+}
+
+#if RK_LEVEL >= 3
+// Two keys by 32 rows of probabilities or dS, as bf16: pairs along the rows, and pairs along the keys.
+RK_INLINE void store_down(vfloat low, vfloat high, float* p) {
+  const __m512bh packed = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  __builtin_memcpy(p, &packed, 64);
+}
+RK_INLINE void store_across(vfloat a, vfloat b, float* p) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+  _mm512_store_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#endif
+
+// scores, grad_scores [key][row] -> probabilities and dS, as the three products want them.
+template <bool kPairs, bool kKeepWide>
+static void differentiate_block(const Keys& keys, int64_t padded_rows, float factor, const float* bias,
+                                const BackwardBuffers& f) {
+  const auto terms = [&](int64_t at, int64_t i, vfloat* p, vfloat* ds) __attribute__((always_inline)) {
+    vfloat x = load(f.scores + at) * factor - load(f.lse + i);
+    if (bias) x = (load(f.scores + at) * factor + load(bias + at)) - load(f.lse + i);
+    *p = exp2(x);
+    *ds = *p * (load(f.grad_scores + at) - load(f.delta + i));
+    if (kKeepWide) store(f.grad_scores + at, *ds);
+  };
+#if RK_LEVEL >= 3
+  if constexpr (kPairs) {
+    for (int64_t k = 0; k < keys.count; k += 2)
+      for (int64_t i = 0; i < padded_rows; i += 32) {
+        vfloat p[4] = {}, ds[4] = {};
+        const bool second = k + 1 < keys.count, wide = i + 16 < padded_rows;
+        terms(k * kRows + i, i, p, ds);
+        if (wide) terms(k * kRows + i + 16, i + 16, p + 1, ds + 1);
+        if (second) terms((k + 1) * kRows + i, i, p + 2, ds + 2);
+        if (second && wide) terms((k + 1) * kRows + i + 16, i + 16, p + 3, ds + 3);
+        store_down(p[0], p[1], f.p_down + k * kRows / 2 + i / 2);
+        store_down(p[2], p[3], f.p_down + (k + 1) * kRows / 2 + i / 2);
+        store_down(ds[0], ds[1], f.ds_down + k * kRows / 2 + i / 2);
+        store_down(ds[2], ds[3], f.ds_down + (k + 1) * kRows / 2 + i / 2);
+        store_across(ds[0], ds[2], f.ds_across + k / 2 * kRows + i);
+        store_across(ds[1], ds[3], f.ds_across + k / 2 * kRows + i + 16);
+      }
+    return;
+  }
+#endif
+  for (int64_t k = 0; k < keys.count; ++k)
+    for (int64_t i = 0; i < padded_rows; i += kLanes) {
+      vfloat p, ds;
+      terms(k * kRows + i, i, &p, &ds);
+      store(f.scores + k * kRows + i, p);
+      if (!kKeepWide) store(f.grad_scores + k * kRows + i, ds);
+    }
+}
+
+static void add_bias_gradient(const Problem& p, const Rows& rows, const Keys& keys, const float* grad_scores,
+                              int64_t copy) {
+  float square[kLanes * kMostKeys] __attribute__((aligned(64)));
+  for (int64_t i0 = 0; i0 < rows.padded; i0 += kLanes) {
+    for (int64_t k = 0; k < keys.count; k += kLanes)
+      transpose_square(grad_scores + k * kRows + i0, kRows, square + k, kMostKeys);
+    for (int64_t i = 0; i < kLanes && i0 + i < rows.count; ++i) {
+      float* to = p.bias_partial +
+                  ((copy * p.heads + rows.head[i0 + i]) * p.table_rows + rows.row[i0 + i]) * p.bias_slots;
+      const float* from = square + i * kMostKeys;
+      int64_t k = 0;
+      while (k < keys.count) {
+        const int64_t start = keys.slot[k] % p.bias_slots;
+        int64_t n = 1;
+        while (k + n < keys.count && keys.slot[k + n] == keys.slot[k] + n && start + n < p.bias_slots) ++n;
+        add_scaled(to + start, 1.0f, from + k, n);
+        k += n;
+      }
+    }
+  }
+}
+
+// One (row block, key block). `add_key`: dK and dV already hold the sum over earlier row blocks.
+template <class T, bool kPairs>
+static void backward_tile(const Problem& p, const Sizes& z, const BackwardBuffers& f, const Rows& rows,
+                          const Keys& keys, bool query_wanted, bool key_wanted, bool add_query, bool add_key,
+                          bool parameters, int64_t copy, Prefetch* next) {
+  float factor = p.scale * kLog2e;
+  const int64_t row_depth = kPairs ? (rows.count + 1) / 2 : rows.count;
+  const int64_t key_depth = kPairs ? (keys.count + 1) / 2 : keys.count;
+  const float* bias = p.bias.data ? f.bias : nullptr;
+  if (bias) gather_bias(p, rows, keys, f.bias);
+  multiply<false, kPairs>(keys.padded, rows.padded, z.depth, f.keys, z.ld, f.query_panels, kPanel,
+                          panel_size(z.depth), f.scores, kRows, false, next);
+  multiply<false, kPairs>(keys.padded, rows.padded, z.depth_value, f.values, z.ld_value, f.grad_panels, kPanel,
+                          panel_size(z.depth_value), f.grad_scores, kRows, false, next);
+  if (partly_hidden(p, rows, keys)) {
+    hide_unseen(rows, keys, factor, f.scores);
+    factor = 1.0f;
+  }
+  if (parameters && p.bias_partial) {
+    differentiate_block<kPairs, true>(keys, rows.padded, factor, bias, f);
+    add_bias_gradient(p, rows, keys, f.grad_scores, copy);
+  } else {
+    differentiate_block<kPairs, false>(keys, rows.padded, factor, bias, f);
+  }
+  const int64_t ld_scores = kPairs ? kRows / 2 : kRows;
+  if (keys.count < keys.all) {  // what pads the keys are keys, which these rows do not see
+    const size_t bytes = (size_t)((keys.padded - keys.count) * ld_scores) * 4;
+    __builtin_memset(f.p_down + keys.count * ld_scores, 0, bytes);
+    __builtin_memset(f.ds_down + keys.count * ld_scores, 0, bytes);
+  }
+  if (key_wanted) {
+    multiply<false, kPairs>(keys.padded, z.dim_value, row_depth, f.p_down, ld_scores, f.grad_across,
+                            kPairs ? z.dim_value : z.ld_value, kPanel, f.grad_value, z.dim_value, add_key, next);
+    multiply<false, kPairs>(keys.padded, z.dim, row_depth, f.ds_down, ld_scores, f.query_across,
+                            kPairs ? z.dim : z.ld, kPanel, f.grad_key, z.dim, add_key, next);
+  }
+  if (query_wanted)
+    multiply<true, kPairs>(rows.padded, z.dim, key_depth, f.ds_across, kRows, f.keys_across, kPairs ? z.dim : z.ld,
+                           kPanel, f.grad_query, z.dim, add_query, next);
+}
+
+RK_INLINE int64_t gradient_row(const Problem& p, const Item& item, int64_t slot) {
+  return (((item.b * p.chunks + item.chunk) * p.neighbours + item.neighbour) * p.retrieved + slot) * p.kv_heads + item.kv;
+}
+
+template <class T>
+static void write_keys(const Problem& p, const Item& item, const Sizes& z, const BackwardBuffers& f,
+                       const Keys& keys) {
+  for (int64_t i = 0; i < keys.all; ++i) {
+    const int64_t at = gradient_row(p, item, keys.slot[i]);
+    float* dk = f.grad_key + i * z.dim;
+    if (p.rotary_width > 0)
+      rotate(dk, p.key_cos, p.key_sin, key_angle(p, item, keys.slot[i]), p.rotary_width, p.rotary_interleaved, -1.0f);
+    if (p.stream_gradients) {
+      stream_row(dk, p.dim, p.scale, (T*)p.grad_key + at * p.dim);
+      stream_row(f.grad_value + i * z.dim_value, p.dim_value, 1.0f, (T*)p.grad_value + at * p.dim_value);
+    } else {
+      narrow_row(dk, p.dim, p.scale, (T*)p.grad_key + at * p.dim);
+      narrow_row(f.grad_value + i * z.dim_value, p.dim_value, 1.0f, (T*)p.grad_value + at * p.dim_value);
+    }
+  }
+#if RK_LEVEL >= 2
+  if (p.stream_gradients) _mm_sfence();
+#endif
+}
+
+template <class T>
+static void write_queries(const Problem& p, const Item& item, const Sizes& z, const BackwardBuffers& f,
+                          const Rows& rows, bool computed) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    T* out = (T*)p.grad_query + rows.position[i] * p.dim;
+    float* dq = f.grad_query + i * z.dim;
+    // a row that saw nothing gets exactly 0 even when the keys of others hold NaN
+    if (!computed || f.lse[i] == infinity()) {
+      __builtin_memset((void*)out, 0, (size_t)p.dim * sizeof(T));
+      continue;
+    }
+    if (p.rotary_width > 0)
+      rotate(dq, p.query_cos, p.query_sin, rows.angle[i], p.rotary_width, p.rotary_interleaved, -1.0f);
+    narrow_row(dq, p.dim, p.scale, out);
+  }
+}
+
+template <class T>
+static void clear_hidden_keys(const Problem& p, const Item& item) {
+  const uint8_t* mask = nullptr;
+  if (p.mask)
+    mask = p.mask + item.b * p.mask_stride[0] + item.chunk * p.mask_stride[1] + item.neighbour * p.mask_stride[2];
+  if (!mask && item.count > 0) return;
+  for (int64_t s = 0; s < item.slots; ++s) {
+    if (item.count > 0 && mask[s / p.retrieved * p.mask_stride[2] + s % p.retrieved * p.mask_stride[3]]) continue;
+    const int64_t at = gradient_row(p, item, s);
+    __builtin_memset((void*)((T*)p.grad_key + at * p.dim), 0, (size_t)p.dim * sizeof(T));
+    __builtin_memset((void*)((T*)p.grad_value + at * p.dim_value), 0, (size_t)p.dim_value * sizeof(T));
+  }
+}
+
+template <class T, bool kPairs>
+static void pack_backward_keys(const Problem& p, const Item& item, const Sizes& z, const BackwardBuffers& f,
+                               const Keys& keys) {
+  pack_keys<T, kPairs>(p, item, z, keys, f.keys);
+  pack_values<T, kPairs>(p, item, z, keys, f.values);
+  interleave_rows<kPairs>(f.keys, z.ld, keys.padded, z.dim, f.keys_across, z.dim);
+}
+
+template <class T, bool kPairs>
+static void backward_typed(const Problem& p, int64_t index, int64_t following, int64_t copy, char* scratch) {
+  const Sizes z(p, kPairs);
+  Arena arena{scratch};
+  const BackwardBuffers f(p, z, &arena);
+  const Item item = item_at(p, index);
+  clear_hidden_keys<T>(p, item);
+  if (item.count == 0) return;
+  const int64_t slots = item.slots, blocks = row_blocks(p, item);
+  const bool one_sweep = slots <= z.keys || blocks == 1;
+  const bool null_slot = p.null_key.data != nullptr;
+  Rows rows;
+  Keys keys;
+  Prefetch ahead;
+  const int64_t tiles = 2 * (least(slots, z.keys) / kTileRows * kRows / kPanel) +
+                        least(slots, z.keys) / kTileRows * (z.dim + z.dim_value) / kPanel +
+                        kRows / kTileRows * z.dim / kPanel + 1;
+
+  // Row blocks outside: dQ, the parameters, and with a single row block dK and dV as well.
+  if (slots > z.keys) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      make_rows(p, item, block, &rows);
+      pack_backward_rows<T, kPairs>(p, item, z, f, rows, true, true, copy);
+      bool started = null_slot;
+      for (int64_t cursor = rows.begin; cursor < rows.end;) {
+        next_keys(p, item, z.keys, &cursor, rows.end, &keys);
+        if (keys.count == 0) break;
+        pack_backward_keys<T, kPairs>(p, item, z, f, keys);
+        if (cursor < rows.end)
+          ahead = make_prefetch<T>(p, item, cursor, z, tiles, true);
+        else if (one_sweep && following >= 0)
+          ahead = make_prefetch<T>(p, item_at(p, following), 0, z, tiles, true);
+        backward_tile<T, kPairs>(p, z, f, rows, keys, true, one_sweep, started, false, true, copy,
+                                  &ahead);
+        if (one_sweep) write_keys<T>(p, item, z, f, keys);
+        started = true;
+      }
+      write_queries<T>(p, item, z, f, rows, started);
+    }
+    if (one_sweep) return;
+  }
+
+  // Key blocks outside: dK and dV, and with a single key block everything.
+  int64_t cursor = 0;
+  do {
+    next_keys(p, item, z.keys, &cursor, slots, &keys);
+    if (keys.count == 0 && !one_sweep) break;
+    pack_backward_keys<T, kPairs>(p, item, z, f, keys);
+    if (p.causal) {  // no row block sees all keys
+      __builtin_memset(f.grad_key, 0, (size_t)(keys.padded * z.dim) * 4);
+      __builtin_memset(f.grad_value, 0, (size_t)(keys.padded * z.dim_value) * 4);
+    }
+    for (int64_t block = 0; block < blocks; ++block) {
+      make_rows(p, item, block, &rows);
+      keep_below(rows.end, &keys);
+      const bool seen = keys.count > 0 && keys.slot[keys.count - 1] >= rows.begin;
+      if (!seen && !one_sweep) continue;
+      pack_backward_rows<T, kPairs>(p, item, z, f, rows, one_sweep, one_sweep, copy);
+      if (block + 1 == blocks && cursor >= slots && following >= 0)
+        ahead = make_prefetch<T>(p, item_at(p, following), 0, z, tiles, true);
+      if (seen)
+        backward_tile<T, kPairs>(p, z, f, rows, keys, one_sweep, true, null_slot, p.causal || block > 0, one_sweep,
+                                 copy, &ahead);
+      if (one_sweep) write_queries<T>(p, item, z, f, rows, null_slot || seen);
+    }
+    write_keys<T>(p, item, z, f, keys);
+  } while (cursor < slots);
+}
+
+static void backward(const Problem& p, int64_t item, int64_t following, int64_t copy, char* scratch) {
+  if (p.type == kFloat32)
+    backward_typed<float, false>(p, item, following, copy, scratch);
+  else if (p.type == kFloat16)
+    backward_typed<half_t, false>(p, item, following, copy, scratch);
+  else
+    backward_typed<bfloat_t, (RK_LEVEL >= 3)>(p, item, following, copy, scratch);
+}
+
+}  // namespace
+}  // namespace RK_NAMESPACE
+}  // namespace retro_kernels

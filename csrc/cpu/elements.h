@@ -1,0 +1,96 @@
+// Rows of numbers: widened to fp32, narrowed, rotated, added up.
+#pragma once
+#include "problem.h"
+#include "products.h"
+
+namespace retro_kernels {
+namespace RK_NAMESPACE {
+namespace {
+
+constexpr int kMaxDim = 256;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// dst[0, padded) fp32, zero beyond n
+template <class T>
+RK_INLINE void widen_row(const T* src, int64_t n, float* dst, int64_t padded) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, widen_vector(src + i));
+  for (; i < n; ++i) dst[i] = widen(src[i]);
+  for (; i < padded; ++i) dst[i] = 0.0f;
+}
+
+template <class T>
+RK_INLINE void narrow_row(const float* src, int64_t n, float factor, T* dst) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) narrow_vector(load(src + i) * factor, dst + i);
+  for (; i < n; ++i) narrow(src[i] * factor, dst + i);
+}
+
+// The same for a row that is not read again soon: whole cache lines are written past the cache, unread.
+template <class T>
+RK_INLINE void stream_row(const float* src, int64_t n, float factor, T* dst) {
+#if RK_LEVEL >= 2
+  constexpr int64_t kStep = 64 / (int64_t)sizeof(T);
+  if (((uintptr_t)dst & 63) == 0 && n % kStep == 0) {
+    for (int64_t i = 0; i < n; i += kStep) {
+      if constexpr (sizeof(T) == 4) {
+        _mm512_stream_ps((float*)(dst + i), (__m512)(load(src + i) * factor));
+      } else {
+        T line[kStep] __attribute__((aligned(64)));
+        narrow_vector(load(src + i) * factor, line);
+        narrow_vector(load(src + i + kLanes) * factor, line + kLanes);
+        _mm512_stream_si512((__m512i*)(dst + i), _mm512_load_si512(line));
+      }
+    }
+    return;
+  }
+#endif
+  narrow_row(src, n, factor, dst);
+}
+
+static void widen_operand(const Operand& o, int64_t offset, int64_t n, float* dst) {
+  if (o.type == kFloat32)
+    widen_row((const float*)o.data + offset, n, dst, n);
+  else if (o.type == kFloat16)
+    widen_row((const half_t*)o.data + offset, n, dst, n);
+  else
+    widen_row((const bfloat_t*)o.data + offset, n, dst, n);
+}
+
+// Turns x by the table's row, or back with `direction` -1.
+static void rotate(float* x, const Operand& cosine, const Operand& sine, int64_t row, int64_t width, bool interleaved,
+                   float direction) {
+  float c[kMaxDim / 2], s[kMaxDim / 2];
+  widen_operand(cosine, row * cosine.stride0, width, c);
+  widen_operand(sine, row * sine.stride0, width, s);
+  if (interleaved) {
+    for (int64_t j = 0; j < width; ++j) {
+      const float a = x[2 * j], b = x[2 * j + 1], t = s[j] * direction;
+      x[2 * j] = a * c[j] - b * t;
+      x[2 * j + 1] = b * c[j] + a * t;
+    }
+  } else {
+    for (int64_t j = 0; j < width; ++j) {
+      const float a = x[j], b = x[j + width], t = s[j] * direction;
+      x[j] = a * c[j] - b * t;
+      x[j + width] = b * c[j] + a * t;
+    }
+  }
+}
+
+RK_INLINE void add_scaled(float* x, float factor, const float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] += factor * y[i];
+}
+
+RK_INLINE float dot(const float* x, const float* y, int64_t padded) {
+  vfloat sum = {};
+  for (int64_t i = 0; i < padded; i += kLanes) sum += load(x + i) * load(y + i);
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += sum[i];
+  return total;
+}
+
+}  // namespace
+}  // namespace RK_NAMESPACE
+}  // namespace retro_kernels

@@ -1,0 +1,220 @@
+// The forward: an online softmax over the key blocks of every row block.
+#pragma once
+#include "packing.h"
+
+namespace retro_kernels {
+namespace RK_NAMESPACE {
+namespace {
+
+struct ForwardBuffers {
+  float *keys, *values, *raw, *rows, *scores, *probabilities, *bias, *out;
+  float *highest, *sum, *rescale;
+  float *null_value, *null_key, *wide;
+
+  ForwardBuffers(const Problem& p, const Sizes& z, Arena* arena) {
+    keys = arena->take(z.keys * z.ld);
+    values = arena->take(z.pairs ? z.keys / 2 * z.dim_value : z.keys * z.ld_value);
+    raw = arena->take(most(kRows * z.ld, z.pairs ? z.keys * z.ld_value : 0));
+    rows = arena->take(kRows * round_up(z.depth, 16));
+    scores = arena->take(z.keys * kRows);
+    probabilities = z.pairs ? arena->take(z.keys / 2 * kRows) : scores;
+    bias = arena->take(p.bias.data ? z.keys * kRows : 0);
+    out = arena->take(kRows * z.dim_value);
+    highest = arena->take(kRows);
+    sum = arena->take(kRows);
+    rescale = arena->take(kRows);
+    null_key = arena->take(kMaxDim);
+    null_value = arena->take(kMaxDim);
+    wide = arena->take(kMaxDim);
+  }
+};
+
+// Scores [key][row] -> unnormalised probabilities relative to the running maximum, which this updates with the sum.
+template <bool kPairs>
+static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, const float* bias, float* scores,
+                          float* probabilities, float* highest, float* sum, float* rescale) {
+  const int64_t n = keys.count;
+  for (int64_t i = 0; i < padded_rows; i += kLanes) {
+    float* s = scores + i;
+    vfloat high = load(highest + i), high1 = high;
+    const vfloat before = high;
+    float scale = factor;
+    int64_t k = 0;
+    if (bias) {
+      for (; k < n; ++k) {
+        const vfloat x = load(s + k * kRows) * factor + load(bias + k * kRows + i);
+        store(s + k * kRows, x);
+        high = larger(x, high);
+      }
+      scale = 1.0f;
+    } else {
+      for (; k + 2 <= n; k += 2) {
+        high = larger(load(s + k * kRows) * factor, high);
+        high1 = larger(load(s + (k + 1) * kRows) * factor, high1);
+      }
+      for (; k < n; ++k) high = larger(load(s + k * kRows) * factor, high);
+      high = larger(high1, high);
+    }
+    store(highest + i, high);
+    const vint nothing = high == splat(-infinity());
+    const vfloat reference = nothing ? vfloat{} : high;
+    const vfloat alpha = exp2(before - reference);
+    store(rescale + i, alpha);
+    vfloat total = {}, total1 = {};
+    k = 0;
+    for (; k + 2 <= n; k += 2) {
+      const vfloat a = exp2(load(s + k * kRows) * scale - reference);
+      const vfloat b = exp2(load(s + (k + 1) * kRows) * scale - reference);
+      total += a;
+      total1 += b;
+#if RK_LEVEL >= 3
+      if constexpr (kPairs) {
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+        const __m512i high16 = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+        _mm512_store_si512(probabilities + k / 2 * kRows + i, _mm512_or_si512(low, _mm512_slli_epi32(high16, 16)));
+        continue;
+      }
+#endif
+      store(probabilities + k * kRows + i, a);
+      store(probabilities + (k + 1) * kRows + i, b);
+    }
+    if (k < n) {
+      const vfloat a = exp2(load(s + k * kRows) * scale - reference);
+      total += a;
+#if RK_LEVEL >= 3
+      if constexpr (kPairs)
+        _mm512_store_si512(probabilities + k / 2 * kRows + i,
+                           _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a)));
+      else
+#endif
+        store(probabilities + k * kRows + i, a);
+    }
+    store(sum + i, load(sum + i) * alpha + (total + total1));
+  }
+}
+
+template <class T, bool kPairs>
+static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers& f, int64_t first_item,
+                          int64_t last_item) {
+  const int64_t slots = item_at(p, first_item).slots;
+  const bool one_block = slots <= z.keys;
+  const float factor = p.scale * kLog2e;
+  Rows rows;
+  Keys keys;
+  Prefetch ahead;
+  Prefetch* const next = &ahead;
+  const int64_t tiles = least(slots, z.keys) / kTileRows * kRows / kPanel + kRows / kTileRows * z.dim_value / kPanel + 1;
+  for (int64_t index = first_item; index < last_item; ++index) {
+    const Item item = item_at(p, index);
+    if (item.count == 0) continue;
+    const int64_t blocks = row_blocks(p, item);
+    for (int64_t block = 0; block < blocks; ++block) {
+      make_rows(p, item, block, &rows);
+      for (int64_t i = 0; i < rows.count; ++i)
+        pack_row<T, kPairs>((const T*)p.query + row_offset(p.query_stride, item, rows, i), p.dim, &p.query_cos,
+                            &p.query_sin, rows.angle[i],
+ p.rotary_width, p.rotary_interleaved, f.raw + i * z.ld, z.ld - 16);
+      for (int64_t i = rows.count; i < rows.padded; ++i) __builtin_memset(f.raw + i * z.ld, 0, (size_t)z.ld * 4);
+      transpose_rows(f.raw, z.ld, rows.padded, round_up(z.depth, 16), f.rows);
+
+      bool started = p.null_key.data != nullptr;
+      for (int64_t i = 0; i < rows.padded; ++i) {
+        f.highest[i] = -infinity();
+        f.sum[i] = 0.0f;
+        if (!started) continue;
+        float* out = f.out + i * z.dim_value;
+        if (i >= rows.count) {
+          __builtin_memset(out, 0, (size_t)z.dim_value * 4);
+          continue;
+        }
+        if (i == 0 || rows.head[i] != rows.head[i - 1]) {
+          __builtin_memset(f.null_key, 0, kMaxDim * 4);
+          __builtin_memset(f.null_value, 0, kMaxDim * 4);
+          widen_operand(p.null_key, rows.head[i] * p.null_key.stride0, p.dim, f.null_key);
+          widen_operand(p.null_value, rows.head[i] * p.null_value.stride0, p.dim_value, f.null_value);
+        }
+        const float* q = f.raw + i * z.ld;
+        if (kPairs) widen_row((const bfloat_t*)q, p.dim, f.wide, z.dim), q = f.wide;
+        f.highest[i] = dot(q, f.null_key, z.dim) * factor;
+        f.sum[i] = 1.0f;
+        __builtin_memcpy(out, f.null_value, (size_t)z.dim_value * 4);
+      }
+
+      int64_t cursor = one_block ? 0 : rows.begin;
+      const int64_t end = one_block ? slots : rows.end;
+      do {
+        if (!one_block || block == 0) {
+          next_keys(p, item, z.keys, &cursor, end, &keys);
+          pack_keys<T, kPairs>(p, item, z, keys, f.keys);
+          if (kPairs && p.dim_value % 16 == 0) {
+            interleave_values<T, kPairs>(p, item, z, keys, f.values);
+          } else if (kPairs) {
+            pack_values<T, kPairs>(p, item, z, keys, f.raw);
+            interleave_rows<kPairs>(f.raw, z.ld_value, keys.padded, z.dim_value, f.values, z.dim_value);
+          } else {
+            pack_values<T, kPairs>(p, item, z, keys, f.values);
+          }
+        } else {
+          cursor = end;
+        }
+        if (one_block) keep_below(rows.end, &keys);
+        if (keys.count == 0) break;
+        if (p.bias.data) gather_bias(p, rows, keys, f.bias);
+        if (cursor < end)
+          ahead = make_prefetch<T>(p, item, cursor, z, tiles, false);
+        else if (block + 1 == blocks && index + 1 < last_item)
+          ahead = make_prefetch<T>(p, item_at(p, index + 1), 0, z, tiles, false);
+        multiply<false, kPairs>(keys.padded, rows.padded, z.depth, f.keys, z.ld, f.rows, kPanel, panel_size(z.depth),
+                                f.scores, kRows, false, next);
+        const bool hidden = partly_hidden(p, rows, keys);
+        if (hidden) hide_unseen(rows, keys, factor, f.scores);
+        softmax_block<kPairs>(keys, rows.padded, hidden ? 1.0f : factor, p.bias.data ? f.bias : nullptr, f.scores, f.probabilities,
+                              f.highest, f.sum, f.rescale);
+        if (started)
+          for (int64_t i = 0; i < rows.padded; ++i) {
+            const float alpha = f.rescale[i];
+            float* out = f.out + i * z.dim_value;
+            for (int64_t j = 0; j < z.dim_value; j += kLanes) store(out + j, load(out + j) * alpha);
+          }
+        multiply<true, kPairs>(rows.padded, z.dim_value, kPairs ? (keys.count + 1) / 2 : keys.count, f.probabilities,
+                               kRows, f.values, kPairs ? z.dim_value : z.ld_value, kPanel, f.out, z.dim_value, started,
+                               next);
+        started = true;
+      } while (cursor < end);
+
+      for (int64_t i = 0; i < rows.count; ++i) {
+        const int64_t position = rows.position[i];
+        T* out = (T*)p.out + position * p.dim_value;
+        const float sum = f.sum[i];
+        if (!started || sum == 0.0f) {
+          __builtin_memset((void*)out, 0, (size_t)p.dim_value * sizeof(T));
+          p.lse[position] = -infinity();
+        } else {
+          narrow_row(f.out + i * z.dim_value, p.dim_value, 1.0f / sum, out);
+          p.lse[position] = (f.highest[i] + __builtin_log2f(sum)) * kLn2;
+        }
+      }
+    }
+  }
+}
+
+template <class T, bool kPairs>
+static void forward_typed(const Problem& p, int64_t first_item, int64_t last_item, char* scratch) {
+  const Sizes z(p, kPairs);
+  Arena arena{scratch};
+  const ForwardBuffers buffers(p, z, &arena);
+  forward_items<T, kPairs>(p, z, buffers, first_item, last_item);
+}
+
+static void forward(const Problem& p, int64_t first_item, int64_t last_item, char* scratch) {
+  if (p.type == kFloat32)
+    forward_typed<float, false>(p, first_item, last_item, scratch);
+  else if (p.type == kFloat16)
+    forward_typed<half_t, false>(p, first_item, last_item, scratch);
+  else
+    forward_typed<bfloat_t, (RK_LEVEL >= 3)>(p, first_item, last_item, scratch);
+}
+
+}  // namespace
+}  // namespace RK_NAMESPACE
+}  // namespace retro_kernels

@@ -1,0 +1,210 @@
+// Queries, keys, values and bias from where they lie into what the products read.
+#pragma once
+#include "layout.h"
+
+namespace retro_kernels {
+namespace RK_NAMESPACE {
+namespace {
+
+// One row of d elements into `dst` as the products want it: fp32, or bf16 (two to an element), zero beyond d.
+template <class T, bool kPairs>
+RK_INLINE void pack_row(const T* src, int64_t d, const Operand* cosine, const Operand* sine, int64_t row,
+                        int64_t width, bool interleaved, float* dst, int64_t padded) {
+  if constexpr (kPairs) {
+    bfloat_t* out = (bfloat_t*)dst;
+    if (width == 0) {
+      int64_t i = 0;
+      for (; i + 32 <= d; i += 32) __builtin_memcpy(out + i, src + i, 64);
+      for (; i < d; ++i) __builtin_memcpy(out + i, src + i, 2);
+    } else {
+      float x[kMaxDim];
+      widen_row(src, d, x, round_up(d, 16));
+      rotate(x, *cosine, *sine, row, width, interleaved, 1.0f);
+      narrow_row(x, d, 1.0f, out);
+    }
+    for (int64_t i = d; i < 2 * padded; ++i) out[i].bits = 0;
+  } else {
+    widen_row(src, d, dst, padded);
+    if (width > 0) rotate(dst, *cosine, *sine, row, width, interleaved, 1.0f);
+  }
+}
+
+#if RK_LEVEL >= 3
+// dst[i] = pair (a[i], b[i])
+RK_INLINE void interleave(const bfloat_t* a, const bfloat_t* b, int64_t n, float* dst) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + i)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + i)));
+    _mm512_storeu_si512(dst + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+#endif
+
+// Rows [row][ld] into panels: dst[panel of kPanel rows][element][row in panel].
+RK_INLINE void transpose_rows(const float* rows, int64_t ld, int64_t padded_rows, int64_t elements, float* dst) {
+  for (int64_t i = 0; i < padded_rows; i += kLanes)
+    for (int64_t j = 0; j < elements; j += kLanes)
+      transpose_square(rows + i * ld + j, ld, dst + i / kPanel * round_up(elements, 16) * kPanel + j * kPanel + i % kPanel,
+                       kPanel);
+}
+
+RK_INLINE int64_t panel_size(int64_t depth) { return round_up(depth, 16) * kPanel; }
+
+// Where a row lies in query, or in grad_out. In elements.
+RK_INLINE int64_t row_offset(const int64_t* stride, const Item& item, const Rows& rows, int64_t i) {
+  return item.b * stride[0] + item.query_chunk * stride[1] + rows.neighbour[i] * stride[2] + rows.token[i] * stride[3] +
+         rows.head[i] * stride[4];
+}
+
+// Where a slot lies in key or value.
+RK_INLINE int64_t key_offset(const Problem& p, const int64_t* stride, const Item& item, int64_t slot) {
+  const int64_t start =
+      item.b * stride[0] + item.chunk * stride[1] + item.neighbour * stride[2] + item.kv * stride[4];
+  // 32-bit division is several times faster, and nearly every call can use it
+  if (((uint64_t)slot | (uint64_t)p.retrieved) >> 32 == 0) {
+    const uint32_t neighbour = (uint32_t)slot / (uint32_t)p.retrieved, token = (uint32_t)slot % (uint32_t)p.retrieved;
+    return start + neighbour * stride[2] + token * stride[3];
+  }
+  return start + slot / p.retrieved * stride[2] + slot % p.retrieved * stride[3];
+}
+
+// The row of the key's rotary tables.
+RK_INLINE int64_t key_angle(const Problem& p, const Item& item, int64_t slot) {
+  const int64_t token = slot % p.retrieved;
+  return p.first_visible ? token - p.first_visible[item.b * p.tokens + token] : token;
+}
+
+template <class T, bool kPairs>
+static void pack_keys(const Problem& p, const Item& item, const Sizes& z, const Keys& keys, float* packed) {
+  for (int64_t i = 0; i < keys.count; ++i)
+    pack_row<T, kPairs>((const T*)p.key + key_offset(p, p.key_stride, item, keys.slot[i]), p.dim, &p.key_cos,
+                        &p.key_sin, p.rotary_width ? key_angle(p, item, keys.slot[i]) : 0, p.rotary_width,
+                        p.rotary_interleaved, packed + i * z.ld, z.ld - 16);
+  for (int64_t i = keys.count; i < keys.padded; ++i) __builtin_memset(packed + i * z.ld, 0, (size_t)(z.ld - 16) * 4);
+}
+
+template <class T, bool kPairs>
+static void pack_values(const Problem& p, const Item& item, const Sizes& z, const Keys& keys, float* packed) {
+  for (int64_t i = 0; i < keys.count; ++i)
+    pack_row<T, kPairs>((const T*)p.value + key_offset(p, p.value_stride, item, keys.slot[i]), p.dim_value, nullptr,
+                        nullptr, 0, 0, false, packed + i * z.ld_value, z.ld_value - 16);
+  for (int64_t i = keys.count; i < keys.padded; ++i)
+    __builtin_memset(packed + i * z.ld_value, 0, (size_t)(z.ld_value - 16) * 4);
+}
+
+// Rows [row][ld] of pairs along their length into [row / 2][dim] of pairs along the rows.
+template <bool kPairs>
+RK_INLINE void interleave_rows(const float* rows, int64_t ld, int64_t count, int64_t dim, float* dst, int64_t ld_dst) {
+#if RK_LEVEL >= 3
+  if constexpr (kPairs)
+    for (int64_t i = 0; i < count; i += 2)
+      interleave((const bfloat_t*)(rows + i * ld), (const bfloat_t*)(rows + (i + 1) * ld), dim, dst + i / 2 * ld_dst);
+#endif
+}
+
+// The values of adjacent visible keys as pairs, straight from memory. d_value is a multiple of 16.
+template <class T, bool kPairs>
+static void interleave_values(const Problem& p, const Item& item, const Sizes& z, const Keys& keys, float* packed) {
+#if RK_LEVEL >= 3
+  if constexpr (kPairs) {
+    static const bfloat_t zeros[kMaxDim] = {};
+    for (int64_t i = 0; i < keys.count; i += 2) {
+      const T* a = (const T*)p.value + key_offset(p, p.value_stride, item, keys.slot[i]);
+      const T* b =
+          i + 1 < keys.count ? (const T*)p.value + key_offset(p, p.value_stride, item, keys.slot[i + 1]) : zeros;
+      interleave(a, b, p.dim_value, packed + i / 2 * z.dim_value);
+    }
+  }
+#endif
+}
+
+// bias[key][row] * log2(e)
+static void gather_bias(const Problem& p, const Rows& rows, const Keys& keys, float* bias) {
+  float line[kMostKeys + 16] __attribute__((aligned(64)));
+  float square[kLanes * kMostKeys] __attribute__((aligned(64)));
+  const int64_t padded = keys.padded;
+  for (int64_t i0 = 0; i0 < rows.padded; i0 += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      float* dst = square + i * kMostKeys;
+      if (i0 + i >= rows.count) {
+        __builtin_memset(dst, 0, sizeof(float) * kMostKeys);
+        continue;
+      }
+      const int64_t offset = rows.head[i0 + i] * p.bias.stride0 + rows.row[i0 + i] * p.bias.stride1;
+      int64_t k = 0;
+      while (k < keys.count) {  // runs of consecutive slots that are consecutive in the bias too
+        const int64_t start = keys.slot[k] % p.bias_slots;
+        int64_t n = 1;
+        while (k + n < keys.count && keys.slot[k + n] == keys.slot[k] + n && start + n < p.bias_slots) ++n;
+        widen_operand(p.bias, offset + start, n, line);
+        for (int64_t j = 0; j < n; ++j) dst[k + j] = line[j] * kLog2e;
+        k += n;
+      }
+      for (; k < kMostKeys && k < round_up(padded, kLanes); ++k) dst[k] = 0.0f;
+    }
+    int64_t k = 0;
+    for (; k + kLanes <= padded; k += kLanes) transpose_square(square + k, kMostKeys, bias + k * kRows + i0, kRows);
+    for (; k < padded; ++k)
+      for (int64_t i = 0; i < kLanes; ++i) bias[k * kRows + i0 + i] = square[i * kMostKeys + k];
+  }
+}
+
+// Scales the scores to base 2 and hides from each row what `causal` hides.
+static void hide_unseen(const Rows& rows, const Keys& keys, float factor, float* scores) {
+  for (int64_t i = 0; i < rows.padded; i += kLanes) {
+    vint first, last;
+    __builtin_memcpy(&first, rows.first + i, sizeof first);
+    __builtin_memcpy(&last, rows.last + i, sizeof last);
+    for (int64_t k = 0; k < keys.count; ++k) {
+      const vint slot = (int32_t)keys.slot[k] - vint{};
+      float* s = scores + k * kRows + i;
+      store(s, (first <= slot) & (slot <= last) ? load(s) * factor : splat(-infinity()));
+    }
+  }
+}
+
+// Starts fetching the key block from `slot` of an item on and, where `slot` is 0, its first rows.
+template <class T>
+RK_INLINE Prefetch make_prefetch(const Problem& p, const Item& item, int64_t slot, const Sizes& z, int64_t tiles,
+                                 bool backward) {
+  Prefetch f;
+  const int64_t size = sizeof(T);
+  f.slots = item.count > 0 ? least(item.slots - slot, z.keys) : 0;
+  f.retrieved = p.retrieved;
+  f.token = f.slots > 0 ? slot % p.retrieved : 0;
+  if (f.slots > 0) {
+    f.key = {(const char*)((const T*)p.key + key_offset(p, p.key_stride, item, slot)), p.key_stride[3] * size,
+             p.dim * size};
+    f.value = {(const char*)((const T*)p.value + key_offset(p, p.value_stride, item, slot)), p.value_stride[3] * size,
+               p.dim_value * size};
+    f.key_start = f.key.row - f.token * f.key.step;
+    f.value_start = f.value.row - f.token * f.value.step;
+    f.key_jump = p.key_stride[2] * size;
+    f.value_jump = p.value_stride[2] * size;
+  }
+  if (slot == 0 && p.heads == p.kv_heads) {
+    Rows first;
+    first.token[0] = item.first;
+    first.neighbour[0] = item.query_neighbour;
+    first.head[0] = item.kv;
+    f.rows = least(item.count, kRows);
+    f.streams = backward ? 3 : 1;
+    f.lines[0] = {(const char*)((const T*)p.query + row_offset(p.query_stride, item, first, 0)),
+                  p.query_stride[3] * size, p.dim * size};
+    if (backward) {
+      f.lines[1] = {(const char*)((const T*)p.grad_out + row_offset(p.grad_out_stride, item, first, 0)),
+                    p.grad_out_stride[3] * size, p.dim_value * size};
+      const int64_t position =
+          (((item.b * p.query_chunks + item.query_chunk) * p.query_neighbours + item.query_neighbour) * p.tokens +
+           item.first) * p.heads + item.kv;
+      f.lines[2] = {(const char*)((const T*)p.out + position * p.dim_value), p.heads * p.dim_value * size,
+                    p.dim_value * size};
+    }
+  }
+  f.quota = f.slots + f.rows > 0 ? (f.slots + f.rows + tiles - 1) / tiles : 0;
+  return f;
+}
+
+}  // namespace
+}  // namespace RK_NAMESPACE
+}  // namespace retro_kernels
