@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import validate
+from ..ops.attention.arguments import document_starts
 from ..ops.chunked_cross_attention import chunked_cross_attention
-from .positions import RelativePositions, RotaryPositions
+from . import common
+from .positions import RelativePositions, RotaryPositions, t5_buckets
 
-POSITIONS = ("none", "relative", "rotary", "bias")
-PROJECTIONS = ("query", "key", "value", "out")
 NULL_SLOT_STD = 0.02
 
 
@@ -99,36 +99,22 @@ class ChunkedCrossAttention(nn.Module):
         self.model_dim = validate.integer("model_dim", model_dim, 1)
         self.num_heads = validate.integer("num_heads", num_heads, 1)
         self.context_dim = validate.integer("context_dim", model_dim if context_dim is None else context_dim, 1)
-        self.num_kv_heads = validate.integer("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads, 1)
-        if num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads = {num_heads}")
-        if head_dim is None:
-            if model_dim % num_heads:
-                raise ValueError(
-                    f"head_dim: got None and model_dim = {model_dim}, which num_heads = {num_heads} does not divide; "
-                    "give head_dim"
-                )
-            head_dim = model_dim // num_heads
-        self.head_dim = validate.integer("head_dim", head_dim, 1)
+        self.num_kv_heads, head_dim = common.head_sizes(model_dim, num_heads, num_kv_heads, head_dim)
+        self.head_dim = head_dim
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         self.value_head_dim = validate.integer("value_head_dim", value_head_dim, 1)
         self.chunk_size = validate.integer("chunk_size", chunk_size, 1)
         self.stride = chunk_size if stride is None else validate.integer("stride", stride, 1, chunk_size, "chunk_size")
-        if align not in ("start", "end"):
-            raise ValueError(f'align: got {align!r}, expected "start" or "end"')
+        common.one_of("align", align, ("start", "end"))
         if align == "end" and self.stride != chunk_size:
             raise ValueError(f'stride: got {stride} with align="end", expected chunk_size = {chunk_size}')
         self.align = align
-        self.dropout = validate.number("dropout", dropout)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
+        self.dropout = common.probability("dropout", dropout)
         self.scale = head_dim**-0.5 if scale is None else validate.number("scale", scale)
-        if positions not in POSITIONS:
-            raise ValueError(f"positions: got {positions!r}, expected one of {', '.join(POSITIONS)}")
-        self.positions = positions
+        self.positions = common.one_of("positions", positions, common.POSITIONS)
         self.backend = backend
         self.null_slot = null_slot
-        _refuse_idle_options(
+        common.refuse_idle_options(
             positions,
             relative={"relative_dim": relative_dim, "relative_biases": None if relative_biases else False},
             rotary={
@@ -140,7 +126,7 @@ class ChunkedCrossAttention(nn.Module):
             bias={"num_neighbours": num_neighbours, "bias_buckets": bias_buckets, "num_buckets": num_buckets},
         )
 
-        with_bias = _biased_projections(biases)
+        with_bias = common.biased_projections(biases)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, value_inner = num_heads * head_dim, num_heads * self.value_head_dim
         kv_inner, kv_value_inner = self.num_kv_heads * head_dim, self.num_kv_heads * self.value_head_dim
@@ -216,6 +202,7 @@ class ChunkedCrossAttention(nn.Module):
         neighbour_mask: torch.Tensor | None = None,
         query_offset: int = 0,
         chunk_offset: int = 0,
+        sequence_starts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Tokens attend to the encoded neighbours of the chunk they follow.
 
@@ -224,9 +211,12 @@ class ChunkedCrossAttention(nn.Module):
             encoded: [b, l, k, r, context_dim]; chunks beyond those needed are neither projected nor read.
             neighbour_mask: bool [b, l, k, r], True = attend. What a masked token holds reaches nothing.
             query_offset, chunk_offset: absolute position of hidden[:, 0], absolute chunk of encoded[:, 0].
+            sequence_starts: bool [b, n], True at the first token of every document packed into a row; the chunks
+                restart with each (see the operation). Every chunk is then projected, so surplus ones must be finite.
 
         Returns:
-            [b, n, model_dim], exactly 0 for tokens before the first chunk, also where the output projection has a bias.
+            [b, n, model_dim], exactly 0 for tokens before the first chunk (of their document), also where the output
+            projection has a bias.
 
         Raises TypeError or ValueError for wrong dtypes and sizes, and whatever `chunked_cross_attention` raises.
         """
@@ -234,9 +224,16 @@ class ChunkedCrossAttention(nn.Module):
         n, num_chunks = hidden.shape[1], encoded.shape[1]
         validate.integer("query_offset", query_offset, 0)
         validate.integer("chunk_offset", chunk_offset, 0)
-        # Tokens before the first chunk are cut off here rather than computed and dropped: NaN in them could otherwise
-        # reach the gradient of w_query, and the bias of w_out must not reach them.
-        before_first, first_chunk, last_chunk = self._attended(n, query_offset, chunk_offset)
+        # Tokens before the first chunk are cut off here (zeroed in packed rows) rather than computed and dropped: NaN
+        # in them could otherwise reach the gradient of w_query, and the bias of w_out must not reach them.
+        silent = None
+        if sequence_starts is None:
+            before_first, first_chunk, last_chunk = self._attended(n, query_offset, chunk_offset)
+        else:
+            before_first, first_chunk, last_chunk = 0, 0, num_chunks
+            starts = document_starts(sequence_starts, hidden, hidden.shape[0], n)
+            silent = (torch.arange(n, device=hidden.device) - starts < self.chunk_size - 1)[..., None]
+            hidden = hidden.masked_fill(silent, 0.0)
         if first_chunk >= 0 and last_chunk <= num_chunks:
             encoded = encoded[:, first_chunk:last_chunk]
             neighbour_mask = None if neighbour_mask is None else neighbour_mask[:, first_chunk:last_chunk]
@@ -261,10 +258,12 @@ class ChunkedCrossAttention(nn.Module):
             align=self.align,
             query_offset=query_offset + before_first if self.align == "start" else query_offset,
             chunk_offset=chunk_offset,
+            sequence_starts=sequence_starts,
             backend=self.backend,
             **self._position_arguments(*encoded.shape[2:4]),
         )
-        return F.pad(self.w_out(out.flatten(2)), (0, 0, before_first, 0))
+        projected = self.w_out(out.flatten(2))
+        return projected.masked_fill(silent, 0.0) if silent is not None else F.pad(projected, (0, 0, before_first, 0))
 
     def _attended(self, n: int, query_offset: int, chunk_offset: int) -> tuple[int, int, int]:
         """How many tokens come before the first chunk, and the [first, last) chunks of `encoded` that the rest need."""
@@ -441,32 +440,6 @@ class ChunkedCrossAttention(nn.Module):
             if null is not None:
                 nn.init.normal_(null, std=1e-4)
         return layer
-
-
-def t5_buckets(chunk_size: int, num_keys: int, num_buckets: int) -> torch.Tensor:
-    """Linear T5 buckets, [chunk_size, num_keys]: the offset key - row, clamped to the `num_buckets` offsets that end at
-    num_buckets // 2, counted from 0."""
-    validate.integer("num_buckets", num_buckets, 1)
-    high = num_buckets // 2
-    low = high - num_buckets + 1
-    offset = torch.arange(num_keys) - torch.arange(chunk_size)[:, None]
-    return offset.clamp(low, high) - low
-
-
-def _biased_projections(biases: bool | Collection[str]) -> Collection[str]:
-    if isinstance(biases, bool):
-        return PROJECTIONS if biases else ()
-    unknown = sorted(set(biases) - set(PROJECTIONS)) if not isinstance(biases, str) else [biases]
-    if unknown:
-        raise ValueError(f"biases: got {biases!r}, expected True, False or a collection of {', '.join(PROJECTIONS)}")
-    return biases
-
-
-def _refuse_idle_options(positions: str, **options: dict[str, Any]) -> None:
-    for kind, settings in options.items():
-        for name, value in settings.items():
-            if kind != positions and value is not None:
-                raise ValueError(f'{name}: got a value with positions="{positions}", expected positions="{kind}"')
 
 
 def _check_buckets(buckets: Any, num_buckets: int | None, chunk_size: int, num_keys: int) -> tuple[torch.Tensor, int]:

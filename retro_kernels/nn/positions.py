@@ -1,4 +1,4 @@
-"""Positions in attention: the paper's relative positions, and rotary tables with explicit positions."""
+"""Positions in attention: the paper's relative positions, rotary tables with explicit positions, and T5's buckets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ..ops import validate
 
 
 class RelativePositions(nn.Module):
@@ -60,7 +62,8 @@ class RelativePositions(nn.Module):
         compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
         half = torch.arange(self.model_dim // 2, device=weight.device, dtype=compute)
         frequency = self.base ** (-2.0 * half / self.model_dim)
-        distance = torch.arange(offset - (num_keys - 1), offset + num_queries, device=weight.device, dtype=compute)
+        first = offset - (num_keys - 1)
+        distance = torch.arange(first, max(first, offset + num_queries), device=weight.device, dtype=compute)
         angle = distance[:, None] * frequency
         sinusoid = torch.cat([angle.sin(), angle.cos()], dim=-1).to(weight.dtype)
         return self.projection(sinusoid).unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
@@ -73,8 +76,8 @@ class RotaryPositions(nn.Module):
     """Rotary tables of explicit query and key positions.
 
     Args:
-        query_positions: the position of each row of an attending chunk, any real numbers.
-        key_positions: the position of each token of a neighbour; they restart for every neighbour.
+        query_positions: the position of each row, any real numbers.
+        key_positions: the position of each token of a neighbour (they restart for every neighbour) or of a chunk.
         rotary_dim: how many dimensions turn, even; frequency j is base^(-2j / rotary_dim).
 
     The tables are buffers that no state dict carries. They stay fp32 (fp64 in an fp64 module) whatever the module is
@@ -122,21 +125,37 @@ class RotaryPositions(nn.Module):
         self._build(self.query_cos.device, self.query_cos.dtype)
         return self
 
-    def forward(self, retrieved_length: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        """-> (cos, sin) of the queries, each [m, rotary_dim / 2], and of the keys, each [r, rotary_dim / 2].
+    def forward(self, num_keys: int, num_queries: int | None = None) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """-> (cos, sin) of the first `num_queries` (default all) queries, [num_queries, rotary_dim / 2] each, and of
+        the first `num_keys` keys, [num_keys, rotary_dim / 2] each.
 
-        Raises ValueError when neighbours are longer than there are key positions.
+        Raises ValueError when there are fewer positions.
         """
-        if retrieved_length > len(self.key_positions):
-            raise ValueError(
-                f"encoded: got neighbours of {retrieved_length} tokens, but this layer has {len(self.key_positions)} "
-                "key positions; build it with a larger retrieved_length or with longer key_positions"
-            )
-        key = self.key_cos[:retrieved_length], self.key_sin[:retrieved_length]
-        return (self.query_cos, self.query_sin), key
+        num_queries = len(self.query_positions) if num_queries is None else num_queries
+        for number, positions, what in (
+            (num_queries, self.query_positions, "queries"),
+            (num_keys, self.key_positions, "keys"),
+        ):
+            if number > len(positions):
+                raise ValueError(
+                    f"rotary positions: got {number} {what}, but this layer has positions for {len(positions)}; build "
+                    "it with a larger retrieved_length, or with longer key_positions"
+                )
+        query = self.query_cos[:num_queries], self.query_sin[:num_queries]
+        return query, (self.key_cos[:num_keys], self.key_sin[:num_keys])
 
     def extra_repr(self) -> str:
         return (
-            f"chunk_size={len(self.query_positions)}, retrieved_length={len(self.key_positions)}, "
+            f"queries={len(self.query_positions)}, keys={len(self.key_positions)}, "
             f"rotary_dim={self.rotary_dim}, base={self.base:g}"
         )
+
+
+def t5_buckets(rows: int, num_keys: int, num_buckets: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Linear T5 buckets, int64 [rows, num_keys]: the offset key - row, clamped to the `num_buckets` offsets that end at
+    num_buckets // 2, counted from 0."""
+    validate.integer("num_buckets", num_buckets, 1)
+    high = num_buckets // 2
+    low = high - num_buckets + 1
+    offset = torch.arange(num_keys, device=device) - torch.arange(rows, device=device)[:, None]
+    return offset.clamp(low, high) - low

@@ -69,8 +69,8 @@ def _by_clock(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     batch = torch.arange(b, device=device)[:, None, None].expand_as(token)
     if n > 0:
         rows = torch.where(inside[..., None, None], query[batch, token], 0.0)
-    else:
-        rows = query.new_zeros(*token.shape, *query.shape[2:])
+    else:  # the empty sum is 0, and keeps a gradient to the query, which is 0, too
+        rows = query.new_zeros(*token.shape, *query.shape[2:]) + query.sum()
     key, value = (x[:, first:last].flatten(0, 1) for x in (call.key, call.value))
     mask = None if call.mask is None else call.mask[:, first:last].flatten(0, 1)
     out, lse = attend(

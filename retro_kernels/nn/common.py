@@ -1,0 +1,59 @@
+"""What the layers share: sizes of heads, and checks of constructor arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from ..ops import validate
+
+POSITIONS = ("none", "relative", "rotary", "bias")
+PROJECTIONS = ("query", "key", "value", "out")
+
+
+def head_sizes(model_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    """-> the number of key/value heads (default `num_heads`) and the head size (default `model_dim / num_heads`)."""
+    num_kv_heads = validate.integer("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads, 1)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads = {num_heads}")
+    if head_dim is None:
+        if model_dim % num_heads:
+            raise ValueError(
+                f"head_dim: got None and model_dim = {model_dim}, which num_heads = {num_heads} does not divide; "
+                "give head_dim"
+            )
+        head_dim = model_dim // num_heads
+    return num_kv_heads, validate.integer("head_dim", head_dim, 1)
+
+
+def probability(name: str, value: float) -> float:
+    value = validate.number(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}: got {value}, expected 0 <= {name} < 1")
+    return value
+
+
+def one_of(name: str, value: Any, choices: Collection[str]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+    return value
+
+
+def biased_projections(biases: bool | Collection[str]) -> Collection[str]:
+    """Which of PROJECTIONS have a bias."""
+    if isinstance(biases, bool):
+        return PROJECTIONS if biases else ()
+    unknown = sorted(set(biases) - set(PROJECTIONS)) if not isinstance(biases, str) else [biases]
+    if unknown:
+        raise ValueError(f"biases: got {biases!r}, expected True, False or a collection of {', '.join(PROJECTIONS)}")
+    return biases
+
+
+def refuse_idle_options(positions: str | Collection[str], **options: dict[str, Any]) -> None:
+    """Raises for an option (kind of positions -> name -> value, None if not given) whose kind is not used."""
+    used = {positions} if isinstance(positions, str) else set(positions)
+    for kind, settings in options.items():
+        for name, value in settings.items():
+            if kind not in used and value is not None:
+                shown = " and ".join(f'"{x}"' for x in sorted(used))
+                raise ValueError(f'{name}: got a value with positions={shown}, expected positions="{kind}"')
