@@ -2,6 +2,9 @@
 
 The error rule: fp32 within FP32_LIMIT of the largest true value; fp16 and bf16 at most twice the error of the same
 computation in PyTorch of the same precision, plus a floor (verify.FLOORS). The truth is the reference in fp64.
+
+`python -m benchmarks.gpu_checks` calls every kernel once on small shapes and checks nothing: what compute-sanitizer
+watches.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from . import verify
 from .workloads import DTYPES, SEED
 
 FP32_LIMIT = 2e-5
-DIFFERENTIABLE = ("query", "key", "value", "attention_bias", "null_key", "null_value")
+DIFFERENTIABLE = (
+    "query", "key", "value", "attention_bias", "relative_key", "content_bias", "relative_bias", "null_key", "null_value"
+)  # fmt: skip
 
 
 class Wrong(Exception):
@@ -29,9 +34,11 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One call of chunked_cross_attention. Sizes are letters of the design; `options` names what is passed besides."""
+    """One call of "cca", "self" (neighbour self-attention) or "cross" (neighbour cross-attention). Sizes are letters of
+    the design; `options` names what is passed besides. `documents`: lengths of those packed into every row."""
 
     name: str
+    operation: str = "cca"
     b: int = 2
     n: int = 200
     m: int = 64
@@ -41,31 +48,54 @@ class Case:
     hk: int = 4
     d: int = 64
     d_value: int | None = None
+    chunks: int = 2
+    """Of the encoder; a decoder's row has as many as it needs."""
     surplus: int = 0
+    documents: tuple[int, ...] = ()
     options: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
 
     def num_chunks(self) -> int:
+        if self.operation != "cca":
+            return self.chunks
         if self.settings.get("align") == "end":
             return -(-self.n // self.m) + self.surplus
         stride = self.settings.get("stride", self.m)
+        if self.documents:
+            return sum(max(0, (length - self.m) // stride + 1) for length in self.documents)
         last = self.settings.get("query_offset", 0) + self.n - self.m
         return max(0, last // stride + 1 - self.settings.get("chunk_offset", 0)) + self.surplus
 
+    def rows_and_slots(self) -> tuple[int, int]:
+        """Of the tables of positions."""
+        return {"cca": (self.m, self.r), "self": (self.r, self.r), "cross": (self.r, self.m)}[self.operation]
+
+
+EVERY = ("mask", "bias", "rotary", "null")
+DROPOUT = {"dropout_p": 0.25}
+
 
 def cases(reduced: bool) -> list[Case]:
-    """Every option that a fused backend honours, awkward sizes, and all options at once."""
-    every = ("mask", "bias", "rotary", "null")
+    """Every option that a fused backend honours, awkward sizes, and all options at once. The second one has many
+    options: it is the one that determinism, guard bands and strides are tried on."""
     if reduced:
-        tiny = {"b": 1, "n": 21, "m": 8, "k": 2, "r": 8, "h": 2, "hk": 1, "d": 16}
+        tiny: dict[str, Any] = {"b": 1, "n": 21, "m": 8, "k": 2, "r": 8, "h": 2, "hk": 1, "d": 16}
         return [
             Case("plain", **tiny),
-            Case("mask, bias, rotary, null slot, grouped heads", **tiny, options=every),
+            Case("mask, bias, rotary, null slot, grouped heads", **tiny, options=EVERY),
+            Case("relative positions, dropout", **tiny, options=("relative",), settings=DROPOUT),
+            Case("encoder self-attention, mask, dropout", "self", **tiny, options=("mask",), settings=DROPOUT),
+            Case("encoder cross-attention, relative positions", "cross", **tiny, options=("relative",)),
+            Case("packed", **{**tiny, "n": 30}, documents=(11, 3, 16)),
         ]
     small = {"b": 1, "n": 45, "m": 16, "r": 20, "h": 2, "hk": 1}
+    return [*_cca_cases(small), *_encoder_cases(small), *_decoder_cases(small)]
+
+
+def _cca_cases(small: dict[str, Any]) -> list[Case]:
     return [
         Case("plain"),
-        Case("everything at once", options=every, hk=2, d_value=96, d=128),
+        Case("everything at once", options=EVERY, hk=2, d_value=96, d=128),
         Case("head size 128", d=128),
         Case("mask", options=("mask",)),
         Case("bias shared by the neighbours", options=("bias",)),
@@ -78,18 +108,62 @@ def cases(reduced: bool) -> list[Case]:
         Case("negative scale", settings={"scale": -0.3}),
         Case("grouped heads", hk=1),
         Case("value wider than key", d=32, d_value=80),
-        Case("stride below the chunk size", n=150, settings={"stride": 24}, options=every),
-        Case("aligned to the end", settings={"align": "end"}, options=every),
+        Case("stride below the chunk size", n=150, settings={"stride": 24}, options=EVERY),
+        Case("aligned to the end", settings={"align": "end"}, options=EVERY),
         Case("a slice of a longer sequence", settings={"query_offset": 100, "chunk_offset": 0}, n=90),
         Case("surplus chunks", surplus=2),
         Case("shorter than a chunk", n=40),
         Case("head size 256", d=256, **{**small, "h": 2}),
-        Case("head size 72", d=72, **small, options=every),
-        Case("head size 20, odd lengths", d=20, **{**small, "r": 37, "m": 13}, k=3, options=every),
-        Case("chunks of 100", m=100, n=310, d=64, options=every),
+        Case("head size 72", d=72, **small, options=EVERY),
+        Case("head size 20, odd lengths", d=20, **{**small, "r": 37, "m": 13}, k=3, options=EVERY),
+        Case("chunks of 100", m=100, n=310, d=64, options=EVERY),
         Case("ten neighbours", k=10, n=130),
         Case("one neighbour, one token", k=1, r=1, n=130),
-    ]
+        Case("relative positions", options=("relative",)),
+        Case("relative positions, head size 128, null slot", d=128, options=("relative", "null", "mask")),
+        Case("relative positions, odd lengths", d=20, **{**small, "r": 37, "m": 13}, k=3, options=("relative",)),
+        Case("dropout", settings=DROPOUT),
+        Case("dropout, relative positions, null slot", options=("relative", "null", "mask"), settings=DROPOUT),
+        Case("packed", n=330, documents=(70, 40, 156, 64), options=("mask", "null")),
+        Case("packed, relative positions, dropout", n=330, documents=(133, 197), options=("relative",),
+             settings=DROPOUT),
+    ]  # fmt: skip
+
+
+def _encoder_cases(small: dict[str, Any]) -> list[Case]:
+    found = []
+    for operation, word in (("self", "encoder self-attention"), ("cross", "encoder cross-attention")):
+        found += [
+            Case(word, operation),
+            Case(f"{word}, head size 128", operation, d=128),
+            Case(f"{word}, mask, bias, rotary, grouped heads", operation, hk=2, options=("mask", "bias", "rotary")),
+            Case(f"{word}, everything masked", operation, options=("all masked",)),
+            Case(f"{word}, relative positions", operation, options=("relative",)),
+            Case(f"{word}, relative positions, head size 128, mask", operation, d=128, options=("relative", "mask")),
+            Case(f"{word}, dropout", operation, settings=DROPOUT),
+            Case(f"{word}, dropout, relative positions", operation, options=("relative", "mask"), settings=DROPOUT),
+            Case(f"{word}, odd lengths", operation, d=20, **{**small, "r": 37, "m": 13}, k=3, options=("relative",)),
+            Case(f"{word}, r of 300", operation, b=1, k=1, r=300, m=70, h=2, hk=2, options=("relative",)),
+            Case(f"{word}, ten neighbours", operation, b=1, k=10, h=2, hk=2),
+        ]
+    return found
+
+
+def _decoder_cases(small: dict[str, Any]) -> list[Case]:
+    row = {"b": 1, "k": 1, "chunks": 1, "h": 2, "hk": 2}
+    causal = {"causal": True}
+    return [
+        Case("causal", "self", **row, r=200, settings=causal),
+        Case("causal, relative positions, dropout", "self", **row, r=333, options=("relative",),
+             settings={**causal, **DROPOUT}),
+        Case("causal, n = 4096, relative positions", "self", **{**row, "h": 1, "hk": 1}, r=4096, options=("relative",),
+             settings=causal),
+        Case("causal, packed", "self", **row, r=300, documents=(70, 1, 129, 100), options=("mask",), settings=causal),
+        Case("causal, packed, relative positions", "self", **row, r=300, documents=(150, 150), options=("relative",),
+             settings=causal),
+        Case("causal, packed, rotary", "self", **row, r=300, documents=(33, 267), options=("rotary",),
+             settings=causal),
+    ]  # fmt: skip
 
 
 def tensors(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Any], Tensor]:
@@ -100,45 +174,68 @@ def tensors(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[
         return torch.randn(shape, generator=generator).bfloat16().to(device=device, dtype=dtype)
 
     l, d_value = case.num_chunks(), case.d_value or case.d
+    retrieved = (case.b, l, case.k, case.r)
+    query, key = {
+        "cca": ((case.b, case.n), retrieved),
+        "self": (retrieved, retrieved),
+        "cross": (retrieved, (case.b, l, case.m)),
+    }[case.operation]
     arguments: dict[str, Any] = {
-        "query": draw(case.b, case.n, case.h, case.d),
-        "key": draw(case.b, l, case.k, case.r, case.hk, case.d),
-        "value": draw(case.b, l, case.k, case.r, case.hk, d_value),
-        "chunk_size": case.m,
+        "query": draw(*query, case.h, case.d),
+        "key": draw(*key, case.hk, case.d),
+        "value": draw(*key, case.hk, d_value),
         **case.settings,
     }
+    if case.operation == "cca":
+        arguments["chunk_size"] = case.m
+    rows, slots = case.rows_and_slots()
+    mask_name = "activation_mask" if case.operation == "cross" else "neighbour_mask"
     if "mask" in case.options:
-        mask = torch.rand(case.b, l, case.k, case.r, generator=generator) < 0.7
-        if l:
+        mask = torch.rand(key, generator=generator) < 0.7
+        if l and not case.settings.get("causal"):
             mask[:, 0] = False
-        arguments["neighbour_mask"] = mask.to(device)
+        arguments[mask_name] = mask.to(device)
     if "all masked" in case.options:
-        arguments["neighbour_mask"] = torch.zeros(case.b, l, case.k, case.r, dtype=torch.bool, device=device)
+        arguments[mask_name] = torch.zeros(key, dtype=torch.bool, device=device)
     if "bias" in case.options:
-        arguments["attention_bias"] = draw(case.h, case.m, case.r)
+        arguments["attention_bias"] = draw(case.h, rows, slots)
     if "bias of each" in case.options:
-        arguments["attention_bias"] = draw(case.h, case.m, case.k * case.r)
+        arguments["attention_bias"] = draw(case.h, rows, case.k * slots)
     if "null" in case.options:
         arguments |= {"null_key": draw(case.h, case.d), "null_value": draw(case.h, d_value)}
+    if "relative" in case.options:
+        arguments["relative_key"] = draw(case.h, rows + slots - 1, case.d)
+        arguments |= {name: draw(case.h, case.d) for name in ("content_bias", "relative_bias")}
     if "rotary" in case.options:
         width = case.d // 4
-        for name, rows in (("query_rotary", case.m), ("key_rotary", case.r)):
-            angles = torch.rand(rows, width, generator=generator) * 6
+        for name, length in (("query_rotary", rows), ("key_rotary", slots)):
+            angles = torch.rand(length, width, generator=generator) * 6
             tables = (table.bfloat16().to(device=device, dtype=dtype) for table in (angles.cos(), angles.sin()))
             arguments[name] = tuple(tables)
-    grad_out = draw(case.b, case.n, case.h, d_value)
+    if case.documents:
+        starts = torch.zeros(case.b, sum(case.documents), dtype=torch.bool)
+        starts[:, [sum(case.documents[:i]) for i in range(len(case.documents))]] = True
+        arguments["sequence_starts"] = starts.to(device)
+    grad_out = draw(*query, case.h, d_value)
     return arguments, grad_out
 
 
-def call(arguments: dict[str, Any], grad_out: Tensor, backend: str) -> dict[str, Tensor]:
-    """The output, and the gradient of every differentiable argument that is there."""
+def call(case: Case, arguments: dict[str, Any], grad_out: Tensor, backend: str) -> dict[str, Tensor]:
+    """The output, and the gradient of every differentiable argument that is there. Seeded: dropout drops the same."""
     import retro_kernels as rk
 
+    operation: Callable[..., Any] = {
+        "cca": rk.chunked_cross_attention,
+        "self": rk.neighbour_self_attention,
+        "cross": rk.neighbour_cross_attention,
+    }[case.operation]
     arguments = dict(arguments)
     wanted = [name for name in DIFFERENTIABLE if name in arguments]
     for name in wanted:
         arguments[name] = arguments[name].detach().requires_grad_()
-    out = rk.chunked_cross_attention(**arguments, backend=backend)
+    if arguments.get("dropout_p"):  # (seeding is not allowed while a CUDA graph is captured)
+        torch.manual_seed(SEED)
+    out = operation(**arguments, backend=backend)
     gradients = torch.autograd.grad(out, [arguments[name] for name in wanted], grad_out)
     return {"output": out.detach(), **{f"{name} gradient": g for name, g in zip(wanted, gradients)}}
 
@@ -155,7 +252,7 @@ def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def same_precision() -> Iterator[None]:
     """Within it the reference computes in its inputs' own precision, as eager PyTorch does."""
-    reference = importlib.import_module("retro_kernels.ops.chunked_cross_attention.reference")
+    reference = importlib.import_module("retro_kernels.ops.attention.reference")
     with mock.patch.object(reference, "accumulation_dtype", lambda dtype: dtype):
         yield
 
@@ -163,10 +260,10 @@ def same_precision() -> Iterator[None]:
 def check_case(case: Case, dtype: str, device: torch.device, backend: str) -> str:
     """The error rule for the output and every gradient. -> the largest error found."""
     arguments, grad_out = tensors(case, DTYPES[dtype], device)
-    truth = call(in_double(arguments), grad_out.double(), "reference")
+    truth = call(case, in_double(arguments), grad_out.double(), "reference")
     with same_precision():
-        plain = call(arguments, grad_out, "reference")
-    found = call(arguments, grad_out, backend)
+        plain = call(case, arguments, grad_out, "reference")
+    found = call(case, arguments, grad_out, backend)
     largest = 0.0
     for name, value in found.items():
         error = verify.compare(name, value, truth[name])
@@ -184,9 +281,9 @@ def check_case(case: Case, dtype: str, device: torch.device, backend: str) -> st
 def check_deterministic(case: Case, dtype: str, device: torch.device, backend: str, trials: int) -> str:
     """Forward and backward give the same bits every time."""
     arguments, grad_out = tensors(case, DTYPES[dtype], device)
-    first = call(arguments, grad_out, backend)
+    first = call(case, arguments, grad_out, backend)
     for trial in range(1, trials):
-        for name, value in call(arguments, grad_out, backend).items():
+        for name, value in call(case, arguments, grad_out, backend).items():
             if not torch.equal(value, first[name]):
                 raise Wrong(f"{name} differs in trial {trial}")
     return f"{trials} trials, the same bits"
@@ -210,7 +307,7 @@ def check_guard_bands(case: Case, dtype: str, device: torch.device, backend: str
     the outputs is written."""
     common = importlib.import_module("retro_kernels.ops.common")
     arguments, grad_out = tensors(case, DTYPES[dtype], device)
-    expected = call(arguments, grad_out, backend)
+    expected = call(case, arguments, grad_out, backend)
     bands: list[Tensor] = []
 
     def guard(value: Any) -> Any:
@@ -223,7 +320,7 @@ def check_guard_bands(case: Case, dtype: str, device: torch.device, backend: str
 
     guarded, guarded_grad = {name: guard(value) for name, value in arguments.items()}, guard(grad_out)
     with mock.patch.object(common, "allocate", lambda shape, dtype, device: banded(shape, dtype, device, bands)):
-        found = call(guarded, guarded_grad, backend)
+        found = call(case, guarded, guarded_grad, backend)
     for name, value in found.items():
         if not torch.equal(value, expected[name]):
             raise Wrong(f"{name} changes when NaN surrounds the tensors or fills the outputs beforehand")
@@ -239,7 +336,7 @@ def check_strides(dtype: str, device: torch.device, backend: str, case: Case) ->
     for name in ("key", "value"):  # one batch entry for all: stride 0
         arguments[name] = arguments[name][:1].contiguous().expand(arguments[name].shape)
     contiguous = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    expected = call(contiguous, grad_out, backend)
+    expected = call(case, contiguous, grad_out, backend)
     strange = dict(arguments)
     strange["query"] = arguments["query"].transpose(1, 2).contiguous().transpose(1, 2)
     wide = torch.full((*arguments["value"].shape[1:-1], 2 * case.d + 3), float("nan"), device=device).to(DTYPES[dtype])
@@ -248,7 +345,7 @@ def check_strides(dtype: str, device: torch.device, backend: str, case: Case) ->
     if "neighbour_mask" in strange:
         strange["neighbour_mask"] = arguments["neighbour_mask"].repeat_interleave(2, -1)[..., ::2]
     strange_grad = grad_out.transpose(1, 2).contiguous().transpose(1, 2)
-    for name, value in call(strange, strange_grad, backend).items():
+    for name, value in call(case, strange, strange_grad, backend).items():
         error = verify.compare(name, value, expected[name])
         if not error.relative <= verify.FLOORS[dtype]:
             raise Wrong(f"{name} differs from the contiguous call's by {error.relative:.2e} at {list(error.worst)}")
@@ -262,6 +359,7 @@ def check_beyond_int32(device: torch.device, backend: str) -> str:
     m, k, r, h, d = 64, 2, 128, 32, 128
     chunks = 2**31 // (k * r * h * d) + 2
     n = m * chunks
+    whole = Case("more than 2^31 elements", n=n, m=m, k=k, r=r, h=h, hk=h, d=d)
     generator = torch.Generator(device=device).manual_seed(SEED)
 
     def draw(*shape: int) -> Tensor:
@@ -277,9 +375,9 @@ def check_beyond_int32(device: torch.device, backend: str) -> str:
         "query": query.detach()[:, start:], "key": key.detach()[:, -2:], "value": value.detach()[:, -2:],
         "chunk_size": m, "query_offset": start, "chunk_offset": chunks - 2,
     }  # fmt: skip
-    truth = call(in_double(part), grad_out[:, start:].double(), "reference")
+    truth = call(whole, in_double(part), grad_out[:, start:].double(), "reference")
     with same_precision():
-        plain = call(part, grad_out[:, start:], "reference")
+        plain = call(whole, part, grad_out[:, start:], "reference")
     found = {
         "output": out.detach()[:, start:], "query gradient": gradients[0][:, start:],
         "key gradient": gradients[1][:, -2:], "value gradient": gradients[2][:, -2:],
@@ -298,16 +396,16 @@ def check_cuda_graph(case: Case, device: torch.device, backend: str) -> str:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call(arguments, grad_out, backend)
+        call(case, arguments, grad_out, backend)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = call(arguments, grad_out, backend)
+        captured = call(case, arguments, grad_out, backend)
     for name in ("query", "key", "value"):
         arguments[name].copy_(torch.randn_like(arguments[name]))
     graph.replay()
     torch.cuda.synchronize()
-    for name, value in call(arguments, grad_out, backend).items():
+    for name, value in call(case, arguments, grad_out, backend).items():
         if not torch.equal(value, captured[name]):
             raise Wrong(f"{name} of a replay differs from a plain call's")
     return "forward and backward captured, replayed on new numbers"
@@ -316,7 +414,7 @@ def check_cuda_graph(case: Case, device: torch.device, backend: str) -> str:
 def check_second_stream(case: Case, device: torch.device, backend: str) -> str:
     """On a stream of its own the call waits for what that stream was doing."""
     arguments, grad_out = tensors(case, torch.bfloat16, device)
-    expected = call(arguments, grad_out, backend)
+    expected = call(case, arguments, grad_out, backend)
     late = torch.empty_like(arguments["query"])
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -326,7 +424,7 @@ def check_second_stream(case: Case, device: torch.device, backend: str) -> str:
         for _ in range(20):
             big = (big @ big).clamp_(-1, 1)
         late.copy_(arguments["query"])
-        found = call({**arguments, "query": late}, grad_out, backend)
+        found = call(case, {**arguments, "query": late}, grad_out, backend)
     torch.cuda.synchronize()
     for name, value in found.items():
         if not torch.equal(value, expected[name]):
@@ -334,12 +432,40 @@ def check_second_stream(case: Case, device: torch.device, backend: str) -> str:
     return "on a busy second stream, the same bits"
 
 
+def check_dropout_mask(case: Case, device: torch.device, backend: str) -> str:
+    """Which probabilities are dropped, read off the output one by one: queries of 0 give every slot the same
+    probability, and value t of a neighbour is the t-th unit vector (times 2 for the second neighbour, and so on)."""
+    _, slots = case.rows_and_slots()
+    neighbours = case.k if case.operation == "cca" else 1
+    case = replace(case, d_value=slots, options=(), settings={**case.settings, **DROPOUT})
+    arguments, grad_out = tensors(case, torch.float32, device)
+    arguments["query"] = torch.zeros_like(arguments["query"])
+    unit = torch.eye(slots, device=device)[:, None]  # [slots, 1 head, d_value]
+    value = torch.zeros_like(arguments["value"]) + unit
+    if case.operation == "cca":
+        value = value * (2.0 ** torch.arange(neighbours, device=device))[:, None, None, None]
+    arguments["value"] = value
+    outputs = [call(case, arguments, grad_out, name)["output"] for name in ("reference", backend)]
+    # Of a row with probability p = scale / (all slots), every element is p times a sum of distinct powers of 2.
+    unitary = outputs[0][outputs[0] > 0].min()
+    kept = [(output / unitary).round().long() for output in outputs]
+    different = int((kept[0] != kept[1]).sum())
+    if different:
+        raise Wrong(f"{different} of {kept[0].numel()} elements tell of other dropped slots than the reference's")
+    share = sum(((kept[0] >> j) & 1).double().mean().item() for j in range(neighbours)) / neighbours
+    return f"{kept[0].numel() * neighbours:,} slots, the same kept as by the reference ({share:.3f} of all)"
+
+
 def check_compiled(case: Case, device: torch.device, backend: str, compiler: str) -> str:
-    """torch.compile(fullgraph=True) with a dynamic length, forward and backward."""
+    """torch.compile(fullgraph=True) with a dynamic length, forward and backward, the encoder's attentions after
+    chunked cross-attention."""
     import retro_kernels as rk
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return rk.chunked_cross_attention(query, key, value, chunk_size=case.m, backend=backend)
+        out = rk.chunked_cross_attention(query, key, value, chunk_size=case.m, backend=backend)
+        own = rk.neighbour_self_attention(key, key, value, backend=backend)
+        cross = rk.neighbour_cross_attention(own, key[:, :, 0], value[:, :, 0], backend=backend)
+        return out * cross.mean()
 
     compiled: Callable[..., Tensor] = torch.compile(attend, fullgraph=True, dynamic=True, backend=compiler)
     lengths = (case.n, case.n + case.m + 3)
@@ -354,3 +480,33 @@ def check_compiled(case: Case, device: torch.device, backend: str, compiler: str
             if not verify.compare(name, other, plain).relative <= 1e-6:
                 raise Wrong(f"{name} of the compiled call differs at length {n}")
     return f"fullgraph, lengths {lengths[0]} and {lengths[1]}"
+
+
+def exercise(device: torch.device, backend: str) -> str:
+    """Every kernel once, forward and backward, on small shapes with every option."""
+    every = ("mask", "bias", "rotary", "null")
+    sizes: dict[str, Any] = {"b": 1, "n": 45, "m": 16, "k": 2, "r": 24, "h": 2, "hk": 1, "d": 32}
+    row = {**sizes, "k": 1, "chunks": 1, "r": 70, "hk": 2}
+    planned = [
+        Case("cca", **sizes, options=every),
+        Case("cca, relative", **sizes, options=("relative", "mask"), settings=DROPOUT),
+        Case("cca, packed", **sizes, documents=(20, 5, 20)),
+        Case("self", "self", **sizes, options=("mask", "bias", "rotary")),
+        Case("self, relative", "self", **sizes, options=("relative",), settings=DROPOUT),
+        Case("cross", "cross", **sizes, options=("mask", "bias", "rotary")),
+        Case("cross, relative", "cross", **sizes, options=("relative",), settings=DROPOUT),
+        Case("causal, packed", "self", **row, documents=(30, 40), options=("relative",), settings={"causal": True}),
+    ]
+    for dtype in ("fp32", "bf16"):
+        for case in planned:
+            arguments, grad_out = tensors(case, DTYPES[dtype], device)
+            call(case, arguments, grad_out, backend)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return f"{2 * len(planned)} calls, forward and backward"
+
+
+if __name__ == "__main__":
+    import os
+
+    print(exercise(torch.device("cuda"), os.environ.get("RETRO_KERNELS_BACKEND", "triton")))

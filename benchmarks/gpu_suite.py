@@ -12,8 +12,10 @@ end, and the exit code is then 1. A further part is one function and one entry i
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -131,17 +133,25 @@ def correctness(dtype: str) -> Callable[[Context], str]:
             (f"{dtype} guard bands", lambda: c.check_guard_bands(full, dtype, device, backend)),
             (f"{dtype} odd strides", lambda: c.check_strides(dtype, device, backend, full)),
         ]  # fmt: skip
+        # Of the other operations, too: parameter gradients are sums over groups, which have to be of a fixed order.
+        for operation in ("self", "cross"):
+            own = [case for case in cases if case.operation == operation]
+            case = next((case for case in own if "dropout" in case.name and "relative" in case.options), own[0])
+            planned += [
+                (f"{dtype} deterministic, {case.name}",
+                 functools.partial(c.check_deterministic, case, dtype, device, backend, 2 if context.reduced else 20)),
+                (f"{dtype} guard bands, {case.name}",
+                 functools.partial(c.check_guard_bands, case, dtype, device, backend)),
+            ]  # fmt: skip
         for case in cases:
-            planned.append(
-                (f"{dtype} {case.name}", lambda case=case: c.check_case(case, dtype, device, backend))  # type: ignore[misc]
-            )
+            planned.append((f"{dtype} {case.name}", functools.partial(c.check_case, case, dtype, device, backend)))
         return checks(context, planned)
 
     return part
 
 
 def execution(context: Context) -> str:
-    """CUDA graphs, a second stream, torch.compile with a full graph."""
+    """CUDA graphs, a second stream, torch.compile with a full graph, and which probabilities dropout keeps."""
     from . import gpu_checks as c
 
     backend, device = backend_of(context), context.device
@@ -156,12 +166,19 @@ def execution(context: Context) -> str:
         return run
 
     compiler = "aot_eager" if context.reduced else "inductor"
+    sizes = {"b": 1, "n": 21, "m": 8, "r": 16, "h": 2, "hk": 1, "d": 16} if context.reduced else {}
+    dropout_masks = [
+        (f"dropout mask, {operation}",
+         functools.partial(c.check_dropout_mask, c.Case("", operation, **sizes), device, backend))
+        for operation in ("cca", "self", "cross")
+    ]  # fmt: skip
     return checks(
         context,
         [
             ("CUDA graph", on_gpu(lambda: c.check_cuda_graph(case, device, backend))),
             ("second stream", on_gpu(lambda: c.check_second_stream(case, device, backend))),
             (f"torch.compile, {compiler}", lambda: c.check_compiled(case, device, backend, compiler)),
+            *dropout_masks,
         ],
     )
 
@@ -181,10 +198,57 @@ def beyond_int32(context: Context) -> str:
     return checks(context, [("more than 2^31 elements", lambda: c.check_beyond_int32(context.device, backend))])
 
 
+def sanitized(tool: str) -> Callable[[Context], str]:
+    """Every kernel once under one tool of NVIDIA's compute-sanitizer."""
+
+    def part(context: Context) -> str:
+        if context.reduced:
+            raise Skip("there is no CUDA device")
+        program = shutil.which("compute-sanitizer") or shutil.which(
+            "compute-sanitizer", path=os.pathsep.join(("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer"))
+        )
+        if program is None:
+            raise Skip("compute-sanitizer is not installed (it is part of the CUDA toolkit)")
+        backend = backend_of(context)
+        package = __package__ or "benchmarks"
+        command = [program, "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "120"]
+        if tool == "initcheck":
+            command += ["--kernel-name", "regex:.*(attention|forward|backward|attend).*"]
+        # torch's caching allocator would hide what lies beyond a tensor.
+        variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "RETRO_KERNELS_BACKEND": backend}
+        seconds = max(1.0, context.seconds_left())
+        try:
+            done = subprocess.run([*command, sys.executable, "-m", f"{package}.gpu_checks"], env=variables,
+                                  capture_output=True, text=True, timeout=seconds)  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"{tool} did not finish within {seconds:.0f} s") from error
+        context.log((done.stdout + done.stderr)[-20_000:])
+        summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
+        detail = "; ".join(line.strip("= ") for line in summary) or f"exit code {done.returncode}, no summary"
+        entry = {"check": f"compute-sanitizer {tool}", "status": FAILED if done.returncode else OK, "detail": detail}
+        context.add("checks", entry)
+        if done.returncode:
+            raise RuntimeError(f"{tool}: {detail}: see log.txt")
+        return detail
+
+    return part
+
+
 def benchmarks(context: Context) -> str:
     """The workloads of design section 6 against SDPA, FlexAttention and torch.compile."""
     from . import peers, suite, timing
-    from .workloads import MODES, TINY, Workload, select
+    from .workloads import (
+        CAUSAL_SELF,
+        CCA,
+        ENCODER_CROSS,
+        ENCODER_SELF,
+        MODES,
+        OPTIONS,
+        PLAIN,
+        RELATIVE,
+        Workload,
+        select,
+    )  # fmt: skip
 
     ceilings = context.shared.get("ceilings")
     if ceilings is None:
@@ -194,7 +258,8 @@ def benchmarks(context: Context) -> str:
     def in_time(workloads: list[Workload]) -> Iterator[Workload]:
         for workload in workloads:
             if context.seconds_left() < 0:
-                context.add("skipped", {"what": f"workload {workload.name}", "reason": "the suite's time was used up"})
+                what = f"{workload.operation} {workload.option} {workload.name}"
+                context.add("skipped", {"what": what, "reason": "the suite's time was used up"})
             else:
                 yield workload
 
@@ -211,17 +276,22 @@ def benchmarks(context: Context) -> str:
             context.log(f"  {row.dtype} {row.mode} {row.variant}: {row.status} {took}")
 
     # What matters most comes first, in case the time ends.
-    first = ("retro-7.5b", "retro-172m", "gqa-8b", "megatron-8b")
-    rest = [workload.name for workload in select(None) if workload.name not in first]
+    encoder = [ENCODER_SELF, ENCODER_CROSS]
+    first = [
+        *select(["retro-425m"], [CCA], [PLAIN, RELATIVE]), *select(["encoder-896"], encoder, list(OPTIONS)),
+        *select(["retro-172m"], [CCA], list(OPTIONS)), *select(["retro-172m"], [CAUSAL_SELF], [PLAIN, RELATIVE]),
+    ]  # fmt: skip
+    rest = [workload for workload in select() if workload not in first]
     rounds: list[tuple[list[Workload], list[str], float]] = (
-        [([TINY], ["fp32"], 0.1)]
+        [(select(["tiny"], [CCA, ENCODER_CROSS], [PLAIN]), ["fp32"], 0.1)]
         if context.reduced
         else [
-            (select(first), ["bf16"], 0.55),
-            (select(rest), ["bf16"], 0.3),
-            (select(first[:2]), [name for name in ("fp16", "fp32") if name in known], 0.15),
+            (first, ["bf16"], 0.55),
+            (rest, ["bf16"], 0.3),
+            (select(["retro-172m", "encoder-896"], [CCA, *encoder], [PLAIN]),
+             [name for name in ("fp16", "fp32") if name in known], 0.15),
         ]
-    )
+    )  # fmt: skip
     compile_seconds = 0.5 * context.seconds_left()
     for workloads, dtypes, share in rounds:
         settings = suite.Settings(
@@ -298,6 +368,9 @@ STAGES: tuple[tuple[Part, ...], ...] = (
         Part("correctness bf16", correctness("bf16"), 150),
         Part("execution", execution, 120),
         Part("beyond 2^31 elements", beyond_int32, 100),
+        Part("sanitizer memcheck", sanitized("memcheck"), 150),
+        Part("sanitizer racecheck", sanitized("racecheck"), 150),
+        Part("sanitizer initcheck", sanitized("initcheck"), 150),
     ),
     (Part("benchmarks", benchmarks, 270),),
     (Part("real text", real_text, 70),),

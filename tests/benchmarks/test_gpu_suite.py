@@ -95,6 +95,8 @@ def test_checks_go_on_after_a_failure_and_stop_at_the_deadline(tmp_path):
 def test_cases_are_valid_calls(case):
     """Every case of the full suite is accepted and its reference agrees with itself (shrunk where that is free)."""
     small = gpu_checks.Case(**{**vars(case), "b": 1, "h": 2, "hk": 1 if case.hk < case.h else 2})
+    if case.r > 1000:
+        small = gpu_checks.replace(small, r=200)
     found = gpu_checks.check_case(small, "fp32", CPU, "reference")
     assert "largest error" in found
 
@@ -104,8 +106,8 @@ def test_checks_see_faults(monkeypatch):
     case = gpu_checks.cases(reduced=True)[0]
     real = gpu_checks.call
 
-    def shifted(arguments, grad_out, backend):
-        results = real(arguments, grad_out, "reference")
+    def shifted(case, arguments, grad_out, backend):
+        results = real(case, arguments, grad_out, "reference")
         if backend == "faulty":
             results["output"] = results["output"].roll(1, dims=1)
         return results
@@ -114,7 +116,7 @@ def test_checks_see_faults(monkeypatch):
     with pytest.raises(gpu_checks.Wrong, match="output: error"):
         gpu_checks.check_case(case, "fp32", CPU, "faulty")
 
-    def changing(arguments, grad_out, backend):
+    def changing(case, arguments, grad_out, backend):
         return {"output": torch.rand(3)}
 
     monkeypatch.setattr(gpu_checks, "call", changing)
@@ -127,7 +129,7 @@ def test_checks_see_faults(monkeypatch):
 def test_a_write_past_the_end_is_seen(monkeypatch):
     common = __import__("retro_kernels.ops.common", fromlist=["common"])
 
-    def overrun(arguments, grad_out, backend):
+    def overrun(case, arguments, grad_out, backend):
         out = common.allocate((4,), torch.float32, CPU)
         if out.storage_offset():  # within guard bands
             out.as_strided((5,), (1,), out.storage_offset()).fill_(1.0)
@@ -136,6 +138,54 @@ def test_a_write_past_the_end_is_seen(monkeypatch):
     monkeypatch.setattr(gpu_checks, "call", overrun)
     with pytest.raises(gpu_checks.Wrong, match="guard band"):
         gpu_checks.check_guard_bands(gpu_checks.cases(reduced=True)[0], "fp32", CPU, "faulty")
+
+
+@pytest.mark.parametrize("operation", ["cca", "self", "cross"])
+def test_dropout_mask_check_sees_one_other_slot(operation, monkeypatch):
+    """The check passes on the reference itself and fails when a single probability more is dropped."""
+    case = gpu_checks.Case("", operation, b=1, n=21, m=8, r=16, h=2, hk=1, d=16)
+    detail = gpu_checks.check_dropout_mask(case, CPU, "reference")
+    assert "the same kept" in detail
+    share = float(detail.split("(")[1].split()[0])
+    assert 0.5 < share < 0.85  # 0.75 of the slots of rows that attend
+    real, calls = gpu_checks.call, []
+
+    def other(*arguments):
+        results = real(*arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            results["output"] = results["output"].contiguous()
+            flat = results["output"].view(-1)
+            flat[flat.nonzero()[0]] = 0.0
+        return results
+
+    monkeypatch.setattr(gpu_checks, "call", other)
+    with pytest.raises(gpu_checks.Wrong, match="1 of "):
+        gpu_checks.check_dropout_mask(case, CPU, "reference")
+
+
+def test_every_kernel_is_exercised_for_the_sanitizer():
+    assert "16 calls" in gpu_checks.exercise(CPU, "reference")
+
+
+def test_a_sanitizer_that_finds_something_fails_its_part(tmp_path, monkeypatch):
+    """With a stand-in for the program: its exit code and its summary are what the part reports."""
+    monkeypatch.setattr(gpu_suite, "backend_of", lambda context: "triton")
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, path=None: str(tmp_path / name))
+    program = tmp_path / "compute-sanitizer"
+
+    def run(code):
+        program.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: {code} errors'\nexit {code}\n")
+        program.chmod(0o755)
+        context = gpu_suite.Context(False, gpu_suite.time.monotonic() + 30, tmp_path / "s.json", {})
+        return gpu_suite.sanitized("memcheck")(context)
+
+    assert run(0) == "ERROR SUMMARY: 0 errors"
+    with pytest.raises(RuntimeError, match="memcheck: ERROR SUMMARY: 9 errors"):
+        run(9)
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, path=None: None)
+    with pytest.raises(gpu_suite.Skip, match="not installed"):
+        run(0)
 
 
 def test_command_line(capsys):
