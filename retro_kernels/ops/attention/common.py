@@ -31,7 +31,8 @@ for token t of neighbour j; M is the number of rows of the tables: m (>= stride)
 scale * q' . null_key, q' rotated or with content_bias.
 `causal` (NEIGHBOUR only): row i sees t <= i; with `first_visible` (int32 [b, n], lq = kq = 1) only
 first_visible[b, i] <= t, and rotary tables are read at i - first_visible[b, i] and t - first_visible[b, t]: positions
-restart in every document. There is no attention_bias then. A row always sees itself unless it is masked.
+restart in every document. There is no attention_bias with `first_visible` (with `causal` alone there may be). A row
+always sees itself unless it is masked.
 
 *Dropout.* See `dropout.py`: a slot of a row is kept or not by a function of the seed, b * h + head, the row's place in
 query's axes (lq, kq, n), and the slot.

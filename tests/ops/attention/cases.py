@@ -214,7 +214,7 @@ SELF = (
 
 CROSS = (
     Case("cross", "cross"),
-    Case("cross_one_activation", "cross", m=1),
+    Case("cross_one_activation", "cross", m=1, r=3),
     Case("cross_one_token", "cross", r=1, k=3),
     Case("cross_odd", "cross", l=2, k=3, r=19, m=7, h=3, d=20, d_value=12),
     Case("cross_long", "cross", b=1, l=1, k=2, r=150, m=70, h=1),
@@ -339,7 +339,7 @@ def as_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         if isinstance(x, tuple):
             return tuple(convert(part) for part in x)
         if isinstance(x, torch.Tensor) and x.is_floating_point():
-            return x.detach().to(dtype).requires_grad_(x.requires_grad)
+            return x.detach().to(dtype, copy=True).requires_grad_(x.requires_grad)
         return x
 
     return {name: convert(x) for name, x in arguments.items()}

@@ -123,23 +123,28 @@ def test_what_is_masked_reaches_nothing_in_the_encoder(operation, poison, backen
 
 
 def test_packed_documents_do_not_see_each_other(backend):
-    """What one document holds, NaN included, reaches no other: neither through the decoder nor through the chunks."""
+    """Another second document changes no bit of the first and the third: neither of what they put out nor, through
+    them, of any gradient."""
     decoder = cases.make(
         cases.Case("", "self", b=1, l=1, k=1, r=40, causal=True, documents=(13, 19, 8), options=("rotary",)),
         torch.float32, DEVICE,
     )  # fmt: skip
     chunks = cases.make(cases.Case("", b=1, n=40, m=8, documents=(13, 19, 8), options=("null",)), torch.float32, DEVICE)
-    for arguments, query_axis, keys in ((decoder, 3, slice(13, 32)), (chunks, 1, slice(1, 3))):
+    second = slice(13, 32)
+    for arguments, axis, keys in ((decoder, 3, second), (chunks, 1, slice(1, 3))):
         changed = cases.as_dtype(arguments, torch.float32)
         with torch.no_grad():
-            changed["query"].narrow(query_axis, 13, 19).fill_(float("nan"))
+            changed["query"].narrow(axis, 13, 19).mul_(-3)
             for name in ("key", "value"):
-                changed[name].narrow(query_axis, keys.start, keys.stop - keys.start).fill_(float("nan"))
-        clean, given = cases.run(arguments, backend)["out"], cases.run(changed, backend)["out"]
-        other = [*range(13), *range(32, 40)]
-        index = torch.tensor(other, device=DEVICE)
-        assert torch.equal(given.index_select(query_axis, index), clean.index_select(query_axis, index))
-        assert given.narrow(query_axis, 13 + 7, 12).isnan().all()
+                changed[name].narrow(axis, keys.start, keys.stop - keys.start).add_(5)
+        others = torch.tensor([*range(13), *range(32, 40)], device=DEVICE)
+        grad_out = torch.randn(cases.run(arguments, backend)["out"].shape, device=DEVICE)
+        grad_out.narrow(axis, 13, 19).zero_()
+        clean, given = (cases.run(x, backend, grad_out) for x in (arguments, changed))
+        assert torch.equal(given["out"].index_select(axis, others), clean["out"].index_select(axis, others))
+        assert not torch.equal(given["out"].narrow(axis, 13, 19), clean["out"].narrow(axis, 13, 19))
+        for name in cases.differentiable(arguments):
+            assert torch.equal(given[f"gradient of {name}"], clean[f"gradient of {name}"]), name
 
 
 @pytest.mark.parametrize("name", ["everything", "dropout_all", "self_relative_all", "causal_packed_relative",
