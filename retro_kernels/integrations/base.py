@@ -17,9 +17,10 @@ class FusedForward:
     """What `swap` puts in place of one module's `forward`: a callable that holds its module and reads its weights.
 
     It is an object, not a closure, so that a deep copy or a pickle of the module carries one bound to the copy.
+    `positions` is None where swap's argument of that name makes no difference.
     """
 
-    def __init__(self, module: nn.Module, positions: str) -> None:
+    def __init__(self, module: nn.Module, positions: str | None) -> None:
         self.module = module
         self.positions = positions
 

@@ -1,12 +1,17 @@
 """retro-pytorch 0.3.9 (lucidrains): what `swap` replaces there, and how its weights map to `rk.nn`.
 
-The swap point is `ChunkedCrossAttention`; its weights live in its `cross_attn`, an `Attention` with a null slot. Its
-facts: rotary on the first min(head_dim, 32) dimensions, in halves; key positions restart for every neighbour; the null
+There are two swap points. `ChunkedCrossAttention`, whose weights live in its `cross_attn`, an `Attention` with a null
+slot: rotary on the first min(head_dim, 32) dimensions, in halves; key positions restart for every neighbour; the null
 key is not rotated; the output's bias does not reach the first m - 1 tokens; a sequence shorter than a chunk gives 0.
-
 Its decoder hands over the rotary angles of the query positions m - 1 ... 2m - 2, and the module shifts them by m - 1
 once more and fills up with zeros, so that the queries turn by the positions 2m - 2, 0, 0, ..., 0. Trained weights
 embody that.
+
+And `Attention` without a null slot, of which there are three: the encoder's self-attention, masked by padding, and its
+cross-attention, unmasked, both over tensors whose batch is b * l * k neighbours; and the decoder's causal
+self-attention, which its decoder never masks. Where every slot of a row is masked, its softmax is uniform over them
+all: reproduced here for the bidirectional kinds. With `causal` that average would reach into the future, so a masked
+call of a causal attention runs its own code.
 """
 
 from __future__ import annotations
@@ -22,12 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..nn import ChunkedCrossAttention
+from ..nn import ChunkedCrossAttention, NeighbourEncoder
 from ..ops.chunked_cross_attention import chunked_cross_attention
+from ..ops.neighbour_cross_attention import neighbour_cross_attention
+from ..ops.neighbour_self_attention import neighbour_self_attention
 from .base import AS_TRAINED, PAPER, FusedForward, class_names, warn_once
 
 VERSION = "0.3.9"
-LOOKS_FOR = ("retro_pytorch.retro_pytorch.ChunkedCrossAttention",)
+MODULE = "retro_pytorch.retro_pytorch."
+CCA, ATTENTION, ENCODER = (MODULE + name for name in ("ChunkedCrossAttention", "Attention", "Encoder"))
+LOOKS_FOR = (CCA, ATTENTION)
 
 # SHA-256 of the source of each function that the fused forward stands for. Another source is not known to compute the
 # same, whatever its class is called.
@@ -35,32 +44,44 @@ KNOWN_SOURCES = {
     "ChunkedCrossAttention.forward": "31b921df67926d386163ef918964b7be5b931cb86e3ca5119927416c9688478e",
     "Attention.forward": "e7c8ec289bc10667b74412b1635ed693f7858e58be6ad5c43240cc3030515952",
     "apply_rotary_pos_emb": "cf25ed2a02bddb5693861742a55582383ef4d185d72c3fc1f5d7920ab379c2a7",
+    "Encoder.forward": "320f80d5009dd4129995be733ba8975fcb2c4a72a0e8e3ef3a8c49bc7aecb388",
+    "PreNorm.forward": "5538f337002e91bd8e29c297ae1120d65d84f6a68c4bd4f41e535882a900eb89",
+    "PostNorm.forward": "f16004422fc9e323e7c7b92ccea348d15a4883bd7f82e5555d557c3a57406de8",
+    "FeedForward.forward": "a497c13e93e9480a929b39e41637489d98f5f6a0087aeedcc9717619489b4043",
+    "RMSNorm.forward": "aa67bd1ec8d348e188508fe86e6f06fcf202973fc855e83d6c5778c9c249b80c",
+    "RotaryEmbedding.forward": "17c518ff3bac6c385d8e32167599d3030f553ceade2f314e883610be88a3e2a0",
     "rotate_half": "f2c2cc68e50fa339a232d4800fb154d7481282d39f948490f9e7c44602c086bd",
 }
 PARTS = {"to_q", "to_k", "to_v", "to_out", "dropout"}
-PARAMETERS = {"null_k", "null_v"}
+NULL_SLOT = {"null_k", "null_v"}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def recognises(module: nn.Module) -> bool:
-    """Whether it is a `ChunkedCrossAttention` of retro-pytorch or of a class derived from it."""
-    return any(name in LOOKS_FOR for name in class_names(module))
+    """Whether it is a `ChunkedCrossAttention` or an `Attention` of retro-pytorch, or of a class derived from one. The
+    attention with a null slot is a part of the former and not looked at by itself."""
+    names = class_names(module)
+    return CCA in names or (ATTENTION in names and getattr(module, "null_k", None) is None)
 
 
 def refusal(module: nn.Module) -> str | None:
     """Why the module is not retro-pytorch 0.3.9's, in parts or in source; None when it is."""
-    return _structure(module) or _source(module)
+    if CCA in class_names(module):
+        return _structure(module) or _source(module)
+    return _attention_structure(module, null_slot=False) or _attention_source(module)
 
 
 def note(module: nn.Module) -> str | None:
-    """Says where a swapped module will still run its own code."""
-    attention: Any = module.cross_attn
+    """Says what is different in training."""
+    attention: Any = getattr(module, "cross_attn", module)
     p = attention.dropout.p
-    return f"fused except in training, because of its attention dropout {p:g}: {_DROPOUT}" if p > 0 else None
+    return f"its attention dropout {p:g} is fused: the same distribution, other random numbers" if p > 0 else None
 
 
 def fused_forward(module: nn.Module, positions: str) -> FusedForward:
-    return FusedRetroPytorch(module, positions)
+    if CCA in class_names(module):
+        return FusedRetroPytorch(module, positions)
+    return FusedRetroPytorchAttention(module, None)
 
 
 def to_layer(module: Any, positions: str = AS_TRAINED, **options: Any) -> ChunkedCrossAttention:
@@ -68,9 +89,9 @@ def to_layer(module: Any, positions: str = AS_TRAINED, **options: Any) -> Chunke
 
     Raises ValueError when the module is not retro-pytorch 0.3.9's ChunkedCrossAttention.
     """
-    reason = refusal(module) if recognises(module) else f"its class is {class_names(module)[0]}"
+    reason = refusal(module) if CCA in class_names(module) else f"its class is {class_names(module)[0]}"
     if reason is not None:
-        raise ValueError(f"module: got {type(module).__name__}, expected a {LOOKS_FOR[0]} of {VERSION}, but {reason}")
+        raise ValueError(f"module: got {type(module).__name__}, expected a {CCA} of {VERSION}, but {reason}")
     attention: Any = module.cross_attn
     weight = attention.to_q.weight
     head_dim = attention.null_k.numel() // attention.heads
@@ -103,6 +124,65 @@ def to_layer(module: Any, positions: str = AS_TRAINED, **options: Any) -> Chunke
     return layer.train(module.training)
 
 
+def to_encoder(module: Any, *, chunk_size: int = 64, **options: Any) -> NeighbourEncoder:
+    """A `rk.nn.NeighbourEncoder` with a copy of an `Encoder`'s weights, for chunks of `chunk_size` tokens; `options` go
+    to its constructor. It takes neighbours as [b, l, k, r, dim] and the decoder's activations as [b, n, context_dim],
+    where the module takes both by neighbour.
+
+    Raises ValueError when the module is not retro-pytorch 0.3.9's Encoder, or has gated norms.
+    """
+    reason = _encoder_refusal(module) if ENCODER in class_names(module) else f"its class is {class_names(module)[0]}"
+    if reason is not None:
+        raise ValueError(f"module: got {type(module).__name__}, expected an {ENCODER} of {VERSION}, but {reason}")
+    own = module.layers[0][0].fn
+    crossing = [number for number, (_, cross, _) in enumerate(module.layers, 1) if cross is not None]
+    context_dim = module.layers[crossing[0] - 1][1].fn.to_k.in_features if crossing else own.to_k.in_features
+    post_norm = type(module.layers[0][0]).__name__ == "PostNorm"
+    norm = module.layers[0][0].norm
+    kind = {"norm": "layer", "norm_eps": norm.eps} if isinstance(norm, nn.LayerNorm) else {"norm_eps": norm.eps**2}
+    if post_norm:
+        kind |= {"norm_position": "post", "residual_scale": float(module.layers[0][0].scale_residual)}
+    settings: dict[str, Any] = {
+        "num_layers": len(module.layers),
+        "context_dim": context_dim,
+        "output_dim": getattr(module.project_out, "out_features", None),
+        "feed_forward_dim": module.layers[0][2].fn.ff[0].out_features,
+        "chunk_size": chunk_size,
+        "cross_attention_layers": crossing,
+        "final_norm": not isinstance(module.norm_out, nn.Identity),
+        "scale": own.scale,
+        "dropout": own.dropout.p,
+        "feed_forward_dropout": module.layers[0][2].fn.ff[2].p,
+        "device": own.to_q.weight.device,
+        "dtype": own.to_q.weight.dtype,
+        **kind,
+        **options,
+    }
+    encoder = NeighbourEncoder.retro_pytorch(
+        own.to_q.in_features, num_heads=own.heads, head_dim=own.to_q.out_features // own.heads, **settings
+    )
+    state: dict[str, torch.Tensor] = {}
+
+    def take(name: str, source: nn.Module, **renamed: str) -> None:
+        for key, value in source.named_parameters():
+            state[f"{name}.{renamed.get(key, key)}"] = value
+
+    linear = {"to_q": "w_query", "to_k": "w_key", "to_v": "w_value", "to_out": "w_out"}
+    for i, (attention, cross, feed_forward) in enumerate(module.layers):
+        for kind_name, part in (("self", attention), ("cross", cross)):
+            if part is not None:
+                take(f"layers.{i}.{kind_name}_norm", part.norm, gamma="weight")
+                for theirs, ours in linear.items():
+                    take(f"layers.{i}.{kind_name}_attention.{ours}", getattr(part.fn, theirs))
+        take(f"layers.{i}.feed_forward_norm", feed_forward.norm, gamma="weight")
+        take(f"layers.{i}.feed_forward.w_in", feed_forward.fn.ff[0])
+        take(f"layers.{i}.feed_forward.w_out", feed_forward.fn.ff[3])
+    take("final_norm", module.norm_out, gamma="weight")
+    take("w_out", module.project_out)
+    encoder.load_state_dict(state)
+    return encoder.train(module.training)
+
+
 class FusedRetroPytorch(FusedForward):
     """The forward of one `ChunkedCrossAttention`: its own projections round the fused operation."""
 
@@ -119,21 +199,19 @@ class FusedRetroPytorch(FusedForward):
         module: Any = self.module
         attention, m = module.cross_attn, module.chunk_size
         dropout_p = attention.dropout.p if attention.dropout.training else 0.0
-        hooked = any(getattr(part, name) for part in (attention, attention.dropout) for name in HOOKS)
+        hooked = _hooked(attention) or _hooked(attention.dropout)
         unusual = _unusual_call(module, x, context, context_mask, pos_emb)
         if self.positions == PAPER:
             if unusual is not None:
                 raise ValueError(f"{unusual} (its own forward cannot serve: it has the as-trained positions)")
             if hooked:
                 warn_once("hooks on the inner attention of a ChunkedCrossAttention do not run: it is bypassed")
-        elif unusual is not None or hooked or dropout_p > 0:
+        elif unusual is not None or hooked:
             out = type(module).forward(module, x, context_mask=context_mask, context=context, pos_emb=pos_emb)
             if unusual is not None:
                 warn_once(f"a call ran retro-pytorch's own forward, not the fused one: {unusual}")
-            elif hooked:
-                warn_once("a ChunkedCrossAttention runs its own forward, because its inner attention has hooks")
             else:
-                warn_once(f"in training, modules with attention dropout run retro-pytorch's own forward: {_DROPOUT}")
+                warn_once("a ChunkedCrossAttention runs its own forward, because its inner attention has hooks")
             return out
         if x.shape[1] < m:
             return torch.zeros_like(x)
@@ -163,7 +241,65 @@ class FusedRetroPytorch(FusedForward):
         return F.pad(attention.to_out(fused.flatten(2)), (0, 0, m - 1, 0))
 
 
-_DROPOUT = "no fused backend takes dropout yet (0 makes training fused, too)"
+class FusedRetroPytorchAttention(FusedForward):
+    """The forward of one `Attention` without a null slot: its own projections round the fused operations."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        pos_emb: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """x [B, n, dim], mask bool [B, n or m] (True = attend), context [B, m, context_dim] or None for self-attention,
+        pos_emb the rotary angles of queries [1, 1, n, rotary_dim] and keys -> [B, n, dim]."""
+        attention: Any = self.module
+        unusual = _unusual_attention_call(attention, x, mask, context, pos_emb)
+        if unusual is not None or _hooked(attention.dropout):
+            if unusual is not None:
+                warn_once(f"a call ran retro-pytorch's own forward, not the fused one: {unusual}")
+            else:
+                warn_once("an Attention runs its own forward, because its dropout has hooks")
+            return type(attention).forward(attention, x, mask=mask, context=context, pos_emb=pos_emb)
+        source = x if context is None else context
+        # A batch of one neighbour each: the groups are the same whichever axis counts them.
+        query, key, value = (
+            part.unflatten(-1, (attention.heads, -1))[:, None]
+            for part in (attention.to_q(x), attention.to_k(source), attention.to_v(source))
+        )
+        if mask is not None:
+            mask, query = _see_something(mask, query)
+        options: dict[str, Any] = {
+            "scale": attention.scale,
+            "dropout_p": attention.dropout.p if attention.dropout.training else 0.0,
+        }
+        if pos_emb is not None:
+            angles = pos_emb if isinstance(pos_emb, tuple) else (pos_emb, pos_emb)
+            options["query_rotary"], options["key_rotary"] = (_tables(y[0, 0], query.dtype) for y in angles)
+        fused: Any
+        if context is None:
+            fused = neighbour_self_attention(
+                query[:, None], key[:, None], value[:, None],
+                neighbour_mask=None if mask is None else mask[:, None, None], causal=attention.causal, **options,
+            )  # fmt: skip
+        else:
+            fused = neighbour_cross_attention(
+                query[:, None], key, value, activation_mask=None if mask is None else mask[:, None], **options
+            )
+        return attention.to_out(fused[:, 0, 0].flatten(2))
+
+
+def _see_something(mask: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """mask [B, s] and query [B, 1, n, h, d] under which an entry of the batch with nothing visible gets the mean of all
+    its values, as retro-pytorch computes it: all of it is made visible, to queries that are zero."""
+    visible = mask.any(-1)
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(visible.all()):
+        return mask, query
+    return mask | ~visible[:, None], query.masked_fill(~visible[:, None, None, None, None], 0.0)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in HOOKS)
 
 
 def _tables(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,13 +323,37 @@ def _unusual_call(module, x, context, context_mask, pos_emb) -> str | None:
         return f"context_mask: got {given}, expected bool {list(context.shape[:4])}"
     if not isinstance(pos_emb, (tuple, list)) or len(pos_emb) != 2:
         return f"pos_emb: got {type(pos_emb).__name__}, expected a pair (queries, keys)"
-    width = pos_emb[0].shape[-1]
     head_dim = module.cross_attn.null_k.numel() // module.cross_attn.heads
-    for angles, name, length in zip(pos_emb, ("queries", "keys"), (m, context.shape[3])):
-        if angles.shape != (1, 1, length, width) or width % 2 or width > head_dim:
+    return _unusual_angles(pos_emb, (m, context.shape[3]), head_dim)
+
+
+def _unusual_attention_call(attention, x, mask, context, pos_emb) -> str | None:
+    """The same for a call of an `Attention`."""
+    if x.dim() != 3 or (context is not None and (context.dim() != 3 or context.shape[0] != x.shape[0])):
+        given = None if context is None else list(context.shape)
+        return f"x and context: got shapes {list(x.shape)} and {given}, expected rank 3 and one batch"
+    if attention.causal and (mask is not None or context is not None):
+        return "mask and context: got one in causal attention, expected neither"
+    slots = x.shape[1] if context is None else context.shape[1]
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (x.shape[0], slots)):
+        return f"mask: got {mask.dtype} {list(mask.shape)}, expected bool {[x.shape[0], slots]}"
+    if pos_emb is None:
+        return None
+    angles = pos_emb if isinstance(pos_emb, tuple) else (pos_emb, pos_emb)
+    if len(angles) != 2 or not all(isinstance(y, torch.Tensor) for y in angles):
+        return f"pos_emb: got {type(pos_emb).__name__}, expected a tensor or a pair (queries, keys)"
+    inner = getattr(attention.to_q, "out_features", None)  # unknown where an adapter has taken the layer's place
+    return _unusual_angles(angles, (x.shape[1], slots), None if inner is None else inner // attention.heads)
+
+
+def _unusual_angles(pos_emb, lengths: tuple[int, int], head_dim: int | None) -> str | None:
+    width = pos_emb[0].shape[-1]
+    for angles, name, length in zip(pos_emb, ("queries", "keys"), lengths):
+        too_wide = head_dim is not None and width > head_dim
+        if angles.shape != (1, 1, length, width) or width % 2 or too_wide:
             return (
                 f"pos_emb: got {list(angles.shape)} for the {name}, expected [1, 1, {length}, rotary_dim] with one "
-                f"even rotary_dim of at most {head_dim}"
+                f"even rotary_dim of at most the head size, {head_dim}"
             )
         if angles.requires_grad and torch.is_grad_enabled():
             return "pos_emb: got angles that require a gradient, expected fixed ones"
@@ -208,52 +368,80 @@ def _structure(module: Any) -> str | None:
     attention: Any = getattr(module, "cross_attn", None)
     if dict(module.named_children()).keys() != {"cross_attn"} or not isinstance(attention, nn.Module):
         return f"its parts are {_names(module.named_children())}, those of {VERSION} are cross_attn"
+    m = getattr(module, "chunk_size", None)
+    if not isinstance(m, int) or m < 1:
+        return f"chunk_size is {m!r}, expected a positive int"
+    reason = _attention_structure(attention, null_slot=True)
+    return f"of its cross_attn, {reason}" if reason is not None else None
+
+
+def _attention_structure(attention: Any, null_slot: bool) -> str | None:
     if dict(attention.named_children()).keys() != PARTS:
-        return f"the parts of cross_attn are {_names(attention.named_children())}, those of {VERSION} {_listed(PARTS)}"
-    own = dict(attention.named_parameters(recurse=False))
-    if own.keys() != PARAMETERS or any(x.dim() != 1 for x in own.values()):
-        return (
-            f"the parameters of cross_attn are {_listed(own)}, those of {VERSION} {_listed(PARAMETERS)}, one row each"
-        )
-    if not isinstance(attention.dropout, nn.Dropout) or getattr(attention, "causal", None) is not False:
-        return "its cross_attn is causal, or its dropout is not nn.Dropout"
-    heads, m, scale = (
-        getattr(attention, "heads", None),
-        getattr(module, "chunk_size", None),
-        getattr(attention, "scale", 0),
-    )
-    if (
-        not isinstance(heads, int)
-        or heads < 1
-        or not isinstance(m, int)
-        or m < 1
-        or not isinstance(scale, (int, float))
-    ):
-        return (
-            f"heads, chunk_size and scale are {heads!r}, {m!r} and {scale!r}, expected two positive ints and a number"
-        )
+        return f"the parts are {_names(attention.named_children())}, those of {VERSION} {_listed(PARTS)}"
+    own, expected = dict(attention.named_parameters(recurse=False)), NULL_SLOT if null_slot else set()
+    if own.keys() != expected or any(x.dim() != 1 for x in own.values()):
+        return f"the parameters are {_listed(own)}, those of {VERSION} {_listed(expected)}, one row each"
+    if not isinstance(attention.dropout, nn.Dropout):
+        return "the dropout is not nn.Dropout"
+    causal = getattr(attention, "causal", None)
+    if not isinstance(causal, bool) or (causal and null_slot):
+        return f"causal is {causal!r}, which {VERSION} has not"
+    heads, scale = getattr(attention, "heads", None), getattr(attention, "scale", None)
+    if not isinstance(heads, int) or heads < 1 or not isinstance(scale, (int, float)):
+        return f"heads and scale are {heads!r} and {scale!r}, expected a positive int and a number"
     inner = {name: getattr(getattr(attention, name), "out_features", None) for name in ("to_q", "to_k", "to_v")}
     sizes = {name: x.numel() for name, x in own.items()} | {name: x for name, x in inner.items() if x is not None}
-    if len(set(sizes.values())) != 1 or own["null_k"].numel() % heads:
+    if len(set(sizes.values())) != 1 or next(iter(sizes.values())) % heads:
         return f"the inner sizes {sizes} differ or are not a multiple of {heads} heads"
     return None
 
 
 def _source(module: Any) -> str | None:
-    outer, inner = type(module).forward, type(module.cross_attn).forward
-    rotary = getattr(inner, "__globals__", {}).get("apply_rotary_pos_emb")
-    functions = (outer, inner, rotary, getattr(rotary, "__globals__", {}).get("rotate_half"))
-    for (name, known), function in zip(KNOWN_SOURCES.items(), functions):
-        code = getattr(function, "__code__", None)
-        if "forward" in vars(module.cross_attn):
-            return "something else has replaced forward on its cross_attn"
-        if not isinstance(code, CodeType):
-            return f"{name} is no Python function, so it cannot be checked against {VERSION}"
-        found = _digest(code)
-        if found is None:
-            return f"the source of {name} cannot be read, so it cannot be checked against {VERSION}"
-        if found != known:
-            return f"{name} is not that of {VERSION}: another version of retro-pytorch, an override or a patch"
+    if "forward" in vars(module.cross_attn):
+        return "something else has replaced forward on its cross_attn"
+    return _changed("ChunkedCrossAttention.forward", type(module).forward) or _attention_source(module.cross_attn)
+
+
+def _attention_source(attention: nn.Module) -> str | None:
+    forward = type(attention).forward
+    rotary = getattr(forward, "__globals__", {}).get("apply_rotary_pos_emb")
+    half = getattr(rotary, "__globals__", {}).get("rotate_half")
+    return (
+        _changed("Attention.forward", forward)
+        or _changed("apply_rotary_pos_emb", rotary)
+        or _changed("rotate_half", half)
+    )
+
+
+def _encoder_refusal(encoder: nn.Module) -> str | None:
+    for name, module in encoder.named_modules():
+        theirs = [kind for kind in class_names(module) if kind.startswith(MODULE)]
+        if not theirs:
+            continue
+        kind = theirs[0].removeprefix(MODULE)
+        if not isinstance(vars(module).get("forward", None), (FusedForward, type(None))):
+            return f"something else has replaced forward on {name or 'it'}"
+        reason = _changed(f"{kind}.forward", type(module).forward)
+        if kind == "Attention":
+            reason = _attention_structure(module, null_slot=False) or _attention_source(module)
+            reason = reason or ("it is causal" if module.causal else None)
+        elif kind == "RMSNorm" and module.weight is not None:
+            reason = "it is gated, which NeighbourEncoder has not (swap serves such an encoder)"
+        if reason is not None:
+            return f"of {name or 'it'}, {reason}"
+    return None
+
+
+def _changed(name: str, function: Any) -> str | None:
+    """Why a function is not known to compute what KNOWN_SOURCES' does."""
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
+        return f"{name} is no Python function, so it cannot be checked against {VERSION}"
+    found = _digest(code)
+    if found is None:
+        return f"the source of {name} cannot be read, so it cannot be checked against {VERSION}"
+    if found != KNOWN_SOURCES.get(name):
+        return f"{name} is not that of {VERSION}: another version of retro-pytorch, an override or a patch"
     return None
 
 

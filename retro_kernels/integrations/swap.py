@@ -81,25 +81,27 @@ class SwapReport:
 
 
 def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED) -> SwapReport:
-    """Puts fused chunked cross-attention under a RETRO that already exists, in place and instance by instance.
+    """Puts fused attention under a RETRO that already exists, in place and instance by instance.
 
-    Looks for the `ChunkedCrossAttention` modules of retro-pytorch 0.3.9 in `model` (which may be one of them, any part
-    of a model, or a wrapper such as DistributedDataParallel). Only `forward` of each instance is replaced: parameters,
-    their names, state dicts, classes and submodules stay as they are, and so do deep copies, casts, checkpoints and
-    hooks. Deep copies of a swapped model are swapped, too; `unswap` restores one. Swap before the first call of a
-    compiled model. `nn.DataParallel` is not supported: its replicas share instance attributes.
+    Looks for retro-pytorch 0.3.9's attentions in `model` (which may be one of them, any part of a model, or a wrapper
+    such as DistributedDataParallel): `ChunkedCrossAttention`, and `Attention`, which is the self-attention and the
+    cross-attention of its encoder and the causal self-attention of its decoder. Only `forward` of each instance is
+    replaced: parameters, their names, state dicts, classes and submodules stay as they are, and so do deep copies,
+    casts, checkpoints and hooks. Deep copies of a swapped model are swapped, too; `unswap` restores one. Swap before
+    the first call of a compiled model. `nn.DataParallel` is not supported: its replicas share instance attributes.
 
     A module is replaced only if its class's source and its parts are those this version was written for; any other
-    is skipped and the report says why. A call that the fused operation cannot compute exactly (attention dropout in
-    training, hooks on the inner attention) runs the module's own code, and a warning says so once.
+    is skipped and the report says why. A call that the fused operations do not cover (hooks on a part that they
+    bypass, a mask in causal attention) runs the module's own code, and a warning says so once. Attention dropout is
+    fused: in training it has the same distribution as the module's own, but drops other probabilities.
 
     Args:
         model: the module to search.
         strict: raise when nothing could be replaced. A model that is already swapped with the same `positions` is what
             was asked for: it does not raise, and the report lists its modules as skipped.
-        positions: "as_trained" computes what the model computed before, including retro-pytorch's doubly shifted
-            rotary query positions (2m - 2, 0, ..., 0), because trained weights embody them. "paper" gives the
-            positions that were meant, m - 1 ... 2m - 2: for training from scratch.
+        positions: of chunked cross-attention. "as_trained" computes what the model computed before, including
+            retro-pytorch's doubly shifted rotary query positions (2m - 2, 0, ..., 0), because trained weights embody
+            them. "paper" gives the positions that were meant, m - 1 ... 2m - 2: for training from scratch.
 
     Raises:
         TypeError: `model` is not a module. ValueError: an unknown `positions`; with `strict`, nothing to replace.
@@ -111,14 +113,15 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED) 
     replaced: dict[str, FusedForward] = {}
     skipped: dict[str, str] = {}
     notes: dict[str, str] = {}
-    already = 0
+    already = conflicts = 0
     for name, module in model.named_modules():
         for integration in INTEGRATIONS:
             if not integration.recognises(module):
                 continue
             present = vars(module).get("forward")
             if isinstance(present, FusedForward):
-                already += present.positions == positions
+                already += present.positions in (None, positions)
+                conflicts += present.positions not in (None, positions)
                 skipped[name] = _already(present.positions, positions)
                 continue
             if present is not None:
@@ -135,7 +138,7 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED) 
             if remark is not None:
                 notes[name] = remark
     report = SwapReport(replaced, skipped, notes, positions)
-    if strict and not replaced and not already:
+    if strict and not replaced and (conflicts or not already):
         raise ValueError(_nothing_to_replace(model, report))
     return report
 
@@ -152,8 +155,8 @@ def _restore(module: nn.Module) -> bool:
     return True
 
 
-def _already(present: str, asked: str) -> str:
-    if present == asked:
+def _already(present: str | None, asked: str) -> str:
+    if present in (None, asked):
         return "already swapped"
     return (
         f'already swapped with positions="{present}", so not changed to "{asked}"; call undo() or unswap(model) first'
