@@ -1,7 +1,8 @@
 // The backward. Every row's log-sum-exp is known, so (row block, key block) tiles are visited in one sweep when an item
 // has one block of either kind, and otherwise in two: one for dQ and the parameters, one for dK and dV.
 #pragma once
-#include "packing.h"
+#include "dropout.h"
+#include "relative.h"
 
 namespace retro_kernels {
 namespace RK_NAMESPACE {
@@ -16,8 +17,13 @@ struct BackwardBuffers {
   float *p_down, *ds_down, *ds_across;  // pairs along the rows, along the rows, along the keys
   float *grad_query, *grad_key, *grad_value;
   float *lse, *delta, *null_key, *null_value, *wide, *wide_grad;
+  // relative positions: the rows that meet the table, as above, and their gradients
+  float *query_relative, *query_relative_panels, *query_relative_across, *grad_query_relative;
+  float *content_bias, *relative_bias;
+  RelativeBuffers relative;
+  uint64_t* kept;
 
-  BackwardBuffers(const Problem& p, const Sizes& z, Arena* arena) {
+  BackwardBuffers(const Problem& p, const Sizes& z, Arena* arena) : relative(p, z, true, arena) {
     keys = arena->take(z.keys * z.ld);
     keys_across = z.pairs ? arena->take(z.keys / 2 * z.dim) : keys;
     values = arena->take(z.keys * z.ld_value);
@@ -42,6 +48,16 @@ struct BackwardBuffers {
     null_value = arena->take(kMaxDim);
     wide = arena->take(kMaxDim);
     wide_grad = arena->take(kMaxDim);
+    content_bias = arena->take(kMaxDim);
+    relative_bias = arena->take(kMaxDim);
+    grad_query_relative = arena->take(p.relative_key.data ? kRows * z.dim : 0);
+    query_relative = query, query_relative_panels = query_panels, query_relative_across = query_across;
+    if (p.content_bias.data || p.relative_bias.data) {
+      query_relative = arena->take(kRows * z.ld);
+      query_relative_across = z.pairs ? arena->take(kRows / 2 * z.dim) : query_relative;
+      query_relative_panels = arena->take(kRows * round_up(z.depth, 16));
+    }
+    kept = arena->take<uint64_t>(p.dropout ? z.keys : 0);
   }
 };
 
@@ -50,6 +66,12 @@ struct BackwardBuffers {
 template <class T, bool kPairs>
 static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& z, const BackwardBuffers& f,
                                const Rows& rows, bool grad_query, bool parameters, int64_t copy) {
+  const float* content_bias = head_vector(p, p.content_bias, rows, f.content_bias);
+  const float* relative_bias = head_vector(p, p.relative_bias, rows, f.relative_bias);
+  const bool apart = f.query_relative != f.query;
+  if (grad_query && p.relative_key.data) __builtin_memset(f.grad_query_relative, 0, (size_t)(kRows * z.dim) * 4);
+  const uint64_t null_kept = p.null_key.data && p.dropout ? draw_null(p, rows) : ~(uint64_t)0;
+  const float survivor = p.dropout ? p.survivor : 1.0f;
   for (int64_t i = 0; i < rows.padded; ++i) {
     float* query = f.query + i * z.ld;
     float* grad = f.grad + i * z.ld_value;
@@ -58,13 +80,18 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
     const int64_t position = i < rows.count ? rows.position[i] : 0;
     if (i >= rows.count || p.lse[position] == -infinity()) {
       __builtin_memset(query, 0, (size_t)(z.ld - 16) * 4);
+      if (apart) __builtin_memset(f.query_relative + i * z.ld, 0, (size_t)(z.ld - 16) * 4);
       __builtin_memset(grad, 0, (size_t)(z.ld_value - 16) * 4);
       f.lse[i] = i < rows.count ? infinity() : 0.0f;
       f.delta[i] = 0.0f;
       continue;
     }
-    pack_row<T, kPairs>((const T*)p.query + row_offset(p.query_stride, item, rows, i), p.dim, &p.query_cos,
-                        &p.query_sin, rows.angle[i], p.rotary_width, p.rotary_interleaved, query, z.ld - 16);
+    const T* query_row = (const T*)p.query + row_offset(p.query_stride, item, rows, i);
+    pack_row<T, kPairs>(query_row, p.dim, &p.query_cos, &p.query_sin, rows.angle[i], p.rotary_width,
+                        p.rotary_interleaved, query, z.ld - 16, content_bias);
+    if (apart)
+      pack_row<T, kPairs>(query_row, p.dim, nullptr, nullptr, 0, 0, false, f.query_relative + i * z.ld, z.ld - 16,
+                          relative_bias);
     const T* grad_row = (const T*)p.grad_out + row_offset(p.grad_out_stride, item, rows, i);
     pack_row<T, kPairs>(grad_row, p.dim_value, nullptr, nullptr, 0, 0, false, grad, z.ld_value - 16);
     const float* wide_grad = grad;
@@ -84,43 +111,41 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
     if (kPairs) widen_row((const bfloat_t*)query, p.dim, f.wide, z.dim), wide_query = f.wide;
     const float logit = dot(wide_query, f.null_key, z.dim) * (p.scale * kLog2e);
     const float probability = exp2(splat(logit - f.lse[i]))[0];
-    const float ds = probability * (dot(wide_grad, f.null_value, z.dim_value) - f.delta[i]);
+    const float kept = null_kept >> i & 1 ? survivor : 0.0f;
+    const float ds = probability * (kept * dot(wide_grad, f.null_value, z.dim_value) - f.delta[i]);
     if (grad_query)
       for (int64_t j = 0; j < z.dim; ++j) dq[j] = ds * f.null_key[j];
     if (parameters && p.null_key_partial) {
       const int64_t at = copy * p.heads + rows.head[i];
       add_scaled(p.null_key_partial + at * p.dim, ds * p.scale, wide_query, p.dim);
-      add_scaled(p.null_value_partial + at * p.dim_value, probability, wide_grad, p.dim_value);
+      add_scaled(p.null_value_partial + at * p.dim_value, kept * probability, wide_grad, p.dim_value);
     }
   }
   transpose_rows(f.query, z.ld, rows.padded, round_up(z.depth, 16), f.query_panels);
   transpose_rows(f.grad, z.ld_value, rows.padded, round_up(z.depth_value, 16), f.grad_panels);
   interleave_rows<kPairs>(f.query, z.ld, rows.padded, z.dim, f.query_across, z.dim);
+  if (apart) {
+    transpose_rows(f.query_relative, z.ld, rows.padded, round_up(z.depth, 16), f.query_relative_panels);
+    interleave_rows<kPairs>(f.query_relative, z.ld, rows.padded, z.dim, f.query_relative_across, z.dim);
+  }
   interleave_rows<kPairs>(f.grad, z.ld_value, rows.padded, z.dim_value, f.grad_across, z.dim_value);
 }
 
-#if RK_LEVEL >= 3
-// Two keys by 32 rows of probabilities or dS, as bf16: pairs along the rows, and pairs along the keys.
-RK_INLINE void store_down(vfloat low, vfloat high, float* p) {
-  const __m512bh packed = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  __builtin_memcpy(p, &packed, 64);
-}
-RK_INLINE void store_across(vfloat a, vfloat b, float* p) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
-  _mm512_store_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-#endif
-
 // scores, grad_scores [key][row] -> probabilities and dS, as the three products want them.
-template <bool kPairs, bool kKeepWide>
+template <bool kPairs, bool kKeepWide, bool kDrop>
 static void differentiate_block(const Keys& keys, int64_t padded_rows, float factor, const float* bias,
-                                const BackwardBuffers& f) {
+                                float survivor, const BackwardBuffers& f) {
   const auto terms = [&](int64_t at, int64_t i, vfloat* p, vfloat* ds) __attribute__((always_inline)) {
     vfloat x = load(f.scores + at) * factor - load(f.lse + i);
     if (bias) x = (load(f.scores + at) * factor + load(bias + at)) - load(f.lse + i);
     *p = exp2(x);
-    *ds = *p * (load(f.grad_scores + at) - load(f.delta + i));
+    if constexpr (kDrop) {
+      const uint64_t bits = f.kept[at / kRows] >> i;
+      *ds = *p * (keep_lanes(load(f.grad_scores + at) * survivor, bits) - load(f.delta + i));
+      *p = keep_lanes(*p * survivor, bits);
+    } else {
+      *ds = *p * (load(f.grad_scores + at) - load(f.delta + i));
+    }
     if (kKeepWide) store(f.grad_scores + at, *ds);
   };
 #if RK_LEVEL >= 3
@@ -186,18 +211,24 @@ static void backward_tile(const Problem& p, const Sizes& z, const BackwardBuffer
   if (bias) gather_bias(p, rows, keys, f.bias);
   multiply<false, kPairs>(keys.padded, rows.padded, z.depth, f.keys, z.ld, f.query_panels, kPanel,
                           panel_size(z.depth), f.scores, kRows, false, next);
+  if (p.relative_key.data)
+    add_relative<kPairs>(p, z, rows, keys, f.query_relative_panels, f.relative.band, f.relative.sheared, f.scores, next);
   multiply<false, kPairs>(keys.padded, rows.padded, z.depth_value, f.values, z.ld_value, f.grad_panels, kPanel,
                           panel_size(z.depth_value), f.grad_scores, kRows, false, next);
   if (partly_hidden(p, rows, keys)) {
     hide_unseen(rows, keys, factor, f.scores);
     factor = 1.0f;
   }
-  if (parameters && p.bias_partial) {
-    differentiate_block<kPairs, true>(keys, rows.padded, factor, bias, f);
-    add_bias_gradient(p, rows, keys, f.grad_scores, copy);
-  } else {
-    differentiate_block<kPairs, false>(keys, rows.padded, factor, bias, f);
-  }
+  if (p.dropout) draw_keys(p, rows, keys, f.kept);
+  const bool wide = parameters && (p.bias_partial || p.relative_key.data);
+  const auto differentiate =
+      wide ? (p.dropout ? differentiate_block<kPairs, true, true> : differentiate_block<kPairs, true, false>)
+           : (p.dropout ? differentiate_block<kPairs, false, true> : differentiate_block<kPairs, false, false>);
+  differentiate(keys, rows.padded, factor, bias, p.survivor, f);
+  if (parameters && p.bias_partial) add_bias_gradient(p, rows, keys, f.grad_scores, copy);
+  if (parameters && p.relative_key.data)
+    add_relative_gradients<kPairs>(p, z, f.relative, rows, keys, f.grad_scores, f.query_relative_across,
+                                   f.grad_query_relative, copy, next);
   const int64_t ld_scores = kPairs ? kRows / 2 : kRows;
   if (keys.count < keys.all) {  // what pads the keys are keys, which these rows do not see
     const size_t bytes = (size_t)((keys.padded - keys.count) * ld_scores) * 4;
@@ -242,7 +273,18 @@ static void write_keys(const Problem& p, const Item& item, const Sizes& z, const
 
 template <class T>
 static void write_queries(const Problem& p, const Item& item, const Sizes& z, const BackwardBuffers& f,
-                          const Rows& rows, bool computed) {
+                          const Rows& rows, bool computed, int64_t copy) {
+  if (p.relative_key.data && computed) {
+    const auto add_columns = [&](float* partial, const float* gradients) {
+      if (!partial) return;
+      partial += (copy * p.heads + rows.head[0]) * p.dim;
+      for (int64_t i = 0; i < rows.count; ++i)
+        if (f.lse[i] != infinity()) add_scaled(partial, p.scale, gradients + i * z.dim, p.dim);
+    };
+    add_columns(p.content_bias_partial, f.grad_query);
+    add_columns(p.relative_bias_partial, f.grad_query_relative);
+    add_scaled(f.grad_query, 1.0f, f.grad_query_relative, rows.count * z.dim);
+  }
   for (int64_t i = 0; i < rows.count; ++i) {
     T* out = (T*)p.grad_query + rows.position[i] * p.dim;
     float* dq = f.grad_query + i * z.dim;
@@ -316,7 +358,7 @@ static void backward_typed(const Problem& p, int64_t index, int64_t following, i
         if (one_sweep) write_keys<T>(p, item, z, f, keys);
         started = true;
       }
-      write_queries<T>(p, item, z, f, rows, started);
+      write_queries<T>(p, item, z, f, rows, started, copy);
     }
     if (one_sweep) return;
   }
@@ -342,7 +384,7 @@ static void backward_typed(const Problem& p, int64_t index, int64_t following, i
       if (seen)
         backward_tile<T, kPairs>(p, z, f, rows, keys, one_sweep, true, null_slot, p.causal || block > 0, one_sweep,
                                  copy, &ahead);
-      if (one_sweep) write_queries<T>(p, item, z, f, rows, null_slot || seen);
+      if (one_sweep) write_queries<T>(p, item, z, f, rows, null_slot || seen, copy);
     }
     write_keys<T>(p, item, z, f, keys);
   } while (cursor < slots);

@@ -15,6 +15,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "dispatch.h"
 #include "problem.h"
@@ -108,11 +109,13 @@ void* output(const Tensor& t, const char* name) {
       MaybeTensor key_cos, MaybeTensor key_sin, MaybeTensor null_key, MaybeTensor null_value,                      \
       MaybeTensor chunk_spans, MaybeTensor first_visible, MaybeTensor dropout_seed
 #define RK_SETTINGS                                                                                                  \
-  int64_t grouping, bool causal, bool interleaved, double scale, double dropout_p, int64_t stride, int64_t first_token
+  int64_t grouping, bool causal, bool interleaved, double scale, double dropout_p, int64_t stride, int64_t first_token, \
+      MaybeTensor relative_packed
+// Besides, `relative_packed`: room for the packed table, given with relative_key.
 #define RK_ALL                                                                                                       \
   query, key, value, mask, bias, relative_key, content_bias, relative_bias, query_cos, query_sin, key_cos, key_sin,  \
       null_key, null_value, chunk_spans, first_visible, dropout_seed, grouping, causal, interleaved, scale,          \
-      dropout_p, stride, first_token
+      dropout_p, stride, first_token, relative_packed
 
 Problem make_problem(RK_ARGUMENTS, RK_SETTINGS) {
   Problem p{};
@@ -209,8 +212,37 @@ Problem make_problem(RK_ARGUMENTS, RK_SETTINGS) {
   STD_TORCH_CHECK(!null_key == !null_value, "null_key and null_value must come together");
   p.null_key = operand(null_key, "null_key", {p.heads, p.dim});
   p.null_value = operand(null_value, "null_value", {p.heads, p.dim_value});
-  STD_TORCH_CHECK(!relative_key && !content_bias && !relative_bias, "relative positions are not supported yet");
-  STD_TORCH_CHECK(!dropout_seed && dropout_p == 0, "dropout is not supported yet");
+  STD_TORCH_CHECK(relative_key || (!content_bias && !relative_bias),
+                  "content_bias and relative_bias need relative_key");
+  STD_TORCH_CHECK(!relative_key == !relative_packed, "relative_key and its packed copy must come together");
+  if (relative_key) {
+    STD_TORCH_CHECK(tables == 0, "relative_key excludes rotary tables");
+    STD_TORCH_CHECK(relative_key->dim() == 3, "relative_key must have 3 dimensions, has ", relative_key->dim());
+    p.distances = relative_key->size(1);
+    STD_TORCH_CHECK(p.distances >= p.stride + p.retrieved - 1, "relative_key.shape[1] is ", p.distances,
+                    ", too small for ", p.stride, " rows and ", p.retrieved, " tokens");
+    p.relative_key = operand(relative_key, "relative_key", {p.heads, p.distances, p.dim});
+    p.content_bias = operand(content_bias, "content_bias", {p.heads, p.dim});
+    p.relative_bias = operand(relative_bias, "relative_bias", {p.heads, p.dim});
+    STD_TORCH_CHECK(relative_packed->dim() == 3 && type_of(*relative_packed, "relative_packed") == kFloat32,
+                    "relative_packed must be float32 with 3 dimensions");
+    p.relative_rows = relative_packed->size(1), p.relative_width = relative_packed->size(2);
+    STD_TORCH_CHECK(relative_packed->size(0) == p.heads && p.relative_rows >= p.distances + 40 &&
+                        p.relative_rows % 8 == 0 && p.relative_width >= (p.dim + 15) / 16 * 16 + 32,
+                    "relative_packed is too small");
+    p.relative_packed = static_cast<float*>(output(*relative_packed, "relative_packed"));
+  }
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must be in [0, 1), got ", dropout_p);
+  STD_TORCH_CHECK(dropout_p == 0 || dropout_seed, "dropout_p > 0 needs dropout_seed");
+  if (dropout_p > 0) {
+    STD_TORCH_CHECK(dropout_seed->is_cpu() && dropout_seed->scalar_type() == ScalarType::Long &&
+                        dropout_seed->numel() == 1,
+                    "dropout_seed must be one int64 on the CPU");
+    p.dropout = true;
+    p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(dropout_seed->const_data_ptr()));
+    p.threshold = static_cast<uint32_t>(std::min(std::nearbyint(dropout_p * 65536), 65535.0));
+    p.survivor = static_cast<float>(1.0 / (1.0 - p.threshold / 65536.0));
+  }
   return p;
 }
 
@@ -232,6 +264,13 @@ void clear_idle_tokens(const Problem& p, void* rows, int64_t row_bytes, float* l
   }
 }
 
+void pack_relative(const Problem& p, const Level& chosen) {
+  if (!p.relative_key.data) return;
+  torch::stable::parallel_for(0, p.heads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t head = first; head < last; ++head) chosen.pack_relative(p, head);
+  });
+}
+
 void forward(RK_ARGUMENTS, RK_SETTINGS, Tensor out, Tensor lse) {
   Problem p = make_problem(RK_ALL);
   check_shape(out, "out", {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim_value});
@@ -243,6 +282,7 @@ void forward(RK_ARGUMENTS, RK_SETTINGS, Tensor out, Tensor lse) {
   if (lse.numel() == 0) return;
   clear_idle_tokens(p, p.out, p.dim_value * (p.type == kFloat32 ? 4 : 2), p.lse);
   const Level& chosen = level();
+  pack_relative(p, chosen);
   const size_t bytes = chosen.scratch_bytes(p, false);
   torch::stable::parallel_for(0, p.batch * p.groups * p.kv_heads, 1, [&](int64_t first, int64_t last) {
     chosen.forward(p, first, last, thread_scratch(bytes));
@@ -250,7 +290,9 @@ void forward(RK_ARGUMENTS, RK_SETTINGS, Tensor out, Tensor lse) {
 }
 
 // Sums the partial copies in their order and rounds to the gradient's dtype.
-void reduce_copies(const float* partial, int64_t copies, const Tensor& total, const char* name) {
+void reduce_copies(const float* partial, int64_t copies, const MaybeTensor& given, const char* name) {
+  if (!partial) return;
+  const Tensor& total = *given;
   const int64_t n = total.numel();
   const Type type = type_of(total, name);
   void* out = output(total, name);
@@ -268,6 +310,32 @@ void reduce_copies(const float* partial, int64_t copies, const Tensor& total, co
   });
 }
 
+// The same for relative_key, whose partial sums have longer rows and more of them, and are still to be scaled.
+void reduce_relative(const Problem& p, const MaybeTensor& given) {
+  if (!p.relative_partial) return;
+  const int64_t width = (p.dim + 15) / 16 * 16, each = p.heads * p.relative_rows * width;
+  const Type type = type_of(*given, "grad_relative_key");
+  void* out = output(*given, "grad_relative_key");
+  torch::stable::parallel_for(0, p.heads * p.distances, 64, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const float* from = p.relative_partial + (row / p.distances * p.relative_rows + row % p.distances) * width;
+      float sum[256] = {};
+      for (int64_t c = 0; c < p.copies; ++c)
+        for (int64_t i = 0; i < p.dim; ++i) sum[i] += from[c * each + i];
+      for (int64_t i = 0; i < p.dim; ++i) {
+        const int64_t at = row * p.dim + i;
+        const float x = sum[i] * p.scale;
+        if (type == kFloat32)
+          static_cast<float*>(out)[at] = x;
+        else if (type == kFloat16)
+          static_cast<torch::headeronly::Half*>(out)[at] = torch::headeronly::Half(x);
+        else
+          static_cast<torch::headeronly::BFloat16*>(out)[at] = torch::headeronly::BFloat16(x);
+      }
+    }
+  });
+}
+
 // The partial sums of one parameter gradient, [copies, *shape] fp32, or null when it is not wanted.
 float* partial_sums(const MaybeTensor& partial, const MaybeTensor& total, int64_t* copies, const char* name) {
   STD_TORCH_CHECK(!partial == !total, name, " and its partial sums must come together");
@@ -281,8 +349,10 @@ float* partial_sums(const MaybeTensor& partial, const MaybeTensor& total, int64_
 }
 
 void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS, Tensor grad_query, Tensor grad_key,
-              Tensor grad_value, MaybeTensor grad_bias, MaybeTensor grad_null_key, MaybeTensor grad_null_value,
-              MaybeTensor bias_partial, MaybeTensor null_key_partial, MaybeTensor null_value_partial) {
+              Tensor grad_value, MaybeTensor grad_bias, MaybeTensor grad_relative_key, MaybeTensor grad_content_bias,
+              MaybeTensor grad_relative_bias, MaybeTensor grad_null_key, MaybeTensor grad_null_value,
+              MaybeTensor bias_partial, MaybeTensor relative_partial, MaybeTensor content_bias_partial,
+              MaybeTensor relative_bias_partial, MaybeTensor null_key_partial, MaybeTensor null_value_partial) {
   Problem p = make_problem(RK_ALL);
   const auto rows = {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim_value};
   check_shape(grad_out, "grad_out", rows);
@@ -318,12 +388,33 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
   p.grad_key = output(grad_key, "grad_key");
   p.grad_value = output(grad_value, "grad_value");
   p.bias_partial = partial_sums(bias_partial, grad_bias, &p.copies, "grad_bias");
+  STD_TORCH_CHECK(!grad_relative_key == !relative_partial, "grad_relative_key and its partial sums must come together");
+  if (relative_partial) {
+    STD_TORCH_CHECK(!!relative_key, "grad_relative_key without relative_key");
+    check_shape(*grad_relative_key, "grad_relative_key", {p.heads, p.distances, p.dim});
+    const int64_t copies = relative_partial->size(0);
+    check_shape(*relative_partial, "relative_partial", {copies, p.heads, p.relative_rows, (p.dim + 15) / 16 * 16});
+    STD_TORCH_CHECK(copies >= 1 && (p.copies == 0 || p.copies == copies) &&
+                        type_of(*relative_partial, "relative_partial") == kFloat32,
+                    "the partial sums of relative_key must be float32, one number of copies for all");
+    p.copies = copies;
+    p.relative_partial = static_cast<float*>(output(*relative_partial, "relative_partial"));
+  }
+  for (const auto& [grad, given, name] : {std::tuple(&grad_content_bias, &content_bias, "grad_content_bias"),
+                                          std::tuple(&grad_relative_bias, &relative_bias, "grad_relative_bias")})
+    if (*grad) {
+      STD_TORCH_CHECK(!!*given, name, " without its parameter");
+      check_shape(**grad, name, {p.heads, p.dim});
+    }
+  p.content_bias_partial = partial_sums(content_bias_partial, grad_content_bias, &p.copies, "grad_content_bias");
+  p.relative_bias_partial = partial_sums(relative_bias_partial, grad_relative_bias, &p.copies, "grad_relative_bias");
   p.null_key_partial = partial_sums(null_key_partial, grad_null_key, &p.copies, "grad_null_key");
   p.null_value_partial = partial_sums(null_value_partial, grad_null_value, &p.copies, "grad_null_value");
 
   if (p.grad_query) clear_idle_tokens(p, p.grad_query, p.dim * (p.type == kFloat32 ? 4 : 2), nullptr);
   p.stream_gradients = (grad_key.numel() + grad_value.numel()) * (p.type == kFloat32 ? 4 : 2) > (8 << 20);
   const Level& chosen = level();
+  pack_relative(p, chosen);
   const size_t bytes = chosen.scratch_bytes(p, true);
   const int64_t places = p.batch * p.groups;
   if (p.copies == 0) {
@@ -347,6 +438,9 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
                     partial + (copy * p.heads + end * group) * per_head, 0.0f);
       };
       clear(p.bias_partial, p.table_rows * p.bias_slots);
+      clear(p.relative_partial, p.relative_rows * ((p.dim + 15) / 16 * 16));
+      clear(p.content_bias_partial, p.dim);
+      clear(p.relative_bias_partial, p.dim);
       clear(p.null_key_partial, p.dim);
       clear(p.null_value_partial, p.dim_value);
       for (int64_t place = copy * places / p.copies; place < (copy + 1) * places / p.copies; ++place)
@@ -357,9 +451,12 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
         }
     }
   });
-  if (p.bias_partial) reduce_copies(p.bias_partial, p.copies, *grad_bias, "grad_bias");
-  if (p.null_key_partial) reduce_copies(p.null_key_partial, p.copies, *grad_null_key, "grad_null_key");
-  if (p.null_value_partial) reduce_copies(p.null_value_partial, p.copies, *grad_null_value, "grad_null_value");
+  reduce_copies(p.bias_partial, p.copies, grad_bias, "grad_bias");
+  reduce_relative(p, grad_relative_key);
+  reduce_copies(p.content_bias_partial, p.copies, grad_content_bias, "grad_content_bias");
+  reduce_copies(p.relative_bias_partial, p.copies, grad_relative_bias, "grad_relative_bias");
+  reduce_copies(p.null_key_partial, p.copies, grad_null_key, "grad_null_key");
+  reduce_copies(p.null_value_partial, p.copies, grad_null_value, "grad_null_value");
 }
 
 std::string isa() { return level().name; }
@@ -375,14 +472,17 @@ void set_isa(std::string name) { choose_level(name); }
   "Tensor? key_sin, Tensor? null_key, Tensor? null_value, Tensor? chunk_spans, Tensor? first_visible, "               \
   "Tensor? dropout_seed, "
 #define RK_SETTINGS_SCHEMA                                                                                           \
-  "int grouping, bool causal, bool rotary_interleaved, float scale, float dropout_p, int stride, int first_token, "
+  "int grouping, bool causal, bool rotary_interleaved, float scale, float dropout_p, int stride, int first_token, "    \
+  "Tensor(z!)? relative_packed, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
   m.def("attention_forward(" RK_SLOTS_SCHEMA RK_SETTINGS_SCHEMA "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attention_backward(Tensor grad_out, " RK_SLOTS_SCHEMA "Tensor out, Tensor lse, " RK_SETTINGS_SCHEMA
         "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_bias, "
-        "Tensor(e!)? grad_null_key, Tensor(f!)? grad_null_value, Tensor(g!)? bias_partial, "
-        "Tensor(h!)? null_key_partial, Tensor(i!)? null_value_partial) -> ()");
+        "Tensor(e!)? grad_relative_key, Tensor(f!)? grad_content_bias, Tensor(g!)? grad_relative_bias, "
+        "Tensor(h!)? grad_null_key, Tensor(i!)? grad_null_value, Tensor(j!)? bias_partial, "
+        "Tensor(k!)? relative_partial, Tensor(l!)? content_bias_partial, Tensor(m!)? relative_bias_partial, "
+        "Tensor(n!)? null_key_partial, Tensor(o!)? null_value_partial) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("set_isa(str name) -> ()");

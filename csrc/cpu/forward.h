@@ -1,6 +1,7 @@
 // The forward: an online softmax over the key blocks of every row block.
 #pragma once
-#include "packing.h"
+#include "dropout.h"
+#include "relative.h"
 
 namespace retro_kernels {
 namespace RK_NAMESPACE {
@@ -10,8 +11,11 @@ struct ForwardBuffers {
   float *keys, *values, *raw, *rows, *scores, *probabilities, *bias, *out;
   float *highest, *sum, *rescale;
   float *null_value, *null_key, *wide;
+  float *rows_relative, *content_bias, *relative_bias;  // rows_relative: the rows that meet the table of distances
+  RelativeBuffers relative;
+  uint64_t* kept;
 
-  ForwardBuffers(const Problem& p, const Sizes& z, Arena* arena) {
+  ForwardBuffers(const Problem& p, const Sizes& z, Arena* arena) : relative(p, z, false, arena) {
     keys = arena->take(z.keys * z.ld);
     values = arena->take(z.pairs ? z.keys / 2 * z.dim_value : z.keys * z.ld_value);
     raw = arena->take(most(kRows * z.ld, z.pairs ? z.keys * z.ld_value : 0));
@@ -26,13 +30,18 @@ struct ForwardBuffers {
     null_key = arena->take(kMaxDim);
     null_value = arena->take(kMaxDim);
     wide = arena->take(kMaxDim);
+    content_bias = arena->take(kMaxDim);
+    relative_bias = arena->take(kMaxDim);
+    rows_relative = p.content_bias.data || p.relative_bias.data ? arena->take(kRows * round_up(z.depth, 16)) : rows;
+    kept = arena->take<uint64_t>(p.dropout ? z.keys : 0);
   }
 };
 
-// Scores [key][row] -> unnormalised probabilities relative to the running maximum, which this updates with the sum.
-template <bool kPairs>
+// Scores [key][row] -> unnormalised probabilities relative to the running maximum, which this updates with the sum;
+// with kDrop zero where a key is not kept, which the sum does not see.
+template <bool kPairs, bool kDrop>
 static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, const float* bias, float* scores,
-                          float* probabilities, float* highest, float* sum, float* rescale) {
+                          float* probabilities, float* highest, float* sum, float* rescale, const uint64_t* kept) {
   const int64_t n = keys.count;
   for (int64_t i = 0; i < padded_rows; i += kLanes) {
     float* s = scores + i;
@@ -63,10 +72,11 @@ static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, c
     vfloat total = {}, total1 = {};
     k = 0;
     for (; k + 2 <= n; k += 2) {
-      const vfloat a = exp2(load(s + k * kRows) * scale - reference);
-      const vfloat b = exp2(load(s + (k + 1) * kRows) * scale - reference);
+      vfloat a = exp2(load(s + k * kRows) * scale - reference);
+      vfloat b = exp2(load(s + (k + 1) * kRows) * scale - reference);
       total += a;
       total1 += b;
+      if constexpr (kDrop) a = keep_lanes(a, kept[k] >> i), b = keep_lanes(b, kept[k + 1] >> i);
 #if RK_LEVEL >= 3
       if constexpr (kPairs) {
         const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
@@ -79,8 +89,9 @@ static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, c
       store(probabilities + (k + 1) * kRows + i, b);
     }
     if (k < n) {
-      const vfloat a = exp2(load(s + k * kRows) * scale - reference);
+      vfloat a = exp2(load(s + k * kRows) * scale - reference);
       total += a;
+      if constexpr (kDrop) a = keep_lanes(a, kept[k] >> i);
 #if RK_LEVEL >= 3
       if constexpr (kPairs)
         _mm512_store_si512(probabilities + k / 2 * kRows + i,
@@ -110,14 +121,22 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
     const int64_t blocks = row_blocks(p, item);
     for (int64_t block = 0; block < blocks; ++block) {
       make_rows(p, item, block, &rows);
-      for (int64_t i = 0; i < rows.count; ++i)
-        pack_row<T, kPairs>((const T*)p.query + row_offset(p.query_stride, item, rows, i), p.dim, &p.query_cos,
-                            &p.query_sin, rows.angle[i],
- p.rotary_width, p.rotary_interleaved, f.raw + i * z.ld, z.ld - 16);
-      for (int64_t i = rows.count; i < rows.padded; ++i) __builtin_memset(f.raw + i * z.ld, 0, (size_t)z.ld * 4);
-      transpose_rows(f.raw, z.ld, rows.padded, round_up(z.depth, 16), f.rows);
+      const auto pack_rows = [&](const float* added, float* panels) {
+        for (int64_t i = 0; i < rows.count; ++i)
+          pack_row<T, kPairs>((const T*)p.query + row_offset(p.query_stride, item, rows, i), p.dim, &p.query_cos,
+                              &p.query_sin, rows.angle[i], p.rotary_width, p.rotary_interleaved, f.raw + i * z.ld,
+                              z.ld - 16, added);
+        for (int64_t i = rows.count; i < rows.padded; ++i) __builtin_memset(f.raw + i * z.ld, 0, (size_t)z.ld * 4);
+        transpose_rows(f.raw, z.ld, rows.padded, round_up(z.depth, 16), panels);
+      };
+      if (f.rows_relative != f.rows) {
+        const float* added = head_vector(p, p.relative_bias, rows, f.relative_bias);
+        pack_rows(added, f.rows_relative);
+      }
+      pack_rows(head_vector(p, p.content_bias, rows, f.content_bias), f.rows);
 
       bool started = p.null_key.data != nullptr;
+      const uint64_t null_kept = started && p.dropout ? draw_null(p, rows) : ~(uint64_t)0;
       for (int64_t i = 0; i < rows.padded; ++i) {
         f.highest[i] = -infinity();
         f.sum[i] = 0.0f;
@@ -137,7 +156,10 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
         if (kPairs) widen_row((const bfloat_t*)q, p.dim, f.wide, z.dim), q = f.wide;
         f.highest[i] = dot(q, f.null_key, z.dim) * factor;
         f.sum[i] = 1.0f;
-        __builtin_memcpy(out, f.null_value, (size_t)z.dim_value * 4);
+        if (null_kept >> i & 1)
+          __builtin_memcpy(out, f.null_value, (size_t)z.dim_value * 4);
+        else
+          __builtin_memset(out, 0, (size_t)z.dim_value * 4);
       }
 
       int64_t cursor = one_block ? 0 : rows.begin;
@@ -166,10 +188,14 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
           ahead = make_prefetch<T>(p, item_at(p, index + 1), 0, z, tiles, false);
         multiply<false, kPairs>(keys.padded, rows.padded, z.depth, f.keys, z.ld, f.rows, kPanel, panel_size(z.depth),
                                 f.scores, kRows, false, next);
+        if (p.relative_key.data)
+          add_relative<kPairs>(p, z, rows, keys, f.rows_relative, f.relative.band, f.relative.sheared, f.scores, next);
         const bool hidden = partly_hidden(p, rows, keys);
         if (hidden) hide_unseen(rows, keys, factor, f.scores);
-        softmax_block<kPairs>(keys, rows.padded, hidden ? 1.0f : factor, p.bias.data ? f.bias : nullptr, f.scores, f.probabilities,
-                              f.highest, f.sum, f.rescale);
+        const auto softmax = p.dropout ? softmax_block<kPairs, true> : softmax_block<kPairs, false>;
+        if (p.dropout) draw_keys(p, rows, keys, f.kept);
+        softmax(keys, rows.padded, hidden ? 1.0f : factor, p.bias.data ? f.bias : nullptr, f.scores, f.probabilities,
+                f.highest, f.sum, f.rescale, f.kept);
         if (started)
           for (int64_t i = 0; i < rows.padded; ++i) {
             const float alpha = f.rescale[i];
@@ -190,7 +216,7 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
           __builtin_memset((void*)out, 0, (size_t)p.dim_value * sizeof(T));
           p.lse[position] = -infinity();
         } else {
-          narrow_row(f.out + i * z.dim_value, p.dim_value, 1.0f / sum, out);
+          narrow_row(f.out + i * z.dim_value, p.dim_value, (p.dropout ? p.survivor : 1.0f) / sum, out);
           p.lse[position] = (f.highest[i] + __builtin_log2f(sum)) * kLn2;
         }
       }

@@ -22,6 +22,13 @@ namespace retro_kernels {
 namespace RK_NAMESPACE {
 namespace {
 
+static void pack_relative(const Problem& p, int64_t head) {
+  if (p.type == kBFloat16 && RK_LEVEL >= 3)
+    pack_table<bfloat_t, (RK_LEVEL >= 3)>(p, Sizes(p, true), head);
+  else
+    pack_table<float, false>(p, Sizes(p, false), head);
+}
+
 static size_t scratch_bytes(const Problem& p, bool backward) {
   const Sizes z(p, p.type == kBFloat16 && RK_LEVEL >= 3);
   Arena arena{nullptr};

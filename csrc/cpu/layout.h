@@ -78,12 +78,13 @@ RK_INLINE Item item_at(const Problem& p, int64_t index) {
     }
   }
   item.slots = item.neighbours * p.retrieved;
+  if (item.runs == 0) item.count = 0;
   return item;
 }
 
 // Rows of a block are the tokens of all runs (query head, neighbour) of an item one after the other; where rows of a
 // block must be consecutive, a block never goes beyond its run.
-RK_INLINE bool keep_runs(const Problem& p) { return p.causal; }
+RK_INLINE bool keep_runs(const Problem& p) { return p.causal || p.relative_key.data; }
 
 RK_INLINE int64_t row_blocks(const Problem& p, const Item& item) {
   const int64_t runs = p.heads / p.kv_heads * item.runs;
@@ -99,6 +100,7 @@ struct Rows {
   int64_t row[kRows];            // of the tables
   int64_t angle[kRows];          // of the query's rotary tables
   int64_t position[kRows];       // in [b, lq, kq, n, h], as out and lse have it
+  uint32_t place[kRows], head_count[kRows];  // what dropout counts
   // causal: what each row sees, padded rows everything
   int32_t first[kRows] __attribute__((aligned(64))), last[kRows] __attribute__((aligned(64)));
 };
@@ -124,6 +126,13 @@ RK_INLINE void make_rows(const Problem& p, const Item& item, int64_t block, Rows
     rows->position[i] = (((item.b * p.query_chunks + item.query_chunk) * p.query_neighbours + rows->neighbour[i]) *
                              p.tokens + token) * p.heads + rows->head[i];
   }
+  if (p.dropout)
+    for (int64_t i = 0; i < rows->padded; ++i) {
+      const int64_t j = least(i, rows->count - 1);
+      rows->place[i] =
+          (uint32_t)((item.query_chunk * p.query_neighbours + rows->neighbour[j]) * p.tokens + rows->token[j]);
+      rows->head_count[i] = (uint32_t)(item.b * p.heads + rows->head[j]);
+    }
   if (!p.causal) return;
   const int32_t* first = p.first_visible ? p.first_visible + item.b * p.tokens : nullptr;
   rows->begin = item.slots;
@@ -150,16 +159,22 @@ struct Keys {
   int64_t slot[kMostKeys];
 };
 
-// Those from `*cursor` on and below `end`.
+// Those from `*cursor` on and below `end`. With relative positions a block spans no more than `limit` tokens of
+// neighbours: whole neighbours, or part of one.
 RK_INLINE void next_keys(const Problem& p, const Item& item, int64_t limit, int64_t* cursor, int64_t end, Keys* keys) {
   int64_t n = 0, s = *cursor;
-  if (!p.mask) {
-    for (; s < end && n < limit; ++s) keys->slot[n++] = s;
-  } else {
-    const uint8_t* base = p.mask + item.b * p.mask_stride[0] + item.chunk * p.mask_stride[1] +
-                          item.neighbour * p.mask_stride[2];
-    for (; s < end && n < limit; ++s)
-      if (base[s / p.retrieved * p.mask_stride[2] + s % p.retrieved * p.mask_stride[3]]) keys->slot[n++] = s;
+  const uint8_t* mask = nullptr;
+  if (p.mask)
+    mask = p.mask + item.b * p.mask_stride[0] + item.chunk * p.mask_stride[1] + item.neighbour * p.mask_stride[2];
+  const bool part = p.relative_key.data && p.retrieved > limit;
+  if (p.relative_key.data && !part) limit = limit / p.retrieved * p.retrieved;
+  while (n == 0 && s < end) {
+    const int64_t stop = part ? least(end, least(s + limit, (s / p.retrieved + 1) * p.retrieved)) : end;
+    if (!mask)
+      for (; s < stop && n < limit; ++s) keys->slot[n++] = s;
+    else
+      for (; s < stop && n < limit; ++s)
+        if (mask[s / p.retrieved * p.mask_stride[2] + s % p.retrieved * p.mask_stride[3]]) keys->slot[n++] = s;
   }
   *cursor = s;
   keys->count = keys->all = n;

@@ -4,5 +4,6 @@
 
 namespace retro_kernels {
 extern const Level kLevel_avx512;
-const Level kLevel_avx512 = {"avx512", level_avx512::scratch_bytes, level_avx512::forward, level_avx512::backward};
+const Level kLevel_avx512 = {
+    "avx512", level_avx512::scratch_bytes, level_avx512::pack_relative, level_avx512::forward, level_avx512::backward};
 }  // namespace retro_kernels

@@ -4,5 +4,6 @@
 
 namespace retro_kernels {
 extern const Level kLevel_portable;
-const Level kLevel_portable = {"portable", level_portable::scratch_bytes, level_portable::forward, level_portable::backward};
+const Level kLevel_portable = {
+    "portable", level_portable::scratch_bytes, level_portable::pack_relative, level_portable::forward, level_portable::backward};
 }  // namespace retro_kernels

@@ -6,26 +6,29 @@ namespace retro_kernels {
 namespace RK_NAMESPACE {
 namespace {
 
-// One row of d elements into `dst` as the products want it: fp32, or bf16 (two to an element), zero beyond d.
+// One row of d elements into `dst` as the products want it: fp32, or bf16 (two to an element), zero beyond d. Rotated,
+// or with `added` (fp32) added.
 template <class T, bool kPairs>
 RK_INLINE void pack_row(const T* src, int64_t d, const Operand* cosine, const Operand* sine, int64_t row,
-                        int64_t width, bool interleaved, float* dst, int64_t padded) {
+                        int64_t width, bool interleaved, float* dst, int64_t padded, const float* added = nullptr) {
   if constexpr (kPairs) {
     bfloat_t* out = (bfloat_t*)dst;
-    if (width == 0) {
+    if (width == 0 && !added) {
       int64_t i = 0;
       for (; i + 32 <= d; i += 32) __builtin_memcpy(out + i, src + i, 64);
       for (; i < d; ++i) __builtin_memcpy(out + i, src + i, 2);
     } else {
       float x[kMaxDim];
       widen_row(src, d, x, round_up(d, 16));
-      rotate(x, *cosine, *sine, row, width, interleaved, 1.0f);
+      if (width > 0) rotate(x, *cosine, *sine, row, width, interleaved, 1.0f);
+      if (added) add_scaled(x, 1.0f, added, d);
       narrow_row(x, d, 1.0f, out);
     }
     for (int64_t i = d; i < 2 * padded; ++i) out[i].bits = 0;
   } else {
     widen_row(src, d, dst, padded);
     if (width > 0) rotate(dst, *cosine, *sine, row, width, interleaved, 1.0f);
+    if (added) add_scaled(dst, 1.0f, added, d);
   }
 }
 
@@ -54,6 +57,13 @@ RK_INLINE int64_t panel_size(int64_t depth) { return round_up(depth, 16) * kPane
 RK_INLINE int64_t row_offset(const int64_t* stride, const Item& item, const Rows& rows, int64_t i) {
   return item.b * stride[0] + item.query_chunk * stride[1] + rows.neighbour[i] * stride[2] + rows.token[i] * stride[3] +
          rows.head[i] * stride[4];
+}
+
+// The vector of a parameter [h, d] that belongs to the block's one head, widened into `dst`; null without the parameter.
+RK_INLINE const float* head_vector(const Problem& p, const Operand& parameter, const Rows& rows, float* dst) {
+  if (!parameter.data) return nullptr;
+  widen_operand(parameter, rows.head[0] * parameter.stride0, p.dim, dst);
+  return dst;
 }
 
 // Where a slot lies in key or value.

@@ -49,6 +49,18 @@ struct Problem {
   bool rotary_interleaved;
   Operand null_key, null_value;  // stride0: head
 
+  Operand relative_key;                // strides: head, row; none: no relative positions
+  Operand content_bias, relative_bias;  // stride0: head
+  int64_t distances;                    // rows of relative_key: M + r - 1
+  // The table as the products read it, packed once per call: `heads` of relative_rows x relative_width elements.
+  float* relative_packed;
+  int64_t relative_rows, relative_width;  // distances and 40 more at least, a multiple of 8; dim padded to 16 and 32 more
+
+  bool dropout;
+  uint64_t seed;
+  uint32_t threshold;  // of 65536 lots, those below are dropped
+  float survivor;      // what is kept is multiplied by this
+
   // forward: written; backward: read. Contiguous.
   void* out;
   float* lse;
@@ -59,6 +71,8 @@ struct Problem {
   void *grad_query, *grad_key, *grad_value;  // contiguous
   // fp32 partial sums, `copies` of each, contiguous; null when not wanted
   float *bias_partial, *null_key_partial, *null_value_partial;
+  float *relative_partial;  // [copies, h, relative_rows, dim padded to 16]
+  float *content_bias_partial, *relative_bias_partial;
   int64_t copies;
   bool stream_gradients;  // dK and dV are larger than the cache: write past it
 };
@@ -67,6 +81,8 @@ struct Problem {
 struct Level {
   const char* name;
   size_t (*scratch_bytes)(const Problem&, bool backward);
+  // Fills relative_packed for one head.
+  void (*pack_relative)(const Problem&, int64_t head);
   // Work item: (batch, group, kv head), the kv head running fastest.
   void (*forward)(const Problem&, int64_t first_item, int64_t last_item, char* scratch);
   // `following`: the item this thread computes next, or -1. `copy`: the partial copy of the parameter gradients to add to.

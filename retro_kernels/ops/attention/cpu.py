@@ -12,11 +12,16 @@ kv head) is computed by one thread in one order, and partial sums are assigned t
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ... import extension
 from .. import common as ops_common
 from . import common
+
+RELATIVE_KEY = common.DIFFERENTIABLE[4]  # its place among the slots
+COPIES_BYTES = 128 << 20
 
 
 def unavailable() -> str | None:
@@ -31,26 +36,35 @@ def refusal(call: common.Call) -> str | None:
         return f"query is on {query.device}; the CPU kernels need CPU tensors"
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f'query is {query.dtype}; the CPU kernels take float32, float16 and bfloat16: use backend="reference"'
-    if call.relative_key is not None:
-        return 'relative_key is not supported by the CPU kernels yet: use backend="reference"'
-    if call.dropout_p > 0:
-        return f'dropout_p is {call.dropout_p}; the CPU kernels have no dropout yet: use backend="reference"'
     if not 1 <= min(dims) <= max(dims) <= 256:
         return f'head sizes are {dims[0]} and {dims[1]}; the CPU kernels take 1 to 256: use backend="reference"'
     return None
 
 
-def _copies(key: torch.Tensor, grouping: int) -> int:
-    """Partial sums of each parameter gradient. Tasks are (copy, range of kv heads): few heads get more."""
+def _copies(key: torch.Tensor, grouping: int, shapes: list[tuple[int, ...] | None]) -> int:
+    """Partial sums of each parameter gradient. Tasks are (copy, range of kv heads): few heads get more, and long
+    tables of distances fewer, so that one set of sums stays below COPIES_BYTES."""
     batch, num_chunks, neighbours, _, kv_heads, _ = key.shape
     groups = batch * num_chunks * (neighbours if grouping == common.NEIGHBOUR else 1)
     most = min(common.PARTIAL_COPIES, 8 if kv_heads >= 8 else 32)
-    return max(1, min(groups, most))
+    largest = max((math.prod(shape) for shape in shapes if shape is not None), default=1)
+    return max(1, min(groups, most, COPIES_BYTES // (4 * max(largest, 1))))
+
+
+def _packed_table(relative_key: torch.Tensor | None) -> torch.Tensor | None:
+    """Room for `relative_key` as the products read it; the rows past its own are zeros, which bands may reach."""
+    if relative_key is None:
+        return None
+    heads, distances, d = relative_key.shape
+    shape = (heads, -(-(distances + 40) // 8) * 8, -(-d // 16) * 16 + 32)
+    return ops_common.allocate(shape, torch.float32, relative_key.device)
 
 
 def _forward(query, key, value, *arguments):
     out, lse = common.allocate_forward(query, value)
-    torch.ops.retro_kernels_cpu.attention_forward(query, key, value, *arguments, out, lse)
+    torch.ops.retro_kernels_cpu.attention_forward(
+        query, key, value, *arguments, _packed_table(arguments[RELATIVE_KEY - 3]), out, lse
+    )
     return out, lse
 
 
@@ -61,20 +75,21 @@ def _backward(grad_out, *arguments):
         *(slots[place] for place in common.DIFFERENTIABLE), bias_gradient, relative_gradient, null_gradient
     )
     asked = (bias_gradient, *(3 * (relative_gradient,)), *(2 * (null_gradient,)))
-    given = [slots[place] is not None for place in common.DIFFERENTIABLE[3:]]
-    parameters = [
-        gradient if wanted and there else None for gradient, wanted, there in zip(gradients[3:], asked, given)
-    ]
-    bias, null = parameters[:1], parameters[4:]
-    copies = _copies(slots[1], settings[0])
+    given = (slots[place] is not None for place in common.DIFFERENTIABLE[3:])
+    totals = [total if wanted and there else None for total, wanted, there in zip(gradients[3:], asked, given)]
+    packed = _packed_table(slots[RELATIVE_KEY])
+    shapes = [None if total is None else tuple(total.shape) for total in totals]
+    if shapes[1] is not None:  # summed in whole register tiles, which reach past the table's rows and columns
+        shapes[1] = (*packed.shape[:2], packed.shape[2] - 32)
+    copies = _copies(slots[1], settings[0], shapes)
     partial = [
-        None if total is None else ops_common.allocate((copies, *total.shape), torch.float32, grad_out.device)
-        for total in (*bias, *null)
+        None if shape is None else ops_common.allocate((copies, *shape), torch.float32, grad_out.device)
+        for shape in shapes
     ]
     if grad_out.dim() and grad_out.shape[-1] > 1 and grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     torch.ops.retro_kernels_cpu.attention_backward(
-        grad_out, *slots, out.contiguous(), lse.contiguous(), *settings, *gradients[:3], *bias, *null, *partial
+        grad_out, *slots, out.contiguous(), lse.contiguous(), *settings, packed, *gradients[:3], *totals, *partial
     )
     return gradients
 
