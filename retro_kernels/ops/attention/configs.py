@@ -9,7 +9,10 @@ from functools import lru_cache
 
 import torch
 
-KINDS = ("forward", "backward", "backward_queries", "backward_keys", "backward_bias", "backward_null")
+KINDS = (
+    "forward", "backward", "backward_shared", "backward_sweeps", "backward_queries", "backward_keys", "backward_bias",
+    "backward_relative", "backward_null",
+)  # fmt: skip
 
 # Names of the devices whose GPU suite passed with its results committed. While it is empty the Triton kernels have
 # never run on a GPU, and no GPU call takes them unless they are asked for by name.
@@ -54,6 +57,13 @@ def tile_width(head_dim: int, value_dim: int, rotary_width: int) -> int:
     if 0 < 2 * rotary_width < head_dim:
         key += power_of_two(head_dim - 2 * rotary_width)
     return max(key, power_of_two(value_dim))
+
+
+def features(relative: bool, dropout: bool, options: bool) -> str:
+    """What a call asks of a kernel beyond a mask, as far as registers go: relative positions, dropout, and `options`,
+    a bias, rotary tables or a null slot."""
+    name = "relative" if relative else "options" if options or dropout else "plain"
+    return f"{name}_dropout" if dropout else name
 
 
 _S = LaunchSettings
@@ -198,14 +208,14 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
 }
 
 
-def choose(kind: str, sm: int, dtype: torch.dtype, width: int, options: bool, rows: int) -> LaunchSettings | None:
+def choose(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows: int) -> LaunchSettings | None:
     """The settings of one kind of launch: what `override` says, else what tuning found, else the rule's."""
-    found = overrides.get(kind) or tuned.get((kind, sm, dtype, width, options, rows))
-    return found or rule(kind, sm, dtype, width, options, rows)
+    found = overrides.get(kind) or tuned.get((kind, sm, dtype, width, features, rows))
+    return found or rule(kind, sm, dtype, width, features, rows)
 
 
 @lru_cache(maxsize=1024)
-def rule(kind: str, sm: int, dtype: torch.dtype, width: int, options: bool, rows: int) -> LaunchSettings | None:
+def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows: int) -> LaunchSettings | None:
     """The shipped settings, from what a setting costs in registers and shared memory, never from batch or length.
 
     `sm` 90 for sm_90; what is neither Hopper nor data-centre Blackwell takes sm_80's. `width` is `tile_width`,
@@ -213,9 +223,15 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, options: bool, rows
     spill). `options`: a bias, rotary tables or a null slot, which cost registers. `rows`: the stride; fewer rows make
     a smaller tile. None for "backward" where the single pass does not fit, and two passes run instead.
     """
+    options = features != "plain"
     generation = {90: 90, 100: 100, 103: 100}.get(sm, 80)
     size = 64 if width <= 64 else 128 if width <= 128 else 256
     precision = "fp32" if dtype == torch.float32 else "half"
+    if kind in ("backward_shared", "backward_sweeps"):
+        return replace(_S(64, 64, 8, 1), block_rows=min(64, power_of_two(rows)))
+    if kind == "backward_relative":
+        side = min(32, power_of_two(rows))
+        return _S(side, side, 8, 1)
     by_width = _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
     found = by_width.get(size, (None, None))[options]
     if found is None:
@@ -223,9 +239,9 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, options: bool, rows
     return replace(found, block_rows=min(found.block_rows, power_of_two(rows)))
 
 
-def candidates(kind: str, sm: int, dtype: torch.dtype, width: int, options: bool, rows: int) -> list[LaunchSettings]:
+def candidates(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows: int) -> list[LaunchSettings]:
     """What tuning tries: the rule's choice first, then its neighbours. Which do not fit is found out by trying."""
-    first = rule(kind, sm, dtype, width, options, rows)
+    first = rule(kind, sm, dtype, width, features, rows)
     if first is None:
         return []
     others = [

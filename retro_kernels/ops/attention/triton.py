@@ -1,24 +1,31 @@
-"""Chunked cross-attention in Triton, forward and backward, for NVIDIA GPUs from compute capability 8.0 on.
+"""Attention within groups in Triton, forward and backward, for NVIDIA GPUs from compute capability 8.0 on.
 
 State: these kernels have run in Triton's interpreter and compile ahead of time for sm_80, sm_90 and sm_100; no GPU has
 run them (`configs.VERIFIED_ON_GPU` is empty), so no call takes them unless they are asked for by name.
 
-Floor. The work is memory-bound: with m queries and S = k * r keys a chunk, the forward does 4 m S d FLOPs over
-2 d (m + S) elements moved a (chunk, head), 51 FLOP a byte in bf16 at m = 64 and S = 256, against some 295 that an H100
-needs to be busy. So the time cannot be less than the bytes of query, key, value, out and lse over the memory's measured
-bandwidth: at batch 8, n = 2048, 32 heads of 128 in bf16, 1.34 GB, 0.40 ms at 3.35 TB/s. The backward moves twice the
-bytes. How close the kernels come is unmeasured.
+Floor. A group of Lq rows and Lk slots takes 4 Lq Lk d FLOPs a head forward and moves 2 d (Lq + Lk) elements; a
+backward in one pass takes 10 Lq Lk d and moves 4 d (Lq + Lk). All three operations are memory-bound: an H100 needs some
+295 FLOPs a byte to be busy, so the time cannot be less than the bytes over the measured bandwidth. In bf16, at batch 8,
+n = 2048 (256 chunks), k = 2, r = 128, with 16 heads of 128 and 3.35 TB/s:
 
-Programs. Forward: one a (batch, chunk, row tile, query head), keys in tiles under an online softmax; heads of a chunk
-run side by side, since their keys do in memory, and grouped heads find theirs in the L2 cache. Backward: one a (batch,
-chunk, head), which owns its queries and keys, in a single pass of five products with dQ in registers, where the stride
-fits one tile (64), the head is at most 128 wide and has its key/value head to itself. Beyond that two launches: dQ by
-query tile, dK and dV by key tile over every row and head that reads them. The gradients of the bias and of the null
-slot are launches of their own, 32 programs a head, each with a private fp32 copy, summed in a fixed order: within the
-main pass their registers would spill. No atomics, nothing depends on timing: results are bitwise reproducible.
+    operation                   rows x slots   FLOP a byte   GFLOP       forward            backward
+    chunked cross-attention     64 x 256       51 / 64       34 / 86     0.67 GB, 0.20 ms   1.34 GB, 0.40 ms
+    neighbour self-attention    128 x 128      64 / 80       69 / 172    1.07 GB, 0.32 ms   2.15 GB, 0.64 ms
+    neighbour cross-attention   2 * 128 x 64   51 / 64       34 / 86     0.67 GB, 0.20 ms   1.34 GB, 0.40 ms
+
+Relative positions multiply twice the tile again, five products more in the backward, and move their small table. How
+close the kernels come is unmeasured.
+
+Programs. Forward (triton_forward.py): one a row tile and query head, keys in tiles under an online softmax; programs
+that read the same keys run side by side and find them in the L2 cache. Backward (triton_backward.py): a single pass of
+five products where one tile holds all rows of a group (CLOCK up to a stride of 64, NEIGHBOUR up to 128 rows) or all its
+keys (CHUNK up to 64); NEIGHBOUR up to 512 rows in two sweeps of one program; everything else in two launches, dQ by row
+tile and dK, dV by key tile. Parameters (triton_parameters.py): launches of their own with at most 32 private fp32 copies
+a head, summed in a fixed order. No atomics, nothing depends on timing: results are bitwise reproducible.
 
 Precision. Dots accumulate in fp32, the softmax is fp32. fp32 inputs are multiplied as IEEE fp32 (`input_precision`),
-outside the tensor cores: exact and slow. Rotated queries and keys are rounded to the input's dtype before the products.
+outside the tensor cores: exact and slow. Rotated queries and keys, q + content_bias, q + relative_bias and relative_key
+are rounded to the input's dtype before the products.
 
 In the interpreter bf16 is computed as fp32 on copies, because the interpreter multiplies bit patterns of bf16.
 """
@@ -26,6 +33,7 @@ In the interpreter bf16 is computed as fp32 on copies, because the interpreter m
 from __future__ import annotations
 
 import warnings
+from collections import namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -36,601 +44,17 @@ import torch
 
 from .. import common as ops_common
 from .. import tuning
-from . import common, configs
+from . import common, configs, dropout, triton_backward, triton_forward, triton_parameters, triton_tiles
+from .common import CHUNK, CLOCK, NEIGHBOUR
 from .configs import VERIFIED_ON_GPU  # noqa: F401 - read by ops/backends.py
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.language import constexpr
-except ImportError as error:
-    triton = None
-    _import_error = f"{type(error).__name__}: {error}"
-
-
-def _jit(function: Callable) -> Any:
-    """triton.jit that never recompiles for another batch, length or number of neighbours."""
-    if triton is None:
-        return function
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[name for name in names if name in _LENGTHS])
-
-
-_LENGTHS = (
-    "num_tokens", "num_neighbours", "retrieved_length", "num_heads", "group", "num_chunks", "first_chunk", "last_chunk",
-    "row_tiles", "key_tiles", "stride", "first_token", "num_items", "num_copies",
-)  # fmt: skip
-
-
-@_jit
-def _load_split(rows, inside, cos, sin,
-                DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr,
-                BLOCK_PAIR: constexpr, BLOCK_REST: constexpr):  # fmt: skip
-    """Vectors at the pointers `rows` as three tiles: the first and the second members of the rotary pairs, rotated,
-    and the dimensions that do not turn. Where there are no pairs, or nothing but pairs, the missing tiles repeat
-    another one and are never used. Rows not `inside` are not read and come as 0."""
-    pair = tl.arange(0, BLOCK_PAIR)
-    if 2 * WIDTH < DIM:
-        column = 2 * WIDTH + tl.arange(0, BLOCK_REST)
-        rest = tl.load(rows[:, None] + column[None, :], mask=inside[:, None] & (column < DIM)[None, :], other=0.0)
-    if WIDTH > 0:
-        first_column = 2 * pair if INTERLEAVED else pair
-        second_column = 2 * pair + 1 if INTERLEAVED else pair + WIDTH
-        there = inside[:, None] & (pair < WIDTH)[None, :]
-        x = tl.load(rows[:, None] + first_column[None, :], mask=there, other=0.0)
-        y = tl.load(rows[:, None] + second_column[None, :], mask=there, other=0.0)
-        c = tl.load(cos[:, None] + pair[None, :], mask=there, other=0.0).to(tl.float32)
-        s = tl.load(sin[:, None] + pair[None, :], mask=there, other=0.0).to(tl.float32)
-        first = (x.to(tl.float32) * c - y.to(tl.float32) * s).to(x.dtype)
-        second = (x.to(tl.float32) * s + y.to(tl.float32) * c).to(x.dtype)
-    if WIDTH == 0:
-        first = rest
-        second = rest
-    if 2 * WIDTH == DIM:
-        rest = first
-    return first, second, rest
-
-
-@_jit
-def _load_split_unturned(vector, inside,
-                         DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr,
-                         BLOCK_PAIR: constexpr, BLOCK_REST: constexpr):  # fmt: skip
-    """One vector, split as `_load_split` does and not rotated, in fp32."""
-    pair = tl.arange(0, BLOCK_PAIR)
-    if 2 * WIDTH < DIM:
-        column = 2 * WIDTH + tl.arange(0, BLOCK_REST)
-        rest = tl.load(vector + column, mask=inside & (column < DIM), other=0.0).to(tl.float32)
-    if WIDTH > 0:
-        first_column = 2 * pair if INTERLEAVED else pair
-        second_column = 2 * pair + 1 if INTERLEAVED else pair + WIDTH
-        there = inside & (pair < WIDTH)
-        first = tl.load(vector + first_column, mask=there, other=0.0).to(tl.float32)
-        second = tl.load(vector + second_column, mask=there, other=0.0).to(tl.float32)
-    if WIDTH == 0:
-        first = rest
-        second = rest
-    if 2 * WIDTH == DIM:
-        rest = first
-    return first, second, rest
-
-
-@_jit
-def _store_split(rows, inside, cos, sin, first, second, rest,
-                 DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr,
-                 BLOCK_PAIR: constexpr, BLOCK_REST: constexpr):  # fmt: skip
-    """The gradient of `_load_split`: fp32 tiles are turned back and stored at the pointers `rows`."""
-    pair = tl.arange(0, BLOCK_PAIR)
-    if 2 * WIDTH < DIM:
-        column = 2 * WIDTH + tl.arange(0, BLOCK_REST)
-        there = inside[:, None] & (column < DIM)[None, :]
-        tl.store(rows[:, None] + column[None, :], rest.to(rows.dtype.element_ty), mask=there)
-    if WIDTH > 0:
-        first_column = 2 * pair if INTERLEAVED else pair
-        second_column = 2 * pair + 1 if INTERLEAVED else pair + WIDTH
-        there = inside[:, None] & (pair < WIDTH)[None, :]
-        c = tl.load(cos[:, None] + pair[None, :], mask=there, other=0.0).to(tl.float32)
-        s = tl.load(sin[:, None] + pair[None, :], mask=there, other=0.0).to(tl.float32)
-        x = first * c + second * s
-        y = second * c - first * s
-        tl.store(rows[:, None] + first_column[None, :], x.to(rows.dtype.element_ty), mask=there)
-        tl.store(rows[:, None] + second_column[None, :], y.to(rows.dtype.element_ty), mask=there)
-
-
-@_jit
-def _product(a_first, a_second, a_rest, b_first, b_second, b_rest,
-             DIM: constexpr, WIDTH: constexpr, PRECISION: constexpr):  # fmt: skip
-    """a · bᵀ of two split tiles, fp32."""
-    if 2 * WIDTH < DIM:
-        result = tl.dot(a_rest, tl.trans(b_rest), input_precision=PRECISION)
-        if WIDTH > 0:
-            result = tl.dot(a_first, tl.trans(b_first), result, input_precision=PRECISION)
-            result = tl.dot(a_second, tl.trans(b_second), result, input_precision=PRECISION)
-    else:
-        result = tl.dot(a_first, tl.trans(b_first), input_precision=PRECISION)
-        result = tl.dot(a_second, tl.trans(b_second), result, input_precision=PRECISION)
-    return result
-
-
-@_jit
-def _add_product(first, second, rest, a, b_first, b_second, b_rest,
-                 DIM: constexpr, WIDTH: constexpr, PRECISION: constexpr):  # fmt: skip
-    """The split accumulator plus a · b."""
-    if 2 * WIDTH < DIM:
-        rest = tl.dot(a, b_rest, rest, input_precision=PRECISION)
-    if WIDTH > 0:
-        first = tl.dot(a, b_first, first, input_precision=PRECISION)
-        second = tl.dot(a, b_second, second, input_precision=PRECISION)
-    return first, second, rest
-
-
-@_jit
-def _null_product(first, second, rest, null_first, null_second, null_rest, DIM: constexpr, WIDTH: constexpr):
-    """Each row of a split tile times the null vector, fp32."""
-    if 2 * WIDTH < DIM:
-        result = tl.sum(rest.to(tl.float32) * null_rest[None, :], axis=1)
-        if WIDTH > 0:
-            result += tl.sum(first.to(tl.float32) * null_first[None, :], axis=1)
-            result += tl.sum(second.to(tl.float32) * null_second[None, :], axis=1)
-    else:
-        result = tl.sum(first.to(tl.float32) * null_first[None, :], axis=1)
-        result += tl.sum(second.to(tl.float32) * null_second[None, :], axis=1)
-    return result
-
-
-@_jit
-def _slots(tile, num_neighbours, retrieved_length, BLOCK: constexpr, WITHIN: constexpr):
-    """The slots (neighbour-major, k * r of them) of key tile number `tile`: slot, neighbour, token and whether it
-    exists. WITHIN: no tile holds two neighbours, so that a tile never holds a token position twice."""
-    lane = tl.arange(0, BLOCK)
-    if WITHIN:
-        tiles = tl.cdiv(retrieved_length, BLOCK)
-        neighbour = tile // tiles + tl.zeros([BLOCK], tl.int32)
-        token = (tile % tiles) * BLOCK + lane
-        slot = neighbour * retrieved_length + token
-        present = token < retrieved_length
-    else:
-        slot = tile * BLOCK + lane
-        neighbour = slot // retrieved_length
-        token = slot - neighbour * retrieved_length
-        present = slot < num_neighbours * retrieved_length
-    return slot, neighbour, token, present
-
-
-@_jit
-def _wide(index, LONG: constexpr):
-    """An index about to be multiplied by a stride: 64-bit where some offset inside a chunk needs it."""
-    return index.to(tl.int64) if LONG else index
-
-
-@_jit
-def _offsets(slot, neighbour, token, stride_k, stride_r, FLAT: constexpr, LONG: constexpr):
-    """Element offsets of slots. FLAT: stride_k is retrieved_length * stride_r, so no slot needs dividing."""
-    if FLAT:
-        offsets = _wide(slot, LONG) * stride_r
-    else:
-        offsets = _wide(neighbour, LONG) * stride_k + _wide(token, LONG) * stride_r
-    return offsets
-
-
-@_jit
-def _forward_kernel(
-    query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin, null_key, null_value,
-    out, lse,
-    scale, num_tokens, num_neighbours, retrieved_length, num_heads, group, first_chunk, last_chunk, row_tiles,
-    key_tiles, stride, first_token,
-    query_b, query_n, query_h, key_b, key_l, key_k, key_r, key_h, value_b, value_l, value_k, value_r, value_h,
-    mask_b, mask_l, mask_k, mask_r, bias_h, bias_m, query_cos_m, query_sin_m, key_cos_r, key_sin_r,
-    null_key_h, null_value_h,
-    DIM: constexpr, VALUE_DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr, FLAT: constexpr, LONG: constexpr,
-    BIAS_PER_SLOT: constexpr,
-    BLOCK_ROWS: constexpr, BLOCK_KEYS: constexpr, BLOCK_PAIR: constexpr, BLOCK_REST: constexpr,
-    BLOCK_VALUE: constexpr, PRECISION: constexpr,
-):  # fmt: skip
-    """Program (batch, chunk, row tile, query head), heads fastest: the heads of a token lie side by side in memory."""
-    head = tl.program_id(0) % num_heads
-    item = tl.program_id(0) // num_heads
-    row_tile = item % row_tiles
-    item = item // row_tiles
-    chunk = first_chunk + item % (last_chunk - first_chunk)
-    batch = (item // (last_chunk - first_chunk)).to(tl.int64)
-    kv_head = (head // group).to(tl.int64)
-    head = head.to(tl.int64)
-
-    value_column = tl.arange(0, BLOCK_VALUE)
-    value_there = value_column < VALUE_DIM
-    out_rows = out + (batch * num_tokens * num_heads + head) * VALUE_DIM
-    lse_rows = lse + (batch * num_tokens * num_heads + head)
-
-    if (chunk == first_chunk) & (row_tile == 0):
-        for start in range(0, first_token, BLOCK_ROWS):
-            leading = start + tl.arange(0, BLOCK_ROWS)
-            ahead = leading.to(tl.int64) * num_heads
-            tl.store(out_rows + (ahead * VALUE_DIM)[:, None] + value_column[None, :],
-                     tl.zeros([BLOCK_ROWS, BLOCK_VALUE], out.dtype.element_ty),
-                     mask=(leading < first_token)[:, None] & value_there[None, :])  # fmt: skip
-            tl.store(lse_rows + ahead, tl.full([BLOCK_ROWS], float("-inf"), tl.float32), mask=leading < first_token)
-
-    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    token = first_token + chunk * stride + row
-    inside = (row < stride) & (token >= 0) & (token < num_tokens)
-    start_token = (first_token + chunk * stride).to(tl.int64)
-    q_first, q_second, q_rest = _load_split(
-        query + batch * query_b + head * query_h + start_token * query_n + _wide(row, LONG) * query_n, inside,
-        query_cos + row * query_cos_m if WIDTH > 0 else None, query_sin + row * query_sin_m if WIDTH > 0 else None,
-        DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-    )  # fmt: skip
-
-    scale_log2 = scale * 1.4426950408889634
-    if null_key is not None:
-        null_first, null_second, null_rest = _load_split_unturned(
-            null_key + head * null_key_h, True, DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST
-        )
-        largest = scale_log2 * _null_product(q_first, q_second, q_rest, null_first, null_second, null_rest, DIM, WIDTH)
-        total = tl.full([BLOCK_ROWS], 1.0, tl.float32)
-        null = tl.load(null_value + head * null_value_h + value_column, mask=value_there, other=0.0)
-        accumulator = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32) + null.to(tl.float32)[None, :]
-    else:
-        largest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_ROWS], tl.float32)
-        accumulator = tl.zeros([BLOCK_ROWS, BLOCK_VALUE], tl.float32)
-
-    chunk64 = chunk.to(tl.int64)
-    key_rows = key + batch * key_b + chunk64 * key_l + kv_head * key_h
-    value_rows = value + batch * value_b + chunk64 * value_l + kv_head * value_h
-    for tile in range(0, key_tiles):
-        slot, neighbour, position, visible = _slots(tile, num_neighbours, retrieved_length, BLOCK_KEYS, False)
-        if neighbour_mask is not None:
-            mask_at = _offsets(slot, neighbour, position, mask_k, mask_r, FLAT, LONG)
-            visible = visible & (
-                tl.load(neighbour_mask + batch * mask_b + chunk64 * mask_l + mask_at, mask=visible, other=0) != 0
-            )
-        k_first, k_second, k_rest = _load_split(
-            key_rows + _offsets(slot, neighbour, position, key_k, key_r, FLAT, LONG), visible,
-            key_cos + position * key_cos_r if WIDTH > 0 else None,
-            key_sin + position * key_sin_r if WIDTH > 0 else None,
-            DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-        )  # fmt: skip
-        logits = scale_log2 * _product(q_first, q_second, q_rest, k_first, k_second, k_rest, DIM, WIDTH, PRECISION)
-        if attention_bias is not None:
-            column = slot if BIAS_PER_SLOT else position
-            bias = tl.load(
-                attention_bias + head * bias_h + (_wide(row, LONG) * bias_m)[:, None] + column[None, :],
-                mask=inside[:, None] & visible[None, :], other=0.0,
-            )  # fmt: skip
-            logits += bias.to(tl.float32) * 1.4426950408889634
-        logits = tl.where(visible[None, :], logits, float("-inf"))
-        larger = tl.maximum(largest, tl.max(logits, axis=1))
-        # A row that has seen nothing yet has the maximum -inf, and -inf - -inf would be NaN.
-        finite = tl.where(larger == float("-inf"), 0.0, larger)
-        weights = tl.exp2(logits - finite[:, None])
-        shrink = tl.exp2(largest - finite)
-        total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(
-            value_rows + _offsets(slot, neighbour, position, value_k, value_r, FLAT, LONG)[:, None]
-            + value_column[None, :],
-            mask=visible[:, None] & value_there[None, :], other=0.0,
-        )  # fmt: skip
-        accumulator = tl.dot(weights.to(v.dtype), v, accumulator * shrink[:, None], input_precision=PRECISION)
-        largest = larger
-
-    nothing = total == 0.0
-    accumulator = accumulator / tl.where(nothing, 1.0, total)[:, None]
-    at = _wide(row, LONG) * num_heads
-    tl.store(out_rows + start_token * num_heads * VALUE_DIM + (at * VALUE_DIM)[:, None] + value_column[None, :],
-             accumulator.to(out.dtype.element_ty),
-             mask=inside[:, None] & value_there[None, :])  # fmt: skip
-    natural = tl.where(nothing, float("-inf"), (largest + tl.log2(total)) * 0.6931471805599453)
-    tl.store(lse_rows + start_token * num_heads + at, natural, mask=inside)
-
-
-@_jit
-def _backward_kernel(
-    grad_out, query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin,
-    null_key, null_value, out, lse,
-    grad_query, grad_key, grad_value, bias_copies, null_key_copies, null_value_copies,
-    scale, num_tokens, num_neighbours, retrieved_length, num_heads, group, num_chunks, first_chunk, last_chunk,
-    row_tiles, key_tiles, stride, first_token, num_items, num_copies,
-    grad_out_b, grad_out_n, grad_out_h,
-    query_b, query_n, query_h, key_b, key_l, key_k, key_r, key_h, value_b, value_l, value_k, value_r, value_h,
-    mask_b, mask_l, mask_k, mask_r, bias_h, bias_m, query_cos_m, query_sin_m, key_cos_r, key_sin_r,
-    null_key_h, null_value_h,
-    DIM: constexpr, VALUE_DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr, FLAT: constexpr, LONG: constexpr,
-    BIAS_PER_SLOT: constexpr, WITHIN: constexpr, STORE_KEYS: constexpr, PARTIAL_SUMS: constexpr, BIAS_ROWS: constexpr,
-    BLOCK_ROWS: constexpr, BLOCK_KEYS: constexpr, BLOCK_PAIR: constexpr, BLOCK_REST: constexpr,
-    BLOCK_VALUE: constexpr, PRECISION: constexpr,
-):  # fmt: skip
-    """Gradients seen from a tile of query rows.
-
-    Without PARTIAL_SUMS: of the query and, with STORE_KEYS (one row tile a chunk, one query head a key/value head), of
-    key and value in the same pass. Program (batch, chunk, row tile, query head); num_copies is the number of items.
-    With PARTIAL_SUMS: of the bias or the null slot. Program (copy, query head) takes every num_copies-th item (batch,
-    chunk, row tile) and adds to its own copy. In one kernel with the other gradients this would spill."""
-    head32 = tl.program_id(0) % num_heads
-    copy = tl.program_id(0) // num_heads
-    kv_head = (head32 // group).to(tl.int64)
-    num_kv_heads = num_heads // group
-    head = head32.to(tl.int64)
-    value_column = tl.arange(0, BLOCK_VALUE)
-    value_there = value_column < VALUE_DIM
-    scale_log2 = scale * 1.4426950408889634
-
-    # One item a program unless partial sums are kept: the compiler then drops the loop, which costs registers.
-    for step in range(0, tl.cdiv(num_items - copy, num_copies) if PARTIAL_SUMS else 1):
-        work = copy + step * num_copies
-        row_tile = work % row_tiles
-        item = work // row_tiles
-        if STORE_KEYS:
-            chunk = item % num_chunks
-            batch = (item // num_chunks).to(tl.int64)
-        else:
-            chunk = first_chunk + item % (last_chunk - first_chunk)
-            batch = (item // (last_chunk - first_chunk)).to(tl.int64)
-        chunk64 = chunk.to(tl.int64)
-        attended = (chunk >= first_chunk) & (chunk < last_chunk)
-        readable = tl.where(attended, num_neighbours * retrieved_length, 0)
-        grad_query_rows = grad_query + (batch * num_tokens * num_heads + head) * DIM
-
-        if not PARTIAL_SUMS and (chunk == first_chunk) & (row_tile == 0):
-            for start in range(0, first_token, BLOCK_ROWS):
-                leading = start + tl.arange(0, BLOCK_ROWS)
-                column = tl.arange(0, 256)
-                tl.store(grad_query_rows + (leading.to(tl.int64) * num_heads * DIM)[:, None] + column[None, :],
-                         tl.zeros([BLOCK_ROWS, 256], grad_query.dtype.element_ty),
-                         mask=(leading < first_token)[:, None] & (column < DIM)[None, :])  # fmt: skip
-
-        row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        token = first_token + chunk * stride + row
-        inside = (row < stride) & (token >= 0) & (token < num_tokens)
-        start_token = (first_token + chunk * stride).to(tl.int64)
-        out_row = (batch * num_tokens + start_token) * num_heads + head
-        natural = tl.load(lse + out_row + _wide(row, LONG) * num_heads, mask=inside,
-                          other=float("-inf"))  # fmt: skip
-        # Rows that saw nothing have lse -inf: they pass no gradient, so neither their query nor grad_out is read.
-        alive = natural != float("-inf")
-        lse_log2 = tl.where(alive, natural * 1.4426950408889634, float("inf"))
-        q_cos = query_cos + row * query_cos_m if WIDTH > 0 else None
-        q_sin = query_sin + row * query_sin_m if WIDTH > 0 else None
-        q_first, q_second, q_rest = _load_split(
-            query + batch * query_b + head * query_h + start_token * query_n + _wide(row, LONG) * query_n, alive,
-            q_cos, q_sin,
-            DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-        )  # fmt: skip
-        row_there = alive[:, None] & value_there[None, :]
-        do = tl.load(grad_out + batch * grad_out_b + head * grad_out_h + start_token * grad_out_n
-                     + (_wide(row, LONG) * grad_out_n)[:, None] + value_column[None, :],
-                     mask=row_there, other=0.0)  # fmt: skip
-        o = tl.load(out + out_row * VALUE_DIM + (_wide(row, LONG) * (num_heads * VALUE_DIM))[:, None]
-                    + value_column[None, :], mask=row_there, other=0.0)  # fmt: skip
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
-
-        dq_first = tl.zeros([BLOCK_ROWS, BLOCK_PAIR], tl.float32)
-        dq_second = tl.zeros([BLOCK_ROWS, BLOCK_PAIR], tl.float32)
-        dq_rest = tl.zeros([BLOCK_ROWS, BLOCK_REST], tl.float32)
-
-        if null_key is not None and (null_key_copies is not None or not PARTIAL_SUMS):
-            null_first, null_second, null_rest = _load_split_unturned(
-                null_key + head * null_key_h, True, DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST
-            )
-            weight = tl.exp2(
-                scale_log2 * _null_product(q_first, q_second, q_rest, null_first, null_second, null_rest, DIM, WIDTH)
-                - lse_log2
-            )
-            null = tl.load(null_value + head * null_value_h + value_column, mask=value_there, other=0.0)
-            d_logit = weight * (tl.sum(do.to(tl.float32) * null.to(tl.float32)[None, :], axis=1) - delta)
-            if not PARTIAL_SUMS:
-                if 2 * WIDTH < DIM:
-                    dq_rest += d_logit[:, None] * null_rest[None, :]
-                if WIDTH > 0:
-                    dq_first += d_logit[:, None] * null_first[None, :]
-                    dq_second += d_logit[:, None] * null_second[None, :]
-            if null_key_copies is not None:
-                copy64 = copy.to(tl.int64)
-                copied = null_key_copies + (copy64 * num_heads + head) * DIM
-                pair = tl.arange(0, BLOCK_PAIR)
-                if 2 * WIDTH < DIM:
-                    rest_column = 2 * WIDTH + tl.arange(0, BLOCK_REST)
-                    change = scale * tl.sum(d_logit[:, None] * q_rest.to(tl.float32), axis=0)
-                    sum_so_far = tl.load(copied + rest_column, mask=rest_column < DIM, other=0.0)
-                    tl.store(copied + rest_column, sum_so_far + change, mask=rest_column < DIM)
-                if WIDTH > 0:
-                    first_column = 2 * pair if INTERLEAVED else pair
-                    second_column = 2 * pair + 1 if INTERLEAVED else pair + WIDTH
-                    change = scale * tl.sum(d_logit[:, None] * q_first.to(tl.float32), axis=0)
-                    sum_so_far = tl.load(copied + first_column, mask=pair < WIDTH, other=0.0)
-                    tl.store(copied + first_column, sum_so_far + change, mask=pair < WIDTH)
-                    change = scale * tl.sum(d_logit[:, None] * q_second.to(tl.float32), axis=0)
-                    sum_so_far = tl.load(copied + second_column, mask=pair < WIDTH, other=0.0)
-                    tl.store(copied + second_column, sum_so_far + change, mask=pair < WIDTH)
-                change = tl.sum(weight[:, None] * do.to(tl.float32), axis=0)
-                copied = null_value_copies + (copy64 * num_heads + head) * VALUE_DIM + value_column
-                tl.store(copied, tl.load(copied, mask=value_there, other=0.0) + change, mask=value_there)
-                # The next item of this program may read these sums from other threads.
-                tl.debug_barrier()
-
-        key_rows = key + batch * key_b + chunk64 * key_l + kv_head * key_h
-        value_rows = value + batch * value_b + chunk64 * value_l + kv_head * value_h
-        for tile in range(0, key_tiles if bias_copies is not None or not PARTIAL_SUMS else 0):
-            slot, neighbour, position, present = _slots(tile, num_neighbours, retrieved_length, BLOCK_KEYS, WITHIN)
-            visible = present & (slot < readable)
-            if neighbour_mask is not None:
-                mask_at = _offsets(slot, neighbour, position, mask_k, mask_r, FLAT, LONG)
-                visible = visible & (
-                    tl.load(neighbour_mask + batch * mask_b + chunk64 * mask_l + mask_at, mask=visible, other=0) != 0
-                )
-            k_cos = key_cos + position * key_cos_r if WIDTH > 0 else None
-            k_sin = key_sin + position * key_sin_r if WIDTH > 0 else None
-            k_first, k_second, k_rest = _load_split(
-                key_rows + _offsets(slot, neighbour, position, key_k, key_r, FLAT, LONG), visible, k_cos, k_sin,
-                DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-            )  # fmt: skip
-            v = tl.load(
-                value_rows + _offsets(slot, neighbour, position, value_k, value_r, FLAT, LONG)[:, None]
-                + value_column[None, :], mask=visible[:, None] & value_there[None, :], other=0.0,
-            )  # fmt: skip
-            logits = scale_log2 * _product(q_first, q_second, q_rest, k_first, k_second, k_rest, DIM, WIDTH, PRECISION)
-            if attention_bias is not None:
-                column = slot if BIAS_PER_SLOT else position
-                bias = tl.load(
-                    attention_bias + head * bias_h + (_wide(row, LONG) * bias_m)[:, None] + column[None, :],
-                    mask=alive[:, None] & visible[None, :], other=0.0,
-                )  # fmt: skip
-                logits += bias.to(tl.float32) * 1.4426950408889634
-            weights = tl.where(visible[None, :], tl.exp2(logits - lse_log2[:, None]), 0.0)
-            d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            d_logits = tl.where(visible[None, :], weights * (d_weights - delta[:, None]), 0.0)
-            if bias_copies is not None:
-                bias_columns = num_neighbours * retrieved_length if BIAS_PER_SLOT else retrieved_length
-                column = slot if BIAS_PER_SLOT else position
-                sums = (
-                    bias_copies + (copy.to(tl.int64) * num_heads + head) * BIAS_ROWS * bias_columns
-                    + (_wide(row, LONG) * bias_columns)[:, None] + column[None, :]
-                )  # fmt: skip
-                there = alive[:, None] & visible[None, :]
-                tl.store(sums, tl.load(sums, mask=there, other=0.0) + d_logits, mask=there)
-                # Another neighbour's tile, or the next item, adds to the same sums, perhaps from other threads.
-                tl.debug_barrier()
-            if not PARTIAL_SUMS:
-                d_logits = d_logits.to(q_rest.dtype)
-                dq_first, dq_second, dq_rest = _add_product(
-                    dq_first, dq_second, dq_rest, d_logits, k_first, k_second, k_rest, DIM, WIDTH, PRECISION
-                )
-            if STORE_KEYS:
-                first_slot = (batch * num_chunks + chunk) * (num_neighbours * retrieved_length) * num_kv_heads + kv_head
-                slot_rows = _wide(slot, LONG) * num_kv_heads
-                dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
-                # A masked token's gradient is 0 even beside a query that is NaN.
-                dv = tl.where(visible[:, None], dv, 0.0)
-                tl.store(grad_value + first_slot * VALUE_DIM + (slot_rows * VALUE_DIM)[:, None] + value_column[None, :],
-                         dv.to(grad_value.dtype.element_ty), mask=present[:, None] & value_there[None, :])  # fmt: skip
-                dk_first, dk_second, dk_rest = _add_product(
-                    tl.zeros([BLOCK_KEYS, BLOCK_PAIR], tl.float32), tl.zeros([BLOCK_KEYS, BLOCK_PAIR], tl.float32),
-                    tl.zeros([BLOCK_KEYS, BLOCK_REST], tl.float32),
-                    tl.trans(d_logits), q_first, q_second, q_rest, DIM, WIDTH, PRECISION,
-                )  # fmt: skip
-                _store_split(
-                    grad_key + first_slot * DIM + slot_rows * DIM, present, k_cos, k_sin,
-                    tl.where(visible[:, None], scale * dk_first, 0.0),
-                    tl.where(visible[:, None], scale * dk_second, 0.0),
-                    tl.where(visible[:, None], scale * dk_rest, 0.0),
-                    DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-                )  # fmt: skip
-        if not PARTIAL_SUMS:
-            _store_split(
-                grad_query + out_row * DIM + _wide(row, LONG) * (num_heads * DIM), inside, q_cos, q_sin,
-                scale * dq_first, scale * dq_second, scale * dq_rest,
-                DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-            )  # fmt: skip
-
-
-@_jit
-def _backward_keys_kernel(
-    grad_out, query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin, out, lse,
-    grad_key, grad_value,
-    scale, num_tokens, num_neighbours, retrieved_length, num_heads, group, num_chunks, first_chunk, last_chunk,
-    row_tiles, key_tiles, stride, first_token,
-    grad_out_b, grad_out_n, grad_out_h,
-    query_b, query_n, query_h, key_b, key_l, key_k, key_r, key_h, value_b, value_l, value_k, value_r, value_h,
-    mask_b, mask_l, mask_k, mask_r, bias_h, bias_m, query_cos_m, query_sin_m, key_cos_r, key_sin_r,
-    DIM: constexpr, VALUE_DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr, FLAT: constexpr, LONG: constexpr,
-    BIAS_PER_SLOT: constexpr,
-    BLOCK_ROWS: constexpr, BLOCK_KEYS: constexpr, BLOCK_PAIR: constexpr, BLOCK_REST: constexpr,
-    BLOCK_VALUE: constexpr, PRECISION: constexpr,
-):  # fmt: skip
-    """Gradients of a tile of keys and values over all query rows and heads that read it.
-    Program (batch, chunk, key tile, key/value head); every chunk, so that unattended ones get their zeros."""
-    num_kv_heads = num_heads // group
-    kv_head32 = tl.program_id(0) % num_kv_heads
-    item = tl.program_id(0) // num_kv_heads
-    key_tile = item % key_tiles
-    item = item // key_tiles
-    chunk = item % num_chunks
-    batch = (item // num_chunks).to(tl.int64)
-    chunk64 = chunk.to(tl.int64)
-    kv_head = kv_head32.to(tl.int64)
-    value_column = tl.arange(0, BLOCK_VALUE)
-    value_there = value_column < VALUE_DIM
-    scale_log2 = scale * 1.4426950408889634
-
-    attended = (chunk >= first_chunk) & (chunk < last_chunk)
-    readable = tl.where(attended, num_neighbours * retrieved_length, 0)
-    slot, neighbour, position, present = _slots(key_tile, num_neighbours, retrieved_length, BLOCK_KEYS, False)
-    visible = present & (slot < readable)
-    if neighbour_mask is not None:
-        mask_at = _offsets(slot, neighbour, position, mask_k, mask_r, FLAT, LONG)
-        visible = visible & (
-            tl.load(neighbour_mask + batch * mask_b + chunk64 * mask_l + mask_at, mask=visible, other=0) != 0
-        )
-    k_cos = key_cos + position * key_cos_r if WIDTH > 0 else None
-    k_sin = key_sin + position * key_sin_r if WIDTH > 0 else None
-    k_first, k_second, k_rest = _load_split(
-        key + batch * key_b + chunk64 * key_l + kv_head * key_h
-        + _offsets(slot, neighbour, position, key_k, key_r, FLAT, LONG), visible, k_cos, k_sin,
-        DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-    )  # fmt: skip
-    v = tl.load(
-        value + batch * value_b + chunk64 * value_l + kv_head * value_h
-        + _offsets(slot, neighbour, position, value_k, value_r, FLAT, LONG)[:, None] + value_column[None, :],
-        mask=visible[:, None] & value_there[None, :], other=0.0,
-    )  # fmt: skip
-
-    dk_first = tl.zeros([BLOCK_KEYS, BLOCK_PAIR], tl.float32)
-    dk_second = tl.zeros([BLOCK_KEYS, BLOCK_PAIR], tl.float32)
-    dk_rest = tl.zeros([BLOCK_KEYS, BLOCK_REST], tl.float32)
-    dv = tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
-    for work in range(0, group * row_tiles):
-        head = kv_head * group + work // row_tiles
-        row = (work % row_tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        token = first_token + chunk * stride + row
-        inside = (row < stride) & (token >= 0) & (token < num_tokens)
-        start_token = (first_token + chunk * stride).to(tl.int64)
-        out_row = (batch * num_tokens + start_token) * num_heads + head
-        natural = tl.load(lse + out_row + _wide(row, LONG) * num_heads, mask=inside,
-                          other=float("-inf"))  # fmt: skip
-        alive = natural != float("-inf")
-        lse_log2 = tl.where(alive, natural * 1.4426950408889634, float("inf"))
-        q_first, q_second, q_rest = _load_split(
-            query + batch * query_b + head * query_h + start_token * query_n + _wide(row, LONG) * query_n, alive,
-            query_cos + row * query_cos_m if WIDTH > 0 else None, query_sin + row * query_sin_m if WIDTH > 0 else None,
-            DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-        )  # fmt: skip
-        there = alive[:, None] & value_there[None, :]
-        do = tl.load(grad_out + batch * grad_out_b + head * grad_out_h + start_token * grad_out_n
-                     + (_wide(row, LONG) * grad_out_n)[:, None] + value_column[None, :],
-                     mask=there, other=0.0)  # fmt: skip
-        o = tl.load(out + out_row * VALUE_DIM + (_wide(row, LONG) * (num_heads * VALUE_DIM))[:, None]
-                    + value_column[None, :], mask=there, other=0.0)  # fmt: skip
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
-        logits = scale_log2 * _product(k_first, k_second, k_rest, q_first, q_second, q_rest, DIM, WIDTH, PRECISION)
-        if attention_bias is not None:
-            column = slot if BIAS_PER_SLOT else position
-            bias = tl.load(
-                attention_bias + head * bias_h + (_wide(row, LONG) * bias_m)[None, :] + column[:, None],
-                mask=alive[None, :] & visible[:, None], other=0.0,
-            )  # fmt: skip
-            logits += bias.to(tl.float32) * 1.4426950408889634
-        weights = tl.where(visible[:, None], tl.exp2(logits - lse_log2[None, :]), 0.0)
-        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
-        d_logits = weights * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-        dk_first, dk_second, dk_rest = _add_product(
-            dk_first, dk_second, dk_rest, d_logits.to(q_rest.dtype), q_first, q_second, q_rest, DIM, WIDTH, PRECISION
-        )
-
-    # A masked token's gradient is 0 even beside a query that is NaN.
-    first_slot = (batch * num_chunks + chunk) * (num_neighbours * retrieved_length) * num_kv_heads + kv_head
-    slot_rows = _wide(slot, LONG) * num_kv_heads
-    tl.store(grad_value + first_slot * VALUE_DIM + (slot_rows * VALUE_DIM)[:, None] + value_column[None, :],
-             tl.where(visible[:, None], dv, 0.0).to(grad_value.dtype.element_ty),
-             mask=present[:, None] & value_there[None, :])  # fmt: skip
-    _store_split(
-        grad_key + first_slot * DIM + slot_rows * DIM, present, k_cos, k_sin,
-        tl.where(visible[:, None], scale * dk_first, 0.0),
-        tl.where(visible[:, None], scale * dk_second, 0.0),
-        tl.where(visible[:, None], scale * dk_rest, 0.0),
-        DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-    )  # fmt: skip
-
+from .triton_tiles import triton
 
 _MARGIN = 256  # masked lanes of a tile lie at most this far beyond the last row or slot
+
+
+Arguments = namedtuple(
+    "Arguments", [part.split()[-1] for part in f"{common.SLOTS}, {common.SETTINGS}".split(",")]
+)  # of an op, by the names of its schema
 
 
 @dataclass(frozen=True)
@@ -664,58 +88,68 @@ def _compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _needs_long_offsets(query, key, value, neighbour_mask, attention_bias, grad_out, stride: int) -> bool:
-    """Whether an offset from the first element of a chunk can pass 2^31, so that 32-bit products would overflow.
-    Offsets of chunks, batches and heads are 64-bit always."""
-    _, _, k, r, hk, d = key.shape
-    rows, slots = stride + _MARGIN, k * r + _MARGIN
-    width = max(d, value.shape[-1])
-    furthest = [rows * query.stride(1), rows * query.shape[2] * width, slots * hk * width]
+def _needs_long_offsets(call: Arguments, grad_out: torch.Tensor | None) -> bool:
+    """Whether an offset from the first element of a group can pass 2^31, so that 32-bit products would overflow.
+    Offsets of groups, batches, neighbours' rows and heads are 64-bit always."""
+    _, _, k, r, hk, d = call.key.shape
+    h, d_value = call.query.shape[4], call.value.shape[-1]
+    rows, slots = call.stride + _MARGIN, (k if call.grouping == CLOCK else 1) * r + _MARGIN
+    width = max(d, d_value)
+    furthest = [rows * call.query.stride(3), rows * h * width, slots * hk * width, (rows + slots) * width]
     if grad_out is not None:
-        furthest.append(rows * grad_out.stride(1))
-    if attention_bias is not None:
-        furthest += [rows * attention_bias.stride(1), rows * slots]
-    for tensor in (key, value, neighbour_mask):
+        furthest.append(rows * grad_out.stride(3))
+    if call.attention_bias is not None:
+        furthest += [rows * call.attention_bias.stride(1), rows * slots]
+    if call.relative_key is not None:
+        furthest.append((rows + slots) * call.relative_key.stride(1))
+    for tensor in (call.key, call.value, call.mask):
         if tensor is not None:
-            furthest.append((k + _MARGIN) * tensor.stride(2) + (r + _MARGIN) * tensor.stride(3))
+            if call.grouping == CLOCK:
+                furthest.append((k + _MARGIN) * tensor.stride(2) + (r + _MARGIN) * tensor.stride(3))
             furthest.append(slots * tensor.stride(3))
     return max(furthest) + 2 * width >= 2**31
 
 
-def _shared_arguments(query, key, value, neighbour_mask, attention_bias, query_cos, query_sin, key_cos, key_sin,
-                      null_key, null_value, rotary_interleaved, scale, stride, first_token, *,
-                      grad_out=None):  # fmt: skip
-    """What every kernel takes, apart from tiles."""
-    n, h, d = query.shape[1:]
-    num_chunks, k, r, hk = key.shape[1:5]
-    first_chunk, last_chunk = common.attended_chunks(n, num_chunks, stride, first_token)
-    moved = [(tensor.stride(2), tensor.stride(3)) for tensor in (key, value, neighbour_mask) if tensor is not None]
-    width = 0 if query_cos is None else query_cos.shape[1]
+def _shared_arguments(call: Arguments, grad_out: torch.Tensor | None = None) -> dict[str, Any]:
+    """What every kernel takes, apart from tiles and the groups it covers."""
+    _, lq, kq, n, h, d = call.query.shape
+    num_chunks, k, r, hk = call.key.shape[1:5]
+    by_clock = call.grouping == CLOCK
+    moved = [(x.stride(2), x.stride(3)) for x in (call.key, call.value, call.mask) if x is not None]
+    width = 0 if call.query_cos is None else call.query_cos.shape[1]
+    strides = _strides("query", call.query, "blknh")
+    if by_clock:  # the chunk is not an axis of the query: its rows are tokens from the group's first on
+        strides |= {"query_l": 0, "query_k": 0}
     return {
-        "query": query, "key": key, "value": value, "attention_bias": attention_bias,
+        "query": call.query, "key": call.key, "value": call.value, "attention_bias": call.attention_bias,
         # As bytes: Triton's interpreter cannot use a bool that was loaded as a mask.
-        "neighbour_mask": None if neighbour_mask is None else neighbour_mask.view(torch.uint8),
-        "query_cos": query_cos, "query_sin": query_sin, "key_cos": key_cos, "key_sin": key_sin,
-        "scale": float(scale), "num_tokens": n, "num_neighbours": k, "retrieved_length": r, "num_heads": h,
-        "group": h // hk, "first_chunk": first_chunk, "last_chunk": last_chunk, "stride": stride,
-        "first_token": first_token,
-        **_strides("query", query, "bnh"), **_strides("key", key, "blkrh"), **_strides("value", value, "blkrh"),
-        **_strides("mask", neighbour_mask, "blkr"), **_strides("bias", attention_bias, "hm"),
-        **_strides("query_cos", query_cos, "m"), **_strides("query_sin", query_sin, "m"),
-        **_strides("key_cos", key_cos, "r"), **_strides("key_sin", key_sin, "r"),
-        "DIM": d, "VALUE_DIM": value.shape[-1], "WIDTH": width, "INTERLEAVED": bool(rotary_interleaved),
+        "mask": None if call.mask is None else call.mask.view(torch.uint8),
+        "relative_key": call.relative_key, "content_bias": call.content_bias, "relative_bias": call.relative_bias,
+        "query_cos": call.query_cos, "query_sin": call.query_sin, "key_cos": call.key_cos, "key_sin": call.key_sin,
+        "null_key": call.null_key, "null_value": call.null_value, "chunk_spans": call.chunk_spans,
+        "first_visible": call.first_visible, "dropout_seed": call.dropout_seed,
+        "scale": float(call.scale), "threshold": dropout.threshold(call.dropout_p),
+        "survivor_scale": dropout.survivor_scale(call.dropout_p),
+        "num_tokens": n, "num_places": lq * kq * n,
+        "place_l": 0 if by_clock else kq * n, "place_k": 0 if by_clock else n,
+        "num_neighbours": k if by_clock else 1, "retrieved_length": r, "query_neighbours": kq, "num_heads": h,
+        "heads_per_key": h // hk, "num_chunks": num_chunks, "stride": call.stride, "first_token": call.first_token,
+        "num_distances": 0 if call.relative_key is None else call.relative_key.shape[1],
+        **strides, **_strides("key", call.key, "blkrh"), **_strides("value", call.value, "blkrh"),
+        **_strides("mask", call.mask, "blkr"), **_strides("bias", call.attention_bias, "hm"),
+        **_strides("relative", call.relative_key, "hx"), **_strides("content_bias", call.content_bias, "h"),
+        **_strides("relative_bias", call.relative_bias, "h"),
+        **_strides("query_cos", call.query_cos, "m"), **_strides("query_sin", call.query_sin, "m"),
+        **_strides("key_cos", call.key_cos, "r"), **_strides("key_sin", call.key_sin, "r"),
+        **_strides("null_key", call.null_key, "h"), **_strides("null_value", call.null_value, "h"),
+        "GROUPING": call.grouping, "CAUSAL": bool(call.causal),
+        "DIM": d, "VALUE_DIM": call.value.shape[-1], "WIDTH": width, "INTERLEAVED": bool(call.rotary_interleaved),
         "FLAT": all(k == 1 or of_k == r * of_r for of_k, of_r in moved),
-        "LONG": _needs_long_offsets(query, key, value, neighbour_mask, attention_bias, grad_out, stride),
-        "BIAS_PER_SLOT": attention_bias is not None and k > 1 and attention_bias.shape[2] == k * r,
+        "LONG": _needs_long_offsets(call, grad_out),
+        "BIAS_PER_SLOT": by_clock and k > 1 and call.attention_bias is not None
+        and call.attention_bias.shape[2] == k * r,
         "BLOCK_PAIR": configs.power_of_two(width), "BLOCK_REST": configs.power_of_two(d - 2 * width),
-        "BLOCK_VALUE": configs.power_of_two(value.shape[-1]),
-    }  # fmt: skip
-
-
-def _null_arguments(null_key, null_value) -> dict[str, Any]:
-    return {
-        "null_key": null_key, "null_value": null_value,
-        **_strides("null_key", null_key, "h"), **_strides("null_value", null_value, "h"),
+        "BLOCK_VALUE": configs.power_of_two(call.value.shape[-1]),
     }  # fmt: skip
 
 
@@ -723,118 +157,176 @@ def _tile_arguments(settings: configs.LaunchSettings) -> dict[str, Any]:
     return {
         "BLOCK_ROWS": settings.block_rows,
         "BLOCK_KEYS": settings.block_keys,
+        "BLOCK_RUN": configs.power_of_two(settings.block_rows + settings.block_keys),
         "PRECISION": settings.precision,
     }
 
 
-def _choice(kind: str, inputs: tuple) -> tuple:
+def _key_tiles(call: Arguments, settings: configs.LaunchSettings, within: bool) -> dict[str, Any]:
+    """How the slots of a group are cut into tiles, and how many slots one evaluation of Philox serves."""
+    k, r = call.key.shape[2:4]
+    k = k if call.grouping == CLOCK else 1
+    within = within and k > 1
+    return {
+        "WITHIN": within,
+        "LOTS": 8 if not within or r % 8 == 0 else 1,
+        "key_tiles": k * -(-r // settings.block_keys) if within else -(-k * r // settings.block_keys),
+    }
+
+
+def _row_tiles(call: Arguments, settings: configs.LaunchSettings) -> int:
+    """Row tiles of a group; no tile holds rows of two neighbours."""
+    return -(-call.stride // settings.block_rows) * (call.query.shape[2] if call.grouping == CHUNK else 1)
+
+
+def _groups(call: Arguments, attended: bool) -> tuple[int, int]:
+    """The first group of a sequence and how many there are: all, or those that some token attends to."""
+    if call.grouping == CLOCK:
+        if not attended or call.chunk_spans is not None:
+            return 0, call.key.shape[1]
+        first, last = common.attended_chunks(call.query.shape[3], call.key.shape[1], call.stride, call.first_token)
+        return first, max(last - first, 0)
+    return 0, call.query.shape[1] * (call.query.shape[2] if call.grouping == NEIGHBOUR else 1)
+
+
+def _choice(kind: str, call: Arguments) -> tuple:
     """What launch settings depend on: the arguments of `configs.choose`."""
-    query, _, value, _, attention_bias, query_cos = inputs[:6]
-    width = configs.tile_width(query.shape[-1], value.shape[-1], 0 if query_cos is None else query_cos.shape[1])
-    options = attention_bias is not None or query_cos is not None or inputs[9] is not None
-    return kind, _compute_capability(query.device), query.dtype, width, options, inputs[-2]
+    width = 0 if call.query_cos is None else call.query_cos.shape[1]
+    width = configs.tile_width(call.query.shape[-1], call.value.shape[-1], width)
+    others = (call.attention_bias, call.query_cos, call.null_key)
+    features = configs.features(
+        relative=call.relative_key is not None,
+        dropout=call.dropout_seed is not None,
+        options=any(x is not None for x in others),
+    )
+    return kind, _compute_capability(call.query.device), call.query.dtype, width, features, call.stride
 
 
-def _choose(kind: str, inputs: tuple) -> Any:
-    return configs.choose(*_choice(kind, inputs))
+def _choose(kind: str, call: Arguments) -> Any:
+    return configs.choose(*_choice(kind, call))
 
 
-def plan_forward(out, lse, inputs: tuple, settings: configs.LaunchSettings | None = None) -> Launch:
-    """The forward's launch. `inputs` are the op's arguments; some chunk must be attended."""
-    query, key = inputs[:2]
-    stride = inputs[-2]
-    settings = settings or _choose("forward", inputs)
-    shared = _shared_arguments(*inputs)
-    row_tiles = -(-stride // settings.block_rows)
+def plan_forward(out, lse, call: Arguments, settings: configs.LaunchSettings | None = None) -> Launch:
+    """The forward's launch; there must be groups that some row attends to."""
+    settings = settings or _choose("forward", call)
+    first_group, num_groups = _groups(call, attended=True)
+    row_tiles = _row_tiles(call, settings)
     arguments = {
-        **shared, **_null_arguments(*inputs[9:11]), "out": out, "lse": lse, "row_tiles": row_tiles,
-        "key_tiles": -(-key.shape[2] * key.shape[3] // settings.block_keys), **_tile_arguments(settings),
+        **_shared_arguments(call), "out": out, "lse": lse, "first_group": first_group, "num_groups": num_groups,
+        "row_tiles": row_tiles, **_key_tiles(call, settings, call.relative_key is not None),
+        **_tile_arguments(settings),
     }  # fmt: skip
-    programs = query.shape[0] * (shared["last_chunk"] - shared["first_chunk"]) * row_tiles * query.shape[2]
-    return Launch("forward", _forward_kernel, programs, arguments, settings)
+    programs = call.query.shape[0] * num_groups * row_tiles * call.query.shape[4]
+    return Launch("forward", triton_forward.forward_kernel, programs, arguments, settings)
 
 
-def single_pass(query, key, stride: int, settings: configs.LaunchSettings) -> bool:
-    """Whether one program can hold all query rows that read its keys, and so make their gradients in one pass."""
-    return stride <= settings.block_rows and query.shape[2] == key.shape[4]
+SWEPT_ROWS = 512  # NEIGHBOUR: up to so many rows one program makes all gradients of a neighbour and head
 
 
-def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, inputs: tuple) -> list[Launch]:
-    """The backward's launches: one for the gradients of query, key and value, or two where `single_pass` says no,
-    and one more for those of the bias and of the null slot each. `copies` are the partial sums of the gradients of
-    attention_bias, null_key and null_value, [copies, ...] fp32 and zero, None where not wanted."""
-    query, key = inputs[:2]
-    stride = inputs[-2]
-    grad_query, grad_key, grad_value = gradients
-    b, _, h, _ = query.shape
-    num_chunks, k, r, hk = key.shape[1:5]
-    shared = {
-        **_shared_arguments(*inputs, grad_out=grad_out), "grad_out": grad_out, **_strides("grad_out", grad_out, "bnh"),
-        "out": out, "lse": lse, "num_chunks": num_chunks,
-    }  # fmt: skip
-    attended = shared["last_chunk"] - shared["first_chunk"]
+def backward_kinds(call: Arguments) -> tuple[str, ...]:
+    """The launches that make the gradients of query, key and value: one where a tile holds all rows or all keys of a
+    group, or two sweeps of one program do, else two. (Causal attention has few and long groups: two.)"""
+    h, hk, r = call.query.shape[4], call.key.shape[4], call.key.shape[3]
+    settings = _choose("backward", call)
+    if settings is not None and call.grouping != CHUNK and call.stride <= settings.block_rows and h == hk:
+        return ("backward",)
+    settings = _choose("backward_shared", call)
+    if settings is not None and call.grouping != CLOCK and r <= settings.block_keys:
+        return ("backward_shared",)
+    if call.grouping == NEIGHBOUR and r <= SWEPT_ROWS and not call.causal and _choose("backward_sweeps", call):
+        return ("backward_sweeps",)
+    return ("backward_queries", "backward_keys")
 
-    def of_rows(kind: str, copies: tuple, store_keys: bool) -> Launch:
-        settings = _choose(kind, inputs)
-        row_tiles = -(-stride // settings.block_rows)
-        # Tiles of one neighbour only where several neighbours add to the same bias gradient.
-        within = copies[0] is not None and k > 1 and not shared["BIAS_PER_SLOT"]
-        key_tiles = k * -(-r // settings.block_keys) if within else -(-k * r // settings.block_keys)
-        num_items = b * (num_chunks if store_keys else attended) * row_tiles
-        wanted = [copy for copy in copies if copy is not None]
-        num_copies = wanted[0].shape[0] if wanted else num_items
+
+_FORMS = {"backward": 0, "backward_queries": 0, "backward_shared": 1, "backward_keys": 1, "backward_sweeps": 2}
+
+
+def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, call: Arguments) -> list[Launch]:
+    """The backward's launches: those of `backward_kinds`, and one each for the parameters wanted. `copies` are the
+    partial sums of the gradients of attention_bias, relative_key, content_bias, relative_bias, null_key, null_value,
+    [copies, ...] fp32, None where not wanted; those of attention_bias and relative_key are zero."""
+    b, h, hk = call.query.shape[0], call.query.shape[4], call.key.shape[4]
+    strides = _strides("grad_out", grad_out, "blknh")
+    if call.grouping == CLOCK:
+        strides |= {"grad_out_l": 0, "grad_out_k": 0}
+    shared = {**_shared_arguments(call, grad_out), "grad_out": grad_out, **strides, "out": out, "lse": lse}
+
+    launches = []
+    for kind in backward_kinds(call):
+        settings = _choose(kind, call)
+        first_group, num_groups = _groups(call, attended=kind == "backward_queries")
+        row_tiles = _row_tiles(call, settings)
         arguments = {
-            **shared, **_null_arguments(*inputs[9:11]), "grad_query": grad_query, "grad_key": grad_key,
-            "grad_value": grad_value, "bias_copies": copies[0], "null_key_copies": copies[1],
-            "null_value_copies": copies[2], "row_tiles": row_tiles, "key_tiles": key_tiles, "num_items": num_items,
-            "num_copies": num_copies, "WITHIN": within, "STORE_KEYS": store_keys, "PARTIAL_SUMS": bool(wanted),
-            "BIAS_ROWS": 0 if copies[0] is None else copies[0].shape[2], **_tile_arguments(settings),
+            **shared, "grad_query": gradients[0], "grad_key": gradients[1], "grad_value": gradients[2],
+            "first_group": first_group, "num_groups": num_groups, "row_tiles": row_tiles,
+            "FORM": _FORMS[kind], "SINGLE_PASS": kind in ("backward", "backward_shared"),
+            **_key_tiles(call, settings, call.relative_key is not None), **_tile_arguments(settings),
         }  # fmt: skip
-        return Launch(kind, _backward_kernel, num_copies * h, arguments, settings)
+        tiles = (row_tiles * h, max(arguments["key_tiles"], 1) * hk, hk)[_FORMS[kind]]
+        launches.append(Launch(kind, triton_backward.backward_kernel, b * num_groups * tiles, arguments, settings))
 
-    settings = _choose("backward", inputs)
-    if settings is not None and single_pass(query, key, stride, settings):
-        launches = [of_rows("backward", (None, None, None), True)]
-    else:
-        settings = _choose("backward_keys", inputs)
-        key_tiles = -(-k * r // settings.block_keys)
+    d_bias, d_relative_key, d_content_bias, d_relative_bias, d_null_key, d_null_value = copies
+    first_group, num_groups = _groups(call, attended=True)
+    per_slot = shared["BIAS_PER_SLOT"]
+    wanted = {
+        "backward_bias": d_bias is not None,
+        "backward_relative": d_relative_key is not None,
+        "backward_null": d_null_key is not None or (d_content_bias is not None and call.null_key is not None),
+    }
+    for what, kind in enumerate(kind for kind in wanted):
+        if not wanted[kind]:
+            continue
+        settings = _choose(kind, call)
+        row_tiles = -(-call.stride // settings.block_rows)
+        slots = call.key.shape[3] * (call.key.shape[2] if per_slot else 1)
+        key_tiles = -(-slots // settings.block_keys)
+        # Neighbours of a group that add to the same elements: those of its rows, or of its slots.
+        sharing = call.query.shape[2] if call.grouping == CHUNK else 1
+        if call.grouping == CLOCK and kind != "backward_null" and not (kind == "backward_bias" and per_slot):
+            sharing = call.key.shape[2]
+        within = kind != "backward_null" and not (kind == "backward_bias" and per_slot)
+        num_copies = next(x for x in (d_bias, d_relative_key, d_null_key, d_content_bias) if x is not None).shape[0]
+        own_tiles = row_tiles * key_tiles if kind == "backward_bias" else 1
         arguments = {
-            **shared, "grad_key": grad_key, "grad_value": grad_value, "key_tiles": key_tiles,
-            "row_tiles": -(-stride // settings.block_rows), **_tile_arguments(settings),
+            **shared, "bias_copies": d_bias, "relative_key_copies": d_relative_key,
+            "content_bias_copies": d_content_bias, "relative_bias_copies": d_relative_bias,
+            "null_key_copies": d_null_key, "null_value_copies": d_null_value,
+            "first_group": first_group, "num_groups": num_groups, "row_tiles": row_tiles,
+            "sharing": sharing, "num_copies": num_copies,
+            "num_items": b * num_groups * sharing * (1 if kind == "backward_bias" else row_tiles),
+            "table_rows": 0 if d_bias is None else d_bias.shape[2],
+            "table_columns": 0 if d_bias is None else d_bias.shape[3],
+            "WHAT": what, **_key_tiles(call, settings, within), **_tile_arguments(settings), "key_tiles": key_tiles,
         }  # fmt: skip
-        launches = [
-            of_rows("backward_queries", (None, None, None), False),
-            Launch("backward_keys", _backward_keys_kernel, b * num_chunks * key_tiles * hk, arguments, settings),
-        ]
-    if copies[0] is not None:
-        launches.append(of_rows("backward_bias", (copies[0], None, None), False))
-    if copies[1] is not None:
-        launches.append(of_rows("backward_null", (None, *copies[1:]), False))
+        launches.append(
+            Launch(kind, triton_parameters.parameters_kernel, num_copies * own_tiles * h, arguments, settings)
+        )
     return launches
 
 
-def _tune(kinds: tuple[str, ...], inputs: tuple, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+def _tune(kinds: tuple[str, ...], call: Arguments, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
     """Times the candidates of each kind of launch that has not been tuned yet, and uses the fastest from then on.
     `run` executes the operation under the settings in force and returns what it computed."""
-    if not (inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-        for kind in kinds:
-            choice = _choice(kind, inputs)
-            if choice in configs.tuned or kind in configs.overrides:
-                continue
-            key = tuning.key_of(
-                operation="chunked_cross_attention", choice=choice, triton=triton.__version__, code=_code(),
-                device=torch.cuda.get_device_name(inputs[0].device) if inputs[0].is_cuda else "interpreter",
-            )  # fmt: skip
-            settings = _remembered(key)
-            if settings is None:
+    if call.query.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    for kind in kinds:
+        choice = _choice(kind, call)
+        if choice in configs.tuned or kind in configs.overrides:
+            continue
+        key = tuning.key_of(
+            operation="attention", choice=choice, triton=triton.__version__, code=_code(),
+            device=torch.cuda.get_device_name(call.query.device) if call.query.is_cuda else "interpreter",
+        )  # fmt: skip
+        settings = _remembered(key)
+        if settings is None:
 
-                def with_settings(settings, kind=kind):
-                    with configs.override(**{kind: settings}):
-                        return run()
+            def with_settings(settings, kind=kind):
+                with configs.override(**{kind: settings}):
+                    return run()
 
-                settings, record = tuning.tune(configs.candidates(*choice), with_settings)
-                tuning.save(key, {"settings": asdict(settings), "milliseconds": record})
-            configs.tuned[choice] = settings
+            settings, record = tuning.tune(configs.candidates(*choice), with_settings)
+            tuning.save(key, {"settings": asdict(settings), "milliseconds": record})
+        configs.tuned[choice] = settings
 
 
 def _remembered(key: str) -> configs.LaunchSettings | None:
@@ -851,22 +343,23 @@ def _remembered(key: str) -> configs.LaunchSettings | None:
         return None
 
 
+KERNELS = (triton_forward.forward_kernel, triton_backward.backward_kernel, triton_parameters.parameters_kernel)
+SOURCES = tuple(module.__file__ for module in (triton_tiles, triton_forward, triton_backward, triton_parameters))
+
+
 @lru_cache(maxsize=1)
 def _code() -> str:
-    return tuning.source_hash(__file__, configs.__file__)
+    return tuning.source_hash(__file__, configs.__file__, *SOURCES)
 
 
 def interpreting() -> bool:
     """Whether the kernels were made for Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
-    return triton is not None and not isinstance(_forward_kernel, triton.JITFunction)
+    return triton is not None and not isinstance(KERNELS[0], triton.JITFunction)
 
 
-def _as_interpretable(tensors: tuple) -> tuple:
+def _interpretable(x: Any) -> Any:
     """bf16 tensors as fp32: in the interpreter, tl.dot multiplies the bit patterns of bf16."""
-    return tuple(
-        value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
-        for value in tensors
-    )
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x
 
 
 def _on_device_of(tensor: torch.Tensor):
@@ -874,80 +367,84 @@ def _on_device_of(tensor: torch.Tensor):
 
 
 def _forward(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    query, key, value = inputs[:3]
-    stride, first_token = inputs[-2:]
-    out, lse = common.allocate_forward(query, value)
-    first_chunk, last_chunk = common.attended_chunks(query.shape[1], key.shape[1], stride, first_token)
-    with _on_device_of(query):
-        if first_chunk >= last_chunk or out.numel() == 0:
+    call = Arguments(*inputs)
+    out, lse = common.allocate_forward(call.query, call.value)
+    with _on_device_of(out):
+        nothing = out.numel() == 0 or _groups(call, attended=True)[1] == 0
+        if nothing or call.chunk_spans is not None:  # tokens in no span belong to no program
             out.zero_()
             lse.fill_(float("-inf"))
-        elif interpreting() and query.dtype == torch.bfloat16:
-            wide = torch.empty_like(out, dtype=torch.float32)
-            plan_forward(wide, lse, _as_interpretable(inputs))()
+        if nothing:
+            return out, lse
+        if interpreting() and call.query.dtype == torch.bfloat16:
+            wide = torch.zeros_like(out, dtype=torch.float32)
+            plan_forward(wide, lse, Arguments(*map(_interpretable, inputs)))()
             out.copy_(wide)
-        else:
+            return out, lse
 
-            def run() -> tuple[torch.Tensor, ...]:
-                plan_forward(out, lse, inputs)()
-                return out, lse
+        def run() -> tuple[torch.Tensor, ...]:
+            plan_forward(out, lse, call)()
+            return out, lse
 
-            if tuning.enabled():
-                _tune(("forward",), inputs, run)
-            run()
+        if tuning.enabled():
+            _tune(("forward",), call, run)
+        run()
     return out, lse
 
 
 def _backward(grad_out, *inputs) -> tuple[torch.Tensor, ...]:
-    slots, (out, lse), settings = inputs[:11], inputs[11:13], inputs[13:17]
-    bias_gradient, null_gradient = inputs[17:]
-    query, key, value, _, attention_bias = slots[:5]
-    null_key, null_value = slots[9:]
-    gradients = common.allocate_backward(
-        query, key, value, attention_bias, null_key, null_value, bias_gradient, null_gradient
+    tensors, (out, lse), settings = (
+        inputs[: common.TENSORS],
+        inputs[common.TENSORS : common.TENSORS + 2],
+        inputs[-10:-3],
     )
-    with _on_device_of(query):
-        first_chunk, last_chunk = common.attended_chunks(query.shape[1], key.shape[1], *settings[2:])
-        if first_chunk >= last_chunk or query.numel() == 0:
+    call = Arguments(*tensors, *settings)
+    gradients = common.allocate_backward(*(tensors[place] for place in common.DIFFERENTIABLE), *inputs[-3:])
+    with _on_device_of(out):
+        groups = _groups(call, attended=True)[1]
+        if groups == 0 or call.query.numel() == 0:
             for gradient in gradients:
                 gradient.zero_()
             return gradients
+        if call.chunk_spans is not None:  # tokens in no span belong to no program
+            gradients[0].zero_()
         if grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
 
-        num_copies = min(common.PARTIAL_COPIES, query.shape[0] * (last_chunk - first_chunk))
-
-        def partial_sums(tensor: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
-            if tensor is None or not wanted:
-                return None
-            return ops_common.allocate((num_copies, *tensor.shape), torch.float32, tensor.device)
-
-        copies = (
-            partial_sums(attention_bias, bias_gradient),
-            partial_sums(null_key, null_gradient),
-            partial_sums(null_value, null_gradient),
+        num_copies = min(common.PARTIAL_COPIES, call.query.shape[0] * groups)
+        parameters = gradients[3:]
+        copies = tuple(
+            ops_common.allocate((num_copies, *x.shape), torch.float32, x.device) if x.numel() else None
+            for x in parameters
         )
-        call = (grad_out, out.contiguous(), lse.contiguous(), gradients[:3], copies, (*slots, *settings))
-        if interpreting() and query.dtype == torch.bfloat16:
-            wide = tuple(torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients[:3])
-            call = (*_as_interpretable(call[:3]), wide, copies, _as_interpretable(call[5]))
+        backward = (grad_out, out.contiguous(), lse.contiguous(), gradients[:3], copies, call)
+        widened = interpreting() and call.query.dtype == torch.bfloat16
+        if widened:
+            wide = tuple(torch.zeros_like(gradient, dtype=torch.float32) for gradient in gradients[:3])
+            backward = (
+                *map(_interpretable, backward[:3]), wide, copies, Arguments(*map(_interpretable, (*tensors, *settings)))
+            )  # fmt: skip
 
         def run() -> tuple[torch.Tensor, ...]:
-            for copy in copies:
+            for copy in copies[:2]:
                 if copy is not None:
                     copy.zero_()
-            for launch in plan_backward(*call):
+            for launch in plan_backward(*backward):
                 launch()
-            return (*call[3], *(copy for copy in copies if copy is not None))
+            return (*backward[3], *(copy for copy in copies if copy is not None))
 
         if tuning.enabled():
-            _tune(tuple(launch.kind for launch in plan_backward(*call)), call[5], run)
+            _tune(tuple(launch.kind for launch in plan_backward(*backward)), backward[-1], run)
         run()
-        if interpreting() and query.dtype == torch.bfloat16:
+        if widened:
             for gradient, result in zip(gradients[:3], wide, strict=True):
                 gradient.copy_(result)
-        for gradient, copy in zip(gradients[3:], copies, strict=True):
-            if copy is not None:
+        for gradient, copy in zip(parameters, copies, strict=True):
+            if copy is None:
+                gradient.zero_()
+            elif gradient.dtype == torch.float32:
+                torch.sum(copy, 0, out=gradient)
+            else:
                 gradient.copy_(copy.sum(0))
     return gradients
 
@@ -956,9 +453,8 @@ def _backward(grad_out, *inputs) -> tuple[torch.Tensor, ...]:
 def unavailable() -> str | None:
     """Why this backend cannot run in this process, with the remedy, or None."""
     if triton is None:
-        return (
-            f"Triton cannot be imported ({_import_error}): install it with `pip install triton` (Linux, 3.6 or newer)"
-        )
+        reason = f"Triton cannot be imported ({triton_tiles.import_error})"
+        return f"{reason}: install it with `pip install triton` (Linux, 3.6 or newer)"
     if interpreting():
         return None
     if torch.version.hip is not None:
@@ -979,10 +475,6 @@ def refusal(call) -> str | None:
     query = call.query
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f'query is {query.dtype}; the Triton kernels take float32, float16, bfloat16: use backend="reference"'
-    if call.relative_key is not None:
-        return 'relative_key is not supported by the Triton kernels yet: use backend="reference"'
-    if call.dropout_p > 0:
-        return f'dropout_p is {call.dropout_p}; the Triton kernels have no dropout yet: use backend="reference"'
     if max(query.shape[-1], call.value.shape[-1]) > 256:
         return f"head sizes are {query.shape[-1]} and {call.value.shape[-1]}; the Triton kernels take at most 256"
     if interpreting():
