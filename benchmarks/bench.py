@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from . import environment, peers, real_text, report, results, suite, timing
 from .workloads import DEFAULT, ENCODER_SELF, MODES, PLAIN, QUICK, SEED, Workload, select
 
-QUICK_SECONDS = 160.0  # a quick run starts no new measurement after so long; it must end within 3 minutes
+QUICK_MINUTES = 2.65  # a quick run starts no new measurement after so long; it must end within 3 minutes
+TEXT_SHARE = 0.35  # of a limited time, for the model on real text
 
 
 @dataclass
@@ -30,6 +32,10 @@ class Options:
     backends: list[str] | None = None
     seconds: float | None = None
     """Of timing a case, all variants together. None: 2 in a quick run, else 8."""
+    minutes: float | None = None
+    """After so many no new measurement starts. None: 2.65 in a quick run, else no limit."""
+    text_length: int | None = None
+    """Tokens of real text. None: 2048; in a quick run on a CPU 256."""
 
     def resolved(self) -> Options:
         """With the defaults of this kind of run filled in. Raises ValueError for what there is not."""
@@ -50,12 +56,24 @@ class Options:
         self.cases()
         modes = [mode for mode in MODES if not self.modes or mode in self.modes]
         seconds = (2.0 if self.quick else 8.0) if self.seconds is None else self.seconds
-        return replace(self, dtypes=dtypes, modes=modes, device=str(device), seconds=seconds)
+        minutes = QUICK_MINUTES if self.minutes is None and self.quick else self.minutes
+        length = self.text_length or (256 if self.quick and device.type == "cpu" else 2048)
+        if not 64 <= length <= 2048:
+            raise ValueError(f"text length: got {length}, expected 64 to 2048 tokens, the model's longest")
+        return replace(self, dtypes=dtypes, modes=modes, device=str(device), seconds=seconds, minutes=minutes,
+                       text_length=length)  # fmt: skip
 
     def cases(self) -> list[Workload]:
         """What is measured, in every dtype and mode. Raises ValueError for what there is not."""
-        table = QUICK if self.quick else DEFAULT
-        return select(self.workloads, self.operations, self.options, table)
+        found = select(self.workloads, self.operations, self.options, QUICK if self.quick else DEFAULT)
+        # What a limited time should not lose comes first: the quick run's, then the small before the large. The
+        # options of one workload stay together.
+        quick = {(operation, name) for (operation, _), names in QUICK.items() for name in names}
+
+        def place(case: Workload) -> tuple:
+            return (case.operation, case.name) not in quick, case.on("cpu").with_option(PLAIN).flops("forward")
+
+        return sorted(found, key=lambda case: (*place(case), case.operation, case.name))
 
 
 class Progress:
@@ -81,7 +99,7 @@ def run(options: Options, progress: Progress | None = None) -> dict:
         progress.step("copy bandwidth and multiply-add rate")
         ceilings = timing.measure_ceilings(device, options.dtypes, options.quick)
         document["ceilings"] = ceilings.to_json()
-        _core(options, device, ceilings, document, progress)
+        _core(options, device, ceilings, document, progress, started)
         if options.real_text:
             _real_text(options, device, document, progress, started)
         else:
@@ -107,7 +125,17 @@ def _left_out(options: Options) -> list[str]:
     return left
 
 
-def _core(options: Options, device, ceilings, document: dict, progress: Progress) -> None:
+def _core(options: Options, device, ceilings, document: dict, progress: Progress, started: float) -> None:
+    deadline = started + 60 * (options.minutes or float("inf")) * (1 - TEXT_SHARE if options.real_text else 1)
+
+    def in_time() -> Iterator[Workload]:
+        for case in options.cases():
+            if time.monotonic() < deadline:
+                yield case
+            else:
+                what = f"{case.operation} {case.option} {case.name}"
+                document["skipped"].append({"what": what, "reason": "the time given to this run was used up"})
+
     class Keep(Progress):
         case, step = staticmethod(progress.case), staticmethod(progress.step)  # type: ignore[assignment]
 
@@ -126,7 +154,7 @@ def _core(options: Options, device, ceilings, document: dict, progress: Progress
         backends=options.backends,
         skip=_quick_skip if quick else _too_large_on_cpu if device.type == "cpu" else None,
     )
-    suite.run(options.cases(), settings, ceilings, Keep())
+    suite.run(in_time(), settings, ceilings, Keep())
 
 
 def _quick_skip(workload: Workload, dtype: str, mode: str, variant: str) -> str | None:
@@ -162,13 +190,14 @@ def _real_text(options: Options, device, document: dict, progress: Progress, sta
     try:
         real_text.run(
             device,
-            length=256 if quick and device.type == "cpu" else 2048,
+            length=options.text_length or 2048,
             dtypes=[name for name in options.dtypes if name in ("fp32", "bf16")],
             protocol=timing.Protocol(seconds=8.0 if quick else 60.0, min_rounds=2 if quick else 3, max_rounds=10),
+            memory=not quick,
             embedding_seconds=25.0 if quick else 120.0,
             step=progress.step,
             report=keep,
-            deadline=started + QUICK_SECONDS if quick else float("inf"),
+            deadline=started + 60 * (options.minutes or float("inf")),
         )
     except real_text.Unavailable as error:
         document["skipped"].append({"what": "real text", "reason": str(error)})

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .workloads import CAUSAL_SELF, CCA, DROPOUT, ENCODER_CROSS, PLAIN, Workload
+from .workloads import CAUSAL_SELF, CCA, DROPOUT, ENCODER_CROSS, PLAIN, RELATIVE, Workload
 
 Attention = Callable[..., Tensor]
 
@@ -159,11 +159,13 @@ def sdpa(workload: Workload, query, key, value, *positions, rows=False, dropout_
     return folded.unfold(out)
 
 
-def flex(workload: Workload, query, key, value, *positions, rows=False, block_mask=None) -> Tensor:
-    """FlexAttention on the folded tensors; to be compiled, eager FlexAttention materialises everything. Relative
-    positions are looked up by distance in its score_mod, so that queries x slots never exist."""
+def flex(workload: Workload, query, key, value, *positions, rows=False, block_mask=None, attend=None) -> Tensor:
+    """FlexAttention on the folded tensors; to be compiled (whole, or `attend` alone), because eager FlexAttention
+    materialises everything. Relative positions are looked up by distance in its score_mod, so that queries x slots
+    never exist."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    attend = attend or flex_attention
     folded = fold(workload, query, key, value, rows)
     queries, score_mod = folded.query, None
     if positions:
@@ -178,7 +180,7 @@ def flex(workload: Workload, query, key, value, *positions, rows=False, block_ma
 
     gqa = folded.key.shape[1] != queries.shape[1]
     return folded.unfold(
-        flex_attention(queries, folded.key, folded.value, score_mod=score_mod, block_mask=block_mask, enable_gqa=gqa)
+        attend(queries, folded.key, folded.value, score_mod=score_mod, block_mask=block_mask, enable_gqa=gqa)
     )
 
 
@@ -332,6 +334,12 @@ def _flex(name: str, workload: Workload, device: torch.device, rows: bool) -> Va
             fixed["block_mask"] = causal_block_mask(workload, device)
         except Exception as error:
             return Skipped(name, f"its block mask cannot be made: {type(error).__name__}: {error}")
+    if workload.option == RELATIVE and device.type == "cpu":
+        # Inductor's CPU template cannot read a table that the same graph computes.
+        from torch.nn.attention.flex_attention import flex_attention
+
+        attend = _compile(flex_attention)
+        return Variant(name, workload, functools.partial(flex, workload, **fixed, attend=attend), compiled=True)
     return Variant(name, workload, _compile(functools.partial(flex, workload, **fixed)), compiled=True)
 
 

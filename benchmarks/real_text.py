@@ -319,9 +319,10 @@ def _time(models, sequence, retrieved, dtype, protocol: Protocol, device, memory
             start, backward, end = training_step(name)
             times[name, "forward+backward"].append(backward - start)
             times[name, "training step"].append(end - start)
-    optimizers.clear()
-
     peaks: dict[tuple[str, str], int | None] = {}
+    for name in models if memory else ():
+        peaks[name, "training step"] = peak_extra_bytes(lambda name=name: training_step(name), device)
+    optimizers.clear()
     layers = {} if dropout else _layer_calls(models, sequence, retrieved, dtype, device)
     for stage, calls in layers.items():
         for name, samples in interleaved(calls, device, _layer_protocol(protocol), seed=SEED).items():

@@ -108,6 +108,10 @@ def run(workloads: Iterable[Workload], settings: Settings, ceilings: Ceilings, w
             del base
             continue
         for dtype in settings.dtypes:
+            reason = _too_large(workload, dtype, settings.device)
+            if reason:
+                add([_row(workload, dtype, mode, "all", SKIPPED, reason) for mode in settings.modes])
+                continue
             inputs = tuple(tensor.to(DTYPES[dtype]) for tensor in base)
             for mode in settings.modes:
                 add(_case(workload, dtype, mode, inputs, truths, settings, ceilings, watcher))
@@ -115,6 +119,25 @@ def run(workloads: Iterable[Workload], settings: Settings, ceilings: Ceilings, w
         del base
         _clean(settings.device)
     return rows
+
+
+def _too_large(workload: Workload, dtype: str, device: torch.device) -> str | None:
+    """Why this computer's memory is too small; a GPU says so itself."""
+    if device.type == "cuda":
+        return None
+    needed, free = 1.5 * workload.bytes("forward+backward", DTYPES[dtype]), available_memory()
+    if needed <= free:
+        return None
+    return f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} are free"
+
+
+def available_memory() -> float:
+    """Bytes of main memory that a process may still take; infinity where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
 
 
 def inputs_of(workload: Workload, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

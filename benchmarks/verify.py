@@ -51,15 +51,16 @@ class Error:
 
 def compare(name: str, tensor: Tensor, truth: Tensor) -> Error:
     """A NaN or infinity that the truth does not have counts as an infinite error."""
-    difference = (tensor.double() - truth.double()).abs().nan_to_num(nan=float("inf"), posinf=float("inf"))
-    if difference.numel() == 0:
+    if tensor.numel() == 0:
         return Error(name, 0.0, 0.0, 1.0, ())
-    worst = int(difference.argmax())
-    largest = float(difference.flatten()[worst])
-    scale = float(truth.abs().max())
     x, y = tensor.double().flatten(), truth.double().flatten()
     norms = float(x.norm() * y.norm())
     cosine = float(x @ y) / norms if norms > 0 else 1.0
+    difference = (x - y).abs_()
+    if not bool(torch.isfinite(difference.sum())):
+        difference.nan_to_num_(nan=float("inf"), posinf=float("inf"))
+    worst = int(difference.argmax())
+    largest, scale = float(difference[worst]), float(torch.linalg.vector_norm(y, float("inf")))
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), truth.shape))
     return Error(name, largest, largest / scale if scale > 0 else largest, cosine, index)
 

@@ -64,6 +64,12 @@ def bench(
     seconds: Annotated[
         float | None, typer.Option(help="Seconds of timing a case, all variants together. Default: 8 (quick: 2).")
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Start no new measurement after so many minutes (quick: 2.65).")
+    ] = None,
+    text_length: Annotated[
+        int | None, typer.Option(help="Tokens of real text, at most 2048. Default: 2048 (quick, on a CPU: 256).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the raw results instead of the table.")] = False,
 ) -> None:
     """Times the fused attentions against eager code, folded SDPA, torch.compile and FlexAttention.
@@ -88,6 +94,7 @@ def bench(
     options = driver.Options(
         quick=quick, operations=operation or [], options=option or [], workloads=workload or [], dtypes=dtype or [],
         modes=mode or [], device=device, compiled=compiled, real_text=real_text, backends=backend, seconds=seconds,
+        minutes=minutes, text_length=text_length,
     )  # fmt: skip
     try:
         options.resolved()

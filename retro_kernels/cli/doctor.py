@@ -158,7 +158,7 @@ def _program(name: str) -> Entry:
 
 
 def backends() -> tuple[list[Entry], bool]:
-    """Every backend of chunked cross-attention; and whether one besides the reference can run."""
+    """Every backend of the attentions; and whether one besides the reference can run."""
     try:
         import retro_kernels as rk
 
@@ -271,7 +271,7 @@ def show(sections: dict[str, list[Entry]], fused: bool) -> None:
             table.add_row(Text(entry.name), value)
         console.print(table, "")
     if fused:
-        console.print(Text("Fused chunked cross-attention can run here.", style="bold green"))
+        console.print(Text("Fused attention can run here.", style="bold green"))
     else:
         console.print(
             Text("No fused backend can run here: calls go to the slow pure-PyTorch reference.", style="bold yellow"),

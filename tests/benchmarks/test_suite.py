@@ -352,6 +352,13 @@ def test_peak_memory_counts_what_is_alive_at_once():
     assert timing.peak_extra_bytes(lambda: (x + 1).mul_(2), CPU) == pytest.approx(size, abs=scalars)
 
 
+def test_what_does_not_fit_into_memory_is_skipped_and_said(monkeypatch):
+    monkeypatch.setattr(suite, "available_memory", lambda: 1000.0)
+    rows = suite.run([TINY], settings(modes=("forward",)), CEILINGS, Watcher())
+    assert [(row.variant, row.status) for row in rows] == [("all", suite.SKIPPED)]
+    assert "GB of memory" in rows[0].reason
+
+
 def test_percentiles():
     samples = timing.Samples([5.0, 1.0, 3.0, 2.0, 4.0])
     assert [samples.percentile(p) for p in (0, 20, 50, 80, 100)] == pytest.approx([1.0, 1.8, 3.0, 4.2, 5.0])

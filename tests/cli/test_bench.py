@@ -107,6 +107,8 @@ def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch):
         (("--option", "nothing"), "unknown option"),
         (("--mode", "nothing"), "expected forward or forward+backward"),
         (("--dtype", "int8"), "expected fp32, bf16 or fp16"),
+        (("--seconds", "-1"), "seconds: got -1.0"),
+        (("--text-length", "5000"), "expected 64 to 2048"),
         (("--dtype", "fp16"), "on a CPU"),
     ],
 )
@@ -126,6 +128,17 @@ def test_quick_has_every_operation_and_lists_the_rest():
     (case, *_) = options.cases()
     assert bench._quick_skip(case, "fp32", "forward", "flex[folded]")
     assert bench._quick_skip(case, "fp32", "forward", "sdpa[flash]") is None
+
+
+def test_a_limited_time_drops_the_largest_and_says_so(tmp_path):
+    cases = bench.Options(device="cpu").cases()
+    sizes = [case.on("cpu").with_option("plain").flops("forward") for case in cases if case.name == "encoder-4096"]
+    assert cases[-1].on("cpu").flops("forward") >= max(sizes)
+    result = invoke(tmp_path, "--dtype", "fp32", "--minutes", "1e-9")
+    assert result.exit_code == 0, result.output
+    document = results.load(tmp_path / results.FILE)
+    assert document["rows"] == []
+    assert {"what": "cca plain tiny", "reason": "the time given to this run was used up"} in document["skipped"]
 
 
 def test_suite_is_found_without_being_installed():
