@@ -10,6 +10,7 @@ try:
     from .ops.chunked_cross_attention import chunked_cross_attention
     from .ops.neighbour_cross_attention import neighbour_cross_attention
     from .ops.neighbour_self_attention import neighbour_self_attention
+    from .ops.projected_chunked_cross_attention import projected_chunked_cross_attention
 except Exception as error:  # whatever is broken, `retro-kernels doctor` must still start and say what it is
     _broken = error
 
@@ -35,5 +36,6 @@ __all__ = [
     "neighbour_cross_attention",
     "neighbour_self_attention",
     "nn",
+    "projected_chunked_cross_attention",
     "swap",
 ]

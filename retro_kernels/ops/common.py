@@ -39,3 +39,39 @@ def refuse_second_derivative(backward_op: str) -> None:
         )
 
     torch.library.register_autograd(f"retro_kernels::{backward_op}", raise_on_backward, lib=LIBRARY)
+
+
+def unit_last_stride(x: torch.Tensor | None) -> torch.Tensor | None:
+    """The kernels read vectors along the last dimension of floating tensors; any other stride is read in place."""
+    if x is None or not x.is_floating_point() or x.stride(-1) == 1 or x.shape[-1] <= 1:
+        return x
+    return x.contiguous()
+
+
+class Fused(torch.autograd.Function):
+    """Connects a backend's forward and backward ops to autograd. Keeps the inputs, the output and the lse.
+
+    `differentiable`: which of the tensors have a gradient, in the order in which the backward op returns them. `flags`:
+    for each flag that ends the backward op's arguments, the tensors any of whose gradients it asks for.
+    """
+
+    @staticmethod
+    def forward(ctx, forward_op, backward_op, differentiable, flags, settings, *tensors):
+        tensors = tuple(unit_last_stride(x) for x in tensors)
+        out, lse = forward_op(*tensors, *settings)
+        ctx.backward_op, ctx.differentiable, ctx.flags, ctx.settings = backward_op, differentiable, flags, settings
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        *tensors, out, lse = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[5:]
+        flags = [any(wanted[place] for place in places) for places in ctx.flags]
+        results = ctx.backward_op(unit_last_stride(grad_out), *tensors, out, lse, *ctx.settings, *flags)
+        gradients = [None] * len(tensors)
+        for place, gradient in zip(ctx.differentiable, results):
+            if wanted[place]:
+                gradients[place] = gradient
+        return None, None, None, None, None, *gradients

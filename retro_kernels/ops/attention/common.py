@@ -60,6 +60,8 @@ SETTINGS = (
 )
 # Places in SLOTS of what has a gradient; the backward returns them in this order.
 DIFFERENTIABLE = (0, 1, 2, 4, 5, 6, 7, 12, 13)
+# Places of what the backward's three flags ask for: the bias, the relative positions, the null slot.
+FLAGS = ((4,), (5, 6, 7), (12, 13))
 TENSORS = SLOTS.count("Tensor")
 
 PARTIAL_COPIES = 32  # partial sums of parameter gradients: at most this many of each, on any device

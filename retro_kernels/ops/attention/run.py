@@ -1,15 +1,16 @@
-"""From a validated call to its result: the choice of a backend, and the fused backends' connection to autograd."""
+"""From a validated call to its result, on the backend that `ops/backends.py` chooses."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from .. import backends as backend_choice
+from ..common import Fused
 from . import cpu, reference, triton
-from .common import DIFFERENTIABLE, Call
+from .common import DIFFERENTIABLE, FLAGS, Call
 
 BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton}
 
@@ -32,12 +33,17 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     )
 
 
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """The reference chooses its precision itself."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def run(call: Call, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [b, lq, kq, n, h, d_value], lse [b, lq, kq, n, h]."""
     chosen = backend_choice.choose(call.operation, BACKENDS, call, backend)
     if chosen == "reference":
-        device = call.query.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with without_autocast(call.query):
             return reference.attention(call)
     query_cos, query_sin = call.query_rotary or (None, None)
     key_cos, key_sin = call.key_rotary or (None, None)
@@ -49,37 +55,5 @@ def run(call: Call, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     settings = (
         call.grouping, call.causal, call.rotary_interleaved, call.scale, call.dropout_p, call.stride, call.first_token
     )  # fmt: skip
-    return FusedAttention.apply(chosen, settings, *(_unit_last_stride(x) for x in tensors))
-
-
-def _unit_last_stride(x: torch.Tensor | None) -> torch.Tensor | None:
-    """The kernels read vectors along the last dimension of floating tensors; any other stride is read in place."""
-    if x is None or not x.is_floating_point() or x.stride(-1) == 1 or x.shape[-1] <= 1:
-        return x
-    return x.contiguous()
-
-
-class FusedAttention(torch.autograd.Function):
-    """Connects a backend's forward and backward ops to autograd. Keeps the inputs, the output and the lse."""
-
-    @staticmethod
-    def forward(ctx, backend, settings, *tensors):
-        out, lse = BACKENDS[backend].forward(*tensors, *settings)
-        ctx.backend, ctx.settings = backend, settings
-        ctx.save_for_backward(*tensors, out, lse)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, grad_out, _):
-        *tensors, out, lse = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
-        results = BACKENDS[ctx.backend].backward(
-            _unit_last_stride(grad_out), *tensors, out, lse, *ctx.settings,
-            wanted[4], wanted[5] or wanted[6] or wanted[7], wanted[12] or wanted[13],
-        )  # fmt: skip
-        gradients = [None] * len(tensors)
-        for place, gradient in zip(DIFFERENTIABLE, results):
-            if wanted[place]:
-                gradients[place] = gradient
-        return None, None, *gradients
+    module = BACKENDS[chosen]
+    return Fused.apply(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, *tensors)

@@ -102,19 +102,9 @@ def chunked_cross_attention(
         relative_bias, query_rotary, key_rotary, rotary_interleaved,
     )  # fmt: skip
     arguments.check_null_slot(query, d_value, null_key, null_value)
-    stride = m if stride is None else validate.integer("stride", stride, 1, m, "chunk_size")
-    spans = missing = None
-    if sequence_starts is None:
-        first_token = _first_token(n, l, m, stride, align, query_offset, chunk_offset)
-    else:
-        if align != "start" or query_offset != 0 or chunk_offset != 0:
-            raise ValueError(
-                f"sequence_starts: got align {align!r}, query_offset {query_offset} and chunk_offset {chunk_offset} "
-                'too, expected align="start" and no offsets: every document has its own clock'
-            )
-        first_token = m - 1
-        starts = arguments.document_starts(sequence_starts, query, b, n)
-        spans, missing = _spans(starts, l, m, stride)
+    stride, first_token, spans, missing = clock(
+        "key", query, l, m, stride, align, query_offset, chunk_offset, sequence_starts
+    )
     dropout_p, dropout_seed = arguments.checked_dropout(dropout_p, query)
     call = Call(
         operation="chunked_cross_attention", grouping=CLOCK, query=query.view(b, 1, 1, n, h, d), key=key, value=value,
@@ -131,8 +121,34 @@ def chunked_cross_attention(
     return (out, lse) if return_lse else out
 
 
-def _first_token(n, num_chunks, m, stride, align, query_offset, chunk_offset) -> int:
-    """The token (of the query tensor) that is row 0 of key's first chunk; checks that the chunks cover all tokens."""
+def clock(
+    name: str,
+    query: torch.Tensor,
+    num_chunks: int,
+    m: int,
+    stride: int | None,
+    align: str,
+    query_offset: int,
+    chunk_offset: int,
+    sequence_starts: torch.Tensor | None,
+) -> tuple[int, int, torch.Tensor | None, torch.Tensor | None]:
+    """-> stride and first token of the clock (`ops/attention/common.py`), and with `sequence_starts` the spans and what
+    `_spans` says is missing. Checks that the `num_chunks` of the argument `name` cover all tokens."""
+    b, n = query.shape[:2]
+    s = m if stride is None else validate.integer("stride", stride, 1, m, "chunk_size")
+    if sequence_starts is None:
+        return s, _first_token(name, n, num_chunks, m, s, align, query_offset, chunk_offset), None, None
+    if align != "start" or query_offset != 0 or chunk_offset != 0:
+        raise ValueError(
+            f"sequence_starts: got align {align!r}, query_offset {query_offset} and chunk_offset {chunk_offset} "
+            'too, expected align="start" and no offsets: every document has its own clock'
+        )
+    starts = arguments.document_starts(sequence_starts, query, b, n)
+    return s, m - 1, *_spans(name, starts, num_chunks, m, s)
+
+
+def _first_token(name, n, num_chunks, m, stride, align, query_offset, chunk_offset) -> int:
+    """The token (of the query tensor) that is row 0 of the first chunk; checks that the chunks cover all tokens."""
     validate.integer("query_offset", query_offset, 0)
     validate.integer("chunk_offset", chunk_offset, 0)
     if align == "end":
@@ -158,14 +174,16 @@ def _first_token(n, num_chunks, m, stride, align, query_offset, chunk_offset) ->
         raise ValueError(f'align: got {align!r}, expected "start" or "end"')
     if num_chunks < needed:
         raise ValueError(
-            f"key: got l = {num_chunks} chunks of neighbours, expected at least {needed} for {n} tokens with "
+            f"{name}: got l = {num_chunks} chunks of neighbours, expected at least {needed} for {n} tokens with "
             f"chunk_size {m}, stride {stride}, align {align!r}, query_offset {query_offset}, "
             f"chunk_offset {chunk_offset}"
         )
     return first_token
 
 
-def _spans(starts: torch.Tensor, num_chunks: int, m: int, stride: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _spans(
+    name: str, starts: torch.Tensor, num_chunks: int, m: int, stride: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """From each token's document start [b, n]: int32 [b, l, 2], the first token of every chunk's rows and their number
     (0 for surplus chunks), and where a shortage cannot be raised bool [b, n], the tokens whose chunk is not there."""
     b, n = starts.shape
@@ -179,7 +197,7 @@ def _spans(starts: torch.Tensor, num_chunks: int, m: int, stride: int) -> tuple[
         if int(needed.max()) > num_chunks:
             row = int(needed.argmax())
             raise ValueError(
-                f"key: got l = {num_chunks} chunks of neighbours, expected at least {int(needed.max())} for the "
+                f"{name}: got l = {num_chunks} chunks of neighbours, expected at least {int(needed.max())} for the "
                 f"documents of row {row} with chunk_size {m}, stride {stride}"
             )
     # A chunk's rows end with its stride or its document, whichever is first. Tokens that begin no chunk that is there
