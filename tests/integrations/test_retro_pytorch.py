@@ -533,6 +533,7 @@ def test_casts_autocast_checkpointing_and_compile(backend):
     close(compiled(x, **options), original(x, **options))
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
 @pytest.mark.parametrize("order", ["swap first", "wrap first"])
 @pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "fully_shard"])
 def test_data_parallel_wrappers(reference, tmp_path, wrapper, order):
