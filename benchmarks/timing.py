@@ -192,6 +192,19 @@ class Ceilings:
     def to_json(self) -> dict:
         return asdict(self)
 
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The higher of each number in two measurements of the same device."""
+
+        def higher(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+            return {name: max(a.get(name, 0.0), b.get(name, 0.0)) for name in {**a, **b}}
+
+        return Ceilings(
+            max(self.copy_bytes_per_second, other.copy_bytes_per_second),
+            higher(self.matrix_flops_per_second, other.matrix_flops_per_second),
+            higher(self.matrix_product_flops_per_second, other.matrix_product_flops_per_second),
+            higher(self.multiply_add_flops_per_second, other.multiply_add_flops_per_second),
+        )
+
     def floor_seconds(self, flops: int, moved: int, dtype: str) -> tuple[float, str]:
         """The least time for these operations and bytes, and which of the two binds."""
         arithmetic = flops / self.matrix_flops_per_second[dtype]

@@ -237,8 +237,6 @@ QUICK = {
     (ENCODER_SELF, PLAIN): ("encoder-896",),
     (ENCODER_CROSS, PLAIN): ("encoder-896",),
     (CCA, RELATIVE): ("retro-172m",),
-    (ENCODER_SELF, RELATIVE): ("encoder-896",),
-    (ENCODER_CROSS, RELATIVE): ("encoder-896",),
 }
 
 
