@@ -41,6 +41,7 @@ def markdown(document: dict) -> str:
         + ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if name in _NAMED)
         + f", commit {environment['commit'] or 'unknown'}, {environment['date']}. {_ceilings(document)}",
         "",
+        *(line for note in document.get("notes", []) for line in (f"Note: {note}", "")),
     ]
     for title, rows in results.sections(document):
         head, cells, left = results.section_cells(document, rows)
@@ -88,6 +89,7 @@ def page(document: dict) -> str:
         f"<p class=dim>{_text(environment['device'])} · {_text(environment['date'])} · commit "
         f"{_text(environment['commit'] or 'unknown')} · {_text(_ceilings(document))}</p>",
     ]
+    parts += [f"<p class=warn>{_text(note)}</p>" for note in document.get("notes", [])]
     if document["interrupted"]:
         parts.append("<p class=warn>This run was interrupted: what follows is what it had finished.</p>")
     if any(row["variant"] == "retro_kernels[reference]" for row in document["rows"]):
