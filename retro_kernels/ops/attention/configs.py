@@ -66,6 +66,7 @@ def features(relative: bool, dropout: bool, options: bool) -> str:
     return f"{name}_dropout" if dropout else name
 
 
+FEATURES = ("plain", "options", "options_dropout", "relative", "relative_dropout")
 _S = LaunchSettings
 
 # (kind, precision, generation or None for any) -> width -> settings at 64 rows without and with options. Spills,
@@ -227,11 +228,16 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows
     generation = {90: 90, 100: 100, 103: 100}.get(sm, 80)
     size = 64 if width <= 64 else 128 if width <= 128 else 256
     precision = "fp32" if dtype == torch.float32 else "half"
-    if kind in ("backward_shared", "backward_sweeps"):
-        return replace(_S(64, 64, 8, 1), block_rows=min(64, power_of_two(rows)))
+    if kind in ("backward_shared", "backward_sweeps"):  # in fp32, or beyond 128 wide, two launches
+        fits = precision == "half" and size <= 128
+        return _S(min(64, power_of_two(rows)), 64, 8, 1) if fits else None
     if kind == "backward_relative":
+        # Square, as its diagonals need. Larger tiles spill: 64 x 64 by 304 bytes at 64 wide on sm_90.
         side = min(32, power_of_two(rows))
         return _S(side, side, 8, 1)
+    if kind == "backward" and 64 < rows <= 128 and precision == "half" and size <= 128 and not options:
+        if generation >= 90:
+            return _S(128, 64, 8, 2)  # 236 registers at 128 wide
     by_width = _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
     found = by_width.get(size, (None, None))[options]
     if found is None:

@@ -20,8 +20,8 @@ Programs. Forward (triton_forward.py): one a row tile and query head, keys in ti
 that read the same keys run side by side and find them in the L2 cache. Backward (triton_backward.py): a single pass of
 five products where one tile holds all rows of a group (CLOCK up to a stride of 64, NEIGHBOUR up to 128 rows) or all its
 keys (CHUNK up to 64); NEIGHBOUR up to 512 rows in two sweeps of one program; everything else in two launches, dQ by row
-tile and dK, dV by key tile. Parameters (triton_parameters.py): launches of their own with at most 32 private fp32 copies
-a head, summed in a fixed order. No atomics, nothing depends on timing: results are bitwise reproducible.
+tile and dK, dV by key tile. Parameters (triton_parameters.py): launches of their own with at most 32 private fp32
+copies a head, summed in a fixed order. No atomics, nothing depends on timing: results are bitwise reproducible.
 
 Precision. Dots accumulate in fp32, the softmax is fp32. fp32 inputs are multiplied as IEEE fp32 (`input_precision`),
 outside the tensor cores: exact and slow. Rotated queries and keys, q + content_bias, q + relative_bias and relative_key

@@ -162,7 +162,7 @@ def backward_kernel(
                 slot, slot_neighbour, token, present, first_slot, token0 = slots_of(
                     tile, num_neighbours, retrieved_length, BLOCK_KEYS, GROUPING, WITHIN
                 )
-                visible, k, v, k_cos, k_sin = load_keys(
+                visible, k, v, key_position = load_keys(
                     key, value, mask, key_cos, key_sin, first_visible, slot, slot_neighbour, token,
                     present & (slot < readable), num_tokens,
                     key_k, key_r, value_k, value_r, mask_k, mask_r, key_cos_r, key_sin_r,
@@ -179,7 +179,7 @@ def backward_kernel(
                     content, relative, k, run,
                     attention_bias + head * bias_h if attention_bias is not None else None, scale_log2, row, alive,
                     slot if BIAS_PER_SLOT else token, visible, bias_m,
-                    DIM, WIDTH, False, LONG, BLOCK_ROWS, BLOCK_KEYS, PRECISION,
+                    DIM, WIDTH, False, LONG, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RUN, PRECISION,
                 )  # fmt: skip
                 kept = None
                 if dropout_seed is not None:
@@ -210,7 +210,9 @@ def backward_kernel(
                         DIM, WIDTH, PRECISION,
                     )  # fmt: skip
                     store_split(
-                        grad_key + group_slot * DIM + at_slot * DIM, present, k_cos, k_sin, where_split(visible, dk),
+                        grad_key + group_slot * DIM + at_slot * DIM, present,
+                        key_cos + key_position * key_cos_r if WIDTH > 0 else None,
+                        key_sin + key_position * key_sin_r if WIDTH > 0 else None, where_split(visible, dk),
                         scale, DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
                     )  # fmt: skip
             store_split(
@@ -225,7 +227,7 @@ def backward_kernel(
             slot, slot_neighbour, token, present, first_slot, token0 = slots_of(
                 own_tile if FORM == KEYS else step, num_neighbours, retrieved_length, BLOCK_KEYS, GROUPING, WITHIN
             )
-            visible, k, v, k_cos, k_sin = load_keys(
+            visible, k, v, key_position = load_keys(
                 key, value, mask, key_cos, key_sin, first_visible, slot, slot_neighbour, token,
                 present & (slot < readable), num_tokens,
                 key_k, key_r, value_k, value_r, mask_k, mask_r, key_cos_r, key_sin_r,
@@ -284,7 +286,7 @@ def backward_kernel(
                     content, relative, k, run,
                     attention_bias + head * bias_h if attention_bias is not None else None, scale_log2, row, alive,
                     slot if BIAS_PER_SLOT else token, visible, bias_m,
-                    DIM, WIDTH, True, LONG, BLOCK_ROWS, BLOCK_KEYS, PRECISION,
+                    DIM, WIDTH, True, LONG, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RUN, PRECISION,
                 )  # fmt: skip
                 kept = None
                 if dropout_seed is not None:
@@ -327,6 +329,8 @@ def backward_kernel(
                      tl.where(visible[:, None], dv, 0.0).to(grad_value.dtype.element_ty),
                      mask=present[:, None] & (value_column < VALUE_DIM)[None, :])  # fmt: skip
             store_split(
-                grad_key + group_slot * DIM + at_slot * DIM, present, k_cos, k_sin, where_split(visible, dk), scale,
+                grad_key + group_slot * DIM + at_slot * DIM, present,
+                key_cos + key_position * key_cos_r if WIDTH > 0 else None,
+                key_sin + key_position * key_sin_r if WIDTH > 0 else None, where_split(visible, dk), scale,
                 DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
             )  # fmt: skip

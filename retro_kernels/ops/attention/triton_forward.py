@@ -89,7 +89,6 @@ def forward_kernel(
         DIM, WIDTH, INTERLEAVED, LONG, BLOCK_PAIR, BLOCK_REST,
     )  # fmt: skip
 
-    kept = None
     place = None
     seed = None
     if dropout_seed is not None:
@@ -132,7 +131,7 @@ def forward_kernel(
         slot, slot_neighbour, token, present, first_slot, token0 = slots_of(
             tile, num_neighbours, retrieved_length, BLOCK_KEYS, GROUPING, WITHIN
         )
-        visible, k, v, _, _ = load_keys(
+        visible, k, v, _ = load_keys(
             key, value, mask, key_cos, key_sin, first_visible, slot, slot_neighbour, token, present, num_tokens,
             key_k, key_r, value_k, value_r, mask_k, mask_r, key_cos_r, key_sin_r,
             GROUPING, FLAT, LONG, DIM, VALUE_DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST, BLOCK_VALUE,
@@ -143,7 +142,7 @@ def forward_kernel(
                            relative[2], DIM, BLOCK_RUN, BLOCK_REST, LONG)  # fmt: skip
         logits = logits_of(
             content, relative, k, run, attention_bias, scale_log2, row, inside, slot if BIAS_PER_SLOT else token,
-            visible, bias_m, DIM, WIDTH, False, LONG, BLOCK_ROWS, BLOCK_KEYS, PRECISION,
+            visible, bias_m, DIM, WIDTH, False, LONG, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RUN, PRECISION,
         )  # fmt: skip
         logits = tl.where(seen(visible, row, token, document, False, CAUSAL), logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, axis=1))

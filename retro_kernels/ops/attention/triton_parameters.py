@@ -184,7 +184,7 @@ def parameters_kernel(
                         key_tile, num_neighbours, retrieved_length, BLOCK_KEYS, GROUPING, WITHIN
                     )
                     key_neighbour = neighbour if GROUPING == NEIGHBOUR else tl.zeros_like(neighbour)
-                    visible, k, v, _, _ = load_keys(
+                    visible, k, v, _ = load_keys(
                         key + batch * key_b + chunk64 * key_l + kv_head * key_h + key_neighbour * key_k,
                         value + batch * value_b + chunk64 * value_l + kv_head * value_h + key_neighbour * value_k,
                         mask + batch * mask_b + chunk64 * mask_l + key_neighbour * mask_k if mask is not None else None,
@@ -201,7 +201,7 @@ def parameters_kernel(
                     logits = logits_of(
                         content, relative, k, run, attention_bias, scale_log2, row, alive,
                         slot if BIAS_PER_SLOT else token, visible, bias_m,
-                        DIM, WIDTH, False, LONG, BLOCK_ROWS, BLOCK_KEYS, PRECISION,
+                        DIM, WIDTH, False, LONG, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RUN, PRECISION,
                     )  # fmt: skip
                     kept = None
                     if dropout_seed is not None:

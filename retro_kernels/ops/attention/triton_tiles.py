@@ -297,15 +297,23 @@ def load_run(relative_key, stride_x, first, num_distances, LIKE, DIM: constexpr,
 
 
 @jit
-def by_slot(x, TRANSPOSED: constexpr, BLOCK_ROWS: constexpr, BLOCK_KEYS: constexpr):
+def by_slot(x, TRANSPOSED: constexpr, BLOCK_ROWS: constexpr, BLOCK_KEYS: constexpr, BLOCK_RUN: constexpr):
     """A tile of rows by distances -> rows by keys. Row a and key b are at the tile's distance a - b + BLOCK_KEYS - 1,
-    so each row is shifted by one more than the row before it."""
+    so each row is shifted by one more than the row before it. The gather is of a flat tile, because Triton then goes
+    through shared memory, once; along an axis of a matrix it shuffles registers eight times for an element."""
     a = tl.arange(0, BLOCK_ROWS)
     b = tl.arange(0, BLOCK_KEYS)
+    flat = tl.reshape(x, [BLOCK_ROWS * BLOCK_RUN])
     if TRANSPOSED:
-        shifted = tl.gather(x, a[None, :] - b[:, None] + (BLOCK_KEYS - 1), axis=0)
+        at = (a[None, :] - b[:, None] + (BLOCK_KEYS - 1)) * BLOCK_ROWS + a[None, :]
+        shifted = tl.reshape(
+            tl.gather(flat, tl.reshape(at, [BLOCK_KEYS * BLOCK_ROWS]), axis=0), [BLOCK_KEYS, BLOCK_ROWS]
+        )
     else:
-        shifted = tl.gather(x, a[:, None] - b[None, :] + (BLOCK_KEYS - 1), axis=1)
+        at = a[:, None] * BLOCK_RUN + a[:, None] - b[None, :] + (BLOCK_KEYS - 1)
+        shifted = tl.reshape(
+            tl.gather(flat, tl.reshape(at, [BLOCK_ROWS * BLOCK_KEYS]), axis=0), [BLOCK_ROWS, BLOCK_KEYS]
+        )
     return shifted
 
 
@@ -314,12 +322,17 @@ def by_distance(x, TRANSPOSED: constexpr, BLOCK_ROWS: constexpr, BLOCK_KEYS: con
     """A tile of rows by keys -> rows by distances: the transpose of `by_slot` as a map."""
     a = tl.arange(0, BLOCK_ROWS)
     y = tl.arange(0, BLOCK_RUN)
+    flat = tl.reshape(x, [BLOCK_ROWS * BLOCK_KEYS])
     if TRANSPOSED:
         b = a[None, :] - y[:, None] + (BLOCK_KEYS - 1)
+        there = (b >= 0) & (b < BLOCK_KEYS)
+        at = tl.where(there, b * BLOCK_ROWS + a[None, :], 0)
+        shifted = tl.reshape(tl.gather(flat, tl.reshape(at, [BLOCK_RUN * BLOCK_ROWS]), axis=0), [BLOCK_RUN, BLOCK_ROWS])
     else:
         b = a[:, None] - y[None, :] + (BLOCK_KEYS - 1)
-    there = (b >= 0) & (b < BLOCK_KEYS)
-    shifted = tl.gather(x, tl.where(there, b, 0), axis=0 if TRANSPOSED else 1)
+        there = (b >= 0) & (b < BLOCK_KEYS)
+        at = tl.where(there, a[:, None] * BLOCK_KEYS + b, 0)
+        shifted = tl.reshape(tl.gather(flat, tl.reshape(at, [BLOCK_ROWS * BLOCK_RUN]), axis=0), [BLOCK_ROWS, BLOCK_RUN])
     return tl.where(there, shifted, 0.0)
 
 
@@ -399,21 +412,17 @@ def load_keys(key, value, mask, key_cos, key_sin, first_visible, slot, neighbour
               GROUPING: constexpr, FLAT: constexpr, LONG: constexpr, DIM: constexpr, VALUE_DIM: constexpr,
               WIDTH: constexpr, INTERLEAVED: constexpr, BLOCK_PAIR: constexpr, BLOCK_REST: constexpr,
               BLOCK_VALUE: constexpr):  # fmt: skip
-    """Which of the slots `present` are not masked, and their keys, values and rotary tables. Others are not read."""
+    """Which of the slots `present` are not masked, and their keys, values and rotary positions. Others are not read."""
     visible = present
     if mask is not None:
         at = slot_offsets(slot, neighbour, token, mask_k, mask_r, GROUPING, FLAT, LONG)
         visible = present & (tl.load(mask + at, mask=present, other=0) != 0)
-    cos = None
-    sin = None
-    if WIDTH > 0:
-        position = token
-        if first_visible is not None:
-            position = token - tl.load(first_visible + token, mask=present, other=0)
-        cos = key_cos + position * key_cos_r
-        sin = key_sin + position * key_sin_r
+    position = token
+    if WIDTH > 0 and first_visible is not None:
+        position = token - tl.load(first_visible + token, mask=present, other=0)
     k = load_split(
-        key + slot_offsets(slot, neighbour, token, key_k, key_r, GROUPING, FLAT, LONG), visible, cos, sin,
+        key + slot_offsets(slot, neighbour, token, key_k, key_r, GROUPING, FLAT, LONG), visible,
+        key_cos + position * key_cos_r if WIDTH > 0 else None, key_sin + position * key_sin_r if WIDTH > 0 else None,
         DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
     )  # fmt: skip
     column = tl.arange(0, BLOCK_VALUE)
@@ -421,13 +430,13 @@ def load_keys(key, value, mask, key_cos, key_sin, first_visible, slot, neighbour
         value + slot_offsets(slot, neighbour, token, value_k, value_r, GROUPING, FLAT, LONG)[:, None] + column[None, :],
         mask=visible[:, None] & (column < VALUE_DIM)[None, :], other=0.0,
     )  # fmt: skip
-    return visible, k, v, cos, sin
+    return visible, k, v, position
 
 
 @jit
 def logits_of(content, relative, k, run, attention_bias, scale_log2, row, rows_there, column, visible, bias_m,
               DIM: constexpr, WIDTH: constexpr, TRANSPOSED: constexpr, LONG: constexpr, BLOCK_ROWS: constexpr,
-              BLOCK_KEYS: constexpr, PRECISION: constexpr):  # fmt: skip
+              BLOCK_KEYS: constexpr, BLOCK_RUN: constexpr, PRECISION: constexpr):  # fmt: skip
     """A tile's logits in bits (times log2 e), not yet masked."""
     if TRANSPOSED:
         logits = product(k, content, DIM, WIDTH, PRECISION)
@@ -438,7 +447,7 @@ def logits_of(content, relative, k, run, attention_bias, scale_log2, row, rows_t
             distances = tl.dot(run, tl.trans(relative[2]), input_precision=PRECISION)
         else:
             distances = tl.dot(relative[2], tl.trans(run), input_precision=PRECISION)
-        logits += by_slot(distances, TRANSPOSED, BLOCK_ROWS, BLOCK_KEYS)
+        logits += by_slot(distances, TRANSPOSED, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RUN)
     logits *= scale_log2
     if attention_bias is not None:
         rows = wide(row, LONG) * bias_m

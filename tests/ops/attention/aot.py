@@ -1,16 +1,16 @@
 """Compiles the Triton kernels ahead of time, without a GPU, under the launch settings that `configs.py` ships.
 
-    python tests/ops/chunked_cross_attention/aot.py                # all, into compiled_settings.json beside this file
-    python tests/ops/chunked_cross_attention/aot.py --list ID ...  # only these, as JSON on the standard output
+    python tests/ops/attention/aot.py                # all, into compiled_settings.json beside this file
+    python tests/ops/attention/aot.py --list ID ...  # only these, as JSON on the standard output
 
-Run after a change of kernels or settings. It must run without TRITON_INTERPRET.
+Run after a change of kernels or settings. It must run without TRITON_INTERPRET. An identifier is target, kind of launch,
+shape (`SHAPES`), dtype, width of the head, features (`configs.FEATURES`), and perhaps `long`: 64-bit offsets.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -18,82 +18,146 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from retro_kernels.ops.chunked_cross_attention import configs
-from retro_kernels.ops.chunked_cross_attention import triton as backend
+from retro_kernels.ops.attention import common, configs
+from retro_kernels.ops.attention import triton as backend
 
 TABLE = Path(__file__).with_name("compiled_settings.json")
 TARGETS = (80, 90, 100)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program; sm_80's also serves sm_86 and sm_89
-TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8"}
+TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
+                torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
 
-
-# Heads above 128 whose operands fill the registers whatever the tile: what they may spill, in bytes of stack a thread.
-# Their backward is right but slower than it could be; splitting the head over programs would cure it.
-MAY_SPILL = {
-    "sm_80 backward_queries bf16 256 options": 16,
-    "sm_100 backward_bias bf16 256 options": 64,
-    **{f"sm_{sm} backward_keys bf16 256 options": 96 for sm in TARGETS},
-    **{f"sm_{sm} backward_queries fp32 256 {options}": 208 for sm in TARGETS for options in ("plain", "options")},
+# Groupings at the paper's sizes: chunked cross-attention, the same packed, encoder self-attention, encoder
+# cross-attention, a decoder's packed self-attention; `wide` ones are beyond one tile.
+SHAPES = ("clock", "packed", "neighbour", "chunk", "causal")
+SHIPPED = {
+    "forward": ("clock", "neighbour", "chunk", "causal"),
+    "backward": ("clock", "packed"),
+    "backward_rows": ("neighbour",),
+    "backward_shared": ("chunk",),
+    "backward_sweeps": ("neighbour",),
+    "backward_queries": ("clock", "causal"),
+    "backward_keys": ("clock", "causal"),
+    "backward_bias": ("clock", "neighbour"),
+    "backward_relative": ("clock", "chunk", "causal"),
+    "backward_null": ("clock",),
 }
+ROWS = {"backward_rows": 128, "backward_sweeps": 256}
+EXTRA = (
+    *(f"sm_{sm} {kind} {shape} fp16 64 plain" for sm in (90,)
+      for kind, shape in (("forward", "clock"), ("backward", "clock"), ("backward_shared", "chunk"))),
+    *(f"sm_{sm} {kind} {shape} bf16 64 plain long" for sm in (90,)
+      for kind, shape in (("forward", "clock"), ("backward", "clock"), ("backward_shared", "chunk"))),
+)  # fmt: skip
+
+# What may spill, in bytes of stack a thread: nothing.
+MAY_SPILL: dict[str, int] = {}
+
+
+def settings_of(identifier: str) -> configs.LaunchSettings | None:
+    target, kind, _, dtype, width, features = identifier.split()[:6]
+    rows = ROWS.get(kind, 64)
+    kind = "backward" if kind == "backward_rows" else kind
+    return configs.rule(kind, int(target[3:]), DTYPES[dtype], int(width), features, rows)
 
 
 def identifiers() -> list[str]:
-    """One for every setting shipped: target, kind, dtype, width of the widest tile, options."""
+    """What is compiled: every kind in every shape it is shipped for, bf16, heads of 64 and 128; plain for every target,
+    with every feature for sm_90. (fp32, heads of 256 and the features on sm_80 and sm_100 are not.)"""
     found = []
     for sm in TARGETS:
-        for kind in configs.KINDS:
-            for dtype in DTYPES:
-                for width in (64, 128, 256):
-                    for options in (False, True):
-                        needed = kind in ("backward_bias", "backward_null")
-                        if configs.rule(kind, sm, DTYPES[dtype], width, options, 64) and (options or not needed):
-                            found.append(f"sm_{sm} {kind} {dtype} {width} {'options' if options else 'plain'}")
-    return found
+        for kind, shapes in SHIPPED.items():
+            for shape in shapes:
+                for width in (64, 128):
+                    for features in configs.FEATURES if sm == 90 else ("plain",):
+                        identifier = f"sm_{sm} {kind} {shape} bf16 {width} {features}"
+                        if applies(kind, shape, features) and settings_of(identifier) is not None:
+                            found.append(identifier)
+    return [*found, *(identifier for identifier in EXTRA if settings_of(identifier) is not None)]
 
 
-def launch_of(identifier: str) -> tuple[int, backend.Launch]:
-    """The launch at the paper's chunk, plain (a mask at most) or with every option at once."""
-    target, kind, dtype_name, width, options = identifier.split()
-    sm, d, dtype, everything = int(target[3:]), int(width), DTYPES[dtype_name], options == "options"
+def applies(kind: str, shape: str, features: str) -> bool:
+    if kind in ("backward_bias", "backward_null") and features == "plain":
+        return False
+    if shape == "packed" and features != "plain":  # spans change nothing but two loads
+        return False
+    return kind != "backward_relative" or features.startswith("relative")
+
+
+def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -> tuple[int, backend.Launch]:
+    """The launch at the paper's sizes with a mask; with every option at once that a feature stands for."""
+    target, kind, shape, dtype_name, width, features, *offsets = identifier.split()
+    sm, d, dtype = int(target[3:]), int(width), DTYPES[dtype_name]
 
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    b, n, m, k, r, h = 2, 256, 64, 2, 128, 16
+    b, l, k, h, m, r = 2, 4, 2, 16, 64, 128
     hk = 4 if kind in ("backward_queries", "backward_keys") else h
-    table = empty(m, d // 2, dtype=torch.float32), empty(r, d // 2, dtype=torch.float32)
-    inputs = (
-        empty(b, n, h, d), empty(b, n // m, k, r, hk, d), empty(b, n // m, k, r, hk, d),
-        empty(b, n // m, k, r, dtype=torch.bool),
-        empty(h, m, r, dtype=torch.float32) if everything else None,
-        *((table[0], table[0], table[1], table[1]) if everything else (None,) * 4),
-        *((empty(h, d), empty(h, d)) if everything else (None, None)),
-        False, d**-0.5, m, m - 1,
+    causal, spans, first_visible = shape == "causal", None, None
+    if shape in ("clock", "packed"):
+        grouping, query, key, rows, stride = common.CLOCK, (b, 1, 1, l * m, h, d), (b, l, k, r, hk, d), m, m
+        spans = empty(b, l, 2, dtype=torch.int32) if shape == "packed" else None
+    elif shape == "chunk":
+        grouping, query, key, rows, stride = common.CHUNK, (b, l, k, r, h, d), (b, l, 1, m, hk, d), r, r
+    else:
+        rows = stride = 2048 if causal else ROWS.get(kind, r)
+        lk = (1, 1) if causal else (l, k)
+        grouping, query, key = common.NEIGHBOUR, (b, *lk, rows, h, d), (b, *lk, rows, hk, d)
+        first_visible = empty(b, rows, dtype=torch.int32) if causal else None
+    slots = key[3]
+    relative, rotary = features.startswith("relative"), features.startswith("options")
+    table = (empty(rows, d // 2, dtype=torch.float32), empty(slots, d // 2, dtype=torch.float32)) if rotary else ()
+    others = relative or rotary
+    call = backend.Arguments(
+        query=empty(*query), key=empty(*key), value=empty(*key), mask=empty(*key[:4], dtype=torch.bool),
+        attention_bias=empty(h, rows, slots, dtype=torch.float32) if others and not causal else None,
+        relative_key=empty(h, rows + slots - 1, d) if relative else None,
+        content_bias=empty(h, d) if relative else None, relative_bias=empty(h, d) if relative else None,
+        query_cos=table[0] if table else None, query_sin=table[0] if table else None,
+        key_cos=table[1] if table else None, key_sin=table[1] if table else None,
+        null_key=empty(h, d) if others else None, null_value=empty(h, d) if others else None,
+        chunk_spans=spans, first_visible=first_visible,
+        dropout_seed=empty(1, dtype=torch.int64) if features.endswith("dropout") else None,
+        grouping=grouping, causal=causal, rotary_interleaved=False, scale=d**-0.5,
+        dropout_p=0.1 if features.endswith("dropout") else 0.0, stride=stride,
+        first_token=m - 1 if grouping == common.CLOCK else 0,
     )  # fmt: skip
-    out, lse = empty(b, n, h, d), empty(b, n, h, dtype=torch.float32)
-    settings = configs.rule(kind, sm, dtype, d, everything, m)
-    if kind == "forward":
-        return sm, backend.plan_forward(out, lse, inputs, settings)
+    out, lse = empty(*query), empty(*query[:-1], dtype=torch.float32)
+    settings = settings or settings_of(identifier)
+    name = "backward" if kind == "backward_rows" else kind
+    parameters = ("backward_bias", "backward_relative", "backward_null")
     copies = tuple(
-        None if x is None else empty(32, *x.shape, dtype=torch.float32) for x in (inputs[4], inputs[9], inputs[10])
-    )
-    gradients = tuple(torch.empty_like(x) for x in inputs[:3])
-    with configs.override(**{kind: settings}):
-        launches = backend.plan_backward(torch.empty_like(out), out, lse, gradients, copies, inputs)
-    return sm, next(launch for launch in launches if launch.kind == kind)
+        None if x is None or kind not in parameters else empty(32, *x.shape, dtype=torch.float32)
+        for x in (call.attention_bias, call.relative_key, call.content_bias, call.relative_bias, call.null_key,
+                  call.null_value)
+    )  # fmt: skip
+    passes = backend.backward_kinds if kind in parameters else lambda _: (name,)
+    with (
+        configs.override(**{name: settings}),
+        mock.patch.object(backend, "_needs_long_offsets", lambda *_: bool(offsets)),
+        mock.patch.object(backend, "backward_kinds", passes),
+    ):
+        if kind == "forward":
+            return sm, backend.plan_forward(out, lse, call, settings)
+        launches = backend.plan_backward(
+            empty(*query), out, lse, tuple(empty(*x.shape) for x in call[:3]), copies, call
+        )
+    return sm, next(launch for launch in launches if launch.kind == name)
 
 
-def compile_launch(identifier: str) -> dict[str, object]:
+def compile_launch(identifier: str, settings: configs.LaunchSettings | None = None) -> dict[str, object]:
     """Registers, stack and shared memory of the machine code, and which instructions are in it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    sm, launch = launch_of(identifier)
+    sm, launch = launch_of(identifier, settings)
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name, x = parameter.name, launch.arguments[parameter.name]
@@ -132,12 +196,13 @@ def compile_launch(identifier: str) -> dict[str, object]:
         # Of global memory: on sm_100 the allocator of tensor memory keeps its bits by ATOMS in shared memory.
         "atomics": len(re.findall(r"\b(?:ATOM|ATOMG|RED|REDG)\b", sass)),
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
+        "mma": len(re.findall(r"\bHMMA\b", sass)),
     }
 
 
 def faults(identifier: str, result: dict) -> list[str]:
     """What the gate forbids."""
-    target, kind, dtype, _, _ = identifier.split()
+    target, kind, _, dtype = identifier.split()[:4]
     sm = int(target[3:])
     found = []
     if result["stack"] > MAY_SPILL.get(identifier, 0) or (result["local"] and identifier not in MAY_SPILL):
@@ -146,19 +211,19 @@ def faults(identifier: str, result: dict) -> list[str]:
         found.append(f"needs {result['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}")
     if result["atomics"]:
         found.append(f"has {result['atomics']} atomic instructions")
-    if sm == 90 and kind in ("forward", "backward") and dtype == "bf16" and not result["wgmma"]:
-        found.append("does not use WGMMA")
+    if sm == 90 and dtype != "fp32" and kind != "backward_null" and (result["mma"] or not result["wgmma"]):
+        found.append(f"not every product is a WGMMA: {result['wgmma']} HGMMA and {result['mma']} HMMA instructions")
     return found
 
 
 def kernels_hash() -> str:
     """Of everything that decides what is compiled: the kernels' source and the settings of every identifier."""
-    functions = [x for x in vars(backend).values() if type(x).__name__ in ("JITFunction", "InterpretedFunction")]
-    text = "".join(inspect.getsource(x.fn) for x in functions if x.fn.__module__ == backend.__name__)
+    digest = hashlib.sha256()
+    for file in backend.SOURCES:
+        digest.update(Path(file).read_bytes())
     for identifier in identifiers():
-        target, kind, dtype, width, options = identifier.split()
-        text += str(configs.rule(kind, int(target[3:]), DTYPES[dtype], int(width), options == "options", 64))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        digest.update(f"{identifier} {settings_of(identifier)}".encode())
+    return digest.hexdigest()[:16]
 
 
 def compile_all(wanted: list[str], workers: int = 2) -> dict[str, dict]:
@@ -178,7 +243,7 @@ def main(arguments: list[str]) -> int:
     results = compile_all(identifiers())
     bad = {identifier: faults(identifier, result) for identifier, result in results.items()}
     for identifier, result in results.items():
-        print(f"{identifier:42} {result['settings']:32} {result['registers']:4} registers {result['shared']:7} shared"
+        print(f"{identifier:56} {result['settings']:26} {result['registers']:4} registers {result['shared']:7} shared"
               f"  {'; '.join(bad[identifier])}")  # fmt: skip
     content = {"kernels": kernels_hash(), "triton": triton.__version__, "results": results}
     TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
