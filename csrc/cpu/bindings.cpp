@@ -141,7 +141,7 @@ Problem make_problem(RK_ARGUMENTS, RK_SETTINGS) {
     p.groups = p.chunks;
   }
   STD_TORCH_CHECK(!causal || p.grouping == kNeighbour, "causal needs grouping NEIGHBOUR");
-  STD_TORCH_CHECK(!causal || !bias, "causal excludes attention_bias");
+  STD_TORCH_CHECK(!first_visible || !bias, "first_visible excludes attention_bias");
   STD_TORCH_CHECK(!causal || p.tokens < (int64_t{1} << 31), "causal takes fewer than 2^31 tokens, got ", p.tokens);
   STD_TORCH_CHECK(p.dim >= 1 && p.dim <= 256 && p.dim_value >= 1 && p.dim_value <= 256,
                   "head sizes must be in [1, 256], got ", p.dim, " and ", p.dim_value);
@@ -227,8 +227,9 @@ Problem make_problem(RK_ARGUMENTS, RK_SETTINGS) {
     STD_TORCH_CHECK(relative_packed->dim() == 3 && type_of(*relative_packed, "relative_packed") == kFloat32,
                     "relative_packed must be float32 with 3 dimensions");
     p.relative_rows = relative_packed->size(1), p.relative_width = relative_packed->size(2);
-    STD_TORCH_CHECK(relative_packed->size(0) == p.heads && p.relative_rows >= p.distances + 40 &&
-                        p.relative_rows % 8 == 0 && p.relative_width >= (p.dim + 15) / 16 * 16 + 32,
+    const int64_t padded = (p.dim + 15) / 16 * 16, more = p.type == kBFloat16 || padded % 128 == 0 ? 16 : 0;
+    STD_TORCH_CHECK(relative_packed->size(0) == p.heads && p.relative_rows >= (p.distances + 7) / 8 * 8 + 8 &&
+                        p.relative_rows % 8 == 0 && p.relative_width >= padded + more,
                     "relative_packed is too small");
     p.relative_packed = static_cast<float*>(output(*relative_packed, "relative_packed"));
   }
@@ -310,15 +311,15 @@ void reduce_copies(const float* partial, int64_t copies, const MaybeTensor& give
   });
 }
 
-// The same for relative_key, whose partial sums have longer rows and more of them, and are still to be scaled.
+// The same for relative_key, whose partial sums have padded rows and are still to be scaled.
 void reduce_relative(const Problem& p, const MaybeTensor& given) {
   if (!p.relative_partial) return;
-  const int64_t width = (p.dim + 15) / 16 * 16, each = p.heads * p.relative_rows * width;
+  const int64_t width = (p.dim + 15) / 16 * 16, each = p.heads * p.distances * width;
   const Type type = type_of(*given, "grad_relative_key");
   void* out = output(*given, "grad_relative_key");
   torch::stable::parallel_for(0, p.heads * p.distances, 64, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
-      const float* from = p.relative_partial + (row / p.distances * p.relative_rows + row % p.distances) * width;
+      const float* from = p.relative_partial + row * width;
       float sum[256] = {};
       for (int64_t c = 0; c < p.copies; ++c)
         for (int64_t i = 0; i < p.dim; ++i) sum[i] += from[c * each + i];
@@ -393,7 +394,7 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
     STD_TORCH_CHECK(!!relative_key, "grad_relative_key without relative_key");
     check_shape(*grad_relative_key, "grad_relative_key", {p.heads, p.distances, p.dim});
     const int64_t copies = relative_partial->size(0);
-    check_shape(*relative_partial, "relative_partial", {copies, p.heads, p.relative_rows, (p.dim + 15) / 16 * 16});
+    check_shape(*relative_partial, "relative_partial", {copies, p.heads, p.distances, (p.dim + 15) / 16 * 16});
     STD_TORCH_CHECK(copies >= 1 && (p.copies == 0 || p.copies == copies) &&
                         type_of(*relative_partial, "relative_partial") == kFloat32,
                     "the partial sums of relative_key must be float32, one number of copies for all");
@@ -438,7 +439,7 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
                     partial + (copy * p.heads + end * group) * per_head, 0.0f);
       };
       clear(p.bias_partial, p.table_rows * p.bias_slots);
-      clear(p.relative_partial, p.relative_rows * ((p.dim + 15) / 16 * 16));
+      clear(p.relative_partial, p.distances * ((p.dim + 15) / 16 * 16));
       clear(p.content_bias_partial, p.dim);
       clear(p.relative_bias_partial, p.dim);
       clear(p.null_key_partial, p.dim);

@@ -17,6 +17,7 @@ struct Sizes {
   int64_t dim, dim_value;       // padded to 16
   int64_t depth, depth_value;   // elements summed over d and d_value
   int64_t ld, ld_value;         // row length of packed keys and values; never a multiple of 512 bytes
+  int64_t ld_table;             // of the packed table of distances, likewise
 
   Sizes(const Problem& p, bool pairs_) : pairs(pairs_) {
     const int64_t per = pairs ? 2 : 1;
@@ -27,6 +28,8 @@ struct Sizes {
     depth_value = (p.dim_value + per - 1) / per;
     ld = round_up(depth, 16) + 16;
     ld_value = round_up(depth_value, 16) + 16;
+    ld_table = round_up(depth, 16);
+    if (ld_table % 128 == 0) ld_table += 16;
   }
 };
 

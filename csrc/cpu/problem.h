@@ -54,7 +54,7 @@ struct Problem {
   int64_t distances;                    // rows of relative_key: M + r - 1
   // The table as the products read it, packed once per call: `heads` of relative_rows x relative_width elements.
   float* relative_packed;
-  int64_t relative_rows, relative_width;  // distances and 40 more at least, a multiple of 8; dim padded to 16 and 32 more
+  int64_t relative_rows, relative_width;  // a multiple of 8, 8 to 15 more than distances; see pack_table
 
   bool dropout;
   uint64_t seed;
@@ -71,7 +71,7 @@ struct Problem {
   void *grad_query, *grad_key, *grad_value;  // contiguous
   // fp32 partial sums, `copies` of each, contiguous; null when not wanted
   float *bias_partial, *null_key_partial, *null_value_partial;
-  float *relative_partial;  // [copies, h, relative_rows, dim padded to 16]
+  float *relative_partial;  // [copies, h, distances, dim padded to 16]
   float *content_bias_partial, *relative_bias_partial;
   int64_t copies;
   bool stream_gradients;  // dK and dV are larger than the cache: write past it

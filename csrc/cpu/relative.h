@@ -20,9 +20,9 @@ static void pack_table(const Problem& p, const Sizes& z, int64_t head) {
   float* packed = packed_table<kPairs>(p, head);
   const int64_t at = head * p.relative_key.stride0;
   for (int64_t x = 0; x < p.relative_rows; ++x) {
-    float* row = packed + x * z.ld;
+    float* row = packed + x * z.ld_table;
     if (x >= p.distances) {
-      __builtin_memset(row, 0, (size_t)z.ld * 4);
+      __builtin_memset(row, 0, (size_t)z.ld_table * 4);
       continue;
     }
     float* wide = row;
@@ -31,12 +31,12 @@ static void pack_table(const Problem& p, const Sizes& z, int64_t head) {
     widen_operand(p.relative_key, at + x * p.relative_key.stride1, p.dim, wide);
     if constexpr (kPairs) {
       narrow_row(wide, p.dim, 1.0f, (bfloat_t*)row);
-      for (int64_t i = p.dim; i < 2 * z.ld; ++i) ((bfloat_t*)row)[i].bits = 0;
+      for (int64_t i = p.dim; i < 2 * z.ld_table; ++i) ((bfloat_t*)row)[i].bits = 0;
     } else {
-      for (int64_t i = p.dim; i < z.ld; ++i) row[i] = 0.0f;
+      for (int64_t i = p.dim; i < z.ld_table; ++i) row[i] = 0.0f;
     }
   }
-  interleave_rows<kPairs>(packed, z.ld, p.relative_rows, z.dim, packed + p.relative_rows * z.ld, z.dim);
+  interleave_rows<kPairs>(packed, z.ld_table, p.relative_rows, z.dim, packed + p.relative_rows * z.ld_table, z.dim);
 }
 
 // The rows of vectors pushed one after the other, lane i delayed by i pushes.
@@ -82,7 +82,9 @@ struct Shear {
 struct Band {
   int64_t low, tokens, first, shift;
   int64_t vectors;
-  int64_t both, single, rows;  // both vectors need band rows [both, single), only the first those before
+  // Of the `rows` that the table has, both vectors need [both, single), only the first those before, only the second
+  // those after.
+  int64_t both, single, rows;
   bool direct;                 // keys are the tokens of `neighbours` whole runs, in order
   int64_t neighbours;
 };
@@ -106,10 +108,10 @@ RK_INLINE Band make_band(const Problem& p, const Rows& rows, const Keys& keys, i
   band.shift = kPairs ? band.first % 2 : 0;
   band.first -= band.shift;
   band.vectors = rows.padded - strip > kLanes ? 2 : 1;
-  const int64_t reach = band.shift + band.tokens + kLanes - 1;
-  band.single = round_up(reach, 8);
-  band.both = band.vectors == 2 ? (band.shift + kLanes) / 8 * 8 : band.single;
-  band.rows = band.vectors == 2 ? round_up(reach + kLanes, 8) : band.single;
+  const int64_t reach = band.shift + band.tokens + kLanes - 1, most_rows = round_up(p.distances - band.first, 8);
+  band.single = least(round_up(reach, 8), most_rows);
+  band.rows = band.vectors == 2 ? least(round_up(reach + kLanes, 8), most_rows) : band.single;
+  band.both = band.vectors == 2 ? least((band.shift + kLanes) / 8 * 8, band.single) : band.single;
   return band;
 }
 
@@ -125,11 +127,11 @@ static void add_relative(const Problem& p, const Sizes& z, const Rows& rows, con
   band += kBandSlack * kPanel;
   for (int64_t strip = 0; strip < rows.padded; strip += kPanel) {
     const Band g = make_band<kPairs>(p, rows, keys, strip);
-    const float* at = table + g.first * z.ld;
+    const float* at = table + g.first * z.ld_table;
     const float* panel = panels + strip / kPanel * panel_size(z.depth);
     const auto product = [&](int64_t from, int64_t to, int64_t v, int64_t vectors) {
       if (from < to)
-        multiply<false, kPairs>(to - from, vectors * kLanes, z.depth, at + from * z.ld, z.ld, panel + v * kLanes, kPanel,
+        multiply<false, kPairs>(to - from, vectors * kLanes, z.depth, at + from * z.ld_table, z.ld_table, panel + v * kLanes, kPanel,
                                 0, band + from * kPanel + v * kLanes, kPanel, false, next);
     };
     product(0, g.both, 0, 1);
@@ -137,6 +139,8 @@ static void add_relative(const Problem& p, const Sizes& z, const Rows& rows, con
       product(g.both, g.single, 0, 2);
       product(g.single, g.rows, 1, 1);
     }
+    for (int64_t y = g.rows; y < g.shift + g.tokens + g.vectors * kLanes - 1; ++y)  // past the table: padded rows only
+      for (int64_t v = 0; v < g.vectors; ++v) store(band + y * kPanel + v * kLanes, vfloat{});
     for (int64_t v = 0; v < g.vectors; ++v) {
       Shear shear;
       const float* from = band + (g.shift + g.tokens + kLanes - 2 + v * kLanes) * kPanel + v * kLanes;
@@ -193,7 +197,7 @@ RK_INLINE void store_across(vfloat a, vfloat b, float* p) {
 #endif
 
 struct RelativeBuffers {
-  float *band, *sheared, *down, *across;
+  float *band, *sheared, *down, *across, *tail;
 
   RelativeBuffers(const Problem& p, const Sizes& z, bool backward, Arena* arena) {
     const int64_t size = p.relative_key.data ? band_size(z) : 0;
@@ -201,6 +205,7 @@ struct RelativeBuffers {
     sheared = arena->take(size);
     down = arena->take(backward && z.pairs ? size / 2 : 0);
     across = arena->take(backward && z.pairs ? size / 2 : 0);
+    tail = arena->take(backward ? 8 * z.dim : 0);
   }
 };
 
@@ -263,22 +268,31 @@ static void add_relative_gradients(const Problem& p, const Sizes& z, const Relat
     // dQ: every vector of rows with its own part of the band
     for (int64_t v = 0; v < g.vectors; ++v) {
       float* to = grad_rows + (strip + v * kLanes) * z.dim;
+      const int64_t deep = least(g.shift + g.tokens + kLanes - 1, g.rows - v * kLanes);
+      if (deep <= 0) continue;
       if constexpr (kPairs)
-        multiply<true, true>(kLanes, z.dim, (g.shift + g.tokens + kLanes) / 2, across + v * kLanes / 2 * kPanel + v * kLanes,
-                             kPanel, table + p.relative_rows * z.ld + (g.first + v * kLanes) / 2 * z.dim, z.dim, kPanel, to,
+        multiply<true, true>(kLanes, z.dim, (deep + 1) / 2, across + v * kLanes / 2 * kPanel + v * kLanes,
+                             kPanel, table + p.relative_rows * z.ld_table + (g.first + v * kLanes) / 2 * z.dim, z.dim, kPanel, to,
                              z.dim, true, next);
       else
-        multiply<true, false>(kLanes, z.dim, g.tokens + kLanes - 1, across + v * kLanes * kPanel + v * kLanes, kPanel,
-                              table + (g.first + v * kLanes) * z.ld, z.ld, kPanel, to, z.dim, true, next);
+        multiply<true, false>(kLanes, z.dim, deep, across + v * kLanes * kPanel + v * kLanes, kPanel,
+                              table + (g.first + v * kLanes) * z.ld_table, z.ld_table, kPanel, to, z.dim, true, next);
     }
     if (!p.relative_partial) continue;
     constexpr int64_t kDeep = kPairs ? kLanes / 2 : kLanes;  // elements of one vector's rows
-    float* total = p.relative_partial + ((copy * p.heads + rows.head[0]) * p.relative_rows + g.first) * z.dim;
+    float* total = p.relative_partial + ((copy * p.heads + rows.head[0]) * p.distances + g.first) * z.dim;
+    const int64_t left = p.distances - g.first;  // what follows in memory may be another thread's
     const float* row = query + strip / (kPairs ? 2 : 1) * ld_query;
     const auto product = [&](int64_t from, int64_t to, int64_t v, int64_t vectors) {
-      if (from < to)
-        multiply<false, kPairs>(to - from, z.dim, vectors * kDeep, down + from * ld_down + v * kDeep, ld_down,
-                                row + v * kDeep * ld_query, ld_query, kPanel, total + from * z.dim, z.dim, true, next);
+      const auto part = [&](int64_t begin, int64_t end, float* c, bool add) {
+        multiply<false, kPairs>(end - begin, z.dim, vectors * kDeep, down + begin * ld_down + v * kDeep, ld_down,
+                                row + v * kDeep * ld_query, ld_query, kPanel, c, z.dim, add, next);
+      };
+      const int64_t whole = most(from, least(to, left / 8 * 8));
+      if (from < whole) part(from, whole, total + from * z.dim, true);
+      if (whole >= to || whole >= left) return;
+      part(whole, whole + 8, f.tail, false);
+      add_scaled(total + whole * z.dim, 1.0f, f.tail, (left - whole) * z.dim);
     };
     product(0, g.both, 0, 1);
     if (g.vectors == 2) {

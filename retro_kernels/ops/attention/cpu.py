@@ -51,19 +51,22 @@ def _copies(key: torch.Tensor, grouping: int, shapes: list[tuple[int, ...] | Non
     return max(1, min(groups, most, COPIES_BYTES // (4 * max(largest, 1))))
 
 
-def _packed_table(relative_key: torch.Tensor | None) -> torch.Tensor | None:
-    """Room for `relative_key` as the products read it; the rows past its own are zeros, which bands may reach."""
+def _packed_table(relative_key: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Room for `relative_key` as the products read it: rows and columns are padded with zeros to whole register tiles,
+    and bf16 takes two layouts."""
     if relative_key is None:
         return None
     heads, distances, d = relative_key.shape
-    shape = (heads, -(-(distances + 40) // 8) * 8, -(-d // 16) * 16 + 32)
-    return ops_common.allocate(shape, torch.float32, relative_key.device)
+    width = -(-d // 16) * 16
+    if dtype == torch.bfloat16 or width % 128 == 0:
+        width += 16
+    return ops_common.allocate((heads, -(-distances // 8) * 8 + 8, width), torch.float32, relative_key.device)
 
 
 def _forward(query, key, value, *arguments):
     out, lse = common.allocate_forward(query, value)
     torch.ops.retro_kernels_cpu.attention_forward(
-        query, key, value, *arguments, _packed_table(arguments[RELATIVE_KEY - 3]), out, lse
+        query, key, value, *arguments, _packed_table(arguments[RELATIVE_KEY - 3], query.dtype), out, lse
     )
     return out, lse
 
@@ -77,10 +80,10 @@ def _backward(grad_out, *arguments):
     asked = (bias_gradient, *(3 * (relative_gradient,)), *(2 * (null_gradient,)))
     given = (slots[place] is not None for place in common.DIFFERENTIABLE[3:])
     totals = [total if wanted and there else None for total, wanted, there in zip(gradients[3:], asked, given)]
-    packed = _packed_table(slots[RELATIVE_KEY])
+    packed = _packed_table(slots[RELATIVE_KEY], grad_out.dtype)
     shapes = [None if total is None else tuple(total.shape) for total in totals]
-    if shapes[1] is not None:  # summed in whole register tiles, which reach past the table's rows and columns
-        shapes[1] = (*packed.shape[:2], packed.shape[2] - 32)
+    if shapes[1] is not None:  # summed in whole vectors, which reach past the table's columns
+        shapes[1] = (*shapes[1][:2], -(-shapes[1][2] // 16) * 16)
     copies = _copies(slots[1], settings[0], shapes)
     partial = [
         None if shape is None else ops_common.allocate((copies, *shape), torch.float32, grad_out.device)
