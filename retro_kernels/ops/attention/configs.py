@@ -222,7 +222,8 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows
     `sm` 90 for sm_90; what is neither Hopper nor data-centre Blackwell takes sm_80's. `width` is `tile_width`,
     rounded up to 64, 128 or 256 (beyond 256, which only partial rotary turns of heads above 128 reach, 256's may
     spill). `options`: a bias, rotary tables or a null slot, which cost registers. `rows`: the stride; fewer rows make
-    a smaller tile. None for "backward" where the single pass does not fit, and two passes run instead.
+    a smaller tile. None for "backward", "backward_shared" or "backward_sweeps" where that does not fit, and the next of them or two
+    launches run instead.
     """
     options = features != "plain"
     generation = {90: 90, 100: 100, 103: 100}.get(sm, 80)
@@ -235,9 +236,9 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows
         # Square, as its diagonals need. Larger tiles spill: 64 x 64 by 304 bytes at 64 wide on sm_90.
         side = min(32, power_of_two(rows))
         return _S(side, side, 8, 1)
-    if kind == "backward" and 64 < rows <= 128 and precision == "half" and size <= 128 and not options:
-        if generation >= 90:
-            return _S(128, 64, 8, 2)  # 236 registers at 128 wide
+    if kind == "backward" and 64 < rows <= 128 and precision == "half" and size <= 128:
+        # 236 registers at 128 wide on sm_90; with options, or without WGMMA, the sweeps
+        return _S(128, 64, 8, 2) if generation >= 90 and not options else None
     by_width = _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
     found = by_width.get(size, (None, None))[options]
     if found is None:

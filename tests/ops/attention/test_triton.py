@@ -6,6 +6,7 @@ every loop of the kernels in the interpreter.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,42 +17,28 @@ import cases
 import pytest
 import torch
 
-from retro_kernels.ops import common, tuning
-from retro_kernels.ops.chunked_cross_attention import configs
-from retro_kernels.ops.chunked_cross_attention import triton as backend
+from retro_kernels.ops import tuning
+from retro_kernels.ops.attention import common, configs, triton_tiles
+from retro_kernels.ops.attention import triton as backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GUARD = 64
 
-pytestmark = pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable()))
-
-
-@pytest.fixture(autouse=True)
-def guarded(monkeypatch):
-    """Outputs and partial sums start as NaN between guard bands, which must be untouched afterwards."""
-    bands = []
-
-    def allocate(shape, dtype, device):
-        size = int(torch.Size(shape).numel())
-        memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
-        memory[:GUARD] = memory[GUARD + size :] = 123.0
-        bands.append((memory, size))
-        return memory[GUARD : GUARD + size].view(shape)
-
-    monkeypatch.setattr(common, "allocate", allocate)
-    yield
-    for memory, size in bands:
-        assert (torch.cat([memory[:GUARD], memory[GUARD + size :]]) == 123.0).all(), "written outside an output"
+pytestmark = [
+    pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable())),
+    pytest.mark.usefixtures("guarded"),
+]
 
 
-def small_tiles(block_rows=16, block_keys=16):
+def small_tiles(block_rows=16, block_keys=16, relative=16):
+    """The same tile for every kind but that of the relative gradients, whose tiles are square."""
     settings = configs.LaunchSettings(block_rows, block_keys, num_warps=4, num_stages=1)
-    return configs.override(**dict.fromkeys(configs.KINDS, settings))
+    square = configs.LaunchSettings(relative, relative, num_warps=4, num_stages=1)
+    return configs.override(**{**dict.fromkeys(configs.KINDS, settings), "backward_relative": square})
 
 
 def agree(case, dtype=torch.float32):
     arguments = cases.make(case, dtype, DEVICE)
-    grad_out = torch.randn(case.b, case.n, case.h, arguments["value"].shape[-1], device=DEVICE)
+    grad_out = torch.randn(case.out_shape, device=DEVICE)
     expected = cases.run(cases.as_dtype(arguments, torch.float64), "reference", grad_out.double())
     given = cases.run(arguments, "triton", grad_out)
     cases.assert_close(given, expected, 1e-5)
@@ -103,8 +90,35 @@ def test_long_offsets_compute_the_same(monkeypatch):
 @pytest.mark.parametrize(("shape", "long"), [((1, 4, 2, 128, 32, 128), False), ((1, 4, 40, 2048, 256, 128), True)])
 def test_long_offsets_are_taken_when_a_chunk_is_beyond_2_31_elements(shape, long):
     key = torch.empty(shape, device="meta")
-    query = torch.empty(1, 256, shape[4], 128, device="meta")
-    assert backend._needs_long_offsets(query, key, key, None, None, query, 64) is long
+    query = torch.empty(1, 1, 1, 256, shape[4], 128, device="meta")
+    call = backend.Arguments(*(None,) * common.TENSORS, common.CLOCK, False, False, 1.0, 0.0, 64, 63)
+    call = call._replace(query=query, key=key, value=key)
+    assert backend._needs_long_offsets(call, query) is long
+
+
+@pytest.mark.parametrize(
+    ("case", "tile", "passes"),
+    [
+        (cases.Case("", "self", b=1, l=1, r=20, h=2, d=8), (32, 16), ["backward"]),
+        (cases.Case("", "self", b=1, l=1, r=20, h=2, hk=1, d=8), (16, 32), ["backward_shared"]),
+        (cases.Case("", "self", b=1, l=1, r=20, h=2, hk=1, d=8), (16, 16), ["backward_sweeps"]),
+        (cases.Case("", "self", b=1, l=1, k=1, r=20, h=2, hk=1, d=8, causal=True, documents=(9, 11)), (16, 16),
+         ["backward_queries", "backward_keys"]),
+        (cases.Case("", "cross", b=1, l=2, m=12, r=20, h=2, hk=1, d=8), (16, 16), ["backward_shared"]),
+        (cases.Case("", "cross", b=1, l=1, m=20, r=20, h=1, d=8), (16, 16), ["backward_queries", "backward_keys"]),
+    ],
+    ids=["rows", "keys", "sweeps", "causal", "chunk", "long chunk"],
+)  # fmt: skip
+@pytest.mark.parametrize("relative", [False, True], ids=["plain", "relative"])
+def test_every_form_of_the_backward(case, tile, passes, relative, monkeypatch):
+    """Of both encoder attentions, with dropout on: the single passes, the sweeps and the two launches."""
+    launched = []
+    run = backend.Launch.__call__
+    monkeypatch.setattr(backend.Launch, "__call__", lambda self: (launched.append(self.kind), run(self))[1])
+    options = ("relative", "relative_biases") if relative else ()
+    with small_tiles(*tile, relative=16):
+        agree(dataclasses.replace(case, dropout_p=0.3, options=options))
+    assert launched == ["forward", *passes, *(["backward_relative"] if relative else [])]
 
 
 def test_bitwise_deterministic_in_two_passes():
@@ -120,21 +134,20 @@ def test_bitwise_deterministic_in_two_passes():
 
 def test_settings_never_depend_on_batch_or_length():
     """Neither the choice nor the compiled variant: lengths are not specialised."""
-    assert set(backend._LENGTHS) >= {"num_tokens", "num_chunks", "num_items", "key_tiles", "retrieved_length"}
-    for name in ("num_tokens", "num_neighbours", "retrieved_length", "first_token", "num_chunks"):
-        assert name in backend._LENGTHS
+    lengths = {"num_tokens", "num_chunks", "num_groups", "num_items", "key_tiles", "retrieved_length", "first_token"}
+    assert set(triton_tiles.LENGTHS) >= lengths
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 103, 120])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [16, 64, 128, 256, 384])
-@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("options", configs.FEATURES)
 def test_the_rule_covers_everything(sm, dtype, width, options):
-    """Every kind has settings; only the single pass may say that it does not fit."""
+    """Every kind has settings; only the single passes and the sweeps may say that they do not fit."""
     for kind in configs.KINDS:
         for rows in (1, 16, 64, 100):
             settings = configs.rule(kind, sm, dtype, width, options, rows)
-            if kind == "backward" and settings is None:
+            if kind in ("backward", "backward_shared", "backward_sweeps") and settings is None:
                 continue
             assert min(settings.block_rows, settings.block_keys) >= 16
             assert settings.block_rows <= configs.power_of_two(rows)
@@ -150,7 +163,7 @@ def test_import_and_refusal_without_the_interpreter_or_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = "from retro_kernels.ops.chunked_cross_attention import triton as t; print(t.unavailable())"
+    code = "from retro_kernels.ops.attention import triton as t; print(t.unavailable())"
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "no CUDA device" in out.stdout
     assert "TRITON_INTERPRET=1" in out.stdout
@@ -160,7 +173,7 @@ def test_import_without_triton():
     """Where Triton is not installed the module imports all the same, and `unavailable` names the remedy."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from retro_kernels.ops.chunked_cross_attention import triton as t; print(t.unavailable())"
+        "from retro_kernels.ops.attention import triton as t; print(t.unavailable())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install triton" in out.stdout
@@ -169,8 +182,6 @@ def test_import_without_triton():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"relative_key": 1}, "relative_key"),
-        ({"dropout_p": 0.5}, "dropout"),
         ({"query": torch.empty(1, 1, 1, 4, dtype=torch.float64)}, "float64"),
         ({"value": torch.empty(1, 1, 1, 1, 1, 300)}, "256"),
     ],
@@ -208,7 +219,7 @@ CASE = cases.Case("", b=1, n=9, m=4, k=1, r=3, h=1, d=4)
 
 
 def test_tuning_takes_the_fastest_and_remembers_it(tuned_in, monkeypatch):
-    choice = ("forward", backend._compute_capability(torch.device(DEVICE)), torch.float32, 16, False, 4)
+    choice = ("forward", backend._compute_capability(torch.device(DEVICE)), torch.float32, 16, "plain", 4)
     fast = configs.candidates(*choice)[2]
     timer = FakeTimer(fast)
     monkeypatch.setattr(tuning, "median_milliseconds", timer)
