@@ -222,8 +222,8 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows
     `sm` 90 for sm_90; what is neither Hopper nor data-centre Blackwell takes sm_80's. `width` is `tile_width`,
     rounded up to 64, 128 or 256 (beyond 256, which only partial rotary turns of heads above 128 reach, 256's may
     spill). `options`: a bias, rotary tables or a null slot, which cost registers. `rows`: the stride; fewer rows make
-    a smaller tile. None for "backward", "backward_shared" or "backward_sweeps" where that does not fit, and the next of them or two
-    launches run instead.
+    a smaller tile. None for "backward", "backward_shared" or "backward_sweeps" where that does
+    not fit, and the next of them or two launches run instead.
     """
     options = features != "plain"
     generation = {90: 90, 100: 100, 103: 100}.get(sm, 80)

@@ -74,9 +74,8 @@ def _forward(query, key, value, *arguments):
 def _backward(grad_out, *arguments):
     slots, (out, lse) = arguments[: common.TENSORS], arguments[common.TENSORS : common.TENSORS + 2]
     *settings, bias_gradient, relative_gradient, null_gradient = arguments[common.TENSORS + 2 :]
-    gradients = common.allocate_backward(
-        *(slots[place] for place in common.DIFFERENTIABLE), bias_gradient, relative_gradient, null_gradient
-    )
+    flags = (bias_gradient, relative_gradient, null_gradient)
+    gradients = common.allocate_backward(*[*(slots[place] for place in common.DIFFERENTIABLE), *flags])
     asked = (bias_gradient, *(3 * (relative_gradient,)), *(2 * (null_gradient,)))
     given = (slots[place] is not None for place in common.DIFFERENTIABLE[3:])
     totals = [total if wanted and there else None for total, wanted, there in zip(gradients[3:], asked, given)]

@@ -38,7 +38,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,9 +52,10 @@ from .triton_tiles import triton
 _MARGIN = 256  # masked lanes of a tile lie at most this far beyond the last row or slot
 
 
-Arguments = namedtuple(
-    "Arguments", [part.split()[-1] for part in f"{common.SLOTS}, {common.SETTINGS}".split(",")]
-)  # of an op, by the names of its schema
+if TYPE_CHECKING:
+    Arguments = Any
+else:  # of an op, by the names of its schema
+    Arguments = namedtuple("Arguments", [x.split()[-1] for x in f"{common.SLOTS}, {common.SETTINGS}".split(",")])
 
 
 @dataclass(frozen=True)
@@ -344,7 +345,7 @@ def _remembered(key: str) -> configs.LaunchSettings | None:
 
 
 KERNELS = (triton_forward.forward_kernel, triton_backward.backward_kernel, triton_parameters.parameters_kernel)
-SOURCES = tuple(module.__file__ for module in (triton_tiles, triton_forward, triton_backward, triton_parameters))
+SOURCES = tuple(str(module.__file__) for module in (triton_tiles, triton_forward, triton_backward, triton_parameters))
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from typing import Any
 
 from . import common
 
+import_error: str | None = None
 try:
     import triton
     import triton.language as tl
@@ -21,7 +22,6 @@ except ImportError as error:
     triton = None
     import_error = f"{type(error).__name__}: {error}"
 else:
-    import_error = None
     CLOCK = constexpr(common.CLOCK)
     NEIGHBOUR = constexpr(common.NEIGHBOUR)
     CHUNK = constexpr(common.CHUNK)
