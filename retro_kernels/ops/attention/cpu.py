@@ -1,10 +1,11 @@
 """Attention within groups on the CPU: the kernels of csrc/cpu.
 
 Speed is bounded by multiply-adds: per (group, head) the forward does 4 rows S d FLOPs on 4 bytes x 2 S d of fp32 keys
-and values, 32 FLOP per byte at 64 rows. csrc/README.md says how far from the measured limit the kernels are.
+and values, 32 FLOP per byte at 64 rows. Relative positions add 2 rows (r + 15) d: only the distances that 16 rows can
+see are multiplied, and neighbours share them. csrc/README.md says what was measured and how far from the limit it is.
 
-Memory: the outputs, and for the gradients of parameters `_copies` fp32 partial sums of each. Besides, each thread
-keeps a scratch buffer (about 1 MiB, whatever the size of the call) between calls.
+Memory: the outputs; with `relative_key` a packed copy of it; and for the gradients of parameters `_copies` fp32 partial
+sums of each. Besides, each thread keeps a scratch buffer (about 1 MiB, whatever the size of the call) between calls.
 
 Each level of instructions gives bitwise the same result on every run and for every number of threads: a (batch, group,
 kv head) is computed by one thread in one order, and partial sums are assigned to them by a rule that knows only shapes.
