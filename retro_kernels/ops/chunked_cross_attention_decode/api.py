@@ -68,7 +68,7 @@ def chunked_cross_attention_decode(
         key_scale, value_scale: fp32 [b, k, r]: what a quantised cache is multiplied with.
         return_lse: also return the natural logarithm of the softmax's sum.
         validate: wait for the device and raise for tokens past the border, as a CPU always does.
-        backend: "reference", "cpu" or "triton"; None chooses, RETRO_KERNELS_BACKEND overrides None.
+        backend: "reference" or "cpu"; None chooses, RETRO_KERNELS_BACKEND overrides None.
 
     Returns:
         [b, t, h, d_value] in the query's dtype, and with `return_lse` also [b, t, h] in fp32 (fp64 for fp64; -inf where
@@ -115,9 +115,7 @@ def check_query(query: Any) -> None:
     validate.rank("query", query, "b, t, h, d")
     for name, size in (("h", query.shape[2]), ("d", query.shape[3])):
         if size == 0:
-            raise ValueError(
-                f"query: got shape {list(query.shape)}, expected [b, t, h, d] with {name} at least 1"
-            )
+            raise ValueError(f"query: got shape {list(query.shape)}, expected [b, t, h, d] with {name} at least 1")
 
 
 def cast_cache(name: str, cache: Any, query: torch.Tensor) -> Any:

@@ -171,7 +171,7 @@ def logit_bias(call: DecodeCall) -> torch.Tensor | None:
         b, t, h, d = query.shape
         table = call.relative_key.to(query.dtype)  # [h, m + r - 1, d]
         by_distance = torch.bmm(query.permute(2, 0, 1, 3).reshape(h, b * t, d), table.transpose(1, 2))
-        by_distance = by_distance.view(h, b, t, -1).permute(1, 2, 0, 3)
+        by_distance = by_distance.view(h, b, t, table.shape[1]).permute(1, 2, 0, 3)
         distance = row[..., None] - torch.arange(r, device=row.device) + (r - 1)
         total = call.scale * by_distance.gather(-1, distance[:, :, None].expand(b, t, h, r)).float()
     if call.attention_bias is not None:
@@ -190,3 +190,23 @@ def null_logit(call: DecodeCall, content: torch.Tensor) -> torch.Tensor | None:
     return (call.scale * (content.float() * call.null_key.float()).sum(-1)).contiguous()
 
 
+def refusal(name: str, call: DecodeCall, largest_head: int) -> str | None:
+    """What no fused backend takes."""
+    query = call.query
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'query is {query.dtype}; the {name} kernels take float32, float16, bfloat16: use backend="reference"'
+    if call.needs_gradient():
+        return (
+            "an argument requires a gradient, and decoding has none: call it under torch.no_grad(), or train with "
+            f'the full operation ({call.operation.removesuffix("_decode")}), or use backend="reference", which '
+            "PyTorch differentiates"
+        )
+    sizes = (query.shape[-1], call.key.shape[-1], call.value.shape[-1])
+    if max(sizes) > largest_head:
+        return (
+            f"sizes of a head or an encoder state are {sizes[1]} and {sizes[2]}; the {name} kernels take at most "
+            f'{largest_head}: use backend="reference"'
+        )
+    if call.key_rotary is not None and call.key_rotary[0].shape[-1] > 128:
+        return f"key_rotary turns {2 * call.key_rotary[0].shape[-1]} dimensions; the {name} kernels turn at most 256"
+    return None

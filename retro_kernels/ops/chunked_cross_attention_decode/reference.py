@@ -60,7 +60,7 @@ def decode(call: common.DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = attention.attend(rows, chunk, key, value, mask, nowhere, nowhere)
     out, lse = (torch.cat([x[:, 0], x.new_full((b, 1, *x.shape[3:]), idle)], dim=1).flatten(0, 1)[place]
                 for x, idle in ((out, 0.0), (lse, float("-inf"))))  # fmt: skip
-    out, lse = out.view(b, t, h, -1).to(call.query.dtype), lse.view(b, t, h)
+    out, lse = out.view(b, t, h, value.shape[-1]).to(call.query.dtype), lse.view(b, t, h)
     beyond = (state == common.BEYOND)[..., None]
     return out.masked_fill(beyond[..., None], float("nan")), lse.masked_fill(beyond, float("nan"))
 
