@@ -44,7 +44,7 @@ def _decode_projected(call: common.DecodeCall, projection: common.Projection, fu
         bias = projection.bias_key.float().repeat_interleave(h // hk, dim=0)
         shift = call.scale * (content.float() * bias).sum(-1)
     # [hk, b * t * group, d]: the heads that share weights, side by side
-    folded = content.view(b * t, hk, h // hk, d).transpose(0, 1).reshape(hk, -1, d)
+    folded = content.reshape(b * t, hk, h // hk, d).transpose(0, 1).reshape(hk, -1, d)
     absorbed = torch.bmm(folded, projection.w_key).view(hk, b, t, h // hk, e).permute(1, 2, 0, 3, 4).flatten(2, 3)
     shifted = null_logit if null_logit is None or shift is None else null_logit - shift
     weighted, lse = fused(*_arguments(call, absorbed, shifted, None, call.scale))
