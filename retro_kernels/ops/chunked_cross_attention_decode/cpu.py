@@ -5,7 +5,8 @@ fp32, so the time cannot be less than the cache's bytes over the memory's bandwi
 order in which it lies in memory, whatever the number of new tokens. csrc/README.md says how far from it the kernels
 are. From encoder states, which all heads share, a token does 4 h S e FLOPs on S e numbers, and multiply-adds bound it.
 
-Memory: the outputs, and where few sequences and heads leave threads idle, fp32 partial sums of up to 32 ranges of slots.
+Memory: the outputs, and where few sequences and heads leave threads idle, fp32 partial sums of up to 32 ranges of
+slots.
 
 Each level of instructions gives bitwise the same result on every run and for every number of threads: how the work is
 cut is a function of shapes alone, and partial sums are added in order.

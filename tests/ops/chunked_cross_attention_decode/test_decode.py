@@ -14,7 +14,7 @@ M, K, R, H, D = 8, 2, 11, 4, 20
 GUARD = 64
 
 
-@pytest.fixture(params=[name for name in BACKENDS])
+@pytest.fixture(params=list(BACKENDS))
 def backend(request):
     reason = BACKENDS[request.param].unavailable()
     if reason is not None:
@@ -31,7 +31,8 @@ def guarded(monkeypatch):
         size = int(torch.Size(shape).numel())
         memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
         memory[:GUARD] = memory[GUARD + size :] = 123.0
-        bands.append((memory, size))
+        if type(memory) is torch.Tensor:  # not where a fake stands for it
+            bands.append((memory, size))
         return memory[GUARD : GUARD + size].view(shape)
 
     monkeypatch.setattr(common, "allocate", allocate)
@@ -64,7 +65,7 @@ def make(options=(), dtype=torch.float32, b=3, m=M, k=K, r=R, h=H, hk=2, d=D, dv
     x = {"query": draw(b, n, h, d), "key": draw(b, l, k, r, hk, d), "value": draw(b, l, k, r, hk, dv), "chunk_size": m}
     if "mask" in options:
         x["neighbour_mask"] = torch.rand(b, l, k, r, generator=generator) > 0.4
-        x["neighbour_mask"][0, 0] = False
+        x["neighbour_mask"][:1, 0] = False
     if "bias" in options:
         x["attention_bias"] = draw(h, m, r)
     if "bias_wide" in options:
@@ -150,10 +151,10 @@ def test_half_precision_is_within_twice_the_error_of_pytorch(name, dtype, backen
     x = make(OPTIONS[name], dtype)
     wide = {n: y.double() if isinstance(y, torch.Tensor) and y.is_floating_point() else
             tuple(z.double() for z in y) if isinstance(y, tuple) else y for n, y in x.items()}  # fmt: skip
-    expected = step(wide, 13, t=4, backend="reference")[0]
-    given = step(x, 13, t=4, backend=backend)[0].double()
+    expected = step(wide, 11, t=4, backend="reference")[0]
+    given = step(x, 11, t=4, backend=backend)[0].double()
     monkeypatch.setattr(attention, "accumulation_dtype", lambda dtype: dtype)
-    plain = step(x, 13, t=4, backend="reference")[0].double()
+    plain = step(x, 11, t=4, backend="reference")[0].double()
     floor = {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype] * expected.abs().max()
     assert (given - expected).abs().max() <= 2 * (plain - expected).abs().max() + floor
 
@@ -166,6 +167,7 @@ def test_quantised_caches(kind, hk, dtype, backend):
     generator = torch.Generator().manual_seed(1)
     codes = torch.arange(256, dtype=torch.uint8)
     codes = codes[~codes.view(kind).float().isnan()]
+    largest = 448 if kind.is_floating_point else 127
 
     def draw(*shape):
         picked = torch.randint(len(codes), shape, generator=generator)
@@ -319,7 +321,7 @@ def test_gradients_are_refused_by_the_kernels_and_made_by_the_reference():
     [
         ("key", torch.zeros(3, K, R, 2, D, dtype=torch.float64), TypeError),
         ("key", torch.zeros(3, K, R, 2, D, dtype=torch.int8), ValueError),
-        ("key", torch.zeros(3, K, R, 3, D), ValueError),
+        ("key", torch.zeros(3, K, R, 2, D + 1), ValueError),
         ("value", torch.zeros(3, K, R + 1, 2, 12), ValueError),
         ("value", torch.zeros(3, K, R, 2, 12, device="meta"), ValueError),
         ("position", torch.zeros(3, dtype=torch.int32), TypeError),
