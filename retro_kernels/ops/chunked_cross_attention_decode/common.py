@@ -85,8 +85,8 @@ class DecodeCall:
 
 def decode_schema(backend: str) -> str:
     """query [b, t, h, d]; key, value [b, k, r, hk, d | d_value], in the query's dtype or quantised; mask
-    bool [b, k, r]; null_value [h, d_value]; key_cos, key_sin [r, w]; key_scale, value_scale fp32 [b, k, r]; position int64, valid bool
-    and chunk int64 [b], contiguous; every last stride 1 but the masks' and the scales'
+    bool [b, k, r]; null_value [h, d_value]; key_cos, key_sin [r, w]; key_scale, value_scale fp32 [b, k, r]; position
+    int64, valid bool and chunk int64 [b], contiguous; every last stride 1 but the masks' and the scales'
     -> out [b, t, h, d_value] in the query's dtype, lse [b, t, h] fp32, the null slot included."""
     return f"decode_{backend}({ARGUMENTS}) -> (Tensor out, Tensor lse)"
 

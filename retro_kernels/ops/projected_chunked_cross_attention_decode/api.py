@@ -46,7 +46,8 @@ def projected_chunked_cross_attention_decode(
 
     W_k acts on the query and W_v on the weighted sum of the states, so the cache is k * r states of e numbers, shared
     by all heads and all layers, instead of keys and values of 2 hk d numbers for each layer. W_k and W_v are read
-    besides, once whatever the batch: up to a batch of about e / (k r) a cache of keys and values has fewer bytes to read.
+    besides, once whatever the batch: up to a batch of about e / (k r) a cache of keys and values has fewer bytes to
+    read.
 
     Args:
         query: [b, t, h, d].
