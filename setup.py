@@ -171,8 +171,9 @@ class BuildKernels(build_ext):
         )
         have = [f"-DRK_HAVE_{name.upper()}" for name in flags if name != "portable"]
         objects: list[tuple[Path, Path, list[str]]] = [
-            (SOURCES / "bindings.cpp", folder / "bindings.o",
-             [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DRK_TORCH_BUILT={version}", f"-I{include}"]),
+            *((SOURCES / f"{name}.cpp", folder / f"{name}.o",
+               [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DRK_TORCH_BUILT={version}", f"-I{include}"])
+              for name in ("bindings", "decode_bindings")),
             (SOURCES / "dispatch.cpp", folder / "dispatch.o", have),
             (folder / "build_info.cpp", folder / "build_info.o", []),
         ]  # fmt: skip

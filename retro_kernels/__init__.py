@@ -8,9 +8,11 @@ try:
     from .ops.attention.run import backends
     from .ops.backends import BackendStatus
     from .ops.chunked_cross_attention import chunked_cross_attention
+    from .ops.chunked_cross_attention_decode import chunked_cross_attention_decode
     from .ops.neighbour_cross_attention import neighbour_cross_attention
     from .ops.neighbour_self_attention import neighbour_self_attention
     from .ops.projected_chunked_cross_attention import projected_chunked_cross_attention
+    from .ops.projected_chunked_cross_attention_decode import projected_chunked_cross_attention_decode
 except Exception as error:  # whatever is broken, `retro-kernels doctor` must still start and say what it is
     _broken = error
 
@@ -33,9 +35,11 @@ __all__ = [
     "SwapReport",
     "backends",
     "chunked_cross_attention",
+    "chunked_cross_attention_decode",
     "neighbour_cross_attention",
     "neighbour_self_attention",
     "nn",
     "projected_chunked_cross_attention",
+    "projected_chunked_cross_attention_decode",
     "swap",
 ]

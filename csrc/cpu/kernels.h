@@ -16,6 +16,7 @@
 // Any number of keys and rows runs in the same scratch.
 #pragma once
 #include "backward.h"
+#include "decode.h"
 #include "forward.h"
 
 namespace retro_kernels {

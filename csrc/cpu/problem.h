@@ -77,6 +77,18 @@ struct Problem {
   bool stream_gradients;  // dK and dV are larger than the cache: write past it
 };
 
+struct DecodeProblem;
+
+// One instruction-set level's decode kernels; see decode_problem.h.
+struct DecodeLevel {
+  void (*plan)(DecodeProblem&);  // chooses how the work is cut
+  int64_t (*items)(const DecodeProblem&);
+  size_t (*scratch_bytes)(const DecodeProblem&);
+  void (*attend)(const DecodeProblem&, int64_t first_item, int64_t last_item, char* scratch);
+  // The (batch, token, head) rows [first, last) from their partial sums.
+  void (*combine)(const DecodeProblem&, int64_t first, int64_t last, char* scratch);
+};
+
 // One instruction-set level. `scratch` is 64-byte aligned and holds scratch_bytes(problem, backward) bytes.
 struct Level {
   const char* name;
@@ -87,6 +99,7 @@ struct Level {
   void (*forward)(const Problem&, int64_t first_item, int64_t last_item, char* scratch);
   // `following`: the item this thread computes next, or -1. `copy`: the partial copy of the parameter gradients to add to.
   void (*backward)(const Problem&, int64_t item, int64_t following, int64_t copy, char* scratch);
+  DecodeLevel decode;
 };
 
 }  // namespace retro_kernels

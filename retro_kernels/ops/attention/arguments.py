@@ -54,9 +54,10 @@ def check_mask(name: str, mask: torch.Tensor | None, query: torch.Tensor, dims: 
 
 def check_positions(
     query: torch.Tensor, tables: Tables, attention_bias, relative_key, content_bias, relative_bias,
-    query_rotary, key_rotary, rotary_interleaved,
+    query_rotary, key_rotary, rotary_interleaved, key_may_be_turned=False,
 ) -> None:  # fmt: skip
-    """The additive bias, the relative positions and the rotary tables."""
+    """The additive bias, the relative positions and the rotary tables. `key_may_be_turned`: the query's table may come
+    alone, for keys that were turned before."""
     h, d = query.shape[-2:]
     device = query.device
     either = (query.dtype, torch.float32)  # parameters and tables may stay in fp32 beside half-precision activations
@@ -86,13 +87,14 @@ def check_positions(
 
     if not isinstance(rotary_interleaved, bool):
         raise TypeError(f"rotary_interleaved: got {rotary_interleaved!r}, expected True or False")
-    if (query_rotary is None) != (key_rotary is None):
+    if (query_rotary is None) != (key_rotary is None) and not (key_may_be_turned and key_rotary is None):
         raise ValueError(
             f"query_rotary and key_rotary: got only {'key' if query_rotary is None else 'query'}_rotary, "
             "expected both (a table of cos 1 and sin 0 turns nothing)"
         )
     if query_rotary is not None:
         width = _check_rotary("query_rotary", query_rotary, row, tables.rows, d, either, device)
+    if query_rotary is not None and key_rotary is not None:
         key_width = _check_rotary("key_rotary", key_rotary, slot, tables.slots, d, either, device)
         if width != key_width:
             raise ValueError(f"key_rotary: got width {key_width}, expected {width}, the width of query_rotary")

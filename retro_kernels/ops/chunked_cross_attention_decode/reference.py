@@ -1,0 +1,91 @@
+"""Decoding in plain PyTorch: the specification. Each new token is put into its row of an otherwise empty chunk, and the
+chunk attends to its neighbours exactly as in the full computation.
+
+This is why a token decoded alone gets the same bits as in the full computation: the products of matrices, which PyTorch
+rounds differently for other shapes, have the shape they have there. It does the work of a whole chunk for every call;
+the fused backends do that of the tokens given.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..attention import reference as attention
+from ..attention.common import CLOCK, Call
+from . import common
+
+
+def unavailable() -> None:
+    """Plain PyTorch runs everywhere."""
+
+
+def refusal(call: common.DecodeCall) -> None:
+    """The specification refuses nothing."""
+
+
+def decode(call: common.DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out [b, t, h, d_value] in the query's dtype, lse [b, t, h] fp32 (fp64 for fp64), detached."""
+    b, t, h, d = call.query.shape
+    m = call.chunk_size
+    compute = attention.accumulation_dtype(call.query.dtype)
+    key, value = _keys_and_values(call, compute)
+
+    # Rows of the chunk that no token of this call takes are zero queries whose results are dropped. Tokens that do not
+    # attend share a row of their own, which is cut off.
+    state, row = common.states(call), common.rows(call)
+    attends = state == common.ATTENDS
+    place = (torch.where(attends, row, m) + torch.arange(b, device=row.device)[:, None] * (m + 1)).flatten()
+    query = torch.where(attends[..., None, None], call.query, 0.0)
+    chunk = query.new_zeros(b * (m + 1), h, d).index_copy(0, place, query.reshape(-1, h, d))
+    chunk = chunk.view(b, m + 1, h, d)[:, None, :m]
+
+    mask = call.mask
+    if call.valid is not None:
+        visible = call.valid[:, None, None].expand(key.shape[:3])
+        mask = visible if mask is None else mask & visible
+    query_rotary = call.query_rotary
+    if query_rotary is not None and call.key_rotary is None:  # the cache holds keys already turned
+        tables = tuple(table.detach().to(compute) for table in query_rotary)
+        chunk = attention.rotate(chunk.to(compute), tables, call.rotary_interleaved)  # type: ignore[arg-type]
+        query_rotary = None
+    rows = Call(
+        operation=call.operation, grouping=CLOCK, query=chunk, key=key, value=value, mask=mask,
+        attention_bias=call.attention_bias, relative_key=call.relative_key, content_bias=call.content_bias,
+        relative_bias=call.relative_bias, query_rotary=query_rotary, key_rotary=call.key_rotary,
+        rotary_interleaved=call.rotary_interleaved, null_key=call.null_key, null_value=call.null_value,
+        chunk_spans=None, first_visible=None, dropout_seed=None, causal=False, scale=call.scale, dropout_p=0.0, rows=m,
+        stride=m, first_token=0,
+    )  # fmt: skip
+    nowhere = torch.zeros(b, 1, m, dtype=torch.int64, device=row.device)
+    out, lse = attention.attend(rows, chunk, key, value, mask, nowhere, nowhere)
+    out, lse = (torch.cat([x[:, 0], x.new_full((b, 1, *x.shape[3:]), idle)], dim=1).flatten(0, 1)[place]
+                for x, idle in ((out, 0.0), (lse, float("-inf"))))  # fmt: skip
+    out, lse = out.view(b, t, h, value.shape[-1]).to(call.query.dtype), lse.view(b, t, h)
+    beyond = (state == common.BEYOND)[..., None]
+    return out.masked_fill(beyond[..., None], float("nan")), lse.masked_fill(beyond, float("nan"))
+
+
+def _keys_and_values(call: common.DecodeCall, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """[b, k, r, hk, d | d_value]: dequantised, and projected where the cache holds encoder states."""
+    key = _dequantised(call.key, call.key_scale, compute)
+    value = key if call.projection is not None else _dequantised(call.value, call.value_scale, compute)
+    if call.projection is None:
+        return key, value
+    encoded, projection = key[..., 0, :], call.projection
+    seen = call.mask
+    if call.valid is not None:
+        valid = call.valid[:, None, None].expand(encoded.shape[:3])
+        seen = valid if seen is None else seen & valid
+    if seen is not None:  # NaN of a masked token would reach the gradients of w_key and w_value
+        encoded = torch.where(seen[..., None], encoded, 0.0)
+    made = []
+    for weight, bias in ((projection.w_key, projection.bias_key), (projection.w_value, projection.bias_value)):
+        x = torch.nn.functional.linear(encoded, weight.to(compute).flatten(0, 1))
+        x = x.unflatten(-1, weight.shape[:2])
+        made.append(x if bias is None else x + bias.to(compute))
+    return made[0], made[1]
+
+
+def _dequantised(cache: torch.Tensor, scale: torch.Tensor | None, compute: torch.dtype) -> torch.Tensor:
+    cache = cache.to(compute)
+    return cache if scale is None else cache * scale.to(compute)[..., None, None]

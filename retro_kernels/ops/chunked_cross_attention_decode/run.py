@@ -1,0 +1,79 @@
+"""From a validated decode call to its result: the choice of a backend, and what comes before and after its kernel."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+
+from .. import backends as backend_choice
+from . import common, cpu, reference
+
+BACKENDS = {"reference": reference, "cpu": cpu}
+
+
+def run(call: common.DecodeCall, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out [b, t, h, d_value], lse [b, t, h]."""
+    chosen = backend_choice.choose(call.operation, BACKENDS, call, backend)
+    device = call.query.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        if chosen == "reference":
+            return reference.decode(call)
+        fused = BACKENDS[chosen].decode
+        return _decode(call, fused) if call.projection is None else _decode_projected(call, call.projection, fused)
+
+
+def _decode(call: common.DecodeCall, fused) -> tuple[torch.Tensor, torch.Tensor]:
+    content = common.content_query(call)
+    null_logit = common.null_logit(call, content)
+    return fused(*_arguments(call, content, null_logit, call.null_value, call.scale))
+
+
+def _decode_projected(call: common.DecodeCall, projection: common.Projection, fused):
+    """W_k acts on the query and W_v on the weighted sum of the states, [b, t, h, e] each: no key or value exists.
+
+    `bias_key` adds the same to all logits of a row but the null slot's, so it is taken from the null slot's instead and
+    given back to the lse. `bias_value` comes in with all the weight that the null slot leaves.
+    """
+    b, t, h, d = call.query.shape
+    hk, d_value, e = projection.w_value.shape
+    content = common.content_query(call)
+    null_logit = common.null_logit(call, content)
+    shift = None
+    if projection.bias_key is not None:
+        bias = projection.bias_key.float().repeat_interleave(h // hk, dim=0)
+        shift = call.scale * (content.float() * bias).sum(-1)
+    # [hk, b * t * group, d]: the heads that share weights, side by side
+    folded = content.reshape(b * t, hk, h // hk, d).transpose(0, 1).reshape(hk, -1, d)
+    absorbed = torch.bmm(folded, projection.w_key).view(hk, b, t, h // hk, e).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    shifted = null_logit if null_logit is None or shift is None else null_logit - shift
+    weighted, lse = fused(*_arguments(call, absorbed, shifted, None, call.scale))
+    folded = weighted.view(b * t, hk, h // hk, e).transpose(0, 1).reshape(hk, -1, e)
+    out = torch.bmm(folded, projection.w_value.transpose(1, 2))
+    out = out.view(hk, b, t, h // hk, d_value).permute(1, 2, 0, 3, 4).reshape(b, t, h, d_value)
+    if null_logit is None and projection.bias_value is None:
+        return out, lse if shift is None else lse + shift
+    empty = lse == float("-inf")
+    p_null = 0.0 if shifted is None else (shifted - lse).exp().masked_fill(empty, 0.0)[..., None]
+    total = out.float()
+    if projection.bias_value is not None:
+        bias = projection.bias_value.float().repeat_interleave(h // hk, dim=0)
+        total = total + (1.0 - p_null) * bias * ~empty[..., None]
+    if call.null_value is not None:
+        total = total + p_null * call.null_value.float()
+    return total.to(call.query.dtype), lse if shift is None else torch.where(empty, lse, lse + shift)
+
+
+def _arguments(call: common.DecodeCall, query, null_logit, null_value, scale: float) -> tuple:
+    key_cos, key_sin = call.key_rotary or (None, None)
+    key = _unit_last_stride(call.key)
+    return (
+        _unit_last_stride(query), key, key if call.value is call.key else _unit_last_stride(call.value), call.mask,
+        common.logit_bias(call), null_logit, _unit_last_stride(null_value), _unit_last_stride(key_cos),
+        _unit_last_stride(key_sin), call.key_scale, call.value_scale, call.position, call.valid, call.chunk,
+        call.rotary_interleaved, scale, call.chunk_size,
+    )  # fmt: skip
+
+
+def _unit_last_stride(x: torch.Tensor | None) -> torch.Tensor | None:
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
