@@ -180,7 +180,7 @@ def logit_bias(call: DecodeCall) -> torch.Tensor | None:
         if total is not None and wide == k * r and k > 1:
             total = total.repeat(1, 1, 1, k)
         total = bias if total is None else total + bias
-    return total.contiguous()
+    return None if total is None else total.contiguous()
 
 
 def null_logit(call: DecodeCall, content: torch.Tensor) -> torch.Tensor | None:
