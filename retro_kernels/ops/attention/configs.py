@@ -257,5 +257,7 @@ def candidates(kind: str, sm: int, dtype: torch.dtype, width: int, features: str
         for keys in (first.block_keys // 2, first.block_keys, 2 * first.block_keys)
         for stages in (1, 2, 3)
         if 16 <= keys <= 128
+        # Tiles of relative gradients are square, and their sums are read again after a barrier: no prefetching.
+        and (kind != "backward_relative" or (keys == first.block_keys and stages == 1))
     ]
     return [first, *(settings for settings in others if settings != first)]
