@@ -70,13 +70,13 @@ FEATURES = ("plain", "options", "options_dropout", "relative", "relative_dropout
 _S = LaunchSettings
 
 # (kind, precision, generation or None for any) -> width -> settings at 64 rows without and with options. Spills,
-# registers and shared memory are measured by tests/ops/chunked_cross_attention/aot.py and listed in
+# registers and shared memory are measured by tests/ops/attention/aot.py and listed in
 # compiled_settings.json beside it. No speed has been measured on a GPU.
 _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None, LaunchSettings | None]]] = {
-    # 64 x 64, 3 stages: 2 or 3 programs share a multiprocessor; 64 x 128 spills at 128 wide, 64 x 256 at any
+    # 64 x 64: 2 or 3 programs share a multiprocessor; at 128 wide 3 stages spill 64 bytes where causal
     ("forward", "half", 90): {
         64: (_S(64, 64, 4, 3), _S(64, 64, 4, 2)),
-        128: (_S(64, 64, 4, 3), _S(64, 32, 4, 3)),
+        128: (_S(64, 64, 4, 2), _S(64, 32, 8, 2)),
         256: (_S(64, 64, 8, 2), _S(64, 32, 8, 2)),
     },
     # as sm_90, accumulators in tensor memory
@@ -105,7 +105,7 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
     },
     # one pass: 244 registers at 128 wide; options spill 72 bytes there with 64 keys. At 256 wide dQ does not fit
     ("backward", "half", 90): {
-        64: (_S(64, 64, 4, 2), _S(64, 64, 4, 1)),
+        64: (_S(64, 64, 4, 2), _S(64, 64, 8, 1)),
         128: (_S(64, 64, 4, 2), _S(64, 32, 8, 1)),
     },
     # 2 stages spill 64 bytes at 128 wide
@@ -124,8 +124,8 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
     },
     # dQ alone: 186 registers at 128 wide, where options spill 56 bytes with 64 keys
     ("backward_queries", "half", None): {
-        64: (_S(64, 64, 4, 2), _S(64, 64, 4, 2)),
-        128: (_S(64, 64, 4, 2), _S(64, 32, 4, 2)),
+        64: (_S(64, 64, 4, 2), _S(64, 64, 8, 1)),
+        128: (_S(64, 64, 4, 2), _S(64, 32, 8, 1)),
         256: (_S(32, 32, 4, 1), _S(16, 16, 8, 1)),
     },
     # without WGMMA half the tile
@@ -140,10 +140,10 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
         128: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
         256: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
     },
-    # dK and dV, two accumulators: 255 registers at 128 wide; at 256 with options every tile spills, this one least
+    # dK and dV, two accumulators: 64 rows spill 56 bytes at 128 wide; at 256 with options all spill, this least
     ("backward_keys", "half", None): {
         64: (_S(64, 64, 4, 2), _S(64, 64, 8, 2)),
-        128: (_S(64, 64, 8, 1), _S(32, 64, 8, 1)),
+        128: (_S(32, 64, 8, 1), _S(32, 64, 8, 1)),
         256: (_S(32, 32, 8, 1), _S(16, 16, 8, 1)),
     },
     # without WGMMA key and value stay in registers: 32 x 32 spills 232 bytes at 64 wide with options
@@ -230,17 +230,26 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows
     size = 64 if width <= 64 else 128 if width <= 128 else 256
     precision = "fp32" if dtype == torch.float32 else "half"
     if kind in ("backward_shared", "backward_sweeps"):  # in fp32, or beyond 128 wide, two launches
+        # 64 rows spill without WGMMA, and in the sweeps on sm_100
+        largest = 32 if generation == 80 or (generation == 100 and kind == "backward_sweeps") else 64
         fits = precision == "half" and size <= 128
-        return _S(min(64, power_of_two(rows)), 64, 8, 1) if fits else None
+        return _S(min(largest, power_of_two(rows)), 64, 8, 1) if fits else None
     if kind == "backward_relative":
         # Square, as its diagonals need. Larger tiles spill: 64 x 64 by 304 bytes at 64 wide on sm_90.
         side = min(32, power_of_two(rows))
         return _S(side, side, 8, 1)
     if kind == "backward" and 64 < rows <= 128 and precision == "half" and size <= 128:
         # 236 registers at 128 wide on sm_90; with options, or without WGMMA, the sweeps
-        return _S(128, 64, 8, 2) if generation >= 90 and not options else None
+        return _S(128, 64, 8, 2 if generation == 90 else 1) if generation >= 90 and not options else None
     by_width = _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
     found = by_width.get(size, (None, None))[options]
+    if kind == "backward_keys" and precision == "half" and size == 64:
+        if features.startswith("relative"):
+            found = _S(32, 64, 8, 1) if generation >= 90 else found  # 64 rows spill 96 bytes
+        elif generation == 100:
+            found = _S(64, 64, 8, 1)  # 4 warps spill 32 bytes where causal
+    if kind == "backward_queries" and precision == "half" and size == 64 and generation == 100:
+        found = _S(64, 64, 8, 1)  # 4 warps spill 8 bytes where causal
     if found is None:
         return None
     return replace(found, block_rows=min(found.block_rows, power_of_two(rows)))

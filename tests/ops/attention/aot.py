@@ -58,12 +58,6 @@ EXTRA = (
 # What is known to fall short: bytes of stack a thread that may spill, and what is not multiplied by WGMMA throughout on
 # sm_90. Most of it is relative positions, whose run of distances and its products stand beside the tile itself.
 MAY_SPILL = {
-    "sm_80 backward_shared chunk bf16 64 plain": 48,
-    "sm_80 backward_sweeps neighbour bf16 64 plain": 24,
-    "sm_90 forward clock bf16 128 relative": 16,
-    "sm_90 forward causal bf16 128 plain": 64,
-    "sm_90 backward clock bf16 64 options": 24,
-    "sm_90 backward clock bf16 64 relative": 248,
     "sm_90 backward clock bf16 128 relative": 184,
     "sm_90 backward_shared chunk bf16 64 options": 8,
     "sm_90 backward_shared chunk bf16 64 relative": 144,
@@ -73,16 +67,11 @@ MAY_SPILL = {
     "sm_90 backward_sweeps neighbour bf16 64 relative": 128,
     "sm_90 backward_sweeps neighbour bf16 128 plain": 56,
     "sm_90 backward_sweeps neighbour bf16 128 relative": 504,
-    "sm_90 backward_queries clock bf16 64 options": 16,
-    "sm_90 backward_queries clock bf16 64 relative": 272,
-    "sm_90 backward_queries clock bf16 128 relative": 352,
-    "sm_90 backward_queries causal bf16 64 relative": 216,
+    "sm_90 backward_queries clock bf16 128 relative": 56,
+    "sm_90 backward_queries causal bf16 64 relative": 56,
     "sm_90 backward_queries causal bf16 128 plain": 48,
-    "sm_90 backward_queries causal bf16 128 relative": 360,
-    "sm_90 backward_keys clock bf16 64 relative": 96,
-    "sm_90 backward_keys clock bf16 128 plain": 56,
+    "sm_90 backward_queries causal bf16 128 relative": 144,
     "sm_90 backward_keys clock bf16 128 relative": 72,
-    "sm_90 backward_keys causal bf16 128 plain": 88,
     "sm_90 backward_keys causal bf16 128 relative": 104,
     "sm_90 backward_bias clock bf16 128 relative": 224,
     "sm_90 backward_bias neighbour bf16 128 relative": 352,
@@ -92,10 +81,6 @@ MAY_SPILL = {
     "sm_90 backward_relative chunk bf16 128 relative": 720,
     "sm_90 backward_relative causal bf16 64 relative": 152,
     "sm_90 backward_relative causal bf16 128 relative": 584,
-    "sm_100 backward_rows neighbour bf16 64 plain": 72,
-    "sm_100 backward_sweeps neighbour bf16 64 plain": 24,
-    "sm_100 backward_queries causal bf16 64 plain": 8,
-    "sm_100 backward_keys causal bf16 64 plain": 32,
 }
 NOT_ALL_WGMMA = (
     "sm_90 backward clock bf16 128 relative",
