@@ -1,8 +1,8 @@
 """Attention within groups in Triton, forward and backward, for NVIDIA GPUs from compute capability 8.0 on.
 
 State: these kernels have run in Triton's interpreter and compile ahead of time for sm_80, sm_90 and sm_100; no GPU has
-run them (`configs.VERIFIED_ON_GPU` is empty), so no call takes them unless they are asked for by name. What was compiled
-and which settings spill is in tests/ops/attention/aot.py: mostly the backward with relative positions.
+run them (`configs.VERIFIED_ON_GPU` is empty), so no call takes them unless they are asked for by name. What was
+compiled and which settings spill is in tests/ops/attention/aot.py: mostly the backward with relative positions.
 
 Floor. A group of Lq rows and Lk slots takes 4 Lq Lk d FLOPs a head forward and moves 2 d (Lq + Lk) elements; a
 backward in one pass takes 10 Lq Lk d and moves 4 d (Lq + Lk). All three operations are memory-bound: an H100 needs some
