@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -48,12 +49,8 @@ def unit_last_stride(x: torch.Tensor | None) -> torch.Tensor | None:
     return x.contiguous()
 
 
-class Fused(torch.autograd.Function):
-    """Connects a backend's forward and backward ops to autograd. Keeps the inputs, the output and the lse.
-
-    `differentiable`: which of the tensors have a gradient, in the order in which the backward op returns them. `flags`:
-    for each flag that ends the backward op's arguments, the tensors any of whose gradients it asks for.
-    """
+class _Fused(torch.autograd.Function):
+    """See `fused`. Keeps the inputs, the output and the lse."""
 
     @staticmethod
     def forward(ctx, forward_op, backward_op, differentiable, flags, settings, *tensors):
@@ -75,3 +72,24 @@ class Fused(torch.autograd.Function):
             if wanted[place]:
                 gradients[place] = gradient
         return None, None, None, None, None, *gradients
+
+
+def fused(
+    forward_op: Callable,
+    backward_op: Callable,
+    differentiable: Sequence[int],
+    flags: Sequence[Sequence[int]],
+    settings: tuple[Any, ...],
+    tensors: tuple[Any, ...],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the lse of `forward_op(*tensors, *settings)`, with `backward_op` as its derivative.
+
+    `differentiable`: which of the tensors have a gradient, in the order in which the backward op returns them. `flags`:
+    for each flag that ends the backward op's arguments, the tensors any of whose gradients it asks for.
+    """
+    # torch.compile does not trace an autograd.Function that is given one tensor twice, and self-attention's query is
+    # often its key too: every repetition becomes a view of its own.
+    apart: list[Any] = []
+    for x in tensors:
+        apart.append(x.view_as(x) if x is not None and any(x is other for other in apart) else x)
+    return _Fused.apply(forward_op, backward_op, differentiable, flags, settings, *apart)

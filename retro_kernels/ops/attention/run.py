@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import backends as backend_choice
-from ..common import Fused
+from ..common import fused
 from . import cpu, reference, triton
 from .common import DIFFERENTIABLE, FLAGS, Call
 
@@ -56,4 +56,4 @@ def run(call: Call, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         call.grouping, call.causal, call.rotary_interleaved, call.scale, call.dropout_p, call.stride, call.first_token
     )  # fmt: skip
     module = BACKENDS[chosen]
-    return Fused.apply(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, *tensors)
+    return fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors)

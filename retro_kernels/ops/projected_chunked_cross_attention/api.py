@@ -12,7 +12,7 @@ from ..attention import arguments
 from ..attention.common import attended_chunks
 from ..attention.run import autocast, without_autocast
 from ..chunked_cross_attention.api import clock
-from ..common import Fused
+from ..common import fused
 from . import materialise, reference
 from .common import DIFFERENTIABLE, FLAGS, Call
 
@@ -228,7 +228,7 @@ def _absorb(
         )  # fmt: skip
         settings = (call.scale, call.dropout_p, call.stride, call.first_token)
         module = BACKENDS[chosen]
-        out, lse = Fused.apply(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, *tensors)
+        out, lse = fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors)
     if missing is not None:
         out = out.masked_fill(missing[..., None, None], float("nan"))
     return out, lse

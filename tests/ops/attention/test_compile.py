@@ -119,6 +119,22 @@ def test_compiles_with_inductor(backend):
         torch.testing.assert_close(g, e)
 
 
+def test_one_tensor_given_twice_compiles(fused):
+    """A self-attention's query is often its key and its value too; the gradient is the sum of the three."""
+    torch._dynamo.reset()
+    x = torch.randn(1, 2, 1, 5, 2, 8, device=DEVICE, requires_grad=True)
+
+    def call(x):
+        return rk.neighbour_self_attention(x, x, x, backend=fused)
+
+    given, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(x), call(x)
+    torch.testing.assert_close(given, expected)
+    ours, plain = (torch.autograd.grad(out.square().sum(), x)[0] for out in (given, expected))
+    torch.testing.assert_close(ours, plain)
+    reference = rk.neighbour_self_attention(x, x, x, backend="reference")
+    torch.testing.assert_close(plain, torch.autograd.grad(reference.square().sum(), x)[0])
+
+
 ENCODER = (
     cases.Case("self", "self", b=1, l=1, k=1, r=9, h=1, d=8, causal=True, dropout_p=0.4,
                options=("relative", "relative_biases")),
