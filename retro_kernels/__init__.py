@@ -11,7 +11,7 @@ try:
     from .ops.chunked_cross_attention_decode import chunked_cross_attention_decode
     from .ops.neighbour_cross_attention import neighbour_cross_attention
     from .ops.neighbour_self_attention import neighbour_self_attention
-    from .ops.projected_chunked_cross_attention import projected_chunked_cross_attention
+    from .ops.projected_chunked_cross_attention import Explanation, explain, projected_chunked_cross_attention
     from .ops.projected_chunked_cross_attention_decode import projected_chunked_cross_attention_decode
 except Exception as error:  # whatever is broken, `retro-kernels doctor` must still start and say what it is
     _broken = error
@@ -32,10 +32,12 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 __all__ = [
     "BackendStatus",
+    "Explanation",
     "SwapReport",
     "backends",
     "chunked_cross_attention",
     "chunked_cross_attention_decode",
+    "explain",
     "neighbour_cross_attention",
     "neighbour_self_attention",
     "nn",

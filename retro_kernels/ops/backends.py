@@ -44,13 +44,8 @@ def choose(operation: str, modules: dict[str, ModuleType], call: Any, requested:
     Raises ValueError for an unknown name or a call that the named backend refuses, RuntimeError when the named
     backend cannot run in this process.
     """
-    name = requested
-    source = "backend"
-    if name is None:
-        name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    name, source = named(requested)
     if name is not None:
-        if name not in NAMES:
-            raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(NAMES)}")
         reason = _unavailable(modules, name)
         if reason is not None:
             raise RuntimeError(f"{source}={name!r} cannot run here: {reason}")
@@ -59,16 +54,43 @@ def choose(operation: str, modules: dict[str, ModuleType], call: Any, requested:
             raise ValueError(f"{source}={name!r} cannot run this {operation}: {reason}")
         return name
 
-    device = call.query.device.type
-    reasons = []
-    for name in DEFAULT_ORDER.get(device, ()):
-        reason = _unavailable(modules, name) or unverified(modules[name], name) or modules[name].refusal(call)
-        if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
+    name, reasons = first_fused(modules, call)
+    if name is not None:
+        return name
     if not torch.compiler.is_compiling():
-        _warn_once(operation, device, reasons)
+        _warn_once(operation, call.query.device.type, reasons)
     return "reference"
+
+
+def named(requested: str | None) -> tuple[str | None, str]:
+    """The backend that is asked for by name, if any, and by what: the argument or RETRO_KERNELS_BACKEND.
+
+    Raises ValueError for an unknown name."""
+    name, source = requested, "backend"
+    if name is None:
+        name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    if name is not None and name not in NAMES:
+        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(NAMES)}")
+    return name, source
+
+
+def first_fused(modules: dict[str, ModuleType], call: Any) -> tuple[str | None, list[str]]:
+    """The fused backend that runs `call` when none is named, or None with every one's reason."""
+    reasons = []
+    for name in DEFAULT_ORDER.get(call.query.device.type, ()):
+        reason = why_not(modules, name, call)
+        if reason is None:
+            return name, []
+        reasons.append(f"{name}: {reason}")
+    return None, reasons
+
+
+def why_not(modules: dict[str, ModuleType], name: str, call: Any, by_name: bool = False) -> str | None:
+    """Why this backend does not run `call`, or None. `by_name`: asked for by name, so unverified ones do."""
+    reason = _unavailable(modules, name)
+    if reason is None and not by_name:
+        reason = unverified(modules[name], name)
+    return reason or modules[name].refusal(call)
 
 
 def unverified(module: ModuleType, name: str) -> str | None:

@@ -3,6 +3,9 @@ projections, and runs the chosen strategy."""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -13,7 +16,7 @@ from ..attention.common import attended_chunks
 from ..attention.run import autocast, without_autocast
 from ..chunked_cross_attention.api import clock
 from ..common import fused
-from . import materialise, reference
+from . import cost_model, materialise, reference
 from .common import DIFFERENTIABLE, FLAGS, Call
 
 BACKENDS = {"reference": reference}
@@ -65,9 +68,12 @@ def projected_chunked_cross_attention(
         encoded: [b, l, k, r, e] in the query's dtype, the output of the neighbour encoder.
         w_key: [hk, d, e], w_value: [hk, d_value, e], in the query's dtype: `linear.weight.view(hk, d, e)`.
         bias_key: [hk, d], bias_value: [hk, d_value].
-        strategy: "materialise", "absorb", or "auto", which is "materialise" until the absorbed kernels are measured.
+        strategy: "materialise", "absorb", or "auto": the one that `cost_model.py` predicts to be faster, with or
+            without a backward as the inputs ask for it, or the one that needs less memory where both take about as
+            long. "auto" takes "absorb" only where a fused kernel does it. `rk.explain` says what is taken and why.
         recompute: with "materialise", do not keep K and V for the backward but make them again there, a slice of the
-            chunks (of the sequences, with `sequence_starts` or align="end") at a time.
+            chunks (of the sequences, with `sequence_starts` or align="end") at a time. With "auto" it makes
+            "materialise" dearer, and "absorb" needs it not.
         query_rotary, key_rotary: only with "materialise": a rotation of the key stands between w_key and the query, and
             differs for every token of a neighbour.
         backend: of the fused kernel: with "materialise" of `chunked_cross_attention`, with "absorb" of the absorbed
@@ -81,6 +87,48 @@ def projected_chunked_cross_attention(
         What `chunked_cross_attention` raises, and ValueError for an unknown strategy, for rotary positions with
         "absorb", and for `recompute` with "absorb", which keeps nothing to recompute.
     """
+    given = prepare(
+        query, encoded, w_key, w_value, chunk_size=chunk_size, bias_key=bias_key, bias_value=bias_value,
+        strategy=strategy, recompute=recompute, neighbour_mask=neighbour_mask, attention_bias=attention_bias,
+        relative_key=relative_key, content_bias=content_bias, relative_bias=relative_bias, query_rotary=query_rotary,
+        key_rotary=key_rotary, rotary_interleaved=rotary_interleaved, null_key=null_key, null_value=null_value,
+        scale=scale, dropout_p=dropout_p, stride=stride, align=align, query_offset=query_offset,
+        chunk_offset=chunk_offset, sequence_starts=sequence_starts, backend=backend,
+    )  # fmt: skip
+    if strategy == "auto":
+        strategy = "materialise"
+        if absorb_refusal(given) is None:
+            call = given.call
+            strategy = cost_model.faster(call.query.device, call.query.dtype, work(given))
+    out, lse = _absorb(given) if strategy == "absorb" else _materialise(given)
+    return (out, lse) if return_lse else out
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """One validated call. `call` is it in the absorbed form, without a seed for dropout; the rest is what only keys and
+    values that are made can use, and what places the slices of a longer sequence."""
+
+    call: Call
+    missing: torch.Tensor | None
+    recompute: bool
+    query_rotary: Any
+    key_rotary: Any
+    rotary_interleaved: bool
+    align: str
+    query_offset: int
+    chunk_offset: int
+    sequence_starts: torch.Tensor | None
+    backend: str | None
+
+
+def prepare(
+    query, encoded, w_key, w_value, *, chunk_size, bias_key=None, bias_value=None, strategy="auto", recompute=False,
+    neighbour_mask=None, attention_bias=None, relative_key=None, content_bias=None, relative_bias=None,
+    query_rotary=None, key_rotary=None, rotary_interleaved=False, null_key=None, null_value=None, scale=None,
+    dropout_p=0.0, stride=None, align="start", query_offset=0, chunk_offset=0, sequence_starts=None, backend=None,
+) -> Given:  # fmt: skip
+    """Autocast and every check of `projected_chunked_cross_attention`."""
     validate.tensor("query", query, validate.FLOATING)
     (query, encoded, w_key, w_value, bias_key, bias_value, attention_bias, relative_key, content_bias, relative_bias,
      null_key, null_value) = autocast(
@@ -91,38 +139,84 @@ def projected_chunked_cross_attention(
     _check(query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(STRATEGIES)}")
-    rotary = query_rotary is not None or key_rotary is not None
     if strategy == "absorb":
-        if rotary:
-            raise ValueError(
-                'strategy: got "absorb" with query_rotary and key_rotary, expected "materialise" or "auto": every '
-                "key is turned by its own angle after w_key, so w_key cannot be applied to the query instead"
-            )
+        if query_rotary is not None or key_rotary is not None:
+            raise ValueError(f"strategy: got {strategy!r} with query_rotary and key_rotary, {ROTARY}")
         if recompute:
             raise ValueError(
                 'recompute: got True with strategy="absorb", which keeps neither keys nor values, expected False'
             )
-    if neighbour_mask is not None:  # NaN in a masked token would reach the gradients of w_key and w_value
-        encoded = encoded.masked_fill(~neighbour_mask[..., None], 0.0)
-    shared = {
-        "attention_bias": attention_bias, "relative_key": relative_key, "content_bias": content_bias,
-        "relative_bias": relative_bias, "null_key": null_key, "null_value": null_value, "scale": scale,
-    }  # fmt: skip
-    if strategy == "absorb":
-        out, lse = _absorb(
-            query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask, m, dropout_p, stride, align,
-            query_offset, chunk_offset, sequence_starts, backend, **shared,
-        )  # fmt: skip
+    k, r = encoded.shape[2:4]
+    arguments.check_positions(
+        query, arguments.Tables(m, r, "m", "r", (("k * r", k * r),)), attention_bias, relative_key, content_bias,
+        relative_bias, query_rotary, key_rotary, rotary_interleaved,
+    )  # fmt: skip
+    arguments.check_null_slot(query, w_value.shape[1], null_key, null_value)
+    stride, first_token, spans, missing = clock(
+        "encoded", query, encoded.shape[1], m, stride, align, query_offset, chunk_offset, sequence_starts
+    )
+    call = Call(
+        operation="projected_chunked_cross_attention", query=query, encoded=encoded, w_key=w_key, w_value=w_value,
+        bias_key=bias_key, bias_value=bias_value, mask=neighbour_mask, attention_bias=attention_bias,
+        relative_key=relative_key, content_bias=content_bias, relative_bias=relative_bias, null_key=null_key,
+        null_value=null_value, chunk_spans=spans, dropout_seed=None, scale=arguments.checked_scale(scale, query),
+        dropout_p=dropout_p, rows=m, stride=stride, first_token=first_token,
+    )  # fmt: skip
+    return Given(
+        call, missing, recompute, query_rotary, key_rotary, rotary_interleaved, align, query_offset, chunk_offset,
+        sequence_starts, backend,
+    )  # fmt: skip
+
+
+ROTARY = (
+    'expected "materialise" or "auto": every key is turned by its own angle after w_key, so w_key cannot be applied '
+    "to the query instead"
+)
+
+
+def absorb_refusal(given: Given) -> str | None:
+    """Why "auto" may not take "absorb", or None."""
+    if given.query_rotary is not None:
+        return "every key is turned by its own angle after w_key, so w_key cannot be applied to the query instead"
+    name, _ = backend_choice.named(given.backend)
+    if name == "reference":
+        return "the reference makes keys and values either way"
+    if name is not None:
+        return backend_choice.why_not(BACKENDS, name, given.call, by_name=True)
+    name, reasons = backend_choice.first_fused(BACKENDS, given.call)
+    return None if name else "no fused kernel can absorb this call: " + ("; ".join(reasons) or "none on this device")
+
+
+def work(given: Given, backward: bool | None = None) -> cost_model.Work:
+    """The sizes of a call for the cost model, and which gradients it asks for; `backward` overrides whether any. Packed
+    documents are counted as if every token attended."""
+    call = given.call
+    b, n, h, d = call.query.shape
+    l, k, r, e = call.encoded.shape[1:]
+    if torch.compiler.is_compiling():  # no shape of batch or length is to be baked into the graph by this choice
+        b, l = 1, 32
+        queries = l * call.stride
+    elif given.sequence_starts is not None:
+        queries = n
     else:
-        shared |= {
-            "query_rotary": query_rotary, "key_rotary": key_rotary, "rotary_interleaved": rotary_interleaved,
-            "dropout_p": dropout_p, "stride": stride, "align": align, "chunk_size": m, "backend": backend,
-        }  # fmt: skip
-        out, lse = _materialise(
-            query, encoded, (w_key, w_value), (bias_key, bias_value), neighbour_mask, recompute, query_offset,
-            chunk_offset, sequence_starts, **shared,
-        )  # fmt: skip
-    return (out, lse) if return_lse else out
+        first, last = attended_chunks(n, l, call.stride, call.first_token)
+        l, queries = last - first, max(0, n - max(0, call.first_token))
+
+    def wanted(*tensors: torch.Tensor | None) -> bool:
+        return any(x is not None and x.requires_grad for x in tensors)
+
+    encoded, weights = wanted(call.encoded), wanted(call.w_key, call.w_value, call.bias_key, call.bias_value)
+    if backward is None:
+        rest = (call.query, call.attention_bias, call.relative_key, call.content_bias, call.relative_bias,
+                call.null_key, call.null_value)  # fmt: skip
+        backward = torch.is_grad_enabled() and (encoded or weights or wanted(*rest))
+    elif backward and not (encoded or weights):
+        encoded = weights = True
+    return cost_model.Work(
+        queries=b * queries, chunks=b * l, slots=k * r, encoder_dim=e, heads=h, kv_heads=call.w_key.shape[0],
+        head_dim=d, value_dim=call.w_value.shape[1], itemsize=call.query.itemsize, backward=backward,
+        encoded_gradient=encoded, weight_gradient=weights, recompute=given.recompute,
+    )  # fmt: skip
 
 
 def _check(query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask) -> None:
@@ -149,32 +243,41 @@ def _check(query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask)
     arguments.check_mask("neighbour_mask", neighbour_mask, query, "b, l, k, r", (b, l, k, r))
 
 
-def _materialise(
-    query, encoded, weights, biases, neighbour_mask, recompute, query_offset, chunk_offset, sequence_starts, **options
-) -> tuple[torch.Tensor, torch.Tensor]:
-    b, n, l = query.shape[0], query.shape[1], encoded.shape[1]
-    m, align = options["chunk_size"], options["align"]
+def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+    call, sequence_starts = given.call, given.sequence_starts
+    b, n, l = call.query.shape[0], call.query.shape[1], call.encoded.shape[1]
     first, last = 0, l
-    by_chunk = sequence_starts is None and align == "start"
-    stride, first_token, _, _ = clock(
-        "encoded", query, l, m, options["stride"], align, query_offset, chunk_offset, sequence_starts
-    )
+    by_chunk = sequence_starts is None and given.align == "start"
     if sequence_starts is None:
-        first, last = attended_chunks(n, l, stride, first_token)
+        first, last = attended_chunks(n, l, call.stride, call.first_token)
+    used = call.mask
+    if call.chunk_spans is not None:  # chunks that no document needs hold anything
+        needed = (call.chunk_spans[..., 1] > 0)[..., None, None].expand(call.encoded.shape[:4])
+        used = needed if used is None else used & needed
+    options = {
+        "attention_bias": call.attention_bias, "relative_key": call.relative_key, "content_bias": call.content_bias,
+        "relative_bias": call.relative_bias, "null_key": call.null_key, "null_value": call.null_value,
+        "query_rotary": given.query_rotary, "key_rotary": given.key_rotary,
+        "rotary_interleaved": given.rotary_interleaved, "scale": call.scale, "dropout_p": call.dropout_p,
+        "stride": call.stride, "align": given.align, "chunk_size": call.rows, "backend": given.backend,
+    }  # fmt: skip
 
     def attend(sequences: slice, tokens: slice, chunks: slice) -> tuple[torch.Tensor, torch.Tensor]:
         mine = dict(options)
         if sequence_starts is not None:
             mine["sequence_starts"] = sequence_starts[sequences]
-        elif align == "start":
-            mine |= {"query_offset": query_offset + tokens.start, "chunk_offset": chunk_offset + chunks.start}
-        mask = None if neighbour_mask is None else neighbour_mask[sequences, chunks]
+        elif given.align == "start":
+            mine |= {
+                "query_offset": given.query_offset + tokens.start, "chunk_offset": given.chunk_offset + chunks.start
+            }  # fmt: skip
         return materialise.attend(
-            query[sequences, tokens], encoded[sequences, chunks], weights, biases, neighbour_mask=mask, **mine
-        )
+            call.query[sequences, tokens], call.encoded[sequences, chunks], (call.w_key, call.w_value),
+            (call.bias_key, call.bias_value), used=None if used is None else used[sequences, chunks],
+            neighbour_mask=None if call.mask is None else call.mask[sequences, chunks], **mine,
+        )  # fmt: skip
 
     whole = (slice(0, b), slice(0, n), slice(first, last))
-    if not recompute:
+    if not given.recompute:
         return attend(*whole)
     if b >= RECOMPUTED_SLICES or not by_chunk or last - first < 2:
         axis = 0
@@ -184,7 +287,7 @@ def _materialise(
         axis = 1
         borders = [*range(first, last, -(-(last - first) // RECOMPUTED_SLICES)), last]
         # A slice's tokens are those that attend to its chunks; the first also takes the tokens before any chunk.
-        token = [0, *(first_token + u * stride for u in borders[1:-1]), n]
+        token = [0, *(call.first_token + u * call.stride for u in borders[1:-1]), n]
         slices = [
             (whole[0], slice(*token[i : i + 2]), slice(*borders[i : i + 2])) for i in range(len(borders) - 1)
         ]  # fmt: skip
@@ -193,32 +296,12 @@ def _materialise(
     return out, lse
 
 
-def _absorb(
-    query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask, m, dropout_p, stride, align, query_offset,
-    chunk_offset, sequence_starts, backend, *, attention_bias, relative_key, content_bias, relative_bias, null_key,
-    null_value, scale,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    k, r = encoded.shape[2:4]
-    arguments.check_positions(
-        query, arguments.Tables(m, r, "m", "r", (("k * r", k * r),)), attention_bias, relative_key, content_bias,
-        relative_bias, None, None, False,
-    )  # fmt: skip
-    arguments.check_null_slot(query, w_value.shape[1], null_key, null_value)
-    stride, first_token, spans, missing = clock(
-        "encoded", query, encoded.shape[1], m, stride, align, query_offset, chunk_offset, sequence_starts
-    )
-    dropout_p, dropout_seed = arguments.checked_dropout(dropout_p, query)
-    call = Call(
-        operation="projected_chunked_cross_attention", query=query, encoded=encoded, w_key=w_key, w_value=w_value,
-        bias_key=bias_key, bias_value=bias_value, mask=neighbour_mask, attention_bias=attention_bias,
-        relative_key=relative_key, content_bias=content_bias, relative_bias=relative_bias, null_key=null_key,
-        null_value=null_value, chunk_spans=spans, dropout_seed=dropout_seed,
-        scale=arguments.checked_scale(scale, query), dropout_p=dropout_p, rows=m, stride=stride,
-        first_token=first_token,
-    )  # fmt: skip
-    chosen = backend_choice.choose(call.operation, BACKENDS, call, backend)
+def _absorb(given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+    dropout_p, dropout_seed = arguments.checked_dropout(given.call.dropout_p, given.call.query)
+    call = dataclasses.replace(given.call, dropout_p=dropout_p, dropout_seed=dropout_seed)
+    chosen = backend_choice.choose(call.operation, BACKENDS, call, given.backend)
     if chosen == "reference":
-        with without_autocast(query):
+        with without_autocast(call.query):
             out, lse = reference.absorbed(call)
     else:
         tensors = (
@@ -229,6 +312,6 @@ def _absorb(
         settings = (call.scale, call.dropout_p, call.stride, call.first_token)
         module = BACKENDS[chosen]
         out, lse = fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors)
-    if missing is not None:
-        out = out.masked_fill(missing[..., None, None], float("nan"))
+    if given.missing is not None:
+        out = out.masked_fill(given.missing[..., None, None], float("nan"))
     return out, lse

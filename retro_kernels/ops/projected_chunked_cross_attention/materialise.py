@@ -10,21 +10,67 @@ import torch.nn.functional as F
 from ..chunked_cross_attention import chunked_cross_attention
 
 
+class _Project(torch.autograd.Function):
+    """See `project`. Keeps nothing but its arguments.
+
+    A masked token's key and value are never read and their gradients are exactly 0, so the forward may compute them
+    from whatever the token holds; 0 times NaN would reach a weight's gradient only, whose product is therefore taken
+    with a copy of the states in which masked tokens are 0. The copy lives in the backward alone.
+    """
+
+    @staticmethod
+    def forward(encoded, mask, bias, *weights):
+        flat = [weight.flatten(0, 1) for weight in weights]
+        together = F.linear(encoded, flat[0] if len(flat) == 1 else torch.cat(flat), bias)
+        parts = together.split([x.shape[0] for x in flat], dim=-1)
+        return tuple(part.unflatten(-1, weight.shape[:2]) for part, weight in zip(parts, weights))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        encoded, mask, bias, *weights = inputs
+        ctx.save_for_backward(encoded, mask, *weights)
+        ctx.with_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx, *grads):
+        encoded, mask, *weights = ctx.saved_tensors
+        encoded_wanted, _, bias_wanted, *weights_wanted = ctx.needs_input_grad
+        flat = [grad.reshape(-1, grad.shape[-2] * grad.shape[-1]) for grad in grads]
+        grad_encoded = grad_bias = None
+        grad_weights: list[torch.Tensor | None] = [None] * len(weights)
+        if encoded_wanted:
+            grad_encoded = flat[0] @ weights[0].flatten(0, 1)
+            for grad, weight in zip(flat[1:], weights[1:]):
+                grad_encoded = torch.addmm(grad_encoded, grad, weight.flatten(0, 1))
+            grad_encoded = grad_encoded.view(encoded.shape)
+        if any(weights_wanted):
+            states = encoded if mask is None else encoded.masked_fill(~mask[..., None], 0.0)
+            states = states.reshape(-1, encoded.shape[-1])
+            grad_weights = [
+                (grad.t() @ states).view(weight.shape) if wanted else None
+                for grad, weight, wanted in zip(flat, weights, weights_wanted)
+            ]
+        if ctx.with_bias and bias_wanted:
+            grad_bias = torch.cat([grad.sum(0) for grad in flat])
+        return grad_encoded, None, grad_bias, *grad_weights
+
+
 def project(
-    encoded: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    encoded: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """`encoded` [..., e] through every weight [hk, d, e] (+ bias [hk, d]) in one matrix product -> [..., hk, d] each,
-    side by side in memory."""
-    flat = [weight.flatten(0, 1) for weight in weights]
+    side by side in memory. `mask` [...], True = attend: what the others hold, NaN included, reaches no gradient,
+    provided that the gradients of their keys and values are 0."""
     bias = None
     if any(x is not None for x in biases):
         bias = torch.cat([
             weight.new_zeros(weight.shape[:2]).flatten() if x is None else x.to(weight.dtype).flatten()
             for weight, x in zip(weights, biases)
         ])  # fmt: skip
-    together = F.linear(encoded, flat[0] if len(flat) == 1 else torch.cat(flat), bias)
-    parts = together.split([x.shape[0] for x in flat], dim=-1)
-    return tuple(part.unflatten(-1, weight.shape[:2]) for part, weight in zip(parts, weights))
+    return _Project.apply(encoded, mask, bias, *weights)
 
 
 def attend(
@@ -32,8 +78,11 @@ def attend(
     encoded: torch.Tensor,
     weights: tuple[torch.Tensor, torch.Tensor],
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
+    *,
+    used: torch.Tensor | None = None,
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out, lse of `chunked_cross_attention` on the projected states."""
-    key, value = project(encoded, weights, biases)
+    """-> out, lse of `chunked_cross_attention` on the projected states. `used`: bool [b, l, k, r], the tokens that some
+    query sees; None: those of the `neighbour_mask`, or all."""
+    key, value = project(encoded, weights, biases, options.get("neighbour_mask") if used is None else used)
     return chunked_cross_attention(query, key, value, return_lse=True, **options)  # type: ignore[return-value]
