@@ -14,6 +14,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ def measure(device: torch.device, dtypes: list[str], say=print) -> dict:
     return {
         "type": device.type, "device": cost_model.device_name(device), "threads": torch.get_num_threads(),
         "date": found_environment["date"], "commit": found_environment["commit"],
-        "versions": found_environment["packages"], "bandwidth": ceilings.copy_bytes_per_second, "rates": rates,
+        "versions": found_environment["packages"],
+        "bandwidth": float(f"{ceilings.copy_bytes_per_second:.4g}"), "rates": rates,
         "largest_error_of_the_fit": {
             name: {label: round(max(map(abs, values)), 3) for label, values in labels.items()}
             for name, labels in errors.items()
@@ -156,11 +158,13 @@ def fit(found: list[tuple[Shape, dict[str, float]]], itemsize: int) -> dict[str,
     """Rates by kind and width from the times of all shapes."""
     rates: dict[str, list[list[float]]] = {}
     for label in dict.fromkeys(label for _, measured in found for label in measured):
-        for width in sorted({shape.encoder_dim for shape, _ in found}):
+        widths = sorted({shape.encoder_dim for shape, _ in found})
+        for width in widths[:1] if label.startswith("core") else widths:  # the core does not know the states' width
             rows = [
                 (phases_of(label, shape, itemsize), measured[label])
-                for shape, measured in found if shape.encoder_dim == width and label in measured
-            ]  # fmt: skip
+                for shape, measured in found
+                if label in measured and (shape.encoder_dim == width or label.startswith("core"))
+            ]
             kinds = [phase.kind for phase in rows[0][0]]
             # Seconds per FLOP of each kind, so that each row's sum is 1 when divided by its time.
             shares = torch.tensor([[phase.flops / seconds for phase in row] for row, seconds in rows]).double()
@@ -170,7 +174,7 @@ def fit(found: list[tuple[Shape, dict[str, float]]], itemsize: int) -> dict[str,
                 total = shares.sum(1)
                 per_flop = torch.full_like(per_flop, float(total.sum() / total.square().sum()))
             for kind, value in zip(kinds, per_flop.tolist()):
-                rates.setdefault(kind, []).append([width, 1 / value])
+                rates.setdefault(kind, []).append([width, float(f"{1 / value:.4g}")])
     return rates
 
 
@@ -179,7 +183,10 @@ def write(entry: dict, path: Path) -> None:
     document = json.loads(path.read_text()) if path.exists() else {"devices": []}
     kept = [old for old in document["devices"] if old["device"] != entry["device"]]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"devices": [*kept, entry]}, indent=1) + "\n")
+    text = json.dumps({"devices": [*kept, entry]}, indent=1)
+    temporary.write_text(
+        re.sub(r"\[\s+([^\[\]{}]+?),\s+([^\[\]{}]+?)\s+\]", r"[\1, \2]", text) + "\n"
+    )  # a pair stands on one line
     os.replace(temporary, path)
 
 

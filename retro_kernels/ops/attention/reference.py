@@ -71,7 +71,12 @@ def _by_clock(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.where(inside[..., None, None], query[batch, token], 0.0)
     else:  # the empty sum is 0, and keeps a gradient to the query, which is 0, too
         rows = query.new_zeros(*token.shape, *query.shape[2:]) + query.sum()
-    key, value = (x[:, first:last].flatten(0, 1) for x in (call.key, call.value))
+    key, value = (x[:, first:last] for x in (call.key, call.value))
+    if (
+        call.chunk_spans is not None
+    ):  # a chunk that no document needs may hold NaN, and 0 * NaN would reach its gradient
+        key, value = (torch.where((count > 0)[..., None, None, None, None], x, 0.0) for x in (key, value))
+    key, value = key.flatten(0, 1), value.flatten(0, 1)
     mask = None if call.mask is None else call.mask[:, first:last].flatten(0, 1)
     out, lse = attend(
         call, rows.flatten(0, 1)[:, None], key, value, mask, batch.flatten(0, 1)[:, None], token.flatten(0, 1)[:, None]

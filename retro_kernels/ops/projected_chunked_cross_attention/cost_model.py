@@ -147,7 +147,7 @@ class Constants:
     def rate(self, kind: str, encoder_dim: int) -> float:
         """Linear in log e between the measured widths, constant beyond them."""
         points = self.rates[kind]
-        place = bisect.bisect_left(points, (encoder_dim, 0.0))
+        place = bisect.bisect_left([width for width, _ in points], encoder_dim)
         if place == 0 or place == len(points):
             return points[min(place, len(points) - 1)][1]
         (low, slow), (high, fast) = points[place - 1], points[place]
@@ -223,9 +223,10 @@ def _assumed_gpu(device: torch.device, name: str, dtype: torch.dtype) -> Constan
     peak = found.multi_processor_count * clock * per_clock
     bandwidth = 2e3 * getattr(found, "memory_clock_rate", 2_600_000) * getattr(found, "memory_bus_width", 5120) / 8
     source = (
-        f"NOT measured on {name}: assumed shares of {peak / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.2f} TB/s, computed "
-        "from the device's properties; measure with `python -m benchmarks.rates --write`"
+        f"NOT measured on {name}: assumed shares of {peak / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.2f} TB/s, from "
+        "the device's properties; measure with `python -m benchmarks.rates --write`"
     )
+    rates: dict[str, tuple[tuple[int, float], ...]]
     rates = {kind: ((1, share * peak),) for kind, share in ASSUMED_SHARES.items()}
     return Constants(name, False, source, rates, ASSUMED_BANDWIDTH * bandwidth)
 
@@ -238,7 +239,7 @@ def faster(device: torch.device, dtype: torch.dtype, work: Work) -> str:
 @torch.compiler.assume_constant_result  # sizes in, a name out: a compiled graph has nothing to trace here
 def _constant(device: str, dtype: torch.dtype, *sizes: int) -> str:
     found = torch.device(device)
-    return _faster(found, dtype, Work(*sizes), device_name(found))
+    return _faster(found, dtype, Work._make(sizes), device_name(found))
 
 
 @functools.lru_cache(maxsize=1024)
