@@ -350,9 +350,11 @@ static void backward_typed(const Problem& p, int64_t index, int64_t following, i
         if (keys.count == 0) break;
         pack_backward_keys<T, kPairs>(p, item, z, f, keys);
         if (cursor < rows.end)
-          ahead = make_prefetch<T>(p, item, cursor, z, tiles, true);
+          ahead = make_prefetch<T>(p, item, cursor, -1, z, tiles, true);
+        else if (block + 1 < blocks)
+          ahead = make_prefetch<T>(p, item, 0, block + 1, z, tiles, true);
         else if (one_sweep && following >= 0)
-          ahead = make_prefetch<T>(p, item_at(p, following), 0, z, tiles, true);
+          ahead = make_prefetch<T>(p, item_at(p, following), 0, 0, z, tiles, true);
         backward_tile<T, kPairs>(p, z, f, rows, keys, true, one_sweep, started, false, true, copy,
                                   &ahead);
         if (one_sweep) write_keys<T>(p, item, z, f, keys);
@@ -379,8 +381,10 @@ static void backward_typed(const Problem& p, int64_t index, int64_t following, i
       const bool seen = keys.count > 0 && keys.slot[keys.count - 1] >= rows.begin;
       if (!seen && !one_sweep) continue;
       pack_backward_rows<T, kPairs>(p, item, z, f, rows, one_sweep, one_sweep, copy);
-      if (block + 1 == blocks && cursor >= slots && following >= 0)
-        ahead = make_prefetch<T>(p, item_at(p, following), 0, z, tiles, true);
+      if (block + 1 < blocks)
+        ahead = make_prefetch<T>(p, item, -1, block + 1, z, tiles, true);
+      else if (cursor >= slots && following >= 0)
+        ahead = make_prefetch<T>(p, item_at(p, following), 0, 0, z, tiles, true);
       if (seen)
         backward_tile<T, kPairs>(p, z, f, rows, keys, one_sweep, true, null_slot, p.causal || block > 0, one_sweep,
                                  copy, &ahead);

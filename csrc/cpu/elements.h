@@ -86,9 +86,7 @@ RK_INLINE void add_scaled(float* x, float factor, const float* y, int64_t n) {
 RK_INLINE float dot(const float* x, const float* y, int64_t padded) {
   vfloat sum = {};
   for (int64_t i = 0; i < padded; i += kLanes) sum += load(x + i) * load(y + i);
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += sum[i];
-  return total;
+  return sum_lanes(sum);
 }
 
 }  // namespace

@@ -183,9 +183,11 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
         if (keys.count == 0) break;
         if (p.bias.data) gather_bias(p, rows, keys, f.bias);
         if (cursor < end)
-          ahead = make_prefetch<T>(p, item, cursor, z, tiles, false);
-        else if (block + 1 == blocks && index + 1 < last_item)
-          ahead = make_prefetch<T>(p, item_at(p, index + 1), 0, z, tiles, false);
+          ahead = make_prefetch<T>(p, item, cursor, -1, z, tiles, false);
+        else if (block + 1 < blocks)
+          ahead = make_prefetch<T>(p, item, one_block ? -1 : 0, block + 1, z, tiles, false);
+        else if (index + 1 < last_item)
+          ahead = make_prefetch<T>(p, item_at(p, index + 1), 0, 0, z, tiles, false);
         multiply<false, kPairs>(keys.padded, rows.padded, z.depth, f.keys, z.ld, f.rows, kPanel, panel_size(z.depth),
                                 f.scores, kRows, false, next);
         if (p.relative_key.data)

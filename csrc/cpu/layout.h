@@ -108,26 +108,38 @@ struct Rows {
   int32_t first[kRows] __attribute__((aligned(64))), last[kRows] __attribute__((aligned(64)));
 };
 
-RK_INLINE void make_rows(const Problem& p, const Item& item, int64_t block, Rows* rows) {
-  const int64_t heads = p.heads / p.kv_heads;
-  int64_t begin = block * kRows, count = heads * item.runs * item.count - begin;
+struct BlockStart {
+  int64_t run, token, count;  // its first row: the token of this run, from the item's first token on; how many rows
+};
+
+RK_INLINE BlockStart block_start(const Problem& p, const Item& item, int64_t block) {
   if (keep_runs(p)) {
-    const int64_t per_run = (item.count + kRows - 1) / kRows, within = block % per_run * kRows;
-    begin = block / per_run * item.count + within;
-    count = item.count - within;
+    const int64_t per_run = (item.count + kRows - 1) / kRows, token = block % per_run * kRows;
+    return {block / per_run, token, least(kRows, item.count - token)};
   }
-  rows->count = least(kRows, count);
+  const int64_t begin = block * kRows, run = begin / item.count;
+  return {run, begin - run * item.count, least(kRows, p.heads / p.kv_heads * item.runs * item.count - begin)};
+}
+
+RK_INLINE void make_rows(const Problem& p, const Item& item, int64_t block, Rows* rows) {
+  const BlockStart start = block_start(p, item, block);
+  rows->count = start.count;
   rows->padded = round_up(rows->count, kRowStep);
   rows->begin = rows->all_begin = 0;
   rows->end = rows->all_end = item.slots;
-  for (int64_t i = 0; i < rows->count; ++i) {
-    const int64_t x = begin + i, run = x / item.count, token = item.first + x % item.count;
-    rows->head[i] = item.kv * heads + run / item.runs;
-    rows->neighbour[i] = item.query_neighbour + run % item.runs;
-    rows->token[i] = token;
-    rows->row[i] = rows->angle[i] = item.row0 + x % item.count;
-    rows->position[i] = (((item.b * p.query_chunks + item.query_chunk) * p.query_neighbours + rows->neighbour[i]) *
-                             p.tokens + token) * p.heads + rows->head[i];
+  int64_t x = start.token;
+  for (int64_t i = 0, run = start.run; i < rows->count; ++run, x = 0) {
+    const int64_t head = item.kv * (p.heads / p.kv_heads) + run / item.runs;
+    const int64_t neighbour = item.query_neighbour + run % item.runs;
+    const int64_t first =
+        ((item.b * p.query_chunks + item.query_chunk) * p.query_neighbours + neighbour) * p.tokens + item.first;
+    for (; i < rows->count && x < item.count; ++i, ++x) {
+      rows->head[i] = head;
+      rows->neighbour[i] = neighbour;
+      rows->token[i] = item.first + x;
+      rows->row[i] = rows->angle[i] = item.row0 + x;
+      rows->position[i] = (first + x) * p.heads + head;
+    }
   }
   if (p.dropout)
     for (int64_t i = 0; i < rows->padded; ++i) {

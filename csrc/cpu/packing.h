@@ -173,16 +173,18 @@ static void hide_unseen(const Rows& rows, const Keys& keys, float factor, float*
   }
 }
 
-// Starts fetching the key block from `slot` of an item on and, where `slot` is 0, its first rows.
+// Starts fetching, over about `tiles` register tiles, the key block from `slot` of an item on (none where `slot` is
+// negative) and, where `block` is not negative, the rows of that block and where their results go.
 template <class T>
-RK_INLINE Prefetch make_prefetch(const Problem& p, const Item& item, int64_t slot, const Sizes& z, int64_t tiles,
-                                 bool backward) {
+RK_INLINE Prefetch make_prefetch(const Problem& p, const Item& item, int64_t slot, int64_t block, const Sizes& z,
+                                 int64_t tiles, bool backward) {
   Prefetch f;
+  if (item.count == 0) return f;
   const int64_t size = sizeof(T);
-  f.slots = item.count > 0 ? least(item.slots - slot, z.keys) : 0;
+  f.slots = slot >= 0 ? least(item.slots - slot, z.keys) : 0;
   f.retrieved = p.retrieved;
-  f.token = f.slots > 0 ? slot % p.retrieved : 0;
   if (f.slots > 0) {
+    f.token = slot % p.retrieved;
     f.key = {(const char*)((const T*)p.key + key_offset(p, p.key_stride, item, slot)), p.key_stride[3] * size,
              p.dim * size};
     f.value = {(const char*)((const T*)p.value + key_offset(p, p.value_stride, item, slot)), p.value_stride[3] * size,
@@ -192,24 +194,30 @@ RK_INLINE Prefetch make_prefetch(const Problem& p, const Item& item, int64_t slo
     f.key_jump = p.key_stride[2] * size;
     f.value_jump = p.value_stride[2] * size;
   }
-  if (slot == 0 && p.heads == p.kv_heads) {
-    Rows first;
-    first.token[0] = item.first;
-    first.neighbour[0] = item.query_neighbour;
-    first.head[0] = item.kv;
-    f.rows = least(item.count, kRows);
-    f.streams = backward ? 3 : 1;
-    f.lines[0] = {(const char*)((const T*)p.query + row_offset(p.query_stride, item, first, 0)),
-                  p.query_stride[3] * size, p.dim * size};
+  if (block >= 0) {
+    const BlockStart start = block_start(p, item, block);
+    f.rows = start.count;
+    f.tokens = item.count, f.neighbours = item.runs;
+    f.row_token = start.token, f.neighbour = start.run % item.runs, f.head = start.run / item.runs;
+    const int64_t head = item.kv * (p.heads / p.kv_heads);
+    const auto strided = [&](const void* data, const int64_t* stride, int64_t dim) {
+      const int64_t first = item.b * stride[0] + item.query_chunk * stride[1] + item.query_neighbour * stride[2] +
+                            item.first * stride[3] + head * stride[4];
+      f.lines[f.streams++] = {(const char*)((const T*)data + first), nullptr, stride[3] * size, stride[2] * size,
+                              stride[4] * size, dim * size};
+    };
+    const auto dense = [&](const void* data, int64_t dim) {  // as the output lies
+      const int64_t token = p.heads * dim, neighbour = p.tokens * token, chunk = p.query_neighbours * neighbour;
+      const int64_t stride[5] = {p.query_chunks * chunk, chunk, neighbour, token, dim};
+      strided(data, stride, dim);
+    };
+    strided(p.query, p.query_stride, p.dim);
+    dense(p.out, p.dim_value);
     if (backward) {
-      f.lines[1] = {(const char*)((const T*)p.grad_out + row_offset(p.grad_out_stride, item, first, 0)),
-                    p.grad_out_stride[3] * size, p.dim_value * size};
-      const int64_t position =
-          (((item.b * p.query_chunks + item.query_chunk) * p.query_neighbours + item.query_neighbour) * p.tokens +
-           item.first) * p.heads + item.kv;
-      f.lines[2] = {(const char*)((const T*)p.out + position * p.dim_value), p.heads * p.dim_value * size,
-                    p.dim_value * size};
+      strided(p.grad_out, p.grad_out_stride, p.dim_value);
+      dense(p.grad_query, p.dim);
     }
+    f.start_run();
   }
   f.quota = f.slots + f.rows > 0 ? (f.slots + f.rows + tiles - 1) / tiles : 0;
   return f;

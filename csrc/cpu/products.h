@@ -13,33 +13,44 @@ RK_INLINE float infinity() { return __builtin_inff(); }
 
 constexpr int kDepth = 128;  // summed indices per pass of the register tile: a panel of 128 x kPanel stays in L1
 
-// What the next key block will be packed from, fetched into L2 a little after every register tile. Rows of one head lie
-// a whole token apart, which hardware prefetchers do not follow.
+// What comes next, fetched into L2 a little after every register tile: the keys and values of a key block, the rows of a
+// row block, and where those rows' results will be written. Rows of one head lie a whole token apart, which hardware
+// prefetchers do not follow.
 struct Prefetch {
   struct Stream {
     const char* row;
     int64_t step, bytes;
   };
-  int64_t quota = 0;         // rows per tile
+  struct Lines {  // rows of all runs (query head, neighbour), one run after the other
+    const char *start, *row;
+    int64_t token, neighbour, head, bytes;  // steps, and the length of a row
+  };
+  int64_t quota = 0;            // rows per tile
   int64_t slots = 0, rows = 0;  // what is left
   int64_t token = 0, retrieved = 1;
-  Stream key, value;               // one row per slot
+  Stream key, value;                     // one row per slot
   int64_t key_jump = 0, value_jump = 0;  // from the first token of a neighbour to that of the next
   const char *key_start = nullptr, *value_start = nullptr;
-  Stream lines[3];                 // queries; in the backward also output gradients and outputs
+  Lines lines[4];
   int streams = 0;
+  int64_t row_token = 0, tokens = 1, neighbour = 0, neighbours = 1, head = 0;  // where the rows are
 
-  RK_INLINE void fetch(const Stream& s) {
-    const char* end = s.row + s.bytes;
-    for (const char* line = (const char*)((uintptr_t)s.row & ~(uintptr_t)63); line < end; line += 64)
+  RK_INLINE void fetch(const char* row, int64_t bytes) {
+    const char* end = row + bytes;
+    for (const char* line = (const char*)((uintptr_t)row & ~(uintptr_t)63); line < end; line += 64)
       __builtin_prefetch(line, 0, 2);
+  }
+
+  void start_run() {
+    for (int j = 0; j < streams; ++j)
+      lines[j].row = lines[j].start + head * lines[j].head + neighbour * lines[j].neighbour + row_token * lines[j].token;
   }
 
   void step() {
     for (int64_t i = 0; i < quota; ++i) {
       if (slots > 0) {
-        fetch(key);
-        fetch(value);
+        fetch(key.row, key.bytes);
+        fetch(value.row, value.bytes);
         key.row += key.step;
         value.row += value.step;
         if (++token == retrieved) {
@@ -50,10 +61,15 @@ struct Prefetch {
         --slots;
       } else if (rows > 0) {
         for (int j = 0; j < streams; ++j) {
-          fetch(lines[j]);
-          lines[j].row += lines[j].step;
+          fetch(lines[j].row, lines[j].bytes);
+          lines[j].row += lines[j].token;
         }
         --rows;
+        if (++row_token == tokens) {
+          row_token = 0;
+          if (++neighbour == neighbours) neighbour = 0, ++head;
+          start_run();
+        }
       } else {
         quota = 0;
       }

@@ -57,6 +57,18 @@ RK_INLINE vfloat larger(vfloat a, vfloat b) {
 #endif
 }
 
+RK_INLINE float sum_lanes(vfloat v) {
+#if RK_LEVEL >= 2
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float x[kLanes];
+  store(x, v);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  return x[0];
+#endif
+}
+
 // 2^x to 1e-7 before rounding; 0 below 2^-126 (and for -inf); NaN stays NaN. x must be below 128.
 RK_INLINE vfloat exp2(vfloat x) {
   const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
