@@ -162,8 +162,8 @@ static void differentiate_block(const Keys& keys, int64_t padded_rows, float fac
         store_down(p[2], p[3], f.p_down + (k + 1) * kRows / 2 + i / 2);
         store_down(ds[0], ds[1], f.ds_down + k * kRows / 2 + i / 2);
         store_down(ds[2], ds[3], f.ds_down + (k + 1) * kRows / 2 + i / 2);
-        store_across(ds[0], ds[2], f.ds_across + k / 2 * kRows + i);
-        store_across(ds[1], ds[3], f.ds_across + k / 2 * kRows + i + 16);
+        store_pairs(ds[0], ds[2], f.ds_across + k / 2 * kRows + i);
+        store_pairs(ds[1], ds[3], f.ds_across + k / 2 * kRows + i + 16);
       }
     return;
   }

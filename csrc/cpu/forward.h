@@ -79,9 +79,7 @@ static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, c
       if constexpr (kDrop) a = keep_lanes(a, kept[k] >> i), b = keep_lanes(b, kept[k + 1] >> i);
 #if RK_LEVEL >= 3
       if constexpr (kPairs) {
-        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
-        const __m512i high16 = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
-        _mm512_store_si512(probabilities + k / 2 * kRows + i, _mm512_or_si512(low, _mm512_slli_epi32(high16, 16)));
+        store_pairs(a, b, probabilities + k / 2 * kRows + i);
         continue;
       }
 #endif
@@ -94,8 +92,7 @@ static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, c
       if constexpr (kDrop) a = keep_lanes(a, kept[k] >> i);
 #if RK_LEVEL >= 3
       if constexpr (kPairs)
-        _mm512_store_si512(probabilities + k / 2 * kRows + i,
-                           _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a)));
+        store_pairs(a, vfloat{}, probabilities + k / 2 * kRows + i);
       else
 #endif
         store(probabilities + k * kRows + i, a);

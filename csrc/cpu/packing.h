@@ -36,9 +36,8 @@ RK_INLINE void pack_row(const T* src, int64_t d, const Operand* cosine, const Op
 // dst[i] = pair (a[i], b[i])
 RK_INLINE void interleave(const bfloat_t* a, const bfloat_t* b, int64_t n, float* dst) {
   for (int64_t i = 0; i < n; i += 16) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + i)));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + i)));
-    _mm512_storeu_si512(dst + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(a + i)));
+    _mm512_storeu_si512(dst + i, in_turn(_mm512_inserti64x4(low, _mm256_loadu_si256((const __m256i*)(b + i)), 1)));
   }
 }
 #endif

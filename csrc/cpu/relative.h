@@ -184,15 +184,10 @@ static void add_relative(const Problem& p, const Sizes& z, const Rows& rows, con
 }
 
 #if RK_LEVEL >= 3
-// Two keys by 32 rows of probabilities or dS, as bf16: pairs along the rows, and pairs along the keys.
+// 32 rows of probabilities or dS of one key, as bf16: pairs along the rows (`store_pairs` makes those along the keys).
 RK_INLINE void store_down(vfloat low, vfloat high, float* p) {
   const __m512bh packed = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   __builtin_memcpy(p, &packed, 64);
-}
-RK_INLINE void store_across(vfloat a, vfloat b, float* p) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
-  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 #endif
 
@@ -260,8 +255,8 @@ static void add_relative_gradients(const Problem& p, const Sizes& z, const Relat
         const vfloat high0 = two ? load(a + kLanes) : vfloat{}, high1 = two ? load(a + kPanel + kLanes) : vfloat{};
         store_down(low0, high0, f.down + y * ld_down);
         store_down(low1, high1, f.down + (y + 1) * ld_down);
-        store_across(low0, low1, f.across + y / 2 * kPanel);
-        store_across(high0, high1, f.across + y / 2 * kPanel + kLanes);
+        store_pairs(low0, low1, f.across + y / 2 * kPanel);
+        store_pairs(high0, high1, f.across + y / 2 * kPanel + kLanes);
       }
     }
 #endif

@@ -69,10 +69,10 @@ RK_INLINE float sum_lanes(vfloat v) {
 #endif
 }
 
-// 2^x to 1e-7 before rounding; 0 below 2^-126 (and for -inf); NaN stays NaN. x must be below 128.
+// 2^x to 1e-7 before rounding; 0 below 2^-126.5 (and for -inf); NaN stays NaN. x must be below 128.
 RK_INLINE vfloat exp2(vfloat x) {
   const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const vint tiny = x < splat(-126.0f);
+  x = larger(splat(-127.0f), x);     // whose power of two has no bits set: 0
   const vfloat shifted = x + kRound;
   const vfloat f = x - (shifted - kRound);
   vfloat p = splat(1.326472406e-3f);
@@ -82,7 +82,7 @@ RK_INLINE vfloat exp2(vfloat x) {
   p = p * f + 6.931469776e-1f;
   p = p * f + 1.0f;
   const vint power = ((vint)shifted << 23) + (127 << 23);
-  return tiny ? vfloat{} : p * (vfloat)power;
+  return p * (vfloat)power;
 }
 
 RK_INLINE float bits_to_float(uint32_t u) {
@@ -188,6 +188,19 @@ RK_INLINE void narrow_vector(vfloat v, T* p) {
 #endif
 RK_INLINE vfloat widen_vector(const float* p) { return load(p); }
 RK_INLINE void narrow_vector(vfloat v, float* p) { store(p, v); }
+
+#if RK_LEVEL >= 3
+// 32 bf16 of `low` and `high` in turn: low[0], high[0], low[1], ...
+RK_INLINE __m512i in_turn(__m512i both) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, both);
+}
+// Pairs (low[i], high[i]), rounded to bf16
+RK_INLINE void store_pairs(vfloat low, vfloat high, float* p) {
+  _mm512_storeu_si512(p, in_turn((__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low)));
+}
+#endif
 
 // acc += a * b where an element is one float, or (kPairs) two bf16 whose products are both added
 template <bool kPairs>
