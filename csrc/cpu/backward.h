@@ -94,13 +94,12 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
                           relative_bias);
     const T* grad_row = (const T*)p.grad_out + row_offset(p.grad_out_stride, item, rows, i);
     pack_row<T, kPairs>(grad_row, p.dim_value, nullptr, nullptr, 0, 0, false, grad, z.ld_value - 16);
-    const float* wide_grad = grad;
-    if (kPairs) widen_row(grad_row, p.dim_value, f.wide_grad, z.dim_value), wide_grad = f.wide_grad;
-    widen_row((const T*)p.out + position * p.dim_value, p.dim_value, f.wide, z.dim_value);
     f.lse[i] = p.lse[position] * kLog2e;
-    f.delta[i] = dot(wide_grad, f.wide, z.dim_value);
+    f.delta[i] = dot(grad_row, (const T*)p.out + position * p.dim_value, p.dim_value);
     if (!p.null_key.data) continue;
 
+    const float* wide_grad = grad;
+    if (kPairs) widen_row(grad_row, p.dim_value, f.wide_grad, z.dim_value), wide_grad = f.wide_grad;
     if (i == 0 || rows.head[i] != rows.head[i - 1] || f.lse[i - 1] == infinity()) {
       __builtin_memset(f.null_key, 0, kMaxDim * 4);
       __builtin_memset(f.null_value, 0, kMaxDim * 4);

@@ -83,10 +83,14 @@ RK_INLINE void add_scaled(float* x, float factor, const float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] += factor * y[i];
 }
 
-RK_INLINE float dot(const float* x, const float* y, int64_t padded) {
+template <class T>
+RK_INLINE float dot(const T* x, const T* y, int64_t n) {
   vfloat sum = {};
-  for (int64_t i = 0; i < padded; i += kLanes) sum += load(x + i) * load(y + i);
-  return sum_lanes(sum);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += widen_vector(x + i) * widen_vector(y + i);
+  float total = sum_lanes(sum);
+  for (; i < n; ++i) total += widen(x[i]) * widen(y[i]);
+  return total;
 }
 
 }  // namespace

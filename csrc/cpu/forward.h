@@ -119,12 +119,31 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
     for (int64_t block = 0; block < blocks; ++block) {
       make_rows(p, item, block, &rows);
       const auto pack_rows = [&](const float* added, float* panels) {
-        for (int64_t i = 0; i < rows.count; ++i)
-          pack_row<T, kPairs>((const T*)p.query + row_offset(p.query_stride, item, rows, i), p.dim, &p.query_cos,
-                              &p.query_sin, rows.angle[i], p.rotary_width, p.rotary_interleaved, f.raw + i * z.ld,
-                              z.ld - 16, added);
-        for (int64_t i = rows.count; i < rows.padded; ++i) __builtin_memset(f.raw + i * z.ld, 0, (size_t)z.ld * 4);
-        transpose_rows(f.raw, z.ld, rows.padded, round_up(z.depth, 16), panels);
+        // Rows of one run lie evenly spaced; as they are, they need no copy before they are transposed.
+        const int64_t step = p.query_stride[3] * (int64_t)sizeof(T);
+        const bool as_they_are = (kPairs || sizeof(T) == 4) && z.depth % 16 == 0 && step % 4 == 0 && !added &&
+                                 p.rotary_width == 0 && !p.null_key.data;
+        for (int64_t i = 0; i < rows.padded; i += kLanes) {
+          const int64_t last = i + kLanes - 1;
+          float* to = panels + i / kPanel * panel_size(z.depth) + i % kPanel;
+          if (as_they_are && last < rows.count && rows.head[i] == rows.head[last] &&
+              rows.neighbour[i] == rows.neighbour[last]) {
+            const T* source = (const T*)p.query + row_offset(p.query_stride, item, rows, i);
+            for (int64_t j = 0; j < z.depth; j += kLanes)
+              transpose_square((const float*)source + j, step / 4, to + j * kPanel, kPanel);
+            continue;
+          }
+          for (int64_t x = i; x <= last; ++x) {
+            if (x < rows.count)
+              pack_row<T, kPairs>((const T*)p.query + row_offset(p.query_stride, item, rows, x), p.dim, &p.query_cos,
+                                  &p.query_sin, rows.angle[x], p.rotary_width, p.rotary_interleaved, f.raw + x * z.ld,
+                                  z.ld - 16, added);
+            else
+              __builtin_memset(f.raw + x * z.ld, 0, (size_t)z.ld * 4);
+          }
+          for (int64_t j = 0; j < round_up(z.depth, 16); j += kLanes)
+            transpose_square(f.raw + i * z.ld + j, z.ld, to + j * kPanel, kPanel);
+        }
       };
       if (f.rows_relative != f.rows) {
         const float* added = head_vector(p, p.relative_bias, rows, f.relative_bias);
@@ -207,6 +226,9 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
         started = true;
       } while (cursor < end);
 
+      float* const lse = f.rescale;
+      for (int64_t i = 0; i < rows.padded; i += kLanes)
+        store(lse + i, (load(f.highest + i) + log2(load(f.sum + i))) * kLn2);
       for (int64_t i = 0; i < rows.count; ++i) {
         const int64_t position = rows.position[i];
         T* out = (T*)p.out + position * p.dim_value;
@@ -216,7 +238,7 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
           p.lse[position] = -infinity();
         } else {
           narrow_row(f.out + i * z.dim_value, p.dim_value, (p.dropout ? p.survivor : 1.0f) / sum, out);
-          p.lse[position] = (f.highest[i] + __builtin_log2f(sum)) * kLn2;
+          p.lse[position] = lse[i];
         }
       }
     }

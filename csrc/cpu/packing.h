@@ -42,15 +42,14 @@ RK_INLINE void interleave(const bfloat_t* a, const bfloat_t* b, int64_t n, float
 }
 #endif
 
+RK_INLINE int64_t panel_size(int64_t depth) { return round_up(depth, 16) * kPanel; }
+
 // Rows [row][ld] into panels: dst[panel of kPanel rows][element][row in panel].
 RK_INLINE void transpose_rows(const float* rows, int64_t ld, int64_t padded_rows, int64_t elements, float* dst) {
   for (int64_t i = 0; i < padded_rows; i += kLanes)
     for (int64_t j = 0; j < elements; j += kLanes)
-      transpose_square(rows + i * ld + j, ld, dst + i / kPanel * round_up(elements, 16) * kPanel + j * kPanel + i % kPanel,
-                       kPanel);
+      transpose_square(rows + i * ld + j, ld, dst + i / kPanel * panel_size(elements) + j * kPanel + i % kPanel, kPanel);
 }
-
-RK_INLINE int64_t panel_size(int64_t depth) { return round_up(depth, 16) * kPanel; }
 
 // Where a row lies in query, or in grad_out. In elements.
 RK_INLINE int64_t row_offset(const int64_t* stride, const Item& item, const Rows& rows, int64_t i) {

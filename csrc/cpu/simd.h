@@ -85,6 +85,20 @@ RK_INLINE vfloat exp2(vfloat x) {
   return p * (vfloat)power;
 }
 
+// log2(x) to 1e-7 or so for normal x > 0: log2 m = 2 / ln 2 atanh((m - 1) / (m + 1)) for the mantissa m, 0.71 to 1.41
+RK_INLINE vfloat log2(vfloat x) {
+  const vint bits = (vint)x - 0x3f3504f3;  // of sqrt(1/2)
+  const vint power = bits >> 23;
+  const vfloat m = (vfloat)((bits & 0x7fffff) + 0x3f3504f3);
+  const vfloat t = (m - 1.0f) / (m + 1.0f), s = t * t;
+  vfloat p = splat(0.320598898f);
+  p = p * s + 0.412198583f;
+  p = p * s + 0.577078016f;
+  p = p * s + 0.961796694f;
+  p = p * s + 2.885390082f;
+  return p * t + __builtin_convertvector(power, vfloat);
+}
+
 RK_INLINE float bits_to_float(uint32_t u) {
   float f;
   __builtin_memcpy(&f, &u, 4);

@@ -37,6 +37,8 @@ BLOCKING = (
          options=("relative", "relative_biases")),
     Case("cross", "cross", b=1, l=2, k=3, r=50, m=70, h=4, hk=2, d=24, dropout_p=0.2,
          options=("relative", "relative_biases", "mask")),
+    Case("whole_vectors", n=70, m=30, k=1, r=17, h=4, hk=2, d=64, options=("strided",)),
+    Case("cross_whole_vectors", "cross", b=1, l=2, k=3, r=40, m=20, h=4, hk=2, d=32, options=("strided",)),
 )  # fmt: skip
 
 
