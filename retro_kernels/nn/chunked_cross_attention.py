@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,12 @@ from torch import nn
 from ..ops import validate
 from ..ops.attention.arguments import document_starts
 from ..ops.chunked_cross_attention import chunked_cross_attention
+from ..ops.projected_chunked_cross_attention import materialise
 from . import common
 from .positions import RelativePositions, RotaryPositions, t5_buckets
+
+if TYPE_CHECKING:
+    from .neighbour_cache import NeighbourCache
 
 NULL_SLOT_STD = 0.02
 
@@ -241,9 +245,11 @@ class ChunkedCrossAttention(nn.Module):
         if neighbour_mask is not None:  # NaN of a masked token would reach the gradients of w_key and w_value
             encoded = encoded.masked_fill(~neighbour_mask[..., None], 0.0)
 
-        query = self.w_query(hidden[:, before_first:]).unflatten(-1, (self.num_heads, self.head_dim))
-        key = self.w_key(encoded).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        value = self.w_value(encoded).unflatten(-1, (self.num_kv_heads, self.value_head_dim))
+        by_clock = self.align == "start" and sequence_starts is None
+        first_row = (query_offset + before_first - (self.chunk_size - 1)) % self.chunk_size if by_clock else 0
+        query = self._project_tokens(self.w_query, hidden[:, before_first:], first_row)
+        query = query.unflatten(-1, (self.num_heads, self.head_dim))
+        key, value = self.keys_and_values(encoded)
         out: Any = chunked_cross_attention(
             query,
             key,
@@ -262,8 +268,89 @@ class ChunkedCrossAttention(nn.Module):
             backend=self.backend,
             **self._position_arguments(*encoded.shape[2:4]),
         )
-        projected = self.w_out(out.flatten(2))
+        projected = self._project_tokens(self.w_out, out.flatten(2), first_row)
         return projected.masked_fill(silent, 0.0) if silent is not None else F.pad(projected, (0, 0, before_first, 0))
+
+    @torch.no_grad()
+    def decode(
+        self, hidden: torch.Tensor, cache: NeighbourCache, position: torch.Tensor, *, validate: bool = False
+    ) -> torch.Tensor:
+        """`forward` for one or a few new tokens of every sequence in a cache.
+
+        On the reference, asked for by name, every token gets the bits that it has in `forward`; elsewhere the same
+        within rounding. Inference only: the result has no gradient, and there is no dropout. Nothing waits for a GPU,
+        so a CUDA graph may capture it and be replayed after the cache was filled and `position` was written in place.
+
+        Args:
+            hidden: [num_slots, t, model_dim], row i for slot i of the cache. What a free slot's row holds is ignored.
+            cache: made for this layer, alone or with others.
+            position: int64 [num_slots], the position of hidden[:, 0] in its sequence; anything for a free slot. The t
+                tokens of a sequence must attend to one chunk, that which was filled into its slot last.
+            validate: wait for a GPU and raise where a CPU always does.
+
+        Returns:
+            [num_slots, t, model_dim], exactly 0 for tokens before the first chunk and for free slots.
+
+        Raises:
+            TypeError, ValueError: wrong sizes, dtypes or devices, a cache that was not made for this layer, dropout in
+            training, or, on a CPU or with `validate`, a token that attends to a chunk that the cache does not hold. On
+            a GPU such a token comes out NaN.
+        """
+        self._check_decoding(hidden, cache, position)
+        query = self._project_new_tokens(self.w_query, hidden, position)
+        query = query.unflatten(-1, (self.num_heads, self.head_dim))
+        out = cache.attend(self, query, position, validate=validate)
+        projected = self._project_new_tokens(self.w_out, out.flatten(2), position)
+        if isinstance(self.w_out, nn.Linear) and self.w_out.bias is None:
+            return projected  # 0 where the attention is
+        place = _places(position, hidden.shape[1])
+        early = (place >= 0) & (place < self.chunk_size - 1)  # a negative place is an error, and NaN
+        return projected.masked_fill((early | ~cache.valid[:, None])[..., None], 0.0)
+
+    def keys_and_values(self, encoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The projected neighbours: encoded [..., k, r, context_dim] -> keys [..., k, r, hk, head_dim], not turned, and
+        values [..., k, r, hk, value_head_dim]."""
+        rows, exact = encoded.shape[-3] * encoded.shape[-2], common.exact(self.backend)
+        key, value = (common.linear(module, encoded, rows, exact) for module in (self.w_key, self.w_value))
+        key = key.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        return key, value.unflatten(-1, (self.num_kv_heads, self.value_head_dim))
+
+    def key_and_value_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The arguments `w_key`, `w_value`, `bias_key` and `bias_value` of the projected operations, as views.
+
+        Raises TypeError if `w_key` or `w_value` is no longer a linear layer, whose weight would not be all there is.
+        """
+        for name, module in (("w_key", self.w_key), ("w_value", self.w_value)):
+            if not isinstance(module, nn.Linear):
+                raise TypeError(
+                    f"{name}: got {type(module).__name__}, expected torch.nn.Linear, as its weight is used by itself: "
+                    'merge adapters into it, or cache keys and values (form="key_value", one_product=False)'
+                )
+        key_heads, value_heads = (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_head_dim)
+        bias_key, bias_value = self.w_key.bias, self.w_value.bias
+        return (
+            self.w_key.weight.unflatten(0, key_heads),
+            self.w_value.weight.unflatten(0, value_heads),
+            None if bias_key is None else bias_key.unflatten(0, key_heads),
+            None if bias_value is None else bias_value.unflatten(0, value_heads),
+        )
+
+    def _project_tokens(self, module: nn.Module, x: torch.Tensor, first_row: int) -> torch.Tensor:
+        """`module` on x [b, n, in], whose first token is row `first_row` of its chunk."""
+        if not common.exact(self.backend):
+            return module(x)
+        n = x.shape[1]
+        chunks = F.pad(x, (0, 0, first_row, -(first_row + n) % self.chunk_size))
+        return common.linear(module, chunks, self.chunk_size, True)[:, first_row : first_row + n]
+
+    def _project_new_tokens(self, module: nn.Module, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """`module` on x [b, t, in], the tokens from `position` [b] on."""
+        if not common.exact(self.backend):
+            return module(x)
+        b, m = x.shape[0], self.chunk_size
+        row = torch.arange(b, device=x.device)[:, None], torch.remainder(_places(position, x.shape[1]) - (m - 1), m)
+        chunks = x.new_zeros(b, m, x.shape[-1]).index_put(row, x)
+        return common.linear(module, chunks, m, True)[row]
 
     def _attended(self, n: int, query_offset: int, chunk_offset: int) -> tuple[int, int, int]:
         """How many tokens come before the first chunk, and the [first, last) chunks of `encoded` that the rest need."""
@@ -328,6 +415,18 @@ class ChunkedCrossAttention(nn.Module):
         if neighbour_mask is not None:
             validate.tensor("neighbour_mask", neighbour_mask, (torch.bool,), hidden.device)
             validate.shape("neighbour_mask", neighbour_mask, "b, l, k, r", (b, l, k, r))
+
+    def _check_decoding(self, hidden, cache, position) -> None:
+        cache.place(self)  # raises for a cache of other layers
+        validate.tensor("hidden", hidden, validate.FLOATING)
+        validate.rank("hidden", hidden, "num_slots, t, model_dim")
+        cache.check_device("hidden", hidden)
+        sizes = (cache.num_slots, hidden.shape[1], self.model_dim)
+        validate.shape("hidden", hidden, "num_slots, t, model_dim", sizes)
+        validate.tensor("position", position, (torch.int64,), hidden.device)
+        validate.shape("position", position, "num_slots", (cache.num_slots,))
+        if self.training and self.dropout > 0.0:
+            raise ValueError(f"dropout: got {self.dropout} in training mode, but decoding has none; call .eval() first")
 
     def extra_repr(self) -> str:
         shown = {
@@ -440,6 +539,24 @@ class ChunkedCrossAttention(nn.Module):
             if null is not None:
                 nn.init.normal_(null, std=1e-4)
         return layer
+
+
+def project_neighbours(
+    layers: Sequence[ChunkedCrossAttention], encoded: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What `keys_and_values` of every layer gives, in one product of matrices for all layers.
+
+    encoded [..., context_dim] -> for every layer keys [..., hk, head_dim] and values [..., hk, value_head_dim], views
+    of one tensor. The weights are put side by side for it, in memory of their own size.
+    """
+    w_key, w_value, bias_key, bias_value = zip(*(layer.key_and_value_weights() for layer in layers))
+    made = materialise.project(encoded, (*w_key, *w_value), (*bias_key, *bias_value))
+    return list(zip(made[: len(layers)], made[len(layers) :]))
+
+
+def _places(position: torch.Tensor, t: int) -> torch.Tensor:
+    """The positions [b, t] of t tokens from `position` [b] on."""
+    return position[:, None] + torch.arange(t, device=position.device)
 
 
 def _check_buckets(buckets: Any, num_buckets: int | None, chunk_size: int, num_keys: int) -> tuple[torch.Tensor, int]:

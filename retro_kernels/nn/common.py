@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
+
 from ..ops import validate
+from ..ops.backends import ENVIRONMENT_VARIABLE
+from ..ops.chunked_cross_attention_decode.reference import by_group
 
 POSITIONS = ("none", "relative", "rotary", "bias")
 PROJECTIONS = ("query", "key", "value", "out")
@@ -33,9 +38,9 @@ def probability(name: str, value: float) -> float:
     return value
 
 
-def one_of(name: str, value: Any, choices: Collection[str]) -> Any:
+def one_of(name: str, value: Any, choices: Collection[Any]) -> Any:
     if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(str, choices))}")
     return value
 
 
@@ -57,3 +62,16 @@ def refuse_idle_options(positions: str | Collection[str], **options: dict[str, A
             if kind not in used and value is not None:
                 shown = " and ".join(f'"{x}"' for x in sorted(used))
                 raise ValueError(f'{name}: got a value with positions={shown}, expected positions="{kind}"')
+
+
+def exact(backend: str | None) -> bool:
+    """Whether the reference was asked for by name, here or in the environment, outside a compiled graph: a layer then
+    projects chunk by chunk (`linear`), and decoding a token gives the bits of the full computation."""
+    name = backend or os.environ.get(ENVIRONMENT_VARIABLE)
+    return name == "reference" and not torch.compiler.is_compiling()
+
+
+def linear(module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: int, exact: bool) -> torch.Tensor:
+    """`module(x)`, x [..., in]; if `exact`, in products of `rows` rows each, which PyTorch rounds alike however many
+    there are. Every projection of a layer that can decode goes through here."""
+    return by_group(module, x, rows) if exact else module(x)

@@ -2,8 +2,8 @@
 (peers.md 1); and what holds for every form: independence of neighbours, masks, partial chunks, dropout, bad input."""
 
 import copy
-import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -377,10 +377,7 @@ def test_autocast_casts_copies_and_pickles(backend, name):
     encoder.eval()
     expected = encoder(embeddings, hidden, mask)
     assert torch.equal(copy.deepcopy(encoder)(embeddings, hidden, mask), expected)
-    buffer = io.BytesIO()
-    torch.save(encoder, buffer)
-    buffer.seek(0)
-    assert torch.equal(torch.load(buffer, weights_only=False)(embeddings, hidden, mask), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(encoder))(embeddings, hidden, mask), expected)
     scale = expected.abs().max().item()
     with torch.autocast("cpu", torch.bfloat16):
         out = encoder(embeddings, hidden, mask)

@@ -8,7 +8,10 @@ the fused backends do that of the tokens given.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 
 from ..attention import reference as attention
 from ..attention.common import CLOCK, Call
@@ -78,12 +81,22 @@ def _keys_and_values(call: common.DecodeCall, compute: torch.dtype) -> tuple[tor
         seen = valid if seen is None else seen & valid
     if seen is not None:  # NaN of a masked token would reach the gradients of w_key and w_value
         encoded = torch.where(seen[..., None], encoded, 0.0)
-    made = []
-    for weight, bias in ((projection.w_key, projection.bias_key), (projection.w_value, projection.bias_value)):
-        x = torch.nn.functional.linear(encoded, weight.to(compute).flatten(0, 1))
-        x = x.unflatten(-1, weight.shape[:2])
-        made.append(x if bias is None else x + bias.to(compute))
-    return made[0], made[1]
+    k, r = encoded.shape[1:3]
+
+    def project(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        flat = weight.to(compute).flatten(0, 1), None if bias is None else bias.to(compute).flatten()
+        return by_group(lambda states: F.linear(states, *flat), encoded, k * r).unflatten(-1, weight.shape[:2])
+
+    return project(projection.w_key, projection.bias_key), project(projection.w_value, projection.bias_value)
+
+
+def by_group(linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: int) -> torch.Tensor:
+    """`linear(x)` for x [..., in], computed `rows` rows at a time, so that a group of rows gets the same bits whatever
+    other groups there are."""
+    if x.numel() == 0:
+        return linear(x)
+    groups = x.reshape(-1, rows, x.shape[-1])
+    return torch.stack([linear(group) for group in groups]).view(*x.shape[:-1], -1)
 
 
 def _dequantised(cache: torch.Tensor, scale: torch.Tensor | None, compute: torch.dtype) -> torch.Tensor:
