@@ -542,16 +542,38 @@ class ChunkedCrossAttention(nn.Module):
 
 
 def project_neighbours(
-    layers: Sequence[ChunkedCrossAttention], encoded: torch.Tensor
+    layers: Sequence[ChunkedCrossAttention],
+    encoded: torch.Tensor,
+    stacked: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What `keys_and_values` of every layer gives, in one product of matrices for all layers.
 
     encoded [..., context_dim] -> for every layer keys [..., hk, head_dim] and values [..., hk, value_head_dim], views
-    of one tensor. The weights are put side by side for it, in memory of their own size.
+    of one tensor. `stacked` is what `stack_projections(layers)` gave, to put the weights side by side once for many
+    calls.
     """
-    w_key, w_value, bias_key, bias_value = zip(*(layer.key_and_value_weights() for layer in layers))
-    made = materialise.project(encoded, (*w_key, *w_value), (*bias_key, *bias_value))
-    return list(zip(made[: len(layers)], made[len(layers) :]))
+    weight, bias = stack_projections(layers) if stacked is None else stacked
+    (made,) = materialise.project(encoded, [weight], [bias])
+    sizes = [(x.num_kv_heads, width) for x in layers for width in (x.head_dim, x.value_head_dim)]
+    parts = made.flatten(-2).split([heads * width for heads, width in sizes], dim=-1)
+    heads = [part.unflatten(-1, size) for part, size in zip(parts, sizes)]
+    return list(zip(heads[::2], heads[1::2]))
+
+
+def stack_projections(layers: Sequence[ChunkedCrossAttention]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """W_k and W_v of all layers, one after the other, as one weight [1, all layers' keys and values, context_dim] and,
+    where one of them has a bias, one bias [1, all layers' keys and values]."""
+    weights, biases = [], []
+    for layer in layers:
+        w_key, w_value, bias_key, bias_value = layer.key_and_value_weights()
+        weights += [w_key.flatten(0, 1), w_value.flatten(0, 1)]
+        biases += [bias_key, bias_value]
+    bias = None
+    if any(x is not None for x in biases):
+        bias = torch.cat([
+            weight.new_zeros(len(weight)) if x is None else x.flatten() for weight, x in zip(weights, biases)
+        ])[None]  # fmt: skip
+    return torch.cat(weights)[None], bias
 
 
 def _places(position: torch.Tensor, t: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from ..ops.chunked_cross_attention_decode import chunked_cross_attention_decode
 from ..ops.chunked_cross_attention_decode.common import QUANTISED
 from ..ops.projected_chunked_cross_attention_decode import projected_chunked_cross_attention_decode
 from . import common
-from .chunked_cross_attention import ChunkedCrossAttention, project_neighbours
+from .chunked_cross_attention import ChunkedCrossAttention, project_neighbours, stack_projections
 
 FORMS = ("key_value", "encoded")
 NOTHING_HELD = -1
@@ -36,13 +36,13 @@ class NeighbourCache:
     complete chunk of the prompt. A token whose chunk is not the one filled last is an error.
 
     Two forms. "key_value" holds keys (turned, with rotary positions) and values of each layer. "encoded" holds the
-    encoder's states once for all heads and layers, for a model of the RETRO paper 9 times smaller than keys and values
+    encoder's states once for all heads and layers, for the paper's 7.5B model 9 times smaller than the keys and values
     of one layer; in exchange every token multiplies with W_k and W_v, and layers with rotary positions are refused.
     With `dtype` int8 or float8_e4m3fn a neighbour token's numbers are stored as codes times one fp32 scale.
 
     All memory is allocated here and written in place, so a CUDA graph that decodes may be replayed. On a GPU nothing
-    waits for the device. Weights are read when a chunk is filled, and the layers' tables of positions are made here,
-    once: after the weights have changed, make a new cache.
+    waits for the device. The layers' tables of positions are made here, once, and what is stored is made of the weights
+    of its time: after the weights have changed, make a new cache.
 
     Args:
         layers: the layers that will decode from it, on one device, with one dtype, `chunk_size` and `context_dim`,
@@ -53,8 +53,10 @@ class NeighbourCache:
         form: "key_value" or "encoded".
         dtype: of what is stored; default that of the layers. Under autocast it must be the autocast dtype, or int8 or
             float8_e4m3fn.
-        one_product: keys and values of all layers are made in one product of matrices (`project_neighbours`), which
-            takes memory for all of them at a time, and on the reference is equal to `forward` within rounding only.
+        one_product: make the keys and values of all layers in one product of matrices (`project_neighbours`): fewer
+            kernels to launch on a GPU, where it was not timed; on a CPU it is no faster. It keeps a copy of their
+            weights side by side, takes memory for the results of all layers at a time, and on the reference is equal
+            to `forward` within rounding only.
 
     Attributes:
         valid: bool [num_slots], False in free slots, whose tokens output 0.
@@ -85,7 +87,6 @@ class NeighbourCache:
         self.retrieved_length = checks.integer("retrieved_length", r, 1)
         self.form = common.one_of("form", form, FORMS)
         self.dtype = common.one_of("dtype", weight.dtype if dtype is None else dtype, (*checks.FLOATING, *QUANTISED))
-        self.one_product = one_product
         if form == "encoded":
             if one_product:
                 raise ValueError('one_product: got True with form="encoded", which projects nothing, expected False')
@@ -106,6 +107,10 @@ class NeighbourCache:
             self._positions = [layer._position_arguments(*size[1:]) for layer in self.layers]
             # Keys are turned when they are stored.
             self._key_rotary = [arguments.pop("key_rotary", None) for arguments in self._positions]
+            for arguments in self._positions:  # or every token would copy the table of distances for its product
+                if "relative_key" in arguments:
+                    arguments["relative_key"] = arguments["relative_key"].contiguous()
+            self._stacked = stack_projections(self.layers) if one_product else None
             shapes: list[tuple[int, ...]] = [(self.context_dim,)]
             if form == "key_value":
                 shapes = [
@@ -194,8 +199,8 @@ class NeighbourCache:
         if encoded.dtype != dtype and not torch.is_autocast_enabled(self.device.type):
             raise TypeError(f"encoded: got dtype {encoded.dtype}, expected {dtype}, that of the layers")
         made: Iterable[tuple[torch.Tensor, torch.Tensor]]
-        if self.one_product:
-            made = project_neighbours(self.layers, encoded)
+        if self._stacked is not None:
+            made = project_neighbours(self.layers, encoded, self._stacked)
         else:  # one layer at a time is in memory
             made = (layer.keys_and_values(encoded) for layer in self.layers)
         stores = zip(self._stores[::2], self._stores[1::2])
