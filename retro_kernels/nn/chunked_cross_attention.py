@@ -417,6 +417,10 @@ class ChunkedCrossAttention(nn.Module):
             validate.shape("neighbour_mask", neighbour_mask, "b, l, k, r", (b, l, k, r))
 
     def _check_decoding(self, hidden, cache, position) -> None:
+        from .neighbour_cache import NeighbourCache  # that module imports this one
+
+        if not isinstance(cache, NeighbourCache):
+            raise TypeError(f"cache: got {type(cache).__name__}, expected a NeighbourCache")
         cache.place(self)  # raises for a cache of other layers
         validate.tensor("hidden", hidden, validate.FLOATING)
         validate.rank("hidden", hidden, "num_slots, t, model_dim")

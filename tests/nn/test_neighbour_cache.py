@@ -404,6 +404,7 @@ def test_bad_calls_write_nothing(form):
             call([0, 3])
     hidden, position = torch.randn(B, 1, DIM), torch.tensor([M - 1, M, 0])
     for arguments, kind, message in [
+        ((hidden, cache.chunk, position), TypeError, "cache: got Tensor"),
         ((hidden[:2], cache, position), ValueError, "hidden"),
         ((hidden[..., 1:], cache, position), ValueError, "hidden"),
         ((hidden.long(), cache, position), TypeError, "hidden"),
@@ -426,6 +427,17 @@ def test_bad_calls_write_nothing(form):
     with pytest.raises(ValueError, match="dropout"):
         layer.decode(hidden, cache, position)
     layer.eval().decode(hidden, cache, position)
+
+
+def test_no_slots_and_no_tokens_are_valid():
+    layer = build()
+    cache = NeighbourCache([layer], **SIZES)
+    none = torch.empty(0, dtype=torch.int64)
+    cache.fill([], 0, torch.randn(0, K, R, CONTEXT))
+    cache.fill(none, none, torch.randn(0, K, R, CONTEXT))
+    cache.join([])
+    assert not cache.valid.any()
+    assert layer.decode(torch.randn(B, 0, DIM), cache, torch.zeros(B, dtype=torch.int64)).shape == (B, 0, DIM)
 
 
 def test_wrong_constructor_arguments_are_named():
