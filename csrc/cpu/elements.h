@@ -80,7 +80,9 @@ static void rotate(float* x, const Operand& cosine, const Operand& sine, int64_t
 }
 
 RK_INLINE void add_scaled(float* x, float factor, const float* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] += factor * y[i];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(x + i, load(x + i) + factor * load(y + i));
+  for (; i < n; ++i) x[i] += factor * y[i];
 }
 
 template <class T>

@@ -101,6 +101,54 @@ static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, c
   }
 }
 
+// The rows of a block into `f.rows`, and into `f.rows_relative` where those differ. With a null slot also, one row after
+// the other, into `f.raw`.
+template <class T, bool kPairs>
+static void pack_query_rows(const Problem& p, const Item& item, const Sizes& z, const ForwardBuffers& f,
+                            const Rows& rows) {
+  const float* content_bias = head_vector(p, p.content_bias, rows, f.content_bias);
+  const float* relative_bias = head_vector(p, p.relative_bias, rows, f.relative_bias);
+  // The null slot needs the rows themselves with the content bias; the table of distances then needs others.
+  const float* const packed_bias = p.null_key.data ? content_bias : nullptr;
+  const int64_t depth = round_up(z.depth, 16);
+  const auto pack = [&](const float* added, float* panels) {
+    // Rows of one run lie evenly spaced; as they are, they need no copy before they are transposed.
+    const int64_t step = p.query_stride[3] * (int64_t)sizeof(T);
+    const bool as_they_are = (kPairs || sizeof(T) == 4) && depth * (kPairs ? 2 : 1) == p.dim && step % 4 == 0 &&
+                             p.rotary_width == 0 && !p.null_key.data;
+    for (int64_t i = 0; i < rows.padded; i += kLanes) {
+      const int64_t last = i + kLanes - 1;
+      float* to = panels + i / kPanel * panel_size(z.depth) + i % kPanel;
+      if (as_they_are && last < rows.count && rows.head[i] == rows.head[last] &&
+          rows.neighbour[i] == rows.neighbour[last]) {
+        const T* source = (const T*)p.query + row_offset(p.query_stride, item, rows, i);
+        for (int64_t j = 0; j < depth; j += kLanes)
+          transpose_square((const float*)source + j, step / 4, to + j * kPanel, kPanel);
+        continue;
+      }
+      for (int64_t x = i; x <= last; ++x) {
+        if (x < rows.count)
+          pack_row<T, kPairs>((const T*)p.query + row_offset(p.query_stride, item, rows, x), p.dim, &p.query_cos,
+                              &p.query_sin, rows.angle[x], p.rotary_width, p.rotary_interleaved, f.raw + x * z.ld,
+                              z.ld - 16, added);
+        else
+          __builtin_memset(f.raw + x * z.ld, 0, (size_t)z.ld * 4);
+      }
+      for (int64_t j = 0; j < depth; j += kLanes)
+        transpose_square(f.raw + i * z.ld + j, z.ld, to + j * kPanel, kPanel);
+    }
+  };
+  if (f.rows_relative == f.rows) return pack(nullptr, f.rows);
+  pack(nullptr, f.rows_relative);
+  if (packed_bias)
+    pack(packed_bias, f.rows);
+  else if (content_bias)
+    add_to_panels<kPairs>(f.rows_relative, content_bias, rows.padded, p.dim, z.depth, f.rows);
+  else
+    pack(nullptr, f.rows);
+  if (relative_bias) add_to_panels<kPairs>(f.rows_relative, relative_bias, rows.padded, p.dim, z.depth, f.rows_relative);
+}
+
 template <class T, bool kPairs>
 static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers& f, int64_t first_item,
                           int64_t last_item) {
@@ -118,39 +166,7 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
     const int64_t blocks = row_blocks(p, item);
     for (int64_t block = 0; block < blocks; ++block) {
       make_rows(p, item, block, &rows);
-      const auto pack_rows = [&](const float* added, float* panels) {
-        // Rows of one run lie evenly spaced; as they are, they need no copy before they are transposed.
-        const int64_t step = p.query_stride[3] * (int64_t)sizeof(T);
-        const bool as_they_are = (kPairs || sizeof(T) == 4) && z.depth % 16 == 0 && step % 4 == 0 && !added &&
-                                 p.rotary_width == 0 && !p.null_key.data;
-        for (int64_t i = 0; i < rows.padded; i += kLanes) {
-          const int64_t last = i + kLanes - 1;
-          float* to = panels + i / kPanel * panel_size(z.depth) + i % kPanel;
-          if (as_they_are && last < rows.count && rows.head[i] == rows.head[last] &&
-              rows.neighbour[i] == rows.neighbour[last]) {
-            const T* source = (const T*)p.query + row_offset(p.query_stride, item, rows, i);
-            for (int64_t j = 0; j < z.depth; j += kLanes)
-              transpose_square((const float*)source + j, step / 4, to + j * kPanel, kPanel);
-            continue;
-          }
-          for (int64_t x = i; x <= last; ++x) {
-            if (x < rows.count)
-              pack_row<T, kPairs>((const T*)p.query + row_offset(p.query_stride, item, rows, x), p.dim, &p.query_cos,
-                                  &p.query_sin, rows.angle[x], p.rotary_width, p.rotary_interleaved, f.raw + x * z.ld,
-                                  z.ld - 16, added);
-            else
-              __builtin_memset(f.raw + x * z.ld, 0, (size_t)z.ld * 4);
-          }
-          for (int64_t j = 0; j < round_up(z.depth, 16); j += kLanes)
-            transpose_square(f.raw + i * z.ld + j, z.ld, to + j * kPanel, kPanel);
-        }
-      };
-      if (f.rows_relative != f.rows) {
-        const float* added = head_vector(p, p.relative_bias, rows, f.relative_bias);
-        pack_rows(added, f.rows_relative);
-      }
-      pack_rows(head_vector(p, p.content_bias, rows, f.content_bias), f.rows);
-
+      pack_query_rows<T, kPairs>(p, item, z, f, rows);
       bool started = p.null_key.data != nullptr;
       const uint64_t null_kept = started && p.dropout ? draw_null(p, rows) : ~(uint64_t)0;
       for (int64_t i = 0; i < rows.padded; ++i) {

@@ -51,6 +51,29 @@ RK_INLINE void transpose_rows(const float* rows, int64_t ld, int64_t padded_rows
       transpose_square(rows + i * ld + j, ld, dst + i / kPanel * panel_size(elements) + j * kPanel + i % kPanel, kPanel);
 }
 
+// dst = panels + added[element] in every row. `added` is fp32 and has an element for every one of d, the panels `depth`.
+template <bool kPairs>
+RK_INLINE void add_to_panels(const float* panels, const float* added, int64_t padded_rows, int64_t d, int64_t depth,
+                             float* dst) {
+  for (int64_t i = 0; i < padded_rows; i += kLanes) {
+    const int64_t start = i / kPanel * panel_size(depth) + i % kPanel;
+    for (int64_t j = 0; j < depth; ++j) {
+      const int64_t at = start + j * kPanel;
+#if RK_LEVEL >= 3
+      if constexpr (kPairs) {
+        const __m512i pair = _mm512_loadu_si512(panels + at);
+        const vfloat low = (vfloat)_mm512_slli_epi32(pair, 16) + added[2 * j];
+        const vfloat high =
+            (vfloat)_mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)) + (2 * j + 1 < d ? added[2 * j + 1] : 0.0f);
+        store_pairs(low, high, dst + at);
+        continue;
+      }
+#endif
+      store(dst + at, load(panels + at) + added[j]);
+    }
+  }
+}
+
 // Where a row lies in query, or in grad_out. In elements.
 RK_INLINE int64_t row_offset(const int64_t* stride, const Item& item, const Rows& rows, int64_t i) {
   return item.b * stride[0] + item.query_chunk * stride[1] + rows.neighbour[i] * stride[2] + rows.token[i] * stride[3] +
