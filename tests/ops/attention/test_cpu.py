@@ -29,7 +29,7 @@ BLOCKING = (
     Case("widest", b=1, n=9, m=8, k=2, r=70, h=2, d=256, d_value=255, options=ALL),
     Case("relative", b=1, n=47, m=13, k=3, r=99, h=4, hk=2, d=20, dropout_p=0.3,
          options=("relative", "relative_biases", "mask", "null", "bias")),
-    Case("relative_wide", b=1, n=40, m=20, k=1, r=70, h=2, d=130, options=("relative", "relative_biases")),
+    Case("relative_wide", b=1, n=40, m=20, k=1, r=70, h=2, d=131, options=("relative", "relative_biases")),
     Case("packed", b=2, n=60, m=13, k=2, r=19, documents=(27, 14, 19), dropout_p=0.5, options=ALL),
     Case("self", "self", b=1, l=1, k=2, r=150, h=4, hk=2, d=24, dropout_p=0.2,
          options=("relative", "relative_biases", "mask")),
