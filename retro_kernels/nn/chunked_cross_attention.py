@@ -224,7 +224,9 @@ class ChunkedCrossAttention(nn.Module):
 
         Raises TypeError or ValueError for wrong dtypes and sizes, and whatever `chunked_cross_attention` raises.
         """
-        self._check_inputs(hidden, encoded, neighbour_mask)
+        common.check_hidden_and_neighbours(
+            hidden, ("model_dim", self.model_dim), "encoded", encoded, ("context_dim", self.context_dim), neighbour_mask
+        )
         n, num_chunks = hidden.shape[1], encoded.shape[1]
         validate.integer("query_offset", query_offset, 0)
         validate.integer("chunk_offset", chunk_offset, 0)
@@ -397,24 +399,6 @@ class ChunkedCrossAttention(nn.Module):
                 "the bias counts through all of them"
             )
         return bias[..., : k * r]
-
-    def _check_inputs(self, hidden, encoded, neighbour_mask) -> None:
-        validate.tensor("hidden", hidden, validate.FLOATING)
-        validate.rank("hidden", hidden, "b, n, model_dim")
-        validate.tensor("encoded", encoded, validate.FLOATING, hidden.device)
-        validate.rank("encoded", encoded, "b, l, k, r, context_dim")
-        b, l, k, r, _ = encoded.shape
-        for name, x, width_name, width in (
-            ("hidden", hidden, "model_dim", self.model_dim),
-            ("encoded", encoded, "context_dim", self.context_dim),
-        ):
-            if x.shape[-1] != width:
-                raise ValueError(f"{name}: got width {x.shape[-1]}, expected {width_name} = {width}")
-        if hidden.shape[0] != b:
-            raise ValueError(f"encoded: got batch {b}, expected {hidden.shape[0]}, the batch of hidden")
-        if neighbour_mask is not None:
-            validate.tensor("neighbour_mask", neighbour_mask, (torch.bool,), hidden.device)
-            validate.shape("neighbour_mask", neighbour_mask, "b, l, k, r", (b, l, k, r))
 
     def _check_decoding(self, hidden, cache, position) -> None:
         from .neighbour_cache import NeighbourCache  # that module imports this one

@@ -75,3 +75,27 @@ def linear(module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows
     """`module(x)`, x [..., in]; if `exact`, in products of `rows` rows each, which PyTorch rounds alike however many
     there are. Every projection of a layer that can decode goes through here."""
     return by_group(module, x, rows) if exact else module(x)
+
+
+def check_hidden_and_neighbours(
+    hidden: Any,
+    hidden_width: tuple[str, int],
+    name: str,
+    neighbours: Any,
+    width: tuple[str, int],
+    neighbour_mask: Any,
+) -> None:
+    """Raises unless hidden is [b, n, .], `neighbours`, which the caller calls `name`, [b, l, k, r, .] on its device,
+    and the mask bool [b, l, k, r] or None. Both widths come with the names of what they must equal."""
+    validate.tensor("hidden", hidden, validate.FLOATING)
+    validate.rank("hidden", hidden, f"b, n, {hidden_width[0]}")
+    validate.tensor(name, neighbours, validate.FLOATING, hidden.device)
+    validate.rank(name, neighbours, f"b, l, k, r, {width[0]}")
+    for what, x, (size_name, size) in (("hidden", hidden, hidden_width), (name, neighbours, width)):
+        if x.shape[-1] != size:
+            raise ValueError(f"{what}: got width {x.shape[-1]}, expected {size_name} = {size}")
+    if hidden.shape[0] != neighbours.shape[0]:
+        raise ValueError(f"{name}: got batch {neighbours.shape[0]}, expected {hidden.shape[0]}, the batch of hidden")
+    if neighbour_mask is not None:
+        validate.tensor("neighbour_mask", neighbour_mask, (torch.bool,), hidden.device)
+        validate.shape("neighbour_mask", neighbour_mask, "b, l, k, r", tuple(neighbours.shape[:-1]))

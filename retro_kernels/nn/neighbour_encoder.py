@@ -245,7 +245,14 @@ class NeighbourEncoder(nn.Module):
 
         Raises TypeError or ValueError for wrong dtypes and sizes, and whatever the attentions raise.
         """
-        self._check_inputs(embeddings, hidden, neighbour_mask)
+        common.check_hidden_and_neighbours(
+            hidden,
+            ("context_dim", self.context_dim),
+            "embeddings",
+            embeddings,
+            ("model_dim", self.model_dim),
+            neighbour_mask,
+        )
         context, stride, activation_mask = None, 0, None
         if self.cross_attention_layers:
             context, stride, activation_mask = self._chunks(hidden, embeddings.shape[1], sequence_starts)
@@ -309,24 +316,6 @@ class NeighbourEncoder(nn.Module):
         index = (last[..., None] - (m - 1) + torch.arange(m, device=hidden.device)).clamp(min=0)
         chunks = hidden.gather(1, index.flatten(1)[..., None].expand(-1, -1, hidden.shape[-1]))
         return chunks, m, there
-
-    def _check_inputs(self, embeddings, hidden, neighbour_mask) -> None:
-        validate.tensor("embeddings", embeddings, validate.FLOATING)
-        validate.rank("embeddings", embeddings, "b, l, k, r, model_dim")
-        validate.tensor("hidden", hidden, validate.FLOATING, embeddings.device)
-        validate.rank("hidden", hidden, "b, n, context_dim")
-        b, l, k, r, _ = embeddings.shape
-        for name, x, width_name, width in (
-            ("embeddings", embeddings, "model_dim", self.model_dim),
-            ("hidden", hidden, "context_dim", self.context_dim),
-        ):
-            if x.shape[-1] != width:
-                raise ValueError(f"{name}: got width {x.shape[-1]}, expected {width_name} = {width}")
-        if hidden.shape[0] != b:
-            raise ValueError(f"hidden: got batch {hidden.shape[0]}, expected {b}, the batch of embeddings")
-        if neighbour_mask is not None:
-            validate.tensor("neighbour_mask", neighbour_mask, (torch.bool,), embeddings.device)
-            validate.shape("neighbour_mask", neighbour_mask, "b, l, k, r", (b, l, k, r))
 
     def extra_repr(self) -> str:
         return (

@@ -30,8 +30,21 @@ def register(schema: str, *, implementation: Callable, fake: Callable, devices: 
     return getattr(torch.ops.retro_kernels, name).default
 
 
-def refuse_second_derivative(backward_op: str) -> None:
-    """Makes a derivative of `retro_kernels::<backward_op>` raise instead of being silently zero."""
+def register_pair(
+    operation: str,
+    backend: str,
+    *,
+    schemas: tuple[str, str],
+    implementations: tuple[Callable, Callable],
+    fakes: tuple[Callable, Callable],
+    devices: tuple[str, ...],
+) -> tuple[Callable, Callable]:
+    """`<operation>_forward_<backend>` and `<operation>_backward_<backend>`, whose own derivative raises and is not
+    silently zero."""
+    forward, backward = (
+        register(schema, implementation=implementation, fake=fake, devices=devices)
+        for schema, implementation, fake in zip(schemas, implementations, fakes)
+    )
 
     def raise_on_backward(ctx, *gradients):
         raise RuntimeError(
@@ -39,7 +52,8 @@ def refuse_second_derivative(backward_op: str) -> None:
             '(create_graph=True and another backward). Use backend="reference", which PyTorch differentiates twice.'
         )
 
-    torch.library.register_autograd(f"retro_kernels::{backward_op}", raise_on_backward, lib=LIBRARY)
+    torch.library.register_autograd(f"retro_kernels::{operation}_backward_{backend}", raise_on_backward, lib=LIBRARY)
+    return forward, backward
 
 
 def unit_last_stride(x: torch.Tensor | None) -> torch.Tensor | None:

@@ -503,7 +503,7 @@ def test_state_dicts_and_whole_models_save_and_load(reference):
         plain.to_logits.bias.add_(1)
     plain.load_state_dict(torch.load(buffers[0]))
     close(plain(tokens, retrieved), want)
-    loaded = torch.load(buffers[1], weights_only=False)
+    loaded = torch.load(buffers[1], weights_only=False)  # a whole module, of bytes written above
     assert torch.equal(loaded(tokens, retrieved), want)
     assert unswap(loaded)
 

@@ -89,8 +89,6 @@ def _backward(grad_out, *arguments):
         None if shape is None else ops_common.allocate((copies, *shape), torch.float32, grad_out.device)
         for shape in shapes
     ]
-    if grad_out.dim() and grad_out.shape[-1] > 1 and grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
     torch.ops.retro_kernels_cpu.attention_backward(
         grad_out, *slots, out.contiguous(), lse.contiguous(), *settings, packed, *gradients[:3], *totals, *partial
     )

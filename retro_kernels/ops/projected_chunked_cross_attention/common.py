@@ -100,12 +100,10 @@ def _fake_backward(grad_out, *inputs):
 
 def register(backend: str, forward, backward, devices: tuple[str, ...]):
     """Registers `absorbed_forward_<backend>` and `absorbed_backward_<backend>`; returns both callables."""
-    forward_op = common.register(forward_schema(backend), implementation=forward, fake=_fake_forward, devices=devices)
-    backward_op = common.register(
-        backward_schema(backend), implementation=backward, fake=_fake_backward, devices=devices
-    )
-    common.refuse_second_derivative(f"absorbed_backward_{backend}")
-    return forward_op, backward_op
+    return common.register_pair(
+        "absorbed", backend, schemas=(forward_schema(backend), backward_schema(backend)),
+        implementations=(forward, backward), fakes=(_fake_forward, _fake_backward), devices=devices,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
