@@ -150,6 +150,8 @@ def test_packed_documents_do_not_see_each_other(backend):
 @pytest.mark.parametrize("name", ["everything", "dropout_all", "self_relative_all", "causal_packed_relative",
                                   "cross_relative_all"])  # fmt: skip
 def test_twice_the_same_is_bitwise_the_same(name, backend):
+    if backend == "triton" and DEVICE == "cpu" and name != "causal_packed_relative":
+        pytest.skip("the interpreter runs one program after the other: one case shows that nothing unwritten is read")
     case = cases.by_name(name)
     arguments = cases.make(case, torch.float32, DEVICE)
     grad_out = torch.randn(case.out_shape, device=DEVICE)
