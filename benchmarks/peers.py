@@ -25,7 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .workloads import CAUSAL_SELF, CCA, DROPOUT, ENCODER_CROSS, PLAIN, RELATIVE, Workload
+from .workloads import (
+    ATTENTIONS,
+    CAUSAL_SELF,
+    CCA,
+    DROPOUT,
+    ENCODER_CROSS,
+    LAYER,
+    PLAIN,
+    PROJECTED,
+    RELATIVE,
+    Workload,
+)
 
 Attention = Callable[..., Tensor]
 
@@ -272,6 +283,8 @@ class Variant:
     compiled: bool = False
     undropped: Attention | None = None
     """The same without dropout, where dropout is PyTorch's own and so cannot be compared."""
+    extra: Callable[[str, str], dict] | None = None
+    """(dtype, mode) -> further fields of its row, asked once it was checked."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +303,11 @@ def variants(
     workload: Workload, device: torch.device, *, compiled: bool = True, backends: list[str] | None = None
 ) -> list[Variant | Skipped]:
     """Every alternative for this workload on this device, retro_kernels' own backends last."""
+    if workload.operation not in ATTENTIONS:
+        from . import decoding, layers
+
+        module = layers if workload.operation in (PROJECTED, LAYER) else decoding
+        return module.variants(workload, device, compiled=compiled, backends=backends)
     dropout = workload.option == DROPOUT
 
     def way(function: Callable, **fixed) -> Attention:
@@ -359,25 +377,38 @@ def _block_mask_flex(workload: Workload, device: torch.device, compiled: bool) -
 def own_variants(workload: Workload, device: torch.device, backends: list[str] | None = None) -> list:
     """retro_kernels[<backend>] for every backend but the reference, which judges and does not compete. It is timed
     when it is asked for by name, or when nothing else can run. Each also without the case's option."""
+    result: list[Variant | Skipped] = []
+    for name, reason in own_backends(device, backends):
+        result += [Skipped(f"retro_kernels[{name}]", reason)] if reason else own_variant(workload, name)
+    return result
+
+
+def own_backends(device: torch.device, backends: list[str] | None = None) -> list[tuple[str, str | None]]:
+    """(name, why it does not run here or None) of the backends whose turn it is."""
     import retro_kernels as rk
 
-    result: list[Variant | Skipped] = []
-    states = rk.backends()
-    for name, state in states.items():
-        if backends and name not in backends:
+    result: list[tuple[str, str | None]] = []
+    for name, state in rk.backends().items():
+        if (backends and name not in backends) or (name == "reference" and not backends):
             continue
-        if name == "reference" and not (backends and name in backends):
-            continue
-        if not state.available:
-            result.append(Skipped(f"retro_kernels[{name}]", str(state.reason)))
-            continue
-        if {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(name, device.type) != device.type:
-            result.append(Skipped(f"retro_kernels[{name}]", f"computes on another kind of device than {device.type}"))
-            continue
-        result += own_variant(workload, name)
-    if not any(isinstance(variant, Variant) for variant in result) and not backends:
-        result += own_variant(workload, "reference")
+        reason = None if state.available else str(state.reason)
+        if not reason and {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(name, device.type) != device.type:
+            reason = f"computes on another kind of device than {device.type}"
+        result.append((name, reason))
+    if all(reason for _, reason in result) and not backends:
+        result.append(("reference", None))
     return result
+
+
+def eager_of(workload: Workload) -> Attention:
+    """What judges the others: the operation in eager PyTorch."""
+    if workload.operation in ATTENTIONS:
+        return functools.partial(eager, workload)
+    from . import decoding, layers
+
+    if workload.operation in (PROJECTED, LAYER):
+        return functools.partial(layers.projected, workload, eager)
+    return functools.partial(decoding.eager, workload)
 
 
 def own_variant(workload: Workload, backend: str) -> list[Variant]:

@@ -13,8 +13,8 @@ import torch
 
 from . import peers, verify
 from .peers import CompileBudget, CompileTimeout, Skipped, Variant
-from .timing import Ceilings, Protocol, Timed, interleaved, peak_extra_bytes
-from .workloads import DROPOUT, DTYPES, PLAIN, SEED, Workload
+from .timing import Ceilings, Protocol, Timed, interleaved, peak_extra_bytes, saved_bytes
+from .workloads import ATTENTIONS, DECODE, DROPOUT, DTYPES, PLAIN, SEED, STEP, Workload
 
 OK, SKIPPED, WRONG, FAILED = "ok", "skipped", "wrong", "failed"
 
@@ -47,6 +47,17 @@ class Row:
     peak_extra_bytes: int | None = None
     errors: list[dict] = field(default_factory=list)
     checked: str | None = None
+    saved_bytes: int | None = None
+    """Kept from the forward for the backward, besides the inputs and the output."""
+    strategy: str | None = None
+    chosen: bool = False
+    """Whether `strategy="auto"` takes this row's strategy."""
+    predicted_ms: float | None = None
+    cache_bytes: int | None = None
+    """What decoding keeps of a chunk's neighbours, for all sequences."""
+    parameter_bytes: int | None = None
+    border_ms: float | None = None
+    """What a chunk's border costs a decoder step besides: filling the cache."""
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -114,9 +125,15 @@ def run(workloads: Iterable[Workload], settings: Settings, ceilings: Ceilings, w
                 continue
             inputs = tuple(tensor.to(DTYPES[dtype]) for tensor in base)
             for mode in settings.modes:
+                if mode not in workload.modes:
+                    continue
                 add(_case(workload, dtype, mode, inputs, truths, settings, ceilings, watcher))
             del inputs
         del base
+        if workload.operation in (DECODE, STEP):
+            from .decoding import KEPT
+
+            KEPT.clear()
         _clean(settings.device)
     return rows
 
@@ -163,12 +180,17 @@ def _case(workload, dtype, mode, inputs, truths, settings: Settings, ceilings, w
         status, reason, errors = check(variant, own_inputs, mode, truths, settings.budget, dtype, eager_errors)
         row = _row(workload, dtype, mode, variant.name, status, reason)
         row.errors = verify.to_json(errors)
-        row.checked = "every element" if truths[workload].whole else "two corners of batch and heads; the rest finite"
+        row.checked = truths[workload].what()
         if variant.undropped is not None:
             row.checked += " without dropout; with it, mean and noise"
         rows[variant.name] = row
         if status == OK:
             timed[variant.name] = Timed(_call(variant, own_inputs, mode), variant.context)
+            for key, value in variant.extra(dtype, mode).items() if variant.extra else ():
+                setattr(row, key, value)
+            if settings.memory and mode != "forward" and workload.operation not in ATTENTIONS:
+                with variant.context():
+                    row.saved_bytes = saved_bytes(functools.partial(variant.attention, *own_inputs[:-1]), own_inputs)
     if settings.memory:
         for name, entry in list(timed.items()):
             watcher.step(f"{dtype} {mode}: memory of {name}")
@@ -184,7 +206,8 @@ def _case(workload, dtype, mode, inputs, truths, settings: Settings, ceilings, w
     for name, samples in found.items():
         row = rows[name]
         computed = workload.with_option(PLAIN) if name.endswith(peers.WITHOUT) else workload
-        flops, moved = computed.flops(mode), computed.bytes(mode, DTYPES[dtype])
+        # Decoding's ways differ in what they must do; each was given the counts of its own.
+        flops, moved = row.flops or computed.flops(mode), row.bytes or computed.bytes(mode, DTYPES[dtype])
         limit, bound = ceilings.floor_seconds(flops, moved, dtype)
         for key, value in samples.summary().items():
             setattr(row, key, value)
@@ -241,7 +264,7 @@ def _results(variant: Variant, inputs, mode):
 def _eager_errors(variant: Variant, inputs, mode, truths) -> dict[Workload, list[verify.Error]]:
     """Of what this variant computes; dropout's measure is the error without it."""
     computed = variant.workload.with_option(PLAIN) if variant.workload.option == DROPOUT else variant.workload
-    result = verify.run(computed, functools.partial(peers.eager, computed), inputs, mode)
+    result = verify.run(computed, peers.eager_of(computed), inputs, mode)
     return {variant.workload: truths[computed].errors(result)}
 
 

@@ -177,6 +177,22 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     return peak if changes else None
 
 
+def saved_bytes(call: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> int:
+    """Bytes that autograd keeps of a forward for its backward, each storage once, without those of the inputs and of
+    the output. What a node keeps without telling autograd is not seen."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = call()
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*inputs, out)}
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What this device can do, measured here and now: the two numbers a floor is made of."""

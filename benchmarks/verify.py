@@ -15,12 +15,12 @@ and gradients unbiased (BIAS), the output's noise that of this probability (NOIS
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .workloads import CAUSAL_SELF, DROPOUT, DROPOUT_P, SEED, Workload
+from .workloads import ATTENTIONS, CAUSAL_SELF, DROPOUT, DROPOUT_P, MODES, SEED, Workload
 
 FLOORS = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 2e-4}
 COSINES = {"fp32": 0.999999, "bf16": 0.9995, "fp16": 0.9999}
@@ -82,11 +82,25 @@ class Slice:
         return tensor[self.batch][..., self.kv_heads if name in ("key", "value") else heads, :]
 
 
+@dataclass(frozen=True)
+class Sequences(Slice):
+    """Some sequences whole, for operations that mix heads; weights have no batch. `batched`: the names that have."""
+
+    batched: frozenset[str] = frozenset()
+
+    def of(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor[self.batch] if name.removesuffix(" gradient") in self.batched else tensor
+
+
 def slices(workload: Workload) -> list[Slice]:
     """Everything when it fits LARGEST_FP64_KEY bytes, otherwise two corners of it. (A parameter's gradient is a sum
     over the batch, so with parameters the corners have all of it.)"""
     group = workload.num_heads // workload.kv_heads
     b, hk = workload.batch or 1, workload.kv_heads
+    if workload.operation not in ATTENTIONS:
+        batched = frozenset({"output", "output gradient", "hidden", "query", "encoded"})
+        edges = [slice(0, b)] if workload.modes == MODES or b <= 4 else [slice(0, 2), slice(b - 2, b)]
+        return [Sequences(edge, slice(0, 1), group, batched) for edge in edges]
     query, key, _, *positions = workload.shapes()
     elements = max(torch.Size(query).numel(), torch.Size(key).numel())
     if elements * 8 <= LARGEST_FP64_KEY:
@@ -126,6 +140,8 @@ class Truth:
         self.workload = workload
         self.slices = slices(workload)
         self.whole = len(self.slices) == 1
+        if workload.operation not in ATTENTIONS:
+            workload.check_room(inputs[0].device)
         if workload.option == DROPOUT and not self.whole:
             raise ValueError("too large for an fp64 reference, which dropout needs whole")
         self.results = [self._reference(part, inputs) for part in self.slices]
@@ -133,18 +149,21 @@ class Truth:
     def _reference(self, part: Slice, inputs: tuple[Tensor, ...]) -> Result:
         """Head by head where all heads' logits at once would be too many (but not with dropout, which counts heads)."""
         workload = self.workload
+        mode = workload.modes[-1]
         rows = (workload.rows,) if workload.operation == CAUSAL_SELF else ()
         logits = 8 * part.group * (workload.pairs()[0] * (2 if rows else 1))
         count = part.kv_heads.stop - part.kv_heads.start
         step = count if workload.option == DROPOUT else max(1, min(count, LARGEST_FP64_LOGITS // max(1, logits)))
         found: list[Result] = []
         for start in range(part.kv_heads.start, part.kv_heads.stop, step):
-            heads = Slice(part.batch, slice(start, min(start + step, part.kv_heads.stop)), part.group)
+            heads = replace(part, kv_heads=slice(start, min(start + step, part.kv_heads.stop)))
             doubles = tuple(
                 heads.of(name, tensor).double() for name, tensor in zip((*workload.leaves, "output gradient"), inputs)
             )
             torch.manual_seed(SEED)
-            found.append(run(workload, self._attend, leaves(doubles, True), "forward+backward"))
+            found.append(run(workload, self._attend, leaves(doubles, mode != "forward"), mode))
+        if len(found) == 1:
+            return found[0]
         whole = {}
         for name in found[0]:
             axis = 0 if name.split()[0] in ("relative_key", "content_bias", "relative_bias") else -2
@@ -153,6 +172,13 @@ class Truth:
 
     def _attend(self, *tensors: Tensor) -> Tensor:
         return self.workload.attend(*tensors, backend="reference")
+
+    def what(self) -> str:
+        """What of a result is compared."""
+        if self.whole:
+            return "every element"
+        corners = "two corners of batch and heads" if self.workload.operation in ATTENTIONS else "four sequences"
+        return f"{corners}; the rest finite"
 
     def errors(self, result: Result) -> list[Error]:
         """One Error a tensor; of several slices the worst. Outside the slices everything must be finite."""

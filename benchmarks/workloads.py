@@ -1,5 +1,5 @@
-"""What is timed: three attentions at the shapes of design section 6, the operations they cost and the bytes they must
-move."""
+"""What is timed: the attentions at the shapes of design section 6, the operations they cost and the bytes they must
+move. What is built around chunked cross-attention is in layers.py (projections and the layer) and decoding.py."""
 
 from __future__ import annotations
 
@@ -14,18 +14,31 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DROPOUT_P = 0.1
 
 CCA, ENCODER_SELF, ENCODER_CROSS, CAUSAL_SELF = "cca", "encoder-self", "encoder-cross", "causal-self"
-OPERATIONS = {
+PROJECTED, LAYER, DECODE, STEP = "cca-projected", "cca-layer", "cca-decode", "decoder-step"
+ATTENTIONS = {
     CCA: "Chunked cross-attention",
     ENCODER_SELF: "Encoder self-attention",
     ENCODER_CROSS: "Encoder cross-attention",
     CAUSAL_SELF: "Causal self-attention of a decoder row",
 }
-PLAIN, RELATIVE, DROPOUT = "plain", "relative", "dropout"
+OPERATIONS = {
+    **ATTENTIONS,
+    PROJECTED: "Chunked cross-attention with its key and value projections, both strategies",
+    LAYER: "The layer: norm, projections, chunked cross-attention, output projection, residual",
+    DECODE: "Decoding: one token of every sequence against its chunk's neighbours",
+    STEP: "A decoder step, retrieval on against off",
+}
+PLAIN, RELATIVE, DROPOUT, RETRIEVAL = "plain", "relative", "dropout", "retrieval"
 OPTIONS = {
     PLAIN: "no positions, no dropout",
     RELATIVE: "the paper's relative positions, with u and v",
     DROPOUT: f"dropout {DROPOUT_P:g} on the probabilities",
+    RETRIEVAL: "with chunked cross-attention in every third layer",
 }
+OPTIONS_OF = {
+    **{operation: (PLAIN, RELATIVE, DROPOUT) for operation in ATTENTIONS},
+    PROJECTED: (PLAIN,), LAYER: (PLAIN,), DECODE: (PLAIN,), STEP: (RETRIEVAL,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,8 +57,15 @@ class Workload:
     retrieved_length: int = 128
     batch: int | None = None
     """Sequences; None stands for 8 on a GPU and 1 on a CPU."""
+    model_dim: int | None = None
+    """Width of the decoder; None: all heads side by side."""
     operation: str = CCA
     option: str = PLAIN
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Those that are timed; what only generates has no backward."""
+        return MODES
 
     @property
     def kv_heads(self) -> int:
@@ -188,7 +208,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 _DECODERS = (
-    Workload("retro-172m", 16, 64),
+    Workload("retro-172m", 16, 64, model_dim=896),
     Workload("retro-425m", 12, 128),
     Workload("retro-1.5b", 16, 128),
     Workload("retro-7.5b", 32, 128),
@@ -199,6 +219,11 @@ _DECODERS = (
     Workload("gqa-8b", 32, 128, encoder_dim=4096, num_kv_heads=8, sequence_length=4096),
     Workload("lucidrains", 8, 64),
 )
+BATCHES = (1, 8, 64, 256)
+_GENERATING = tuple(
+    replace(workload, name=f"{workload.name}-batch-{batch}", batch=batch)
+    for workload in _DECODERS if workload.name in ("retro-172m", "retro-425m", "retro-7.5b") for batch in BATCHES
+)  # fmt: skip
 # The encoders of the workloads above: all of width 896 at one k are one, and so are the two of width 4096.
 _ENCODERS = (
     Workload("encoder-896", 14, 64),
@@ -207,14 +232,18 @@ _ENCODERS = (
     Workload("encoder-896-k40", 14, 64, num_neighbours=40),
     Workload("encoder-4096", 32, 128, encoder_dim=4096, sequence_length=4096),
 )
-WORKLOADS = {workload.name: workload for workload in (*_DECODERS, *_ENCODERS)}
+WORKLOADS = {workload.name: workload for workload in (*_DECODERS, *_ENCODERS, *_GENERATING)}
 TINY = Workload("tiny", 2, 16, sequence_length=37, chunk_size=8, num_neighbours=2, retrieved_length=16, batch=1)
 """For tests of the suite itself, every operation: an incomplete last chunk, small enough for Triton's interpreter."""
 
 _ENCODER_NAMES = tuple(workload.name for workload in _ENCODERS)
 _DECODER_NAMES = tuple(workload.name for workload in _DECODERS)
 _ONE_ROW = tuple(name for name in _DECODER_NAMES if "-k" not in name and name != "retro-1.5b")
-NAMES = {CCA: _DECODER_NAMES, ENCODER_SELF: _ENCODER_NAMES, ENCODER_CROSS: _ENCODER_NAMES, CAUSAL_SELF: _ONE_ROW}
+_BATCH_NAMES = tuple(workload.name for workload in _GENERATING)
+NAMES = {
+    CCA: _DECODER_NAMES, ENCODER_SELF: _ENCODER_NAMES, ENCODER_CROSS: _ENCODER_NAMES, CAUSAL_SELF: _ONE_ROW,
+    PROJECTED: _DECODER_NAMES, LAYER: _DECODER_NAMES, DECODE: _BATCH_NAMES, STEP: _BATCH_NAMES,
+}  # fmt: skip
 """The workloads of each operation. (For a decoder's self-attention k changes nothing.)"""
 
 DEFAULT = {
@@ -229,6 +258,10 @@ DEFAULT = {
     (CCA, DROPOUT): ("retro-172m",),
     (ENCODER_SELF, DROPOUT): ("encoder-896",),
     (ENCODER_CROSS, DROPOUT): ("encoder-896",),
+    (PROJECTED, PLAIN): NAMES[PROJECTED],
+    (LAYER, PLAIN): ("retro-172m", "retro-425m", "retro-7.5b", "gqa-8b"),
+    (DECODE, PLAIN): tuple(f"retro-7.5b-batch-{batch}" for batch in BATCHES),
+    (STEP, RETRIEVAL): ("retro-172m-batch-1", "retro-7.5b-batch-1", "retro-7.5b-batch-8"),
 }
 """What a run times when it is not told, by (operation, option)."""
 
@@ -237,7 +270,23 @@ QUICK = {
     (ENCODER_SELF, PLAIN): ("encoder-896",),
     (ENCODER_CROSS, PLAIN): ("encoder-896",),
     (CCA, RELATIVE): ("retro-172m",),
+    (LAYER, PLAIN): ("retro-172m",),
+    (DECODE, PLAIN): ("retro-7.5b-batch-8",),
 }
+
+
+def of_operation(workload: Workload, operation: str, option: str) -> Workload:
+    """The same shape as another operation."""
+    kind = Workload
+    if operation in (PROJECTED, LAYER):
+        from .layers import Layer, Projected
+
+        kind = Layer if operation == LAYER else Projected
+    elif operation in (DECODE, STEP):
+        from .decoding import Decode, Step
+
+        kind = Step if operation == STEP else Decode
+    return kind(**{**vars(workload), "operation": operation, "option": option})
 
 
 def select(
@@ -263,13 +312,14 @@ def select(
             if name not in (*NAMES[operation], TINY.name):
                 continue
             usual = [option for option, group in listed.items() if name in group]
-            for option in options or usual or (PLAIN,):
-                if names or option in usual or option not in listed:
-                    found.append(replace(known[name], operation=operation, option=option))
+            for option in options or usual or OPTIONS_OF[operation][:1]:
+                if option in OPTIONS_OF[operation] and (names or option in usual or option not in listed):
+                    found.append(of_operation(known[name], operation, option))
     if not found:
         raise ValueError(
             f"workload, operation: got {', '.join(names or ['all'])} and {', '.join(operations or ['all'])}, no case "
-            f"in common; {ENCODER_SELF} and {ENCODER_CROSS} have the workloads encoder-..., the others the rest"
+            f"in common; {ENCODER_SELF} and {ENCODER_CROSS} have the workloads encoder-..., {DECODE} and {STEP} those "
+            "of a batch, the others the rest"
         )
     return found
 
