@@ -10,10 +10,32 @@ from pathlib import Path
 import torch
 
 from . import environment, peers, real_text, report, results, suite, timing
-from .workloads import CCA, DEFAULT, MODES, PLAIN, QUICK, SEED, Workload, select
+from .workloads import (
+    ATTENTIONS,
+    CCA,
+    DECODE,
+    DEFAULT,
+    LAYER,
+    MODES,
+    PLAIN,
+    PROJECTED,
+    QUICK,
+    SEED,
+    STEP,
+    Workload,
+    select,
+)
 
 QUICK_MINUTES = 2.65  # a quick run starts no new measurement after so long; it must end within 3 minutes
-TEXT_SHARE = 0.35  # of a limited time, for the model on real text
+# Parts of the run in order: their operations, and their shares of a limited time and of the compiler's. What a part
+# leaves over is the next one's.
+PARTS = (
+    ("attentions", tuple(ATTENTIONS), 0.34, 0.6),
+    ("projections", (PROJECTED,), 0.22, 0.0),
+    ("layer", (LAYER,), 0.16, 0.4),
+    ("generation", (DECODE, STEP), 0.14, 0.0),
+)
+TEXT_SHARE = 0.14  # for the model on real text
 
 
 @dataclass
@@ -137,10 +159,20 @@ def _left_out(options: Options) -> list[str]:
 
 
 def _core(options: Options, device, ceilings, document: dict, progress: Progress, started: float) -> None:
-    deadline = started + 60 * (options.minutes or float("inf")) * (1 - TEXT_SHARE if options.real_text else 1)
+    cases = options.cases()
+    parts = [part for part in PARTS if any(case.operation in part[1] for case in cases)]
+    whole = sum(part[2] for part in parts) + (TEXT_SHARE if options.real_text else 0.0)
+    spent = 0.0
+    for _, operations, share, compiling in parts:
+        spent += share / whole
+        mine = [case for case in cases if case.operation in operations]
+        deadline = started + 60 * (options.minutes or float("inf")) * spent
+        _part(options, mine, compiling, device, ceilings, document, progress, deadline)
 
+
+def _part(options: Options, cases, compiling: float, device, ceilings, document: dict, progress, deadline) -> None:
     def in_time() -> Iterator[Workload]:
-        for case in options.cases():
+        for case in cases:
             if time.monotonic() < deadline:
                 yield case
             else:
@@ -160,9 +192,14 @@ def _core(options: Options, device, ceilings, document: dict, progress: Progress
         device=device,
         dtypes=options.dtypes,
         modes=tuple(options.modes),
-        protocol=timing.Protocol(seconds=options.seconds, min_rounds=3, max_rounds=20 if quick else 50),
+        protocol=timing.Protocol(
+            seconds=options.seconds or 0.0,
+            min_rounds=3,
+            max_rounds=20 if quick else 50,
+            warm_up=1 if cases[0].operation in ATTENTIONS else 0,  # the others' check is a whole call
+        ),
         budget=peers.CompileBudget(
-            total=30.0 if quick else 15 * options.minutes if options.minutes else 900.0,
+            total=compiling * (30.0 if quick else 15 * options.minutes if options.minutes else 900.0),
             per_variant=15.0 if quick else 90.0,
         ),
         compiled=options.compiled,
@@ -174,6 +211,8 @@ def _core(options: Options, device, ceilings, document: dict, progress: Progress
 
 def _quick_skip(workload: Workload, dtype: str, mode: str, variant: str) -> str | None:
     """A quick run compiles the folded form where it is worth most; the rest of torch.compile's time buys little."""
+    if workload.operation == DECODE and variant == "eager":
+        return "left out of a quick run: SDPA's way of projecting again is faster"
     if variant.startswith("flex"):
         return "left out of a quick run: compiling it takes longer than everything else"
     if variant == "compile[eager]":
@@ -186,7 +225,13 @@ def _quick_skip(workload: Workload, dtype: str, mode: str, variant: str) -> str 
 
 
 def _limited_skip(workload: Workload, dtype: str, mode: str, variant: str) -> str | None:
-    """A run of limited time compiles only what has no option, and not FlexAttention."""
+    """A run of limited time compiles only what has no option, and not FlexAttention; of the layer two shapes."""
+    if variant.startswith("compile") and workload.operation == LAYER:
+        if variant != "compile[sdpa]" or workload.name not in ("retro-172m", "retro-7.5b"):
+            return "left out of a run of limited time (--minutes), which compiles SDPA's form of two layers"
+        return None
+    if workload.operation == PROJECTED and (variant == "eager" or variant.startswith("sdpa[math")):
+        return "left out of a run of limited time (--minutes): it differs from sdpa[flash] in the core alone"
     if variant.startswith("flex") or (variant.startswith("compile") and workload.option != PLAIN):
         return "left out of a run of limited time (--minutes): compiling it takes longer than its case"
     return _too_large_on_cpu(workload, dtype, mode, variant)
@@ -194,6 +239,10 @@ def _limited_skip(workload: Workload, dtype: str, mode: str, variant: str) -> st
 
 def _too_large_on_cpu(workload: Workload, dtype: str, mode: str, variant: str) -> str | None:
     """Where one call takes seconds, the ways known to be slowest are represented by one of them."""
+    if workload.operation in (DECODE, STEP):
+        if variant == "eager" and (workload.operation == STEP or (workload.batch or 1) > 8):
+            return "left out on a CPU at this size: SDPA's way of projecting again is faster and stands for it"
+        return None
     slow = ("sdpa[math", "compile[eager]", "flex", "compile[sdpa]")
     if workload.flops("forward") > 2e11 and variant.startswith(slow):
         return "left out on a CPU at this size: eager and folded SDPA stand for it"

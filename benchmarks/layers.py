@@ -1,8 +1,8 @@
 """Chunked cross-attention from the encoder's states, and the layer round it: what both strategies of
 `rk.projected_chunked_cross_attention` and the alternatives are timed on.
 
-On a CPU a case has as many chunks as keep one forward near CPU_FLOPS, each with all its rows: every cost but the reading
-of the weights is proportional to the chunks.
+On a CPU a case has as many chunks as keep one forward near CPU_FLOPS, each with all its rows: every cost but reading
+the weights is proportional to the chunks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,14 @@ class Projected(Workload):
         return Workload(**{**vars(self), "operation": CCA, "option": PLAIN})
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        b, n, h, hk, d, e = self._batch, self.sequence_length, self.num_heads, self.kv_heads, self.head_dim, self.encoder_dim
+        b, n, h, hk, d, e = (
+            self._batch,
+            self.sequence_length,
+            self.num_heads,
+            self.kv_heads,
+            self.head_dim,
+            self.encoder_dim,
+        )
         encoded = (b, self.num_chunks, self.num_neighbours, self.retrieved_length, e)
         return ((b, n, h, d), encoded, (hk, d, e), (hk, d, e))
 

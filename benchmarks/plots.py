@@ -29,9 +29,16 @@ COLOURS = {
     "retro_kernels[cpu]": "#e4572e",
     "retro_kernels[triton]": "#e4572e",
     "retro_kernels[cuda]": "#b8321a",
+    "retro_kernels[cpu materialise]": "#e4572e",
+    "retro_kernels[cpu absorb]": "#b8321a",
+    "retro_kernels[cpu kv]": "#e4572e",
+    "retro_kernels[cpu states]": "#b8321a",
 }
 BASELINE = "#f3b7a4"
-MARKERS = {"cca": "o", "encoder-self": "s", "encoder-cross": "D", "causal-self": "^"}
+MARKERS = {
+    "cca": "o", "encoder-self": "s", "encoder-cross": "D", "causal-self": "^", "cca-projected": "v", "cca-layer": "P",
+    "cca-decode": "X", "decoder-step": "*",
+}  # fmt: skip
 LONGEST_BAR = 8.0  # times the fastest folded SDPA; longer bars end here and say so
 
 

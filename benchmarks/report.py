@@ -43,11 +43,14 @@ def markdown(document: dict) -> str:
         "",
         *(line for note in document.get("notes", []) for line in (f"Note: {note}", "")),
     ]
-    for title, rows in results.sections(document):
+    sections = results.sections(document)
+    for number, (title, rows) in enumerate(sections):
         head, cells, left = results.section_cells(document, rows)
         lines += [f"{title}:", "", *_markdown_table(head, cells, left), ""]
-    if document["rows"]:
-        lines += [results.SUMMARY_LEGEND, ""]
+        lines += [f"{text}\n" for text in [results.remark(rows)] if text]
+        following = sections[number + 1][1] if number + 1 < len(sections) else None
+        if following is None or results.legend(following) != results.legend(rows):
+            lines += [results.legend(rows), ""]
     report = document.get("real_text")
     cells = results.real_text_cells(document)
     if report and cells:
@@ -99,8 +102,11 @@ def page(document: dict) -> str:
         )
     for number, (title, rows) in enumerate(results.sections(document)):
         head, cells, left = results.section_cells(document, rows)
-        parts += [f"<h2>{_text(title)}</h2>", _table(head, cells, left=left)]
-        parts += [f"<p class=dim>{_text(results.SUMMARY_LEGEND)}</p>"] if number == 0 else []
+        plain = [[cell.strip("*") for cell in row] for row in cells]
+        parts += [f"<h2>{_text(title)}</h2>", _table(head, plain, left=left)]
+        parts += [f"<p>{_text(text)}</p>" for text in [results.remark(rows)] if text]
+        shown = results.legend(rows)
+        parts += [f"<p class=dim>{_text(shown)}</p>"] if number == 0 or shown != results.SUMMARY_LEGEND else []
         parts += _figures(document, rows, unfolded=number == 0)
     parts += _real_text(document)
     if document["rows"]:

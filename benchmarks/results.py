@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from .workloads import OPERATIONS, OPTIONS, PLAIN
+from .workloads import ATTENTIONS, DECODE, LAYER, OPERATIONS, OPTIONS, PLAIN, PROJECTED, RETRIEVAL, STEP
 
 SCHEMA = 2
 FILE = "bench.json"
@@ -93,11 +93,14 @@ def is_baseline(variant: str) -> bool:
 
 def sections(document: dict) -> list[tuple[str, list[dict]]]:
     """(title, rows): one section an operation without options, then one for each option."""
-    plain = [(title, [row for row in document["rows"] if (row["operation"], row["option"]) == (operation, PLAIN)])
-             for operation, title in OPERATIONS.items()]  # fmt: skip
-    others = [(f"With {text}", [row for row in document["rows"] if row["option"] == option])
-              for option, text in OPTIONS.items() if option != PLAIN]  # fmt: skip
-    return [(title, rows) for title, rows in plain + others if rows]
+    rows = document["rows"]
+    plain = [(title, [row for row in rows if (row["operation"], row["option"]) == (operation, PLAIN)])
+             for operation, title in ATTENTIONS.items()]  # fmt: skip
+    others = [(f"With {text}", [row for row in rows if row["option"] == option])
+              for option, text in OPTIONS.items() if option not in (PLAIN, RETRIEVAL)]  # fmt: skip
+    around = [(title, [row for row in rows if row["operation"] == operation])
+              for operation, title in OPERATIONS.items() if operation not in ATTENTIONS]  # fmt: skip
+    return [(title, found) for title, found in plain + others + around if found]
 
 
 def summary(document: dict, rows: list[dict] | None = None) -> list[dict]:
@@ -200,6 +203,9 @@ SUMMARY_LEGEND = (
 
 def section_cells(document: dict, rows: list[dict]) -> tuple[tuple[str, ...], list[list[str]], int]:
     """One section's table: its head, its cells as text (one row a case), and how many columns are words."""
+    special = {PROJECTED: _strategy_cells, LAYER: _strategy_cells, DECODE: _decode_cells, STEP: _step_cells}
+    if rows[0]["operation"] in special:
+        return special[rows[0]["operation"]](document, rows)
     entries = summary(document, rows)
     plain = all(entry["option"] == PLAIN for entry in entries)
     cells = []
@@ -222,6 +228,164 @@ def cost(entry: dict) -> str:
     """How much longer ours takes with the case's option, in percent."""
     value = ratio(entry["ours"], entry["without"])
     return "-" if value is None else f"{100 * (value - 1):+.0f}%"
+
+
+STRATEGY_HEAD = (
+    "workload", "dtype", "mode", "auto", "K, V ms", "absorb ms", "predicted", "SDPA ms", "comp. ms", "eager ms",
+    "vs best", "limit", "MB K, V", "MB abs.", "MB SDPA", "saved K, V", "saved abs.", "saved SDPA",
+)  # fmt: skip
+DECODE_HEAD = (
+    "workload", "dtype", "K, V ms", "states ms", "again ms", "SDPA ms", "vs again", "vs SDPA", "limit K, V",
+    "limit states", "cache K, V MB", "cache states MB",
+)  # fmt: skip
+STEP_HEAD = (
+    "workload", "dtype", "off ms", "K, V ms", "states ms", "again ms", "SDPA ms", "K, V / off", "states / off",
+    "again / off", "weights on / off", "border ms",
+)  # fmt: skip
+LEGENDS = {
+    PROJECTED: (
+        "Keys and values of all neighbours are made (K, V), or their projections absorbed, or it is left to "
+        '`strategy="auto"`: what that takes is named, its time bold. predicted: the cost model\'s times of both. '
+        "SDPA, comp., eager: keys and values made, then as above. vs best: how many times faster than the fastest of "
+        "these auto's choice is. saved: MB that autograd keeps besides inputs and output."
+    ),
+    LAYER: "The columns of the table before, for the whole layer; what is saved includes its norm and linear layers.",
+    DECODE: (
+        "Milliseconds for one token of every sequence of the batch. K, V and states: retro_kernels on a cache of keys "
+        "and values, and on the encoder's states; again: the fastest way of projecting the neighbours for every token; "
+        "SDPA: on a cache of keys and values. vs: how many times faster the faster form is. limit: the bytes of each "
+        "form at the measured bandwidth, as a share of its time."
+    ),
+    STEP: (
+        "One token through the decoder, without retrieval (off), and with it by each form of cache. weights on / off: "
+        "the ratio of the bytes of parameters read with K, V. border: making keys and values for all layers when a "
+        "chunk ends, once in 64 tokens."
+    ),
+}
+
+
+def legend(rows: list[dict]) -> str:
+    """What stands under a section's table."""
+    return LEGENDS.get(rows[0]["operation"], SUMMARY_LEGEND)
+
+
+def ok_rows(rows: list[dict], *parts: str) -> list[dict]:
+    """Those with a time whose variant contains every part."""
+    return [row for row in rows if row["status"] == "ok" and all(part in row["variant"] for part in parts)]
+
+
+def fastest_of(rows: list[dict]) -> dict | None:
+    return min(rows, key=lambda row: row["p50_ms"], default=None)
+
+
+def grouped(rows: list[dict]) -> dict[Case, list[dict]]:
+    found: dict[Case, list[dict]] = {}
+    for row in rows:
+        found.setdefault(case_of(row), []).append(row)
+    return found
+
+
+def strategies(rows: list[dict]) -> dict[str, dict]:
+    """The fastest row of each strategy of one case."""
+    own = ok_rows(rows, "retro_kernels")
+    return {name: row for name in ("materialise", "absorb")
+            if (row := fastest_of([row for row in own if row.get("strategy") == name]))}  # fmt: skip
+
+
+def regrets(rows: list[dict]) -> list[tuple[float, Case]]:
+    """How many times as long as the faster strategy auto's choice takes, by case where both were timed."""
+    found = []
+    for case, group in grouped(rows).items():
+        both = strategies(group)
+        chosen = [row for row in both.values() if row["chosen"]]
+        if len(both) == 2 and chosen:
+            found.append((chosen[0]["p50_ms"] / min(row["p50_ms"] for row in both.values()), case))
+    return found
+
+
+def remark(rows: list[dict]) -> str | None:
+    """What a section's numbers say in a sentence, where one is asked of them."""
+    found = regrets(rows)
+    if not found:
+        return None
+    worst, case = max(found)
+    right = sum(regret == 1 for regret, _ in found)
+    return (
+        f"auto takes the faster strategy in {right} of {len(found)} cases and is at most {100 * (worst - 1):.0f}% "
+        f"slower than it ({' '.join(case[2:])})."
+    )
+
+
+def _mb(row: dict | None, field: str) -> str:
+    value = row.get(field) if row else None
+    return "-" if value is None else digits(value / 1e6)
+
+
+def _short(mode: str) -> str:
+    return mode.replace("forward", "fwd").replace("backward", "bwd")
+
+
+def _strategy_cells(document: dict, rows: list[dict]) -> tuple[tuple[str, ...], list[list[str]], int]:
+    cells = []
+    for case, group in grouped(rows).items():
+        both = strategies(group)
+        auto = next((row for row in both.values() if row["chosen"]), None)
+        sdpa, compiled, eager = (
+            fastest_of([row for row in group if row["status"] == "ok" and row["variant"].startswith(prefix)])
+            for prefix in ("sdpa", "compile", "eager")
+        )
+        best = fastest_of([row for row in (sdpa, compiled, eager) if row])
+        made, absorbed = both.get("materialise"), both.get("absorb")
+
+        def time(row: dict | None) -> str:
+            text = milliseconds(row)
+            return f"**{text}**" if row and row["chosen"] else text
+
+        predicted = [row.get("predicted_ms") if row else None for row in (made, absorbed)]
+        cells.append(
+            [
+                case[2], case[3], _short(case[4]), auto["strategy"] if auto else "-", time(made), time(absorbed),
+                " / ".join("-" if value is None else digits(value) for value in predicted),
+                *map(milliseconds, (sdpa, compiled, eager)), times(ratio(best, auto)), percent(auto),
+                *(_mb(row, "peak_extra_bytes") for row in (made, absorbed, sdpa)),
+                *(_mb(row, "saved_bytes") for row in (made, absorbed, sdpa)),
+            ]
+        )  # fmt: skip
+    head = STRATEGY_HEAD
+    empty = [i for i in range(4, len(head)) if all(set(row[i]) <= set("-/ ") for row in cells)]
+    kept = [i for i in range(len(head)) if i not in empty]
+    return tuple(head[i] for i in kept), [[row[i] for i in kept] for row in cells], 4
+
+
+def _decode_cells(document: dict, rows: list[dict]) -> tuple[tuple[str, ...], list[list[str]], int]:
+    cells = []
+    for case, group in grouped(rows).items():
+        kv, states = (fastest_of(ok_rows(group, "retro_kernels", form)) for form in (" kv]", " states]"))
+        again = fastest_of([*ok_rows(group, "eager"), *ok_rows(group, "projected again")])
+        sdpa = fastest_of(ok_rows(group, "sdpa", "kv]"))
+        ours = fastest_of([row for row in (kv, states) if row])
+        cells.append(
+            [case[2], case[3], *map(milliseconds, (kv, states, again, sdpa)), times(ratio(again, ours)),
+             times(ratio(sdpa, ours)), percent(kv), percent(states), _mb(kv, "cache_bytes"), _mb(states, "cache_bytes")]
+        )  # fmt: skip
+    return DECODE_HEAD, cells, 2
+
+
+def _step_cells(document: dict, rows: list[dict]) -> tuple[tuple[str, ...], list[list[str]], int]:
+    cells = []
+    for case, group in grouped(rows).items():
+        off = fastest_of([row for row in group if row["status"] == "ok" and is_baseline(row["variant"])])
+        kv, states = (fastest_of(ok_rows(group, "retro_kernels", form)) for form in (" kv]", " states]"))
+        again = fastest_of([*ok_rows(group, "eager"), *ok_rows(group, "projected again")])
+        sdpa = fastest_of(ok_rows(group, "sdpa[kv]"))
+        on_off = kv["parameter_bytes"] / off["parameter_bytes"] if kv and off else None
+        border = kv.get("border_ms") if kv else None
+        cells.append(
+            [case[2], case[3], *map(milliseconds, (off, kv, states, again, sdpa)),
+             *(times(ratio(row, off)) for row in (kv, states, again)), times(on_off),
+             "-" if border is None else digits(border)]
+        )  # fmt: skip
+    return STEP_HEAD, cells, 2
 
 
 REAL_TEXT_HEAD = ("dtype", "what", "unswapped ms", "swapped ms", "faster", "rounds", "MB", "swapped MB")

@@ -36,7 +36,7 @@ OPTIONS = {
     RETRIEVAL: "with chunked cross-attention in every third layer",
 }
 OPTIONS_OF = {
-    **{operation: (PLAIN, RELATIVE, DROPOUT) for operation in ATTENTIONS},
+    **dict.fromkeys(ATTENTIONS, (PLAIN, RELATIVE, DROPOUT)),
     PROJECTED: (PLAIN,), LAYER: (PLAIN,), DECODE: (PLAIN,), STEP: (RETRIEVAL,),
 }  # fmt: skip
 

@@ -36,10 +36,14 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for report.html, table.md and the raw bench.json.")] = Path(FOLDER),
     operation: Annotated[
         list[str] | None,
-        typer.Option(help="'cca', 'encoder-self', 'encoder-cross' or 'causal-self'; may be repeated. Default: all."),
+        typer.Option(
+            help="'cca', 'encoder-self', 'encoder-cross', 'causal-self', 'cca-projected' (with both strategies of its "
+            "projections), 'cca-layer', 'cca-decode' or 'decoder-step'; may be repeated. Default: all."
+        ),
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option(help="'plain', 'relative' or 'dropout'; may be repeated. Default: all.")
+        list[str] | None,
+        typer.Option(help="'plain', 'relative', 'dropout' or 'retrieval' (a decoder step); may be repeated."),
     ] = None,
     workload: Annotated[
         list[str] | None,
@@ -75,7 +79,8 @@ def bench(
     """Times the fused attentions against eager code, folded SDPA, torch.compile and FlexAttention.
 
     Chunked cross-attention, the neighbour encoder's self- and cross-attention and a decoder's causal self-attention,
-    each plain, with the paper's relative positions and with dropout.
+    each plain, with the paper's relative positions and with dropout; chunked cross-attention with its projections, the
+    whole layer, decoding, and a decoder step with retrieval on and off.
 
     Every result is checked against an fp64 reference before it is timed. A retro-pytorch model then runs on real text
     with and without rk.swap. Prints its tables; writes a report page, a table and the raw numbers. Ctrl-C writes what
@@ -172,10 +177,12 @@ def show(document: dict, console: Any) -> None:
 
     for title, rows in results.sections(document):
         head, cells, left = results.section_cells(document, rows)
-        table(f"{title}, {environment['device']}", head, cells, left)
+        table(f"{title}, {environment['device']}", head, [[cell.strip("*") for cell in row] for row in cells], left)
+        if results.remark(rows):
+            console.print(results.remark(rows), highlight=False, markup=False)
         console.print()
-    if document["rows"]:
-        console.print(results.SUMMARY_LEGEND, style="dim", highlight=False, markup=False)
+    for text in dict.fromkeys(results.legend(rows) for _, rows in results.sections(document)):
+        console.print(text, style="dim", highlight=False, markup=False)
         console.print()
     report = document["real_text"]
     if report:

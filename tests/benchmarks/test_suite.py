@@ -7,20 +7,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import peers, suite, timing, verify
+import retro_kernels as rk
+from benchmarks import decoding, layers, peers, suite, timing, verify
 from benchmarks.workloads import (
+    ATTENTIONS,
     CAUSAL_SELF,
     CCA,
+    DECODE,
     DEFAULT,
     DROPOUT,
     ENCODER_CROSS,
     ENCODER_SELF,
+    LAYER,
     MODES,
-    OPERATIONS,
     OPTIONS,
     PLAIN,
+    PROJECTED,
     QUICK,
     RELATIVE,
+    RETRIEVAL,
+    STEP,
     TINY,
     WORKLOADS,
     Workload,
@@ -29,7 +35,7 @@ from benchmarks.workloads import (
 
 CPU = torch.device("cpu")
 GROUPED = Workload("grouped", 4, 16, num_kv_heads=2, sequence_length=45, chunk_size=8, retrieved_length=16, batch=2)
-EVERY = select(["tiny"], options=[PLAIN, RELATIVE])
+EVERY = select(["tiny"], list(ATTENTIONS), [PLAIN, RELATIVE])
 CEILINGS = timing.Ceilings(1e10, {"fp32": 1e11, "bf16": 2e11}, {}, {})
 
 
@@ -133,7 +139,7 @@ def test_a_wrong_variant_is_not_timed(monkeypatch):
             assert "output: error" in row.reason
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", ATTENTIONS)
 def test_options_are_timed_beside_none(operation):
     """With positions or dropout, ours stands beside ours without it: checked, in the same rounds, its own counts."""
     cases = select(["tiny"], [operation], [RELATIVE, DROPOUT])
@@ -327,10 +333,13 @@ def test_select():
 
     assert found() == {(*key, name) for key, names in DEFAULT.items() for name in names}
     assert found(default=QUICK) == {(*key, name) for key, names in QUICK.items() for name in names}
-    assert found(["gqa-8b"]) == {(CCA, PLAIN, "gqa-8b"), (CAUSAL_SELF, PLAIN, "gqa-8b")}
+    assert found(["gqa-8b"]) == {(name, PLAIN, "gqa-8b") for name in (CCA, CAUSAL_SELF, PROJECTED, LAYER)}
+    assert found(["retro-7.5b-batch-8"]) == {
+        (DECODE, PLAIN, "retro-7.5b-batch-8"), (STEP, RETRIEVAL, "retro-7.5b-batch-8")
+    }  # fmt: skip
     assert found(["encoder-896"], [ENCODER_SELF], [DROPOUT]) == {(ENCODER_SELF, DROPOUT, "encoder-896")}
     assert found(None, [CCA], [DROPOUT]) == {(CCA, DROPOUT, "retro-172m")}
-    assert len(found(["tiny"], None, list(OPTIONS))) == 12
+    assert len(found(["tiny"], None, list(OPTIONS))) == 12 + 4
     for arguments in (["nothing"], [], []), ([], ["nothing"], []), ([], [], ["nothing"]):
         with pytest.raises(ValueError, match=r"unknown \w+ nothing"):
             select(*arguments)
@@ -370,3 +379,91 @@ def test_rounds_are_interleaved():
     timing.interleaved(variants, CPU, timing.Protocol(seconds=0.0, min_rounds=4, max_rounds=4, warm_up=0))
     assert [sorted(calls[i : i + 3]) for i in range(0, 12, 3)] == [["a", "b", "c"]] * 4
     assert len({tuple(calls[i : i + 3]) for i in range(0, 12, 3)}) > 1
+
+
+AROUND = {
+    PROJECTED: {"eager", "sdpa[math]", "sdpa[flash]"},
+    LAYER: {"eager", "sdpa[math]", "sdpa[flash]"},
+    DECODE: {"eager", "sdpa[flash, projected again]", "sdpa[flash, kv]"},
+    STEP: {"eager", "sdpa[projected again]", "sdpa[kv]", "retro_kernels without"},
+}
+
+
+@pytest.mark.parametrize("operation", AROUND)
+def test_what_is_round_the_attention_is_checked_and_timed(operation):
+    """Every alternative and every form of ours agrees with the fp64 reference, and a kernel of ours is among them."""
+    (workload,) = select(["tiny"], [operation])
+    backends = None if rk.backends()["cpu"].available else ["reference"]
+    rows = suite.run([workload], settings(backends=backends), CEILINGS, Watcher())
+    ok = {row.variant for row in rows if row.status == suite.OK}
+    assert {row.variant: row.reason for row in rows if row.status in (suite.WRONG, suite.FAILED)} == {}
+    assert ok >= AROUND[operation]
+    own = {name for name in ok - AROUND[operation] if name.startswith("retro_kernels")}
+    assert len(own) >= (2 if operation in (DECODE, STEP) else 1)
+    assert {row.mode for row in rows} == set(workload.modes)
+    for row in rows:
+        if row.status == suite.OK:
+            assert (row.saved_bytes is not None) == (row.mode != "forward"), row
+            assert (row.cache_bytes is not None) == (operation in (DECODE, STEP)), row
+
+
+@pytest.mark.parametrize("operation", [PROJECTED, LAYER, DECODE])
+def test_a_wrong_projection_is_not_timed(operation, monkeypatch):
+    """Keys and values exchanged: caught in the operation, in the layer and in decoding."""
+    name = "reproject_sdpa" if operation == DECODE else "projected"
+    module = decoding if operation == DECODE else layers
+    real = getattr(module, name)
+
+    def exchanged(*arguments):
+        *rest, w_key, w_value = arguments[: -3 if operation == LAYER else None]
+        more = arguments[-3:] if operation == LAYER else ()
+        return real(*rest, w_value, w_key, *more)
+
+    eager_of = peers.eager_of
+    monkeypatch.setattr(module, name, exchanged)
+    monkeypatch.setattr(
+        peers,
+        "eager_of",
+        lambda workload: (
+            functools.partial(layers.Projected.attend, workload, backend="reference")
+            if operation == PROJECTED
+            else eager_of(workload)
+        ),
+    )
+    (workload,) = select(["tiny"], [operation])
+    rows = suite.run([workload], settings(modes=("forward",)), CEILINGS, Watcher())
+    statuses = {row.variant: row.status for row in rows}
+    assert statuses["sdpa[flash, projected again]" if operation == DECODE else "sdpa[flash]"] == suite.WRONG
+
+
+def test_counts_of_what_is_round_the_attention():
+    """By hand, at the tiny shape: 30 tokens attend to 4 chunks of 32 slots of 896 numbers, 2 heads of 16."""
+    projected, layer, decode, step = (select(["tiny"], [name])[0] for name in AROUND)
+    made = 4 * 4 * 32 * 896 * 32 + 4 * 30 * 32 * 32
+    absorbed = 4 * 30 * 896 * 2 * (16 + 32)
+    assert projected.flops("forward") == min(made, absorbed)
+    assert layer.flops("forward") == projected.flops("forward") + 2 * 2 * 37 * 32 * 32
+    states, weights, query = 4 * 32 * 896, 2 * 32 * 896, 37 * 32
+    assert projected.bytes("forward", torch.float32) == 4 * (2 * query + states + weights) + 4 * 37 * 2
+    assert decode.counts("kv", torch.float32)["cache_bytes"] == 4 * 2 * 32 * 32
+    assert decode.counts("states", torch.float32)["cache_bytes"] == 4 * 32 * 896
+    assert decode.counts("states", torch.float32)["bytes"] == 4 * (2 * 32 + 32 * 896 + weights)
+    on, off = (x.counts("kv", torch.float32)["parameter_bytes"] for x in (step, step.with_option(PLAIN)))
+    assert off == 4 * step.layers * (4 * 32 * 32 + 2 * 32 * 128)
+    assert on - off == 4 * len(step.retrieving) * 2 * 32 * 32
+
+
+def test_a_cpu_gets_fewer_chunks_of_the_same_shape():
+    for workload in select(None, [PROJECTED, LAYER]):
+        smaller = workload.on("cpu")
+        assert (smaller.sequence_length + 1) % smaller.chunk_size == 0
+        assert smaller.attending_tokens == smaller.num_chunks * smaller.chunk_size
+        assert smaller.keys_per_chunk == workload.keys_per_chunk
+        assert smaller.flops("forward") < 1.5 * layers.CPU_FLOPS or smaller.num_chunks == 1
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_input():
+    x = torch.randn(100, requires_grad=True)
+    y = torch.randn(100, requires_grad=True)
+    assert timing.saved_bytes(lambda: (x.exp() * y).sum(), (x, y)) == 400
+    assert timing.saved_bytes(lambda: x * y, (x, y)) == 0

@@ -120,7 +120,9 @@ def test_bad_options_are_refused(tmp_path, arguments, message):
 
 def test_quick_has_every_operation_and_lists_the_rest():
     options = bench.Options(quick=True, device="cpu").resolved()
-    assert {case.operation for case in options.cases()} == {"cca", "encoder-self", "encoder-cross"}
+    assert {case.operation for case in options.cases()} == {
+        "cca", "encoder-self", "encoder-cross", "cca-layer", "cca-decode"
+    }  # fmt: skip
     assert {case.option for case in options.cases()} >= {"plain", "relative"}
     assert any("retro-7.5b" in left for left in bench._left_out(options))
     assert bench._left_out(bench.Options(device="cpu").resolved()) == []
