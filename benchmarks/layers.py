@@ -17,9 +17,9 @@ from torch import Tensor
 
 from . import peers
 from .peers import Skipped, Variant, sdpa_kernel
-from .workloads import CCA, DTYPES, LAYER, PLAIN, SEED, Workload
+from .workloads import CCA, DTYPES, LAYER, PLAIN, PROJECTED, SEED, Workload
 
-CPU_FLOPS = 2.6e10
+CPU_FLOPS = {PROJECTED: 1.4e10, LAYER: 3.2e10}
 LARGEST_FP64_KEY_VALUES = {"cpu": 4 << 30, "cuda": 16 << 30}
 STRATEGIES = ("materialise", "absorb")
 
@@ -40,9 +40,10 @@ class Projected(Workload):
         if kind == "cuda":
             doubles = 2 * 8 * self.num_chunks * self.keys_per_chunk * self.kv_heads * self.head_dim
             return replace(self, batch=max(1, min(8, LARGEST_FP64_KEY_VALUES[kind] // doubles)))
-        one = replace(self, batch=1, sequence_length=2 * self.chunk_size - 1).flops("forward")
-        chunks = max(1, min(self.num_chunks - 1, round(CPU_FLOPS / one)))
-        return replace(self, batch=1, sequence_length=(chunks + 1) * self.chunk_size - 1)
+        m = self.chunk_size
+        one, two = (replace(self, batch=1, sequence_length=chunks * m - 1).flops("forward") for chunks in (2, 3))
+        chunks = max(1, min(self.num_chunks - 1, round(CPU_FLOPS[self.operation] / (two - one))))
+        return replace(self, batch=1, sequence_length=(chunks + 1) * m - 1)
 
     def core(self) -> Workload:
         """The attention inside, for the ways that are given keys and values."""
