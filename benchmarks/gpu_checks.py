@@ -501,9 +501,12 @@ def exercise(device: torch.device, backend: str) -> str:
         for case in planned:
             arguments, grad_out = tensors(case, DTYPES[dtype], device)
             call(case, arguments, grad_out, backend)
+    from . import gpu_decode
+
+    decoded = gpu_decode.exercise(device, backend)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return f"{2 * len(planned)} calls, forward and backward"
+    return f"{2 * len(planned)} calls, forward and backward; {decoded} decode calls"
 
 
 if __name__ == "__main__":

@@ -183,6 +183,27 @@ def execution(context: Context) -> str:
     )
 
 
+def decoding(context: Context) -> str:
+    """Both decode operations: all options and caches against the fp64 reference, guard bands, the border, CUDA graphs
+    without any synchronisation."""
+    from . import gpu_decode as c
+
+    backend, device, cases = backend_of(context), context.device, c.cases(context.reduced)
+    dtypes = ("fp32",) if context.reduced else ("fp32", "fp16", "bf16")
+    planned = [
+        (f"{dtype} {case.name}", functools.partial(c.check_case, case, dtype, device, backend))
+        for dtype in dtypes
+        for case in cases
+    ]
+    for case in (cases[1], next(case for case in cases if case.e is not None)):
+        planned.append((f"guard bands, {case.name}", functools.partial(c.check_memory, case, "fp32", device, backend)))
+        if not context.reduced:
+            planned.append((f"CUDA graph, {case.name}", functools.partial(c.check_cuda_graph, case, device, backend)))
+    if not context.reduced:
+        planned.append(("decode, border", functools.partial(c.check_border, cases[0], device, backend)))
+    return checks(context, planned)
+
+
 def beyond_int32(context: Context) -> str:
     """Tensors of more than 2^31 elements."""
     from . import gpu_checks as c
@@ -213,7 +234,7 @@ def sanitized(tool: str) -> Callable[[Context], str]:
         package = __package__ or "benchmarks"
         command = [program, "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "120"]
         if tool == "initcheck":
-            command += ["--kernel-name", "regex:.*(attention|forward|backward|attend).*"]
+            command += ["--kernel-name", "regex:.*(attention|forward|backward|attend|combine).*"]
         # torch's caching allocator would hide what lies beyond a tensor.
         variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "RETRO_KERNELS_BACKEND": backend}
         seconds = max(1.0, context.seconds_left())
@@ -367,6 +388,7 @@ STAGES: tuple[tuple[Part, ...], ...] = (
         Part("correctness fp16", correctness("fp16"), 150),
         Part("correctness bf16", correctness("bf16"), 150),
         Part("execution", execution, 120),
+        Part("decoding", decoding, 120),
         Part("beyond 2^31 elements", beyond_int32, 100),
         Part("sanitizer memcheck", sanitized("memcheck"), 150),
         Part("sanitizer racecheck", sanitized("racecheck"), 150),

@@ -169,3 +169,17 @@ class Call:
     rows: int
     stride: int
     first_token: int
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Turns the first 2 * width dimensions of x [..., d] by angles of [..., width]: dimension j pairs with j + width,
+    or, interleaved, 2j with 2j + 1."""
+    width = cos.shape[-1]
+    turned, rest = x[..., : 2 * width], x[..., 2 * width :]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :width], turned[..., width:]
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([turned, rest], dim=-1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from . import dropout
-from .common import CHUNK, CLOCK, Call, attended_chunks
+from .common import CHUNK, CLOCK, Call, attended_chunks, turn
 
 
 def unavailable() -> None:
@@ -169,19 +169,10 @@ def rotate(
     interleaved: bool,
     first_visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Turns the first 2 * width dimensions of x [g, j, positions, h, d] by the angles whose (cos, sin) are tables of
-    [at least positions, width]: dimension j pairs with j + width, or, interleaved, 2j with 2j + 1. `first_visible`
-    [g, positions]: where each position's document begins, and the table with it."""
-    width = tables[0].shape[-1]
+    """`turn` for x [g, j, positions, h, d] by the angles whose (cos, sin) are tables of [at least positions, width].
+    `first_visible` [g, positions]: where each position's document begins, and the table with it."""
     position = torch.arange(x.shape[2], device=x.device)
     if first_visible is not None:
         position = (position - first_visible.long())[:, None]
     cos, sin = (table.detach().to(x.dtype)[position][..., None, :] for table in tables)
-    turned, rest = x[..., : 2 * width], x[..., 2 * width :]
-    if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-    else:
-        first, second = turned[..., :width], turned[..., width:]
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([turned, rest], dim=-1)
+    return turn(x, cos, sin, interleaved)

@@ -61,13 +61,14 @@ else:  # of an op, by the names of its schema
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: `kernel[(programs,)](**arguments)` under `settings`, which were chosen for `kind`."""
+    """One kernel launch: `kernel[(programs,)](**arguments)` under `settings`, an operation's own LaunchSettings, which
+    were chosen for `kind`."""
 
     kind: str
     kernel: Any
     programs: int
     arguments: dict[str, Any]
-    settings: configs.LaunchSettings
+    settings: Any
 
     def __call__(self) -> None:
         if self.programs > 0:

@@ -68,7 +68,7 @@ def chunked_cross_attention_decode(
         key_scale, value_scale: fp32 [b, k, r]: what a quantised cache is multiplied with.
         return_lse: also return the natural logarithm of the softmax's sum.
         validate: wait for the device and raise for tokens past the border, as a CPU always does.
-        backend: "reference" or "cpu"; None chooses, RETRO_KERNELS_BACKEND overrides None.
+        backend: "reference", "cpu" or "triton"; None chooses, RETRO_KERNELS_BACKEND overrides None.
 
     Returns:
         [b, t, h, d_value] in the query's dtype, and with `return_lse` also [b, t, h] in fp32 (fp64 for fp64; -inf where
@@ -85,18 +85,7 @@ def chunked_cross_attention_decode(
         query, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value
     )
     key, value = (cast_cache(name, x, query) for name, x in (("key", key), ("value", value)))
-    b, h, d = query.shape[0], *query.shape[2:]
-    k, r, hk = check_cache("key", key, key_scale, "key_scale", query, "b, k, r, hk, d")
-    d_value = value.shape[-1] if value.dim() == 5 else 0
-    check_cache("value", value, value_scale, "value_scale", query, "b, k, r, hk, d_value")
-    check_shape("key", key, "b, k, r, hk, d", (b, k, r, hk, d))
-    check_shape("value", value, "b, k, r, hk, d_value", (b, k, r, hk, d_value))
-    if hk == 0 or h % hk != 0:
-        raise ValueError(
-            f"key: got {hk} key/value heads, expected a divisor of the query's {h} heads (shape {list(key.shape)})"
-        )
-    if d_value == 0:
-        raise ValueError(f"value: got shape {list(value.shape)}, expected d_value at least 1")
+    k, r, d_value = _check_keys_and_values(query, key, value, key_scale, value_scale)
     return decode(
         "chunked_cross_attention_decode", query, key, value, None, d_value, k, r, chunk_size=chunk_size,
         position=position, valid=valid, chunk=chunk, neighbour_mask=neighbour_mask, attention_bias=attention_bias,
@@ -107,7 +96,23 @@ def chunked_cross_attention_decode(
     )  # fmt: skip
 
 
-check_shape = validate.shape  # the operations have an argument called validate
+def _check_keys_and_values(
+    query: torch.Tensor, key: Any, value: Any, key_scale: torch.Tensor | None, value_scale: torch.Tensor | None
+) -> tuple[int, int, int]:
+    """-> k, r, d_value."""
+    b, _, h, d = query.shape
+    k, r, hk = check_cache("key", key, key_scale, "key_scale", query, "b, k, r, hk, d")
+    check_cache("value", value, value_scale, "value_scale", query, "b, k, r, hk, d_value")
+    d_value = value.shape[-1]
+    validate.shape("key", key, "b, k, r, hk, d", (b, k, r, hk, d))
+    validate.shape("value", value, "b, k, r, hk, d_value", (b, k, r, hk, d_value))
+    if hk == 0 or h % hk != 0:
+        raise ValueError(
+            f"key: got {hk} key/value heads, expected a divisor of the query's {h} heads (shape {list(key.shape)})"
+        )
+    if d_value == 0:
+        raise ValueError(f"value: got shape {list(value.shape)}, expected d_value at least 1")
+    return k, r, d_value
 
 
 def check_query(query: Any) -> None:

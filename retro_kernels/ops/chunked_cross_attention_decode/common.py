@@ -26,6 +26,7 @@ import dataclasses
 import torch
 
 from .. import common
+from ..attention.common import turn
 
 IDLE, ATTENDS, BEYOND = 0, 1, 2
 
@@ -131,27 +132,12 @@ def states(call: DecodeCall) -> torch.Tensor:
 def content_query(call: DecodeCall) -> torch.Tensor:
     """The query as the content term and the null slot see it, [b, t, h, d] in the query's dtype."""
     if call.query_rotary is not None:
-        cos, sin = call.query_rotary
         row = rows(call)
-        turned = rotate(call.query.float(), cos[row].float(), sin[row].float(), call.rotary_interleaved)
-        return turned.to(call.query.dtype)
+        cos, sin = (table[row].float()[:, :, None] for table in call.query_rotary)
+        return turn(call.query.float(), cos, sin, call.rotary_interleaved).to(call.query.dtype)
     if call.content_bias is not None:
         return (call.query + call.content_bias).to(call.query.dtype)
     return call.query
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Turns the first 2 w dimensions of x [b, t, h, d] by angles of [b, t, w]."""
-    width = cos.shape[-1]
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    turned, rest = x[..., : 2 * width], x[..., 2 * width :]
-    if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-    else:
-        first, second = turned[..., :width], turned[..., width:]
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([turned, rest], dim=-1)
 
 
 def logit_bias(call: DecodeCall) -> torch.Tensor | None:

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 import torch
 
 from .. import backends as backend_choice
-from . import common, cpu, reference
+from . import common, cpu, reference, triton
 
-BACKENDS = {"reference": reference, "cpu": cpu}
+BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton}
 
 
 def run(call: common.DecodeCall, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:

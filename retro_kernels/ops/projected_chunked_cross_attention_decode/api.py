@@ -8,10 +8,8 @@ import torch
 
 from .. import validate
 from ..attention.run import autocast
-from ..chunked_cross_attention_decode.api import cast_cache, check_cache, check_query, check_shape, decode
+from ..chunked_cross_attention_decode.api import cast_cache, check_cache, check_query, decode
 from ..chunked_cross_attention_decode.common import Projection
-
-check_tensor = validate.tensor  # the operation has an argument called validate
 
 
 def projected_chunked_cross_attention_decode(
@@ -75,27 +73,8 @@ def projected_chunked_cross_attention_decode(
         null_key, null_value,
     )  # fmt: skip
     encoded = cast_cache("encoded", encoded, query)
-    b, h, d = query.shape[0], *query.shape[2:]
-    k, r = check_cache("encoded", encoded, encoded_scale, "encoded_scale", query, "b, k, r, e")
-    e = encoded.shape[-1]
-    check_shape("encoded", encoded, "b, k, r, e", (b, k, r, e))
-    if e == 0:
-        raise ValueError(f"encoded: got shape {list(encoded.shape)}, expected e at least 1")
-    for name, weight in (("w_key", w_key), ("w_value", w_value)):
-        check_tensor(name, weight, (query.dtype,), query.device)
-        if weight.dim() != 3:
-            raise ValueError(f"{name}: got shape {list(weight.shape)}, expected [hk, d, e]")
-    hk, d_value = w_key.shape[0], w_value.shape[1]
-    if hk == 0 or h % hk != 0:
-        raise ValueError(f"w_key: got {hk} key/value heads, expected a divisor of the query's {h} heads")
-    if d_value == 0:
-        raise ValueError(f"w_value: got shape {list(w_value.shape)}, expected d_value at least 1")
-    check_shape("w_key", w_key, "hk, d, e", (hk, d, e))
-    check_shape("w_value", w_value, "hk, d_value, e", (hk, d_value, e))
-    for name, bias, letter, size in (("bias_key", bias_key, "d", d), ("bias_value", bias_value, "d_value", d_value)):
-        if bias is not None:
-            check_tensor(name, bias, (query.dtype, torch.float32), query.device)
-            check_shape(name, bias, f"hk, {letter}", (hk, size))
+    k, r = _check_states(query, encoded, encoded_scale)
+    d_value = _check_projection(query, w_key, w_value, bias_key, bias_value, encoded.shape[-1])
     states = encoded.unsqueeze(3)
     return decode(
         "projected_chunked_cross_attention_decode", query, states, states,
@@ -106,3 +85,34 @@ def projected_chunked_cross_attention_decode(
         key_scale=encoded_scale, value_scale=encoded_scale, return_lse=return_lse, synchronise=validate,
         backend=backend,
     )  # fmt: skip
+
+
+def _check_states(query: torch.Tensor, encoded: Any, encoded_scale: torch.Tensor | None) -> tuple[int, int]:
+    """-> k, r."""
+    k, r = check_cache("encoded", encoded, encoded_scale, "encoded_scale", query, "b, k, r, e")
+    e = encoded.shape[-1]
+    validate.shape("encoded", encoded, "b, k, r, e", (query.shape[0], k, r, e))
+    if e == 0:
+        raise ValueError(f"encoded: got shape {list(encoded.shape)}, expected e at least 1")
+    return k, r
+
+
+def _check_projection(query, w_key, w_value, bias_key, bias_value, e: int) -> int:
+    """-> d_value."""
+    _, _, h, d = query.shape
+    for name, weight in (("w_key", w_key), ("w_value", w_value)):
+        validate.tensor(name, weight, (query.dtype,), query.device)
+        if weight.dim() != 3:
+            raise ValueError(f"{name}: got shape {list(weight.shape)}, expected [hk, d, e]")
+    hk, d_value = w_key.shape[0], w_value.shape[1]
+    if hk == 0 or h % hk != 0:
+        raise ValueError(f"w_key: got {hk} key/value heads, expected a divisor of the query's {h} heads")
+    if d_value == 0:
+        raise ValueError(f"w_value: got shape {list(w_value.shape)}, expected d_value at least 1")
+    validate.shape("w_key", w_key, "hk, d, e", (hk, d, e))
+    validate.shape("w_value", w_value, "hk, d_value, e", (hk, d_value, e))
+    for name, bias, letter, size in (("bias_key", bias_key, "d", d), ("bias_value", bias_value, "d_value", d_value)):
+        if bias is not None:
+            validate.tensor(name, bias, (query.dtype, torch.float32), query.device)
+            validate.shape(name, bias, f"hk, {letter}", (hk, size))
+    return d_value

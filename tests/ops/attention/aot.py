@@ -30,7 +30,7 @@ TARGETS = (80, 90, 100)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program; sm_80's also serves sm_86 and sm_89
 TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
-                torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
+                torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
 
 # Groupings at the paper's sizes: chunked cross-attention, the same packed, encoder self-attention, encoder
 # cross-attention, a decoder's packed self-attention; `wide` ones are beyond one tile.
@@ -189,12 +189,22 @@ def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -
 
 
 def compile_launch(identifier: str, settings: configs.LaunchSettings | None = None) -> dict[str, object]:
-    """Registers, stack and shared memory of the machine code, and which instructions are in it."""
+    sm, launch = launch_of(identifier, settings)
+    settings = launch.settings
+    precision = "" if settings.precision == "ieee" else f", {settings.precision}"
+    return {
+        "settings": f"{settings.block_rows}x{settings.block_keys}, {settings.num_warps} warps, "
+        f"{settings.num_stages} stages{precision}",
+        **machine_code(sm, launch),
+    }
+
+
+def machine_code(sm: int, launch: backend.Launch) -> dict[str, object]:
+    """Registers, stack and shared memory of a launch's machine code, and which instructions are in it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    sm, launch = launch_of(identifier, settings)
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name, x = parameter.name, launch.arguments[parameter.name]
@@ -224,8 +234,6 @@ def compile_launch(identifier: str, settings: configs.LaunchSettings | None = No
         )
     registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
     return {
-        "settings": f"{settings.block_rows}x{settings.block_keys}, {settings.num_warps} warps, "
-        f"{settings.num_stages} stages" + ("" if settings.precision == "ieee" else f", {settings.precision}"),
         "registers": registers,
         "stack": stack,
         "local": local + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
@@ -241,13 +249,7 @@ def faults(identifier: str, result: dict) -> list[str]:
     """What the gate forbids."""
     target, kind, _, dtype = identifier.split()[:4]
     sm = int(target[3:])
-    found = []
-    if result["stack"] > MAY_SPILL.get(identifier, 0) or (result["local"] and identifier not in MAY_SPILL):
-        found.append(f"spills {result['stack']} bytes of stack, {result['local']} local accesses")
-    if result["shared"] > SHARED_LIMIT[sm]:
-        found.append(f"needs {result['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}")
-    if result["atomics"]:
-        found.append(f"has {result['atomics']} atomic instructions")
+    found = machine_faults(sm, result, MAY_SPILL.get(identifier, 0))
     if (
         sm == 90
         and dtype != "fp32"
@@ -256,6 +258,19 @@ def faults(identifier: str, result: dict) -> list[str]:
         and (result["mma"] or not result["wgmma"])
     ):
         found.append(f"not every product is a WGMMA: {result['wgmma']} HGMMA and {result['mma']} HMMA instructions")
+    return found
+
+
+def machine_faults(sm: int, result: dict, may_spill: int = 0) -> list[str]:
+    """What the gate forbids to every kernel: spills beyond `may_spill` bytes, shared memory that does not fit,
+    atomics."""
+    found = []
+    if result["stack"] > may_spill or (result["local"] and not may_spill):
+        found.append(f"spills {result['stack']} bytes of stack, {result['local']} local accesses")
+    if result["shared"] > SHARED_LIMIT[sm]:
+        found.append(f"needs {result['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}")
+    if result["atomics"]:
+        found.append(f"has {result['atomics']} atomic instructions")
     return found
 
 

@@ -1,0 +1,142 @@
+"""Compiles the Triton decode kernels ahead of time, without a GPU, under the launch settings that `configs.py` ships.
+
+    python tests/ops/chunked_cross_attention_decode/aot_decode.py                # all, into compiled_settings.json
+    python tests/ops/chunked_cross_attention_decode/aot_decode.py --list ID ...  # only these, as JSON
+
+Run after a change of kernels or settings, without TRITON_INTERPRET. An identifier is target, kernel, rows that share a
+key/value head, dtype of the query, of the cache, width, and options.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "attention"))
+import aot
+
+from retro_kernels.ops.attention import triton_tiles
+from retro_kernels.ops.chunked_cross_attention_decode import configs, triton_kernels
+from retro_kernels.ops.chunked_cross_attention_decode import triton as backend
+
+TABLE = Path(__file__).with_name("compiled_settings.json")
+CACHES = {"own": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+OPTIONS = ("plain", "options", "rotary")
+
+
+# By options, the widths that are compiled; beyond 256 they are encoder states, which do not turn. "one": one sequence,
+# so that tiles are small.
+WIDTHS = {"plain": (64, 128, 256, 896, 4096), "options": (128, 896), "rotary": (128, 256), "one": (128, 896)}
+
+
+def identifiers() -> list[str]:
+    """Rows that share a key/value head: one, four (grouped heads or new tokens) and the 32 heads that share states."""
+    found = []
+    for sm in aot.TARGETS:
+        for dtype, caches in (("bf16", ("own", "int8", "fp8")), ("fp32", ("own", "fp8"))):
+            for options, widths in WIDTHS.items():
+                for width in widths:
+                    if dtype == "fp32" and (width in (64, 4096) or options == "one"):
+                        continue
+                    found += [
+                        f"sm_{sm} attend {rows} {dtype} {cache} {width} {options}"
+                        for rows in ((1, 4) if width <= 256 else (32,))
+                        for cache in (caches if options != "one" else ("own",))
+                    ]
+            found += [f"sm_{sm} combine 1 {dtype} own {width} {options}"
+                      for width, options in ((128, "options"), (896, "plain"))]  # fmt: skip
+    return found
+
+
+def launch_of(identifier: str):
+    """The launch with a mask and positions; with every other option at once, but for turned keys, at "options"."""
+    target, kind, rows, dtype_name, cache_name, width, options = identifier.split()
+    sm, t, d, dtype = int(target[3:]), int(rows), int(width), aot.DTYPES[dtype_name]
+    states = d > 256
+    b, k, r, hk = 1 if options == "one" else 64, 2, 128, 1 if states else 32
+    cache = CACHES[cache_name] or dtype
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def maybe(there, *shape, dtype=torch.float32):
+        return empty(*shape, dtype=dtype) if there else None
+
+    everything, turned = options == "options", options == "rotary"
+    call = backend.Arguments(
+        query=empty(b, t, hk, d), key=empty(b, k, r, hk, d, dtype=cache), value=empty(b, k, r, hk, d, dtype=cache),
+        mask=empty(b, k, r, dtype=torch.bool), logit_bias=maybe(everything, b, t, hk, r),
+        null_logit=maybe(everything, b, t, hk), null_value=maybe(everything, hk, d, dtype=dtype),
+        key_cos=maybe(turned, r, d // 2), key_sin=maybe(turned, r, d // 2),
+        key_scale=maybe(cache != dtype, b, k, r), value_scale=maybe(cache != dtype, b, k, r),
+        position=empty(b, dtype=torch.int64), valid=empty(b, dtype=torch.bool),
+        chunk=maybe(everything, b, dtype=torch.int64), rotary_interleaved=False, scale=d**-0.5, chunk_size=64,
+    )  # fmt: skip
+    launches = backend.plan(empty(b, t, hk, d), empty(b, t, hk, dtype=torch.float32), call)
+    return sm, next(launch for launch in launches if launch.kind == kind)
+
+
+def compile_launch(identifier: str) -> dict[str, object]:
+    sm, launch = launch_of(identifier)
+    x = launch.settings
+    settings = f"{x.block_rows}x{x.block_keys}x{x.block_dim}, {x.num_warps} warps, {x.num_stages} stages"
+    return {"settings": settings, **aot.machine_code(sm, launch)}
+
+
+def faults(identifier: str, result: dict) -> list[str]:
+    """What the gate forbids; products of several rows are matrix products except in fp32."""
+    target, kind, rows, dtype = identifier.split()[:4]
+    found = aot.machine_faults(int(target[3:]), result)
+    if (
+        target == "sm_90"
+        and kind == "attend"
+        and rows != "1"
+        and dtype != "fp32"
+        and not result["mma"] + result["wgmma"]
+    ):
+        found.append("has no matrix instruction")
+    return found
+
+
+def kernels_hash() -> str:
+    """Of everything that decides what is compiled."""
+    digest = hashlib.sha256()
+    for file in (triton_tiles.__file__, triton_kernels.__file__, configs.__file__):
+        digest.update(Path(str(file)).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile_all(wanted: list[str]) -> dict[str, dict]:
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        return dict(zip(wanted, pool.map(compile_launch, wanted), strict=True))
+
+
+def main(arguments: list[str]) -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("aot_decode.py must run without TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    if arguments[:1] == ["--list"]:
+        print(json.dumps(compile_all(arguments[1:])))
+        return 0
+    import triton
+
+    wanted = [x for x in identifiers() if all(word in x for word in arguments)]
+    results = compile_all(wanted)
+    bad = {identifier: faults(identifier, result) for identifier, result in results.items()}
+    for identifier, result in results.items():
+        print(f"{identifier:44} {result['settings']:30} {result['registers']:4} registers {result['shared']:7} shared"
+              f" {result['mma']} {result['wgmma']} {'; '.join(bad[identifier])}")  # fmt: skip
+    if not arguments:
+        content = {"kernels": kernels_hash(), "triton": triton.__version__, "results": results}
+        TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(bad.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
