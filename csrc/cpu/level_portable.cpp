@@ -5,5 +5,6 @@
 namespace retro_kernels {
 extern const Level kLevel_portable;
 const Level kLevel_portable = {
-    "portable", level_portable::scratch_bytes, level_portable::pack_relative, level_portable::forward, level_portable::backward};
+    "portable", level_portable::scratch_bytes, level_portable::pack_relative, level_portable::forward, level_portable::backward,
+    level_portable::absorbed_scratch_bytes, level_portable::absorbed_forward};
 }  // namespace retro_kernels
