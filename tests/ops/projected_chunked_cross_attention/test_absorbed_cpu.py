@@ -91,14 +91,14 @@ def isa(request):
     extension.set_isa("")
 
 
-@pytest.mark.parametrize("place, case", enumerate(CASES), ids=[str(case) for case in CASES])
+@pytest.mark.parametrize(("place", "case"), enumerate(CASES), ids=[str(case) for case in CASES])
 def test_fp32_is_tight(place, case, isa, guarded):
     arguments = make(case, WIDTHS[place % 4], torch.float32, biases=place % 3 == 0)
     cases.assert_close(run(arguments, "cpu"), materialised(cases.as_dtype(arguments, torch.float64)), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("place, case", enumerate(CASES), ids=[str(case) for case in CASES])
+@pytest.mark.parametrize(("place", "case"), enumerate(CASES), ids=[str(case) for case in CASES])
 def test_half_precision_is_within_twice_the_error_of_pytorch(place, case, dtype, guarded):
     arguments = make(case, WIDTHS[place % 4], dtype, biases=place % 3 == 0)
     with mock.patch.object(reference, "accumulation_dtype", lambda dtype: dtype):
