@@ -191,31 +191,33 @@ def variants(
             continue
         for strategy in STRATEGIES if name != "reference" else STRATEGIES[:1]:
             own = f"retro_kernels[{name} {strategy}]"
-            if strategy == "absorb" and _not_absorbed(name):
-                result.append(Skipped(own, _not_absorbed(name)))
-                continue
             attention = functools.partial(workload.attend, backend=name, strategy=strategy)
             extra = functools.partial(_predicted, workload, device, name, strategy)
-            result.append(Variant(own, workload, attention, extra=extra))
+            refusal = functools.partial(_refusal, workload, device, name) if strategy == "absorb" else None
+            result.append(Variant(own, workload, attention, extra=extra, refusal=refusal))
     return result
 
 
-def _not_absorbed(backend: str) -> str | None:
-    from retro_kernels.ops.projected_chunked_cross_attention.api import BACKENDS
+def _explained(workload: Projected, device: torch.device, backend: str, dtype: str, mode: str):
+    import retro_kernels as rk
 
-    return None if backend in BACKENDS else "this version of retro_kernels does not absorb in it"
+    return rk.explain(
+        *Projected.shapes(workload), chunk_size=workload.chunk_size, dtype=DTYPES[dtype], device=device,
+        backward=mode != "forward", backend=backend,
+    )  # fmt: skip
+
+
+def _refusal(workload: Projected, device: torch.device, backend: str, dtype: str, mode: str) -> str | None:
+    """Why this backend does not absorb here."""
+    return _explained(workload, device, backend, dtype, mode).rows[-1].refused
 
 
 def _predicted(workload: Projected, device: torch.device, backend: str, strategy: str, dtype: str, mode: str) -> dict:
-    """What the cost model says of this strategy, for the row: its time, and whether `auto` takes it. The time of a
+    """What `rk.explain` says of this strategy, for the row: its time, and whether `auto` takes it. The time of a
     layer's other parts is not predicted."""
-    from retro_kernels.ops.projected_chunked_cross_attention import cost_model
-
-    work = workload.work(DTYPES[dtype], mode)
-    known = cost_model.constants(device, DTYPES[dtype])
-    seconds = known.seconds(cost_model.phases(strategy, work), work.encoder_dim)
-    taken = "materialise"
-    if backend != "reference" and _not_absorbed(backend) is None:
-        taken = cost_model.faster(device, DTYPES[dtype], work)
+    found = _explained(workload, device, backend, dtype, mode)
+    seconds = next(row.seconds for row in found.rows if row.strategy == strategy)
     whole = seconds is not None and workload.operation != LAYER
-    return {"strategy": strategy, "chosen": strategy == taken, "predicted_ms": 1e3 * seconds if whole else None}
+    return {
+        "strategy": strategy, "chosen": strategy == found.chosen, "predicted_ms": 1e3 * seconds if whole else None
+    }  # fmt: skip

@@ -285,6 +285,8 @@ class Variant:
     """The same without dropout, where dropout is PyTorch's own and so cannot be compared."""
     extra: Callable[[str, str], dict] | None = None
     """(dtype, mode) -> further fields of its row, asked once it was checked."""
+    refusal: Callable[[str, str], str | None] | None = None
+    """(dtype, mode) -> why it cannot run this case, or None."""
 
 
 @dataclass(frozen=True)

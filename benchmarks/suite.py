@@ -171,6 +171,8 @@ def _case(workload, dtype, mode, inputs, truths, settings: Settings, ceilings, w
     eager_errors: dict[Workload, list[verify.Error]] = {}
     for variant in peers.variants(workload, device, compiled=settings.compiled, backends=settings.backends):
         why = settings.skip(workload, dtype, mode, variant.name) if settings.skip else None
+        if isinstance(variant, Variant) and variant.refusal:
+            why = why or variant.refusal(dtype, mode)
         if isinstance(variant, Skipped) or why:
             reason = variant.reason if isinstance(variant, Skipped) else why
             rows[variant.name] = _row(workload, dtype, mode, variant.name, SKIPPED, reason)

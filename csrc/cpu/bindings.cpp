@@ -205,6 +205,48 @@ void forward(RK_ARGUMENTS, RK_SETTINGS, Tensor out, Tensor lse) {
   });
 }
 
+// `key` and `value` have the shapes that keys and values would have and are not read.
+void absorbed_forward(RK_ARGUMENTS, RK_SETTINGS, Tensor encoded, Tensor w_key, Tensor w_value, MaybeTensor bias_key,
+                      MaybeTensor bias_value, Tensor out, Tensor lse) {
+  Absorbed a{};
+  a.p = make_problem(RK_ALL);
+  Problem& p = a.p;
+  STD_TORCH_CHECK(p.grouping == kClock && p.rotary_width == 0, "the absorbed forward needs grouping CLOCK, no rotation");
+  p.key = p.value = nullptr;
+  STD_TORCH_CHECK(encoded.dim() == 5, "encoded must have 5 dimensions, has ", encoded.dim());
+  a.width = encoded.size(4);
+  STD_TORCH_CHECK(a.width >= 1 && a.width <= 8192, "encoded.shape[4] must be in [1, 8192], got ", a.width);
+  check_shape(encoded, "encoded", {p.batch, p.chunks, p.neighbours, p.retrieved, a.width});
+  check_shape(w_key, "w_key", {p.kv_heads, p.dim, a.width});
+  check_shape(w_value, "w_value", {p.kv_heads, p.dim_value, a.width});
+  check_last_stride(encoded, "encoded");
+  check_last_stride(w_key, "w_key");
+  check_last_stride(w_value, "w_value");
+  STD_TORCH_CHECK(type_of(encoded, "encoded") == p.type && type_of(w_key, "w_key") == p.type &&
+                      type_of(w_value, "w_value") == p.type,
+                  "encoded, w_key and w_value must have the query's dtype");
+  a.encoded = encoded.numel() ? encoded.const_data_ptr() : nullptr;
+  a.w_key = w_key.const_data_ptr(), a.w_value = w_value.const_data_ptr();
+  for (int i = 0; i < 4; ++i) a.encoded_stride[i] = encoded.stride(i);
+  for (int i = 0; i < 2; ++i) a.w_key_stride[i] = w_key.stride(i), a.w_value_stride[i] = w_value.stride(i);
+  a.bias_key = operand(bias_key, "bias_key", {p.kv_heads, p.dim});
+  a.bias_value = operand(bias_value, "bias_value", {p.kv_heads, p.dim_value});
+  check_shape(out, "out", {p.batch, 1, 1, p.tokens, p.heads, p.dim_value});
+  check_shape(lse, "lse", {p.batch, 1, 1, p.tokens, p.heads});
+  STD_TORCH_CHECK(type_of(out, "out") == p.type && type_of(lse, "lse") == kFloat32,
+                  "out must have the query's dtype and lse float32");
+  p.out = output(out, "out");
+  p.lse = static_cast<float*>(output(lse, "lse"));
+  if (lse.numel() == 0) return;
+  clear_idle_tokens(p, p.out, p.dim_value * (p.type == kFloat32 ? 4 : 2), p.lse);
+  const Level& chosen = level();
+  pack_relative(p, chosen);
+  const size_t bytes = chosen.absorbed_scratch_bytes(a);
+  torch::stable::parallel_for(0, p.batch * p.groups * p.kv_heads, 1, [&](int64_t first, int64_t last) {
+    chosen.absorbed_forward(a, first, last, thread_scratch(bytes));
+  });
+}
+
 // Sums the partial copies in their order and rounds to the gradient's dtype.
 void reduce_copies(const float* partial, int64_t copies, const MaybeTensor& given, const char* name) {
   if (!partial) return;
@@ -393,6 +435,9 @@ void set_isa(std::string name) { choose_level(name); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
   m.def("attention_forward(" RK_SLOTS_SCHEMA RK_SETTINGS_SCHEMA "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("absorbed_forward(" RK_SLOTS_SCHEMA RK_SETTINGS_SCHEMA
+        "Tensor encoded, Tensor w_key, Tensor w_value, Tensor? bias_key, Tensor? bias_value, Tensor(a!) out, "
+        "Tensor(b!) lse) -> ()");
   m.def("attention_backward(Tensor grad_out, " RK_SLOTS_SCHEMA "Tensor out, Tensor lse, " RK_SETTINGS_SCHEMA
         "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_bias, "
         "Tensor(e!)? grad_relative_key, Tensor(f!)? grad_content_bias, Tensor(g!)? grad_relative_bias, "
@@ -406,6 +451,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(retro_kernels_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&retro_kernels::forward));
+  m.impl("absorbed_forward", TORCH_BOX(&retro_kernels::absorbed_forward));
   m.impl("attention_backward", TORCH_BOX(&retro_kernels::backward));
 }
 

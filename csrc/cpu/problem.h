@@ -89,6 +89,16 @@ struct DecodeLevel {
   void (*combine)(const DecodeProblem&, int64_t first, int64_t last, char* scratch);
 };
 
+// The absorbed forward: a clock's problem without keys and values, and what they would be made of.
+struct Absorbed {
+  Problem p;
+  int64_t width;  // e
+  const void *encoded, *w_key, *w_value;
+  int64_t encoded_stride[4];                // batch, chunk, neighbour, retrieved token
+  int64_t w_key_stride[2], w_value_stride[2];  // kv head, row
+  Operand bias_key, bias_value;             // stride0: kv head
+};
+
 // One instruction-set level. `scratch` is 64-byte aligned and holds scratch_bytes(problem, backward) bytes.
 struct Level {
   const char* name;
@@ -100,6 +110,8 @@ struct Level {
   // `following`: the item this thread computes next, or -1. `copy`: the partial copy of the parameter gradients to add to.
   void (*backward)(const Problem&, int64_t item, int64_t following, int64_t copy, char* scratch);
   DecodeLevel decode;
+  size_t (*absorbed_scratch_bytes)(const Absorbed&);
+  void (*absorbed_forward)(const Absorbed&, int64_t first_item, int64_t last_item, char* scratch);
 };
 
 }  // namespace retro_kernels

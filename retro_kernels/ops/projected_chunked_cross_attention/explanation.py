@@ -124,24 +124,27 @@ def explain(
     kind = dtype or next((x.dtype for x in tensors if x.is_floating_point()), torch.bfloat16)
     for name in names:
         if name in PAIRS:
-            given[name] = tuple(_stand_in(x, kind, place) for x in given[name])
+            given[name] = tuple(_stand_in(x, kind, place, False) for x in given[name])
         else:
-            given[name] = _stand_in(given[name], torch.bool if name in FLAGS else kind, place)
+            given[name] = _stand_in(given[name], torch.bool if name in FLAGS else kind, place, True)
     if backward is None and not tensors:
         backward = True
-    call = prepare(**given, chunk_size=chunk_size, strategy=strategy)
-    return _explain(call, strategy, work(call, backward))
+    with torch.set_grad_enabled(torch.is_grad_enabled() if backward is None else backward):
+        call = prepare(**given, chunk_size=chunk_size, strategy=strategy)
+        return _explain(call, strategy, work(call, backward))
 
 
-def _stand_in(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A tensor of one element, expanded, for a shape or a meta tensor: it has a place and takes no memory."""
+def _stand_in(value: Any, dtype: torch.dtype, device: torch.device, gradient: bool) -> Any:
+    """A tensor of one element, expanded, for a shape or a meta tensor: it has a place and takes no memory. `gradient`:
+    whether that of a shape has one."""
     if isinstance(value, torch.Tensor) and value.device.type != "meta":
         return value
     if isinstance(value, torch.Tensor):
         made = torch.zeros((), dtype=value.dtype, device=device).expand(value.shape)
         return made.requires_grad_(value.requires_grad) if made.is_floating_point() else made
     if isinstance(value, (tuple, list)) and all(isinstance(size, int) for size in value):
-        return torch.zeros((), dtype=dtype, device=device).expand(tuple(value))
+        made = torch.zeros((), dtype=dtype, device=device).expand(tuple(value))
+        return made.requires_grad_(gradient) if made.is_floating_point() else made
     return value
 
 

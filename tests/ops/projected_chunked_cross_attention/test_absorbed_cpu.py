@@ -1,0 +1,155 @@
+"""The absorbed forward on the CPU against keys and values made in fp64."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import cases
+import pytest
+import torch
+
+import retro_kernels as rk
+from retro_kernels import extension
+from retro_kernels.ops import common
+from retro_kernels.ops.attention import reference
+from retro_kernels.ops.projected_chunked_cross_attention.api import projected_chunked_cross_attention
+
+pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
+
+CASES = [
+    case for case in cases.CASES if not set(case.options) & {"rotary", "rotary_interleaved", "rotary_partial"}
+] + [
+    cases.Case("all", n=45, m=10, k=3, r=9, h=4, hk=2, d=12, d_value=20, stride=7, options=("mask", "bias", "null")),
+    cases.Case("many_slots", n=40, k=9, r=70, h=4, hk=2, options=("mask", "null", "bias")),
+    cases.Case("many_slots_relative", n=40, k=9, r=70, options=("mask", "relative", "relative_biases"), dropout_p=0.2),
+]  # fmt: skip
+WIDTHS = (20, 48, 130, 257)
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Outputs and scratch are filled with NaN and lie between guard bands, which must be untouched afterwards."""
+    bands, guard = [], 64
+
+    def allocate(shape, dtype, device):
+        size = int(torch.Size(shape).numel())
+        memory = torch.full((size + 2 * guard,), float("nan"), dtype=dtype, device=device)
+        memory[:guard] = memory[guard + size :] = 123.0
+        bands.append((memory, size))
+        return memory[guard : guard + size].view(shape)
+
+    monkeypatch.setattr(common, "allocate", allocate)
+    yield
+    for memory, size in bands:
+        assert (torch.cat([memory[:guard], memory[guard + size :]]) == 123.0).all(), "written outside an output"
+
+
+def make(case, e, dtype, biases):
+    arguments = cases.make(case, torch.float64)
+    key, value = arguments.pop("key"), arguments.pop("value")
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    arguments["encoded"] = draw(*key.shape[:4], e)
+    for name, like in (("key", key), ("value", value)):
+        arguments[f"w_{name}"] = draw(*like.shape[4:], e) / e**0.5
+        if biases:
+            arguments[f"bias_{name}"] = draw(*like.shape[4:])
+    return cases.as_dtype(arguments, dtype)
+
+
+def run(arguments, backend):
+    torch.manual_seed(7)
+    with torch.no_grad():
+        out, lse = projected_chunked_cross_attention(
+            **arguments, strategy="absorb", return_lse=True, backend=backend
+        )  # fmt: skip
+    return {"out": out, "lse": lse}
+
+
+def materialised(arguments):
+    """K and V are made by a plain product, and attended to by the specification of the core."""
+    x = dict(arguments)
+    encoded = x.pop("encoded")
+    for name in ("key", "value"):
+        x[name] = torch.einsum("blkre,hde->blkrhd", encoded, x.pop(f"w_{name}"))
+        bias = x.pop(f"bias_{name}", None)
+        if bias is not None:
+            x[name] = x[name] + bias
+    torch.manual_seed(7)
+    with torch.no_grad():
+        out, lse = rk.chunked_cross_attention(**x, return_lse=True, backend="reference")
+    return {"out": out, "lse": lse}
+
+
+@pytest.fixture(params=extension.usable_isas() if extension.why_not() is None else ())
+def isa(request):
+    extension.set_isa(request.param)
+    yield request.param
+    extension.set_isa("")
+
+
+@pytest.mark.parametrize(("place", "case"), enumerate(CASES), ids=[str(case) for case in CASES])
+def test_fp32_is_tight(place, case, isa, guarded):
+    arguments = make(case, WIDTHS[place % 4], torch.float32, biases=place % 3 == 0)
+    cases.assert_close(run(arguments, "cpu"), materialised(cases.as_dtype(arguments, torch.float64)), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("place", "case"), enumerate(CASES), ids=[str(case) for case in CASES])
+def test_half_precision_is_within_twice_the_error_of_pytorch(place, case, dtype, guarded):
+    arguments = make(case, WIDTHS[place % 4], dtype, biases=place % 3 == 0)
+    with mock.patch.object(reference, "accumulation_dtype", lambda dtype: dtype):
+        plain = materialised(arguments)
+    expected = materialised(cases.as_dtype(arguments, torch.float64))
+    cases.assert_twice(run(arguments, "cpu"), plain, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_number_of_threads_changes_no_bit(dtype):
+    case = cases.Case("", n=200, h=4, hk=2, k=5, r=60, options=("mask", "null", "relative", "relative_biases"))
+    arguments = make(case, 130, dtype, biases=True)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(arguments, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x[name], results[0][name]) for x in results for name in x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["masked states", "surplus chunks", "tokens before the first chunk"])
+def test_what_is_not_attended_reaches_nothing(name, dtype):
+    case = cases.Case("", n=21, l=4, h=4, hk=2, options=("mask", "empty_chunk", "null"))
+    arguments = make(case, 48, dtype, biases=True)
+    clean = run(arguments, "cpu")
+    with torch.no_grad():
+        if name == "masked states":
+            arguments["encoded"][~arguments["neighbour_mask"]] = float("nan")
+        elif name == "surplus chunks":
+            arguments["encoded"][:, 2:] = float("nan")
+        else:
+            arguments["query"][:, :7] = float("nan")
+    given = run(arguments, "cpu")
+    assert all(torch.equal(given[x], clean[x]) for x in clean)
+
+
+def test_nothing_of_the_size_of_keys_is_allocated():
+    case = cases.Case("", b=1, n=520, m=64, k=2, r=128, h=8, d=64)
+    arguments = make(case, 256, torch.float32, biases=False)
+    run(arguments, "cpu")
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out = run(arguments, "cpu")
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert allocated <= sum(x.numel() * x.element_size() for x in out.values()) + 4096
+
+
+def test_a_gradient_is_refused_with_the_reason():
+    arguments = make(cases.Case(""), 20, torch.float32, biases=False)
+    with pytest.raises(ValueError, match="no backward yet"):
+        projected_chunked_cross_attention(**arguments, strategy="absorb", backend="cpu")
