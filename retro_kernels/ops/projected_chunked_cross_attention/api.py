@@ -59,9 +59,9 @@ def projected_chunked_cross_attention(
 
         K = encoded w_key^T + bias_key        V = encoded w_value^T + bias_value
 
-    Two strategies compute it. "materialise" makes K and V side by side in one matrix product, of the chunks that are
-    attended to, and keeps them for the backward. "absorb" applies w_key to the query and w_value after the weighted
-    sum, inside one kernel: K and V never exist, neither in memory nor for the backward.
+    Two strategies compute it. "materialise" makes K and V, on a GPU side by side in one matrix product, of the chunks
+    that are attended to, and keeps them for the backward. "absorb" applies w_key to the query and w_value after the
+    weighted sum, inside one kernel: K and V never exist, neither in memory nor for the backward.
 
     Args:
         query: [b, n, h, d]; fp16, bf16, fp32 or fp64.

@@ -1,4 +1,4 @@
-"""The materialised strategy: keys and values are made by one matrix product and attended to in place."""
+"""The materialised strategy: keys and values are made by a matrix product and attended to in place."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(encoded, mask, bias, *weights):
         flat = [weight.flatten(0, 1) for weight in weights]
-        together = F.linear(encoded, flat[0] if len(flat) == 1 else torch.cat(flat), bias)
-        parts = together.split([x.shape[0] for x in flat], dim=-1)
+        sizes = [weight.shape[0] for weight in flat]
+        if encoded.is_cuda and len(flat) > 1:
+            parts = F.linear(encoded, torch.cat(flat), bias).split(sizes, dim=-1)
+        else:  # a CPU gains nothing by one product, and to lay wide weights side by side costs up to half of it
+            biases = [None] * len(flat) if bias is None else bias.split(sizes)
+            parts = [F.linear(encoded, weight, part) for weight, part in zip(flat, biases)]
         return tuple(part.unflatten(-1, weight.shape[:2]) for part, weight in zip(parts, weights))
 
     @staticmethod
@@ -61,9 +65,9 @@ def project(
     biases: Sequence[torch.Tensor | None],
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """`encoded` [..., e] through every weight [hk, d, e] (+ bias [hk, d]) in one matrix product -> [..., hk, d] each,
-    side by side in memory. `mask` [...], True = attend: what the others hold, NaN included, reaches no gradient,
-    provided that the gradients of their keys and values are 0."""
+    """`encoded` [..., e] through every weight [hk, d, e] (+ bias [hk, d]) -> [..., hk, d] each; on a GPU in one matrix
+    product, side by side in memory. `mask` [...], True = attend: what the others hold, NaN included, reaches no
+    gradient, provided that the gradients of their keys and values are 0."""
     bias = None
     if any(x is not None for x in biases):
         bias = torch.cat([
