@@ -30,10 +30,10 @@ QUICK_MINUTES = 2.65  # a quick run starts no new measurement after so long; it 
 # Parts of the run in order: their operations, and their shares of a limited time and of the compiler's. What a part
 # leaves over is the next one's.
 PARTS = (
-    ("attentions", tuple(ATTENTIONS), 0.34, 0.6),
-    ("projections", (PROJECTED,), 0.22, 0.0),
+    ("attentions", tuple(ATTENTIONS), 0.3, 0.6),
+    ("projections", (PROJECTED,), 0.2, 0.0),
     ("layer", (LAYER,), 0.16, 0.4),
-    ("generation", (DECODE, STEP), 0.14, 0.0),
+    ("generation", (DECODE, STEP), 0.2, 0.0),
 )
 TEXT_SHARE = 0.14  # for the model on real text
 
@@ -194,7 +194,7 @@ def _part(options: Options, cases, compiling: float, device, ceilings, document:
         modes=tuple(options.modes),
         protocol=timing.Protocol(
             seconds=options.seconds or 0.0,
-            min_rounds=3,
+            min_rounds=2 if cases[0].operation in (DECODE, STEP) else 3,
             max_rounds=20 if quick else 50,
             warm_up=1 if cases[0].operation in ATTENTIONS else 0,  # the others' check is a whole call
         ),

@@ -4,7 +4,7 @@ python -m benchmarks.rates              measure, and print each shape's time aga
 python -m benchmarks.rates --write      also put them into constants.json, in place of this device's entry
 
 The shapes are none of the workloads that the suite times, so that the model is judged on others than it was fitted to.
-A time is the fastest of interleaved rounds; a backward's is that of forward and backward less the forward's. The two
+A time is the median of interleaved rounds; a backward's is that of forward and backward less the forward's. The two
 rates of an absorbed pass are fitted to all shapes of a width by least squares of the relative errors.
 """
 
@@ -54,7 +54,7 @@ def measure(device: torch.device, dtypes: list[str], say=print) -> dict:
     """-> this device's entry of constants.json."""
     from retro_kernels.ops.projected_chunked_cross_attention import cost_model
 
-    protocol = Protocol(seconds=1e9, min_rounds=4, max_rounds=8 if device.type == "cuda" else 5)
+    protocol = Protocol(seconds=1e9, min_rounds=7, max_rounds=7)
     rates: dict[str, dict] = {}
     errors: dict[str, dict] = {}
     for name in dtypes:
@@ -132,10 +132,10 @@ def times(shape: Shape, dtype: torch.dtype, device: torch.device, protocol: Prot
                 name = f"{label}_{'backward' if backward else 'forward'}"
                 timed[name] = Timed(functools.partial(_call, call, inputs, backward))
     found = timing.interleaved(timed, device, protocol)
-    fastest = {name: min(samples.milliseconds) * 1e-3 for name, samples in found.items()}
+    median = {name: samples.percentile(50) * 1e-3 for name, samples in found.items()}
     return {
-        name: seconds - fastest[name.replace("backward", "forward")] if name.endswith("backward") else seconds
-        for name, seconds in fastest.items()
+        name: seconds - median[name.replace("backward", "forward")] if name.endswith("backward") else seconds
+        for name, seconds in median.items()
     }
 
 

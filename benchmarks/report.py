@@ -1,7 +1,8 @@
 """Turns raw results into a report page, tables, and the README's table.
 
 python -m benchmarks.report RESULTS.json --out DIR     write report.html and table.md
-python -m benchmarks.report --readme                   rewrite README.md between the results marks
+python -m benchmarks.report --readme                   rewrite README.md between the results marks, and what
+                                                       docs/projections.py makes of the results
 python -m benchmarks.report --check                    fail when README.md is not what the results say
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import subprocess
 import sys
 from pathlib import Path
 
@@ -294,7 +296,10 @@ def main(arguments: list[str] | None = None) -> int:
                 return 1
             if options.readme and old != new:
                 path.write_text(new)
-    except (OSError, ValueError) as error:
+            page = options.root / "docs" / "projections.py"
+            if options.readme and page.exists():
+                subprocess.run([sys.executable, str(page)], check=True)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

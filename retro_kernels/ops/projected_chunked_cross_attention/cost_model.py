@@ -35,7 +35,7 @@ KINDS = (
     "absorb_forward_weights", "absorb_forward_states", "absorb_backward_weights", "absorb_backward_states",
 )  # fmt: skip
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-TIE = 1.05  # predicted times closer than this are alike: the strategy that needs less memory is taken
+TIE = 1.03  # predicted times closer than this are alike: the strategy that needs less memory is taken
 
 # Of a GPU that was not measured: FLOPs per clock and multiprocessor of its tensor cores in half precision (dense), by
 # compute capability, and the share of that peak (and of the memory's) that each kind is assumed to reach.

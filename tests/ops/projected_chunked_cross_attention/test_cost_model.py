@@ -120,7 +120,7 @@ def test_rates_between_widths_and_beyond():
 
 def test_the_pick():
     assert cost_model.pick({"materialise": 1.0, "absorb": 1.2}, {"materialise": 5, "absorb": 0}) == "materialise"
-    assert cost_model.pick({"materialise": 1.0, "absorb": 1.04}, {"materialise": 5, "absorb": 0}) == "absorb"
+    assert cost_model.pick({"materialise": 1.0, "absorb": 1.02}, {"materialise": 5, "absorb": 0}) == "absorb"
     assert cost_model.pick({"materialise": 1.0, "absorb": None}, {"materialise": 5, "absorb": 0}) == "materialise"
     assert cost_model.pick({"materialise": None, "absorb": None}, {"materialise": 5, "absorb": 0}) == "materialise"
 
