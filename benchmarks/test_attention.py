@@ -40,8 +40,13 @@ def prepared():
     ("workload", "name"), VARIANTS, ids=lambda x: x if isinstance(x, str) else f"{x.operation}-{x.option}-{x.name}"
 )
 def test_attention(benchmark, prepared, workload, name, dtype, mode):
+    if mode not in workload.modes:
+        pytest.skip("it has no backward")
     base, truths = prepared(workload)
     (variant,) = (v for v in peers.variants(workload, DEVICE, compiled=False) if v.name == name)
+    reason = variant.refusal and variant.refusal(dtype, mode)
+    if reason:
+        pytest.skip(reason)
     inputs = verify.leaves(tuple(t.to(DTYPES[dtype]) for t in base), mode != "forward")
     inputs = suite.inputs_of(variant.workload, inputs)
     status, reason, errors = suite.check(variant, inputs, mode, truths, peers.CompileBudget(0.0, 0.0), dtype, {})
