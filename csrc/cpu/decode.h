@@ -141,16 +141,26 @@ RK_INLINE void sum_each(const vfloat* v, float* out) {
 #endif
 }
 
+// What is `ahead` elements further in four rows is wanted next: rows are too short for the hardware to see that coming.
+template <bool kAhead, class T>
+RK_INLINE void fetch_ahead(const T* row, int64_t ahead) {
+  if constexpr (kAhead) __builtin_prefetch(row + ahead, 0, 2);
+}
+
 // scores[row][0, 4) = queries[row] . keys[0, 4). Queries are zero from `dim` to `ld`.
-template <int kCount, class T>
-RK_INLINE void four_scores(const T* const* keys, const float* queries, int64_t ld, int64_t dim, float* scores) {
+template <int kCount, bool kAhead, class T>
+RK_INLINE void four_scores(const T* const* keys, int64_t ahead, const float* queries, int64_t ld, int64_t dim,
+                           float* scores) {
   vfloat sum[kCount][4];
   for (int r = 0; r < kCount; ++r)
     for (int s = 0; s < 4; ++s) sum[r][s] = vfloat{};
   int64_t i = 0;
   for (; i + kLanes <= dim; i += kLanes) {
     vfloat k[4];
-    RK_UNROLL for (int s = 0; s < 4; ++s) k[s] = widen_vector(keys[s] + i);
+    RK_UNROLL for (int s = 0; s < 4; ++s) {
+      k[s] = widen_vector(keys[s] + i);
+      fetch_ahead<kAhead>(keys[s] + i, ahead);
+    }
     RK_UNROLL for (int r = 0; r < kCount; ++r) {
       const vfloat q = load(queries + r * ld + i);
       RK_UNROLL for (int s = 0; s < 4; ++s) sum[r][s] += q * k[s];
@@ -167,15 +177,19 @@ RK_INLINE void four_scores(const T* const* keys, const float* queries, int64_t l
 }
 
 // sums[row] += scores[row][0, 4) . values[0, 4)
-template <int kCount, class T>
-RK_INLINE void four_values(const T* const* values, const float* scores, int64_t dim, float* sums, int64_t ld) {
+template <int kCount, bool kAhead, class T>
+RK_INLINE void four_values(const T* const* values, int64_t ahead, const float* scores, int64_t dim, float* sums,
+                           int64_t ld) {
   vfloat weight[kCount][4];
   for (int r = 0; r < kCount; ++r)
     for (int s = 0; s < 4; ++s) weight[r][s] = splat(scores[r * kDirectTile + s]);
   int64_t i = 0;
   for (; i + kLanes <= dim; i += kLanes) {
     vfloat v[4];
-    RK_UNROLL for (int s = 0; s < 4; ++s) v[s] = widen_vector(values[s] + i);
+    RK_UNROLL for (int s = 0; s < 4; ++s) {
+      v[s] = widen_vector(values[s] + i);
+      fetch_ahead<kAhead>(values[s] + i, ahead);
+    }
     RK_UNROLL for (int r = 0; r < kCount; ++r) {
       vfloat sum = load(sums + r * ld + i);
       RK_UNROLL for (int s = 0; s < 4; ++s) sum += weight[r][s] * v[s];
@@ -190,22 +204,39 @@ RK_INLINE void four_values(const T* const* values, const float* scores, int64_t 
     }
 }
 
+// Of the rows, the first few that are taken together fetch what is `ahead`; 0: none does.
 template <class T>
-RK_INLINE void scores_of_rows(const T* const* keys, const float* queries, int64_t ld, int64_t dim, int64_t rows,
-                              float* scores) {
+RK_INLINE void scores_of_rows(const T* const* keys, int64_t ahead, const float* queries, int64_t ld, int64_t dim,
+                              int64_t rows, float* scores) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) four_scores<4>(keys, queries + r * ld, ld, dim, scores + r * kDirectTile);
-  for (; r + 2 <= rows; r += 2) four_scores<2>(keys, queries + r * ld, ld, dim, scores + r * kDirectTile);
-  for (; r < rows; ++r) four_scores<1>(keys, queries + r * ld, ld, dim, scores + r * kDirectTile);
+  if (ahead != 0 && rows > 0) {
+    if (rows >= 4)
+      four_scores<4, true>(keys, ahead, queries, ld, dim, scores), r = 4;
+    else if (rows >= 2)
+      four_scores<2, true>(keys, ahead, queries, ld, dim, scores), r = 2;
+    else
+      four_scores<1, true>(keys, ahead, queries, ld, dim, scores), r = 1;
+  }
+  for (; r + 4 <= rows; r += 4) four_scores<4, false>(keys, 0, queries + r * ld, ld, dim, scores + r * kDirectTile);
+  for (; r + 2 <= rows; r += 2) four_scores<2, false>(keys, 0, queries + r * ld, ld, dim, scores + r * kDirectTile);
+  for (; r < rows; ++r) four_scores<1, false>(keys, 0, queries + r * ld, ld, dim, scores + r * kDirectTile);
 }
 
 template <class T>
-RK_INLINE void values_of_rows(const T* const* values, const float* scores, int64_t dim, int64_t rows, float* sums,
-                              int64_t ld) {
+RK_INLINE void values_of_rows(const T* const* values, int64_t ahead, const float* scores, int64_t dim, int64_t rows,
+                              float* sums, int64_t ld) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) four_values<4>(values, scores + r * kDirectTile, dim, sums + r * ld, ld);
-  for (; r + 2 <= rows; r += 2) four_values<2>(values, scores + r * kDirectTile, dim, sums + r * ld, ld);
-  for (; r < rows; ++r) four_values<1>(values, scores + r * kDirectTile, dim, sums + r * ld, ld);
+  if (ahead != 0 && rows > 0) {
+    if (rows >= 4)
+      four_values<4, true>(values, ahead, scores, dim, sums, ld), r = 4;
+    else if (rows >= 2)
+      four_values<2, true>(values, ahead, scores, dim, sums, ld), r = 2;
+    else
+      four_values<1, true>(values, ahead, scores, dim, sums, ld), r = 1;
+  }
+  for (; r + 4 <= rows; r += 4) four_values<4, false>(values, 0, scores + r * kDirectTile, dim, sums + r * ld, ld);
+  for (; r + 2 <= rows; r += 2) four_values<2, false>(values, 0, scores + r * kDirectTile, dim, sums + r * ld, ld);
+  for (; r < rows; ++r) four_values<1, false>(values, 0, scores + r * kDirectTile, dim, sums + r * ld, ld);
 }
 
 // A tile: the visible slots, the last of them repeated up to a multiple of four.
@@ -244,7 +275,7 @@ static void direct_scores(const DecodeProblem& p, int64_t b, const Tile& tile, i
     const T* keys[4];
     for (int s = 0; s < 4; ++s) keys[s] = at<T>(p.key, p.key_stride, b, tile, i + s, kv);
     for (int64_t h = 0; h < heads; ++h) {
-      scores_of_rows<T>(keys, f.queries + h * rows * f.ld, f.ld, p.dim, rows, f.scores + h * rows * kDirectTile + i);
+      scores_of_rows<T>(keys, 4 * p.key_stride[2], f.queries + h * rows * f.ld, f.ld, p.dim, rows, f.scores + h * rows * kDirectTile + i);
       for (int s = 0; s < 4; ++s) keys[s] += p.key_stride[3];
     }
   }
@@ -257,7 +288,7 @@ static void direct_values(const DecodeProblem& p, int64_t b, const Tile& tile, i
     const T* values[4];
     for (int s = 0; s < 4; ++s) values[s] = at<T>(p.value, p.value_stride, b, tile, i + s, kv);
     for (int64_t h = 0; h < heads; ++h) {
-      values_of_rows<T>(values, f.scores + h * rows * kDirectTile + i, p.dim_value, rows,
+      values_of_rows<T>(values, 4 * p.value_stride[2], f.scores + h * rows * kDirectTile + i, p.dim_value, rows,
                         f.sums + h * rows * f.ld_value, f.ld_value);
       for (int s = 0; s < 4; ++s) values[s] += p.value_stride[3];
     }
@@ -312,7 +343,7 @@ static void tile_scores(const DecodeProblem& p, int64_t b, const Tile& tile, int
   for (int64_t r = 0; r < rows; r += 4)
     for (int64_t i = 0; i < tile.count; i += 4) {
       four_rows(f.keys, f.ld, i, keys);
-      scores_of_rows<float>(keys, f.queries + r * f.ld, f.ld, p.dim, least(4, rows - r),
+      scores_of_rows<float>(keys, 0, f.queries + r * f.ld, f.ld, p.dim, least(4, rows - r),
                             f.scores + r * kDirectTile + i);
     }
 }
@@ -334,7 +365,7 @@ static void tile_values(const DecodeProblem& p, int64_t b, const Tile& tile, int
   for (int64_t r = 0; r < rows; r += 4)
     for (int64_t i = 0; i < tile.count; i += 4) {
       four_rows(f.values, f.ld_value, i, values);
-      values_of_rows<float>(values, f.scores + r * kDirectTile + i, p.dim_value, least(4, rows - r),
+      values_of_rows<float>(values, 0, f.scores + r * kDirectTile + i, p.dim_value, least(4, rows - r),
                             f.sums + r * f.ld_value, f.ld_value);
     }
 }
@@ -495,6 +526,86 @@ static void decode_combine(const DecodeProblem& p, int64_t first, int64_t last, 
     }
     add_null(p, row, f.sums, f.wide, &highest, &total);
     write_out(p, row, f.sums, highest, total);
+  }
+}
+
+struct ProjectBuffers {
+  int64_t ld, ld_sums;
+  float *rows, *sums, *scores;
+
+  ProjectBuffers(const ProjectProblem& p, Arena* arena) {
+    ld = round_up(p.depth, 16);
+    ld_sums = round_up(p.part, 16);
+    rows = arena->take(p.transposed ? kPackedRows * ld : 0);
+    sums = arena->take(p.transposed ? 0 : kPackedRows * ld_sums);
+    scores = arena->take(kPackedRows * kDirectTile);
+  }
+};
+
+static size_t project_scratch(const ProjectProblem& p) {
+  Arena arena{nullptr};
+  ProjectBuffers(p, &arena);
+  return arena.used;
+}
+
+// Columns [first, last) of out for `count` rows; x and out are where each of those rows begins.
+template <class T>
+static void project_rows(const ProjectProblem& p, const T* weight, const T* const* x, T* const* out, int64_t count,
+                         int64_t first, int64_t last, const ProjectBuffers& f) {
+  const int64_t step = p.weight_stride[1];
+  const T* rows[4];
+  if (p.transposed) {
+    for (int64_t r = 0; r < count; ++r) widen_row(x[r], p.depth, f.rows + r * f.ld, f.ld);
+    for (int64_t tile = first; tile < last; tile += kDirectTile) {
+      const int64_t end = least(tile + kDirectTile, last);
+      for (int64_t i = tile; i < end; i += 4) {
+        for (int s = 0; s < 4; ++s) rows[s] = weight + least(i + s, end - 1) * step;
+        scores_of_rows<T>(rows, 4 * step, f.rows, f.ld, p.depth, count, f.scores + i - tile);
+      }
+      for (int64_t r = 0; r < count; ++r) narrow_row(f.scores + r * kDirectTile, end - tile, 1.0f, out[r] + tile);
+    }
+    return;
+  }
+  __builtin_memset(f.sums, 0, (size_t)(count * f.ld_sums) * 4);
+  for (int64_t tile = 0; tile < p.depth; tile += kDirectTile) {
+    const int64_t n = least(kDirectTile, p.depth - tile);
+    for (int64_t r = 0; r < count; ++r)
+      widen_row(x[r] + tile, n, f.scores + r * kDirectTile, round_up(n, 4));
+    for (int64_t i = 0; i < n; i += 4) {
+      for (int s = 0; s < 4; ++s) rows[s] = weight + least(tile + i + s, p.depth - 1) * step + first;
+      values_of_rows<T>(rows, 4 * step, f.scores + i, last - first, count, f.sums, f.ld_sums);
+    }
+  }
+  for (int64_t r = 0; r < count; ++r) narrow_row(f.sums + r * f.ld_sums, last - first, 1.0f, out[r] + first);
+}
+
+template <class T>
+static void project_item(const ProjectProblem& p, int64_t index, const ProjectBuffers& f) {
+  const int64_t group = p.heads / p.kv_heads, kv = index / p.parts, first = index % p.parts * p.part;
+  const T* x[kPackedRows];
+  T* out[kPackedRows];
+  for (int64_t row = 0; row < p.tokens * group;) {
+    int64_t count = 0;
+    for (; count < kPackedRows && row < p.tokens * group; ++count, ++row) {
+      const int64_t token = row / group, head = kv * group + row % group;
+      x[count] = (const T*)p.x + token * p.x_stride[0] + head * p.x_stride[1];
+      out[count] = (T*)p.out + (token * p.heads + head) * p.width;
+    }
+    project_rows<T>(p, (const T*)p.weight + kv * p.weight_stride[0], x, out, count, first,
+                    least(first + p.part, p.width), f);
+  }
+}
+
+static void project(const ProjectProblem& p, int64_t first, int64_t last, char* scratch) {
+  Arena arena{scratch};
+  const ProjectBuffers buffers(p, &arena);
+  for (int64_t i = first; i < last; ++i) {
+    if (p.type == kFloat32)
+      project_item<float>(p, i, buffers);
+    else if (p.type == kFloat16)
+      project_item<half_t>(p, i, buffers);
+    else
+      project_item<bfloat_t>(p, i, buffers);
   }
 }
 

@@ -182,6 +182,44 @@ void decode(RK_DECODE_ARGUMENTS, Tensor out, Tensor lse, MaybeTensor partial) {
     });
 }
 
+constexpr int64_t kProjectItems = 64;    // wanted, so that threads end together
+constexpr int64_t kProjectColumns = 64;  // but not below this many columns each
+
+void decode_project(Tensor x, Tensor weight, bool transposed, Tensor out) {
+  STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 3, "x and weight must have 3 dimensions");
+  ProjectProblem p{};
+  p.transposed = transposed;
+  p.tokens = x.size(0), p.heads = x.size(1), p.depth = x.size(2);
+  p.kv_heads = weight.size(0), p.width = weight.size(transposed ? 1 : 2);
+  STD_TORCH_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, "x has ", p.heads, " heads and weight ", p.kv_heads);
+  check_shape(x, "x", {p.tokens, p.heads, p.depth});
+  if (transposed)
+    check_shape(weight, "weight", {p.kv_heads, p.width, p.depth});
+  else
+    check_shape(weight, "weight", {p.kv_heads, p.depth, p.width});
+  check_shape(out, "out", {p.tokens, p.heads, p.width});
+  check_last_stride(x, "x");
+  check_last_stride(weight, "weight");
+  p.type = type_of(x, "x");
+  STD_TORCH_CHECK(type_of(weight, "weight") == p.type && type_of(out, "out") == p.type,
+                  "x, weight and out must have one dtype");
+  p.out = output(out, "out");
+  if (out.numel() == 0) return;
+  STD_TORCH_CHECK(p.depth >= 1, "there is nothing to add up");
+  p.x = x.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  for (int i = 0; i < 2; ++i) p.x_stride[i] = x.stride(i), p.weight_stride[i] = weight.stride(i);
+  const int64_t parts = std::max<int64_t>(1, std::min((kProjectItems + p.kv_heads - 1) / p.kv_heads, p.width / kProjectColumns));
+  p.part = ((p.width + parts - 1) / parts + 15) / 16 * 16;
+  p.parts = (p.width + p.part - 1) / p.part;
+
+  const DecodeLevel& chosen = level().decode;
+  const size_t bytes = chosen.project_scratch(p);
+  torch::stable::parallel_for(0, p.kv_heads * p.parts, 1, [&](int64_t first, int64_t last) {
+    chosen.project(p, first, last, thread_scratch(bytes));
+  });
+}
+
 }  // namespace
 }  // namespace retro_kernels
 
@@ -191,10 +229,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
       "Tensor? null_value, Tensor? key_cos, Tensor? key_sin, Tensor? key_scale, Tensor? value_scale, Tensor position, "
       "Tensor? valid, Tensor? chunk, bool rotary_interleaved, float scale, int chunk_size, Tensor(a!) out, "
       "Tensor(b!) lse, Tensor(c!)? partial) -> ()");
+  m.def("decode_project(Tensor x, Tensor weight, bool transposed, Tensor(a!) out) -> ()");
   m.def("decode_splits(Tensor query, Tensor key, Tensor value, Tensor? key_cos) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(retro_kernels_cpu, CPU, m) {
   m.impl("decode", TORCH_BOX(&retro_kernels::decode));
+  m.impl("decode_project", TORCH_BOX(&retro_kernels::decode_project));
   m.impl("decode_splits", TORCH_BOX(&retro_kernels::decode_splits));
 }

@@ -46,4 +46,18 @@ struct DecodeProblem {
   float* partial;  // splits > 1: sums [splits, batch, tokens, heads, dim_value + 2], the last two maximum and total
 };
 
+// out = x W or x W', one matrix for each key/value head, whose rows are those of all tokens and of the query heads that
+// share it. The time is that of reading W once.
+struct ProjectProblem {
+  bool transposed;
+  int64_t tokens, heads, kv_heads;
+  int64_t depth, width;  // of x and of out; W is [depth, width], or, transposed, [width, depth]
+  Type type;             // of all three
+  const void *x, *weight;
+  int64_t x_stride[2];       // token, head
+  int64_t weight_stride[2];  // head, row
+  void* out;                 // [tokens, heads, width]
+  int64_t parts, part;       // ranges of out's columns, and the columns of one
+};
+
 }  // namespace retro_kernels

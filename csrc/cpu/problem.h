@@ -78,6 +78,7 @@ struct Problem {
 };
 
 struct DecodeProblem;
+struct ProjectProblem;
 
 // One instruction-set level's decode kernels; see decode_problem.h.
 struct DecodeLevel {
@@ -87,6 +88,9 @@ struct DecodeLevel {
   void (*attend)(const DecodeProblem&, int64_t first_item, int64_t last_item, char* scratch);
   // The (batch, token, head) rows [first, last) from their partial sums.
   void (*combine)(const DecodeProblem&, int64_t first, int64_t last, char* scratch);
+  // Work item: (key/value head, range of out's columns), the range running fastest.
+  size_t (*project_scratch)(const ProjectProblem&);
+  void (*project)(const ProjectProblem&, int64_t first_item, int64_t last_item, char* scratch);
 };
 
 // The absorbed forward: a clock's problem without keys and values, and what they would be made of.

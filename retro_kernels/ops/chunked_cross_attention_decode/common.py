@@ -107,6 +107,17 @@ def register(backend: str, implementation, devices: tuple[str, ...]):
     return common.register(decode_schema(backend), implementation=implementation, fake=_fake, devices=devices)
 
 
+def project(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """x [n, h, d | e] times weight [hk, d, e], or, `transposed`, weight [hk, d_value, e] the other way round, head i by
+    matrix i // (h / hk) -> [n, h, e | d_value]. For backends without a kernel for it."""
+    n, h, size = x.shape
+    hk = weight.shape[0]
+    # [hk, n * group, size]: the heads that share weights, side by side
+    folded = x.reshape(n, hk, h // hk, size).transpose(0, 1).reshape(hk, -1, size)
+    out = torch.bmm(folded, weight.transpose(1, 2) if transposed else weight)
+    return out.view(hk, n, h // hk, -1).transpose(0, 1).reshape(n, h, -1)
+
+
 def clock(call: DecodeCall) -> torch.Tensor:
     """int64 [b, t]: tokens since the first that attends to anything."""
     token = torch.arange(call.query.shape[1], device=call.position.device)

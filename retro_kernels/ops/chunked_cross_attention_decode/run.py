@@ -19,8 +19,10 @@ def run(call: common.DecodeCall, backend: str | None) -> tuple[torch.Tensor, tor
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         if chosen == "reference":
             return reference.decode(call)
-        fused = BACKENDS[chosen].decode
-        return _decode(call, fused) if call.projection is None else _decode_projected(call, call.projection, fused)
+        module = BACKENDS[chosen]
+        if call.projection is None:
+            return _decode(call, module.decode)
+        return _decode_projected(call, call.projection, module.decode, module.project)
 
 
 def _decode(call: common.DecodeCall, fused) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,13 +31,13 @@ def _decode(call: common.DecodeCall, fused) -> tuple[torch.Tensor, torch.Tensor]
     return fused(*_arguments(call, content, null_logit, call.null_value, call.scale))
 
 
-def _decode_projected(call: common.DecodeCall, projection: common.Projection, fused):
+def _decode_projected(call: common.DecodeCall, projection: common.Projection, fused, project):
     """W_k acts on the query and W_v on the weighted sum of the states, [b, t, h, e] each: no key or value exists.
 
     `bias_key` adds the same to all logits of a row but the null slot's, so it is taken from the null slot's instead and
     given back to the lse. `bias_value` comes in with all the weight that the null slot leaves.
     """
-    b, t, h, d = call.query.shape
+    b, t, h, _ = call.query.shape
     hk, d_value, e = projection.w_value.shape
     content = common.content_query(call)
     null_logit = common.null_logit(call, content)
@@ -43,14 +45,10 @@ def _decode_projected(call: common.DecodeCall, projection: common.Projection, fu
     if projection.bias_key is not None:
         bias = projection.bias_key.float().repeat_interleave(h // hk, dim=0)
         shift = call.scale * (content.float() * bias).sum(-1)
-    # [hk, b * t * group, d]: the heads that share weights, side by side
-    folded = content.reshape(b * t, hk, h // hk, d).transpose(0, 1).reshape(hk, -1, d)
-    absorbed = torch.bmm(folded, projection.w_key).view(hk, b, t, h // hk, e).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    absorbed = project(content.flatten(0, 1), projection.w_key, False).view(b, t, h, e)
     shifted = null_logit if null_logit is None or shift is None else null_logit - shift
     weighted, lse = fused(*_arguments(call, absorbed, shifted, None, call.scale))
-    folded = weighted.view(b * t, hk, h // hk, e).transpose(0, 1).reshape(hk, -1, e)
-    out = torch.bmm(folded, projection.w_value.transpose(1, 2))
-    out = out.view(hk, b, t, h // hk, d_value).permute(1, 2, 0, 3, 4).reshape(b, t, h, d_value)
+    out = project(weighted.flatten(0, 1), projection.w_value, True).view(b, t, h, d_value)
     if null_logit is None and projection.bias_value is None:
         return out, lse if shift is None else lse + shift
     empty = lse == float("-inf")

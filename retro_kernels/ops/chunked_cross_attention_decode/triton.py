@@ -160,4 +160,5 @@ def refusal(call: common.DecodeCall) -> str | None:
     return None
 
 
+project = common.project
 decode = common.register("triton", _decode, devices=("cpu", "cuda"))

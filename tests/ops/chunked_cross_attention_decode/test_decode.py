@@ -8,6 +8,7 @@ import torch
 import retro_kernels as rk
 from retro_kernels.ops import common
 from retro_kernels.ops.attention import reference as attention
+from retro_kernels.ops.chunked_cross_attention_decode import common as common_decode
 from retro_kernels.ops.chunked_cross_attention_decode import configs
 from retro_kernels.ops.chunked_cross_attention_decode.run import BACKENDS
 
@@ -392,8 +393,33 @@ class TestTheCpuKernels:
                 )
                 close((given,), (expected,), 1e-5 if dtype == torch.float32 else 1e-2)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_projecting(self, dtype):
+        """Against fp64 at every level, for few rows and many, shared and own weights, sizes that fill no vector, ranges
+        of columns, and rows that do not lie side by side; any number of threads gives the same bits."""
+        from retro_kernels import extension
+        from retro_kernels.ops.chunked_cross_attention_decode import cpu
+
+        for isa in extension.usable_isas():
+            extension.set_isa(isa)
+            for n, h, hk, d, e in ((1, 4, 4, 33, 300), (3, 4, 1, 16, 70), (9, 6, 3, 5, 7), (2, 2, 2, 130, 64)):
+                w = torch.randn(hk, d, e + 2).to(dtype)[..., :e]
+                for x, transposed in ((torch.randn(n, d, h).to(dtype).transpose(1, 2), False),
+                                      (torch.randn(n, h, e + 1).to(dtype)[..., 1:], True)):  # fmt: skip
+                    given = cpu._project_few(x.contiguous() if x.stride(-1) != 1 else x, w, transposed)
+                    expected = common_decode.project(x.double(), w.double(), transposed)
+                    limit = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+                    assert (given.double() - expected).abs().max() <= limit * expected.abs().max()
+                    torch.set_num_threads(2)
+                    again = cpu.project(x, w, transposed) if n < 9 else cpu._project_few(x.contiguous(), w, transposed)
+                    torch.set_num_threads(1)
+                    assert torch.equal(given, again)
+
     @pytest.mark.parametrize("test", ["test_schema", "test_faketensor"])
     def test_opcheck(self, test):
+        project = torch.ops.retro_kernels.decode_project_cpu.default
+        torch.library.opcheck(project, [torch.randn(2, 4, 5), torch.randn(2, 5, 7), False], test_utils=test)
+        torch.library.opcheck(project, [torch.randn(2, 4, 7), torch.randn(2, 5, 7), True], test_utils=test)
         x = make()
         op = torch.ops.retro_kernels.decode_cpu.default
         arguments = [x["query"][:, :1].contiguous(), x["key"][:, 0], x["value"][:, 0], *(11 * [None])]
