@@ -1,0 +1,87 @@
+"""Launch settings of the absorbed Triton kernels, by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from ..attention.configs import power_of_two
+
+KINDS = ("forward", "backward_heads", "backward_states")
+
+# Names of the devices whose GPU suite passed with its results committed: none, so no call takes these kernels unless
+# they are asked for by name.
+VERIFIED_ON_GPU: tuple[str, ...] = ()
+
+STATE_PROGRAMS = 128  # each keeps one tile of sums in fp32: at most so many tiles of scratch
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """`block_rows` query rows by `block_slots` retrieved tokens make a tile of logits; the encoder's width is walked in
+    `block_encoder` columns, distances in `block_run`; a program of the forward has 1 or 2 `heads`."""
+
+    block_rows: int
+    block_slots: int
+    block_encoder: int
+    num_warps: int
+    num_stages: int
+    heads: int = 1
+    block_run: int = 64
+    precision: str = "ieee"
+
+
+overrides: dict[str, LaunchSettings] = {}
+
+
+@contextmanager
+def override(**settings: LaunchSettings) -> Iterator[None]:
+    """Within the block, the launches named use these settings instead of the rule's (tests)."""
+    saved = dict(overrides)
+    overrides.update(settings)
+    try:
+        yield
+    finally:
+        overrides.clear()
+        overrides.update(saved)
+
+
+_S = LaunchSettings
+
+# (kind, precision, generation or None for any) -> settings at 128 wide
+_TABLE: dict[tuple[str, str, int | None], LaunchSettings] = {
+    ("forward", "half", 90): _S(64, 256, 64, 8, 2),
+    ("forward", "half", 100): _S(64, 256, 64, 8, 2),
+    ("forward", "half", 80): _S(64, 64, 32, 8, 2, block_run=32),
+    ("forward", "fp32", None): _S(16, 32, 16, 8, 1, block_run=16),
+    ("backward_heads", "half", None): _S(64, 64, 32, 8, 1, block_run=32),
+    ("backward_heads", "half", 80): _S(32, 32, 32, 8, 1, block_run=16),
+    ("backward_heads", "fp32", None): _S(16, 16, 16, 8, 1, block_run=16),
+    ("backward_states", "half", None): _S(64, 64, 32, 8, 1, block_run=32),
+    ("backward_states", "half", 80): _S(32, 32, 32, 8, 1, block_run=16),
+    ("backward_states", "fp32", None): _S(16, 16, 16, 8, 1, block_run=16),
+}
+
+
+def choose(kind: str, sm: int, dtype: torch.dtype, rows: int, slots: int, encoder_dim: int) -> LaunchSettings:
+    """What `override` says, else the rule's settings."""
+    return overrides.get(kind) or rule(kind, sm, dtype, rows, slots, encoder_dim)
+
+
+@lru_cache(maxsize=1024)
+def rule(kind: str, sm: int, dtype: torch.dtype, rows: int, slots: int, encoder_dim: int) -> LaunchSettings:
+    """The shipped settings; fewer rows, slots or columns of the states make smaller tiles. What is neither Hopper nor
+    data-centre Blackwell takes sm_80's."""
+    generation = {90: 90, 100: 100, 103: 100}.get(sm, 80)
+    precision = "fp32" if dtype == torch.float32 else "half"
+    found = _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
+    return replace(
+        found,
+        block_rows=min(found.block_rows, power_of_two(rows)),
+        block_slots=min(found.block_slots, power_of_two(slots)),
+        block_encoder=min(found.block_encoder, power_of_two(encoder_dim)),
+    )
