@@ -139,7 +139,7 @@ def backward_heads_kernel(
             # A span of no tokens attends to nothing: its chunk is not read.
             tiles_seen = tl.where(tl.minimum(start + count, num_tokens) > tl.maximum(start, 0), key_tiles, 0)
             for tile in range(0, tiles_seen):
-                slot, neighbour, token, _, visible, offsets, first_slot, token0 = slots_and_places(
+                slot, neighbour, token, present, visible, offsets, first_slot, token0 = slots_and_places(
                     tile, states_of_chunk, mask_of_chunk, readable, num_neighbours, retrieved_length, encoded_k,
                     encoded_r, mask_k, mask_r, BLOCK_SLOTS, WITHIN, FLAT, LONG,
                 )  # fmt: skip
@@ -193,13 +193,13 @@ def backward_heads_kernel(
                         dq = tl.dot(d_distances, run, dq, input_precision=PRECISION)
                         if relative_key_copies is not None:
                             x = first + distance + tl.arange(0, BLOCK_RUN)
-                            there = (x < num_distances)[:, None] & (column < DIM)[None, :]
+                            run_there = (x < num_distances)[:, None] & (column < DIM)[None, :]
                             at_run = (
                                 relative_key_copies + head_copy * num_distances * DIM + (wide(x, LONG) * DIM)[:, None]
                                 + column[None, :]
                             )  # fmt: skip
                             d_run = tl.dot(tl.trans(d_distances), relative, input_precision=PRECISION)
-                            tl.store(at_run, tl.load(at_run, mask=there, other=0.0) + d_run, mask=there)
+                            tl.store(at_run, tl.load(at_run, mask=run_there, other=0.0) + d_run, mask=run_there)
                             per_distance = tl.sum(d_distances.to(tl.float32), axis=0)
                             d_relative += tl.sum(per_distance[:, None] * run.to(tl.float32), axis=0)
 
@@ -210,21 +210,21 @@ def backward_heads_kernel(
                     summed = tl.dot(d_logits, state, input_precision=PRECISION).to(state.dtype)
                     dq = tl.dot(summed, tl.trans(weight), dq, input_precision=PRECISION)
                     if w_key_copies is not None:
-                        at_weight, there = weight_places(
+                        at_weight, weight_there = weight_places(
                             ENCODER_DIM, at_column, DIM, ENCODER_DIM, BLOCK_DIM, BLOCK_ENCODER, LONG
                         )
                         at_weight = w_key_copies + kv_copy * DIM * ENCODER_DIM + at_weight
-                        d_weight_tile = tl.load(at_weight, mask=there, other=0.0)
+                        d_weight_tile = tl.load(at_weight, mask=weight_there, other=0.0)
                         d_weight_tile += tl.dot(tl.trans(content), summed, input_precision=PRECISION)
-                        tl.store(at_weight, d_weight_tile, mask=there)
+                        tl.store(at_weight, d_weight_tile, mask=weight_there)
                         summed = tl.dot(dropped, state, input_precision=PRECISION).to(state.dtype)
-                        at_weight, there = weight_places(
+                        at_weight, weight_there = weight_places(
                             ENCODER_DIM, at_column, VALUE_DIM, ENCODER_DIM, BLOCK_VALUE, BLOCK_ENCODER, LONG
                         )
                         at_weight = w_value_copies + kv_copy * VALUE_DIM * ENCODER_DIM + at_weight
-                        d_weight_tile = tl.load(at_weight, mask=there, other=0.0)
+                        d_weight_tile = tl.load(at_weight, mask=weight_there, other=0.0)
                         d_weight_tile += tl.dot(tl.trans(do), summed, input_precision=PRECISION)
-                        tl.store(at_weight, d_weight_tile, mask=there)
+                        tl.store(at_weight, d_weight_tile, mask=weight_there)
                 if SUMS:
                     # The next tile adds to the same sums, perhaps from other threads.
                     tl.debug_barrier()
@@ -289,7 +289,7 @@ def backward_states_kernel(
         mask_of_chunk = None
         if mask is not None:
             mask_of_chunk = mask + batch * mask_b + chunk * mask_l
-        slot, _, token, present, visible, offsets, first_slot, token0 = slots_and_places(
+        slot, neighbour, token, present, visible, offsets, first_slot, token0 = slots_and_places(
             tile, states_of_chunk, mask_of_chunk, readable, num_neighbours, retrieved_length, encoded_k, encoded_r,
             mask_k, mask_r, BLOCK_SLOTS, WITHIN, FLAT, LONG,
         )  # fmt: skip

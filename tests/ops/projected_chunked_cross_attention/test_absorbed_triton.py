@@ -110,7 +110,7 @@ CASES = {
     "per slot": {"options": ("mask", "bias_per_slot"), "n": 11, "k": 3, "r": 7},
     "long neighbours": {"options": ("relative", "mask"), "b": 1, "n": 9, "r": 19, "h": 1},
     "dropout": {"options": ALL, "dropout_p": 0.3},
-    "slice": {"options": ("null",), "n": 9, "l": 2, "query_offset": 6, "chunk_offset": 0},
+    "slice": {"options": ("null",), "n": 9, "l": 3, "query_offset": 6, "chunk_offset": 0},
     "surplus": {"b": 1, "n": 7, "l": 3},
     "rows": {"options": ("relative",), "b": 1, "n": 20, "m": 19, "h": 1, "r": 5},
     "null only": {"options": ("null",), "k": 0, "l": 2},
