@@ -54,8 +54,12 @@ _S = LaunchSettings
 
 # (kind, precision, generation or None for any) -> settings at 128 wide
 _TABLE: dict[tuple[str, str, int | None], LaunchSettings] = {
-    ("forward", "half", 90): _S(64, 256, 64, 8, 2),
-    ("forward", "half", 100): _S(64, 256, 64, 8, 2),
+    # 231 registers; 64 columns of states or 2 heads spill
+    ("forward", "half", 90): _S(64, 256, 32, 8, 3),
+    ("forward", "half", 100): _S(64, 256, 32, 8, 3),
+    # 238 registers
+    ("forward options", "half", 90): _S(64, 64, 32, 8, 2, block_run=32),
+    ("forward options", "half", 100): _S(64, 64, 32, 8, 2, block_run=32),
     ("forward", "half", 80): _S(64, 64, 32, 8, 2, block_run=32),
     ("forward", "fp32", None): _S(16, 32, 16, 8, 1, block_run=16),
     ("backward_heads", "half", None): _S(64, 64, 32, 8, 1, block_run=32),
@@ -67,18 +71,23 @@ _TABLE: dict[tuple[str, str, int | None], LaunchSettings] = {
 }
 
 
-def choose(kind: str, sm: int, dtype: torch.dtype, rows: int, slots: int, encoder_dim: int) -> LaunchSettings:
+def choose(
+    kind: str, sm: int, dtype: torch.dtype, rows: int, slots: int, encoder_dim: int, options: bool
+) -> LaunchSettings:
     """What `override` says, else the rule's settings."""
-    return overrides.get(kind) or rule(kind, sm, dtype, rows, slots, encoder_dim)
+    return overrides.get(kind) or rule(kind, sm, dtype, rows, slots, encoder_dim, options)
 
 
 @lru_cache(maxsize=1024)
-def rule(kind: str, sm: int, dtype: torch.dtype, rows: int, slots: int, encoder_dim: int) -> LaunchSettings:
+def rule(
+    kind: str, sm: int, dtype: torch.dtype, rows: int, slots: int, encoder_dim: int, options: bool
+) -> LaunchSettings:
     """The shipped settings; fewer rows, slots or columns of the states make smaller tiles. What is neither Hopper nor
-    data-centre Blackwell takes sm_80's."""
+    data-centre Blackwell takes sm_80's. `options`: anything beyond a mask."""
     generation = {90: 90, 100: 100, 103: 100}.get(sm, 80)
     precision = "fp32" if dtype == torch.float32 else "half"
-    found = _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
+    found = _TABLE.get((f"{kind} options", precision, generation)) if options else None
+    found = found or _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
     return replace(
         found,
         block_rows=min(found.block_rows, power_of_two(rows)),

@@ -77,7 +77,19 @@ def _arguments(kind: str, call: Arguments, out, lse, grad_out=None) -> tuple[con
     b, n, h, d = call.query.shape
     _, num_chunks, k, r, e = call.encoded.shape
     hk, d_value, _ = call.w_value.shape
-    settings = configs.choose(kind, _compute_capability(call.query.device), call.query.dtype, call.stride, k * r, e)
+    options = any(
+        x is not None
+        for x in (
+            call.attention_bias,
+            call.relative_key,
+            call.null_key,
+            call.bias_key,
+            call.bias_value,
+            call.dropout_seed,
+        )
+    )
+    sm = _compute_capability(call.query.device)
+    settings = configs.choose(kind, sm, call.query.dtype, call.stride, k * r, e, options)
     within = call.relative_key is not None and k > 1 and r > settings.block_slots
     first_group, num_groups = _groups(call)
     moved = [(x.stride(2), x.stride(3)) for x in (call.encoded, call.mask) if x is not None]
@@ -140,9 +152,7 @@ def plan_heads(grad_out, out, lse, grad_query, copies: tuple, call: Arguments) -
         "table_rows": 0 if bias is None else bias.shape[2], "table_columns": 0 if bias is None else bias.shape[3],
     }  # fmt: skip
     lanes = call.w_key.shape[0] if wanted else call.query.shape[2]
-    return Launch(
-        "backward_heads", triton_backward.backward_heads_kernel, num_copies * lanes, arguments, settings
-    )
+    return Launch("backward_heads", triton_backward.backward_heads_kernel, num_copies * lanes, arguments, settings)
 
 
 def plan_states(grad_out, out, lse, grad_encoded, call: Arguments) -> Launch:
@@ -211,7 +221,14 @@ def _backward(grad_out, *inputs) -> tuple[torch.Tensor, ...]:
             for x in parameters
         )
         plan_heads(*results, outputs[0], copies, call)()
-        scaled = (0, 2, 5, 6, 7, 8)  # gradients through the logits' scale: w_key, bias_key, relative_*, content, null_key
+        scaled = (
+            0,
+            2,
+            5,
+            6,
+            7,
+            8,
+        )  # gradients through the logits' scale: w_key, bias_key, relative_*, content, null_key
         for place, (gradient, copy) in enumerate(zip(parameters, copies, strict=True)):
             if copy is not None:
                 gradient.copy_(copy.sum(0) * (call.scale if place in scaled else 1.0))

@@ -121,7 +121,9 @@ def relative_scores(relative, relative_key, relative_x, num_distances, first_row
     row = tl.arange(0, BLOCK_ROWS)
     scores = tl.zeros([BLOCK_ROWS, BLOCK_SLOTS], tl.float32)
     for start in range(0, BLOCK_ROWS + span - 1, BLOCK_RUN):
-        run = load_run(relative_key, relative_x, first + start, num_distances, relative, DIM, BLOCK_RUN, BLOCK_DIM, LONG)
+        run = load_run(
+            relative_key, relative_x, first + start, num_distances, relative, DIM, BLOCK_RUN, BLOCK_DIM, LONG
+        )
         by_distance = tl.dot(relative, tl.trans(run), input_precision=PRECISION)
         index = row[:, None] - (token - begin)[None, :] + (span - 1 - start)
         there = (index >= 0) & (index < BLOCK_RUN)

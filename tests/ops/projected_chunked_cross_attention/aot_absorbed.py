@@ -58,7 +58,7 @@ def launch_of(identifier: str):
         d**-0.5, 0.1 if everything else 0.0, m, m - 1,
     )  # fmt: skip
     out, lse = empty(b, n, h, d), empty(b, n, h, dtype=torch.float32)
-    settings = configs.overrides.get(kind) or configs.rule(kind, sm, dtype, m, k * r, e)
+    settings = configs.overrides.get(kind) or configs.rule(kind, sm, dtype, m, k * r, e, everything)
     parameters = [call[place] for place in backend.common.DIFFERENTIABLE[2:]]
     copies = tuple(None if x is None else empty(4, *x.shape, dtype=torch.float32) for x in parameters)
     with configs.override(**{kind: settings}):
