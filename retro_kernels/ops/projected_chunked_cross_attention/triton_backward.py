@@ -119,14 +119,14 @@ def backward_heads_kernel(
             if null_key is not None:
                 null = tl.load(null_key + head * null_key_h + column, mask=column < DIM, other=0.0).to(tl.float32)
                 logit = scale_log2 * tl.sum(content.to(tl.float32) * null[None, :], axis=1)
-                weight = tl.exp2(logit - lse_log2)
-                d_weight = times_vector(do, null_value + head * null_value_h, VALUE_DIM, BLOCK_VALUE)
-                dropped_null = weight
+                null_weight = tl.exp2(logit - lse_log2)
+                d_null_weight = times_vector(do, null_value + head * null_value_h, VALUE_DIM, BLOCK_VALUE)
+                dropped_null = null_weight
                 if dropout_seed is not None:
                     null_kept = kept_null(seed, threshold, drawn, place)
-                    d_weight = tl.where(null_kept, d_weight * survivor_scale, 0.0)
-                    dropped_null = tl.where(null_kept, weight * survivor_scale, 0.0)
-                d_logit = weight * (d_weight - delta)
+                    d_null_weight = tl.where(null_kept, d_null_weight * survivor_scale, 0.0)
+                    dropped_null = tl.where(null_kept, null_weight * survivor_scale, 0.0)
+                d_logit = null_weight * (d_null_weight - delta)
                 dq += d_logit[:, None] * null[None, :]
                 if null_key_copies is not None:
                     d_null_key += tl.sum(d_logit[:, None] * content.to(tl.float32), axis=0)
@@ -269,7 +269,6 @@ def backward_states_kernel(
     share of their states' gradient in fp32, in its own tile `sums` [BLOCK_SLOTS, ENCODER_DIM], or, where that is None, in
     the gradient itself, which then is fp32."""
     copy = tl.program_id(0)
-    scale_log2 = scale * LOG2_E
     lane = tl.arange(0, BLOCK_SLOTS)
     seed = None
     if dropout_seed is not None:
