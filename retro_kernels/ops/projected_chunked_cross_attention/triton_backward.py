@@ -128,6 +128,13 @@ def backward_heads_kernel(
                     dropped_null = tl.where(null_kept, null_weight * survivor_scale, 0.0)
                 d_logit = null_weight * (d_null_weight - delta)
                 dq += d_logit[:, None] * null[None, :]
+                if bias_key is not None:
+                    # The gradients of a row's logits, the null slot's included, sum to zero: what bias_key adds to all
+                    # slots has the null slot's, negated, and without a null slot none.
+                    added = tl.load(bias_key + kv_head * bias_key_h + column, mask=column < DIM, other=0.0)
+                    dq -= d_logit[:, None] * added.to(tl.float32)[None, :]
+                    if bias_key_copies is not None:
+                        d_bias_key -= tl.sum(d_logit[:, None] * content.to(tl.float32), axis=0)
                 if null_key_copies is not None:
                     d_null_key += tl.sum(d_logit[:, None] * content.to(tl.float32), axis=0)
                     d_null_value += tl.sum(dropped_null[:, None] * do.to(tl.float32), axis=0)
@@ -169,12 +176,6 @@ def backward_heads_kernel(
                             there_only = there & (neighbour == only)[None, :]
                             tl.store(at_bias, tl.load(at_bias, mask=there_only, other=0.0) + d_logits, mask=there_only)
                             tl.debug_barrier()
-                if bias_key is not None:
-                    of_row = tl.sum(d_logits, axis=1)
-                    at_bias_key = bias_key + kv_head * bias_key_h + column
-                    dq += of_row[:, None] * tl.load(at_bias_key, mask=column < DIM, other=0.0).to(tl.float32)[None, :]
-                    if bias_key_copies is not None:
-                        d_bias_key += tl.sum(of_row[:, None] * content.to(tl.float32), axis=0)
                 if bias_value_copies is not None:
                     d_bias_value += tl.sum(tl.sum(dropped, axis=1)[:, None] * do.to(tl.float32), axis=0)
                 d_logits = d_logits.to(content.dtype)
@@ -348,7 +349,11 @@ def backward_states_kernel(
             for at_column in range(0, ENCODER_DIM, BLOCK_ENCODER):
                 column = at_column + tl.arange(0, BLOCK_ENCODER)
                 there = storable[:, None] & (column < ENCODER_DIM)[None, :]
-                total = tl.load(totals + column[None, :], mask=there & (work > 0), other=0.0)
+                total = tl.load(
+                    totals + column[None, :],
+                    mask=there & (lane >= tl.where(work > 0, 0, BLOCK_SLOTS))[:, None],
+                    other=0.0,
+                )
                 weight = weights(w_value_of_head, w_value_d, at_column, VALUE_DIM, ENCODER_DIM, BLOCK_VALUE,
                                  BLOCK_ENCODER, LONG)  # fmt: skip
                 projected = tl.dot(do, weight, input_precision=PRECISION).to(do.dtype)
@@ -371,6 +376,10 @@ def backward_states_kernel(
             for at_column in range(0, ENCODER_DIM, BLOCK_ENCODER):
                 column = at_column + tl.arange(0, BLOCK_ENCODER)
                 there = present[:, None] & (column < ENCODER_DIM)[None, :]
-                total = tl.load(totals + column[None, :], mask=there & (works > 0), other=0.0)
+                total = tl.load(
+                    totals + column[None, :],
+                    mask=there & (lane >= tl.where(works > 0, 0, BLOCK_SLOTS))[:, None],
+                    other=0.0,
+                )
                 tl.store(results + column[None, :], total.to(grad_encoded.dtype.element_ty), mask=there)
             tl.debug_barrier()
