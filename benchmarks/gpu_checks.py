@@ -24,8 +24,10 @@ from .workloads import DTYPES, SEED
 
 FP32_LIMIT = 2e-5
 DIFFERENTIABLE = (
-    "query", "key", "value", "attention_bias", "relative_key", "content_bias", "relative_bias", "null_key", "null_value"
+    "query", "key", "value", "encoded", "w_key", "w_value", "bias_key", "bias_value", "attention_bias", "relative_key",
+    "content_bias", "relative_bias", "null_key", "null_value",
 )  # fmt: skip
+BY_CLOCK = ("cca", "projected")
 
 
 class Wrong(Exception):
@@ -34,8 +36,9 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One call of "cca", "self" (neighbour self-attention) or "cross" (neighbour cross-attention). Sizes are letters of
-    the design; `options` names what is passed besides. `documents`: lengths of those packed into every row."""
+    """One call of "cca", "projected" (the same from encoder states of width `e`, absorbed), "self" (neighbour
+    self-attention) or "cross" (neighbour cross-attention). Sizes are letters of the design; `options` names what is
+    passed besides. `documents`: lengths of those packed into every row."""
 
     name: str
     operation: str = "cca"
@@ -48,6 +51,7 @@ class Case:
     hk: int = 4
     d: int = 64
     d_value: int | None = None
+    e: int = 896
     chunks: int = 2
     """Of the encoder; a decoder's row has as many as it needs."""
     surplus: int = 0
@@ -56,7 +60,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def num_chunks(self) -> int:
-        if self.operation != "cca":
+        if self.operation not in BY_CLOCK:
             return self.chunks
         if self.settings.get("align") == "end":
             return -(-self.n // self.m) + self.surplus
@@ -68,7 +72,9 @@ class Case:
 
     def rows_and_slots(self) -> tuple[int, int]:
         """Of the tables of positions."""
-        return {"cca": (self.m, self.r), "self": (self.r, self.r), "cross": (self.r, self.m)}[self.operation]
+        if self.operation in BY_CLOCK:
+            return self.m, self.r
+        return {"self": (self.r, self.r), "cross": (self.r, self.m)}[self.operation]
 
 
 EVERY = ("mask", "bias", "rotary", "null")
@@ -166,6 +172,37 @@ def _decoder_cases(small: dict[str, Any]) -> list[Case]:
     ]  # fmt: skip
 
 
+def projected_cases(reduced: bool) -> list[Case]:
+    """Of the absorbed strategy. The second one has every option: determinism and guard bands are tried on it."""
+    every = ("mask", "relative", "null", "bias", "biases")
+    if reduced:
+        tiny: dict[str, Any] = {"b": 1, "n": 13, "m": 5, "k": 2, "r": 8, "h": 2, "d": 16, "e": 24}
+        return [
+            Case("absorbed", "projected", **tiny, hk=2),
+            Case("absorbed, every option, grouped heads", "projected", **tiny, hk=1, options=every),
+        ]
+    odd: dict[str, Any] = {"b": 1, "n": 80, "m": 13, "k": 3, "r": 37, "h": 2, "hk": 1, "d": 20, "d_value": 40, "e": 100}
+    return [
+        Case("absorbed, head size 128", "projected", d=128),
+        Case("absorbed, every option, grouped heads, head size 128", "projected", d=128, hk=2, options=every),
+        Case("absorbed", "projected"),
+        Case("absorbed, mask", "projected", options=("mask",), d=128),
+        Case("absorbed, everything masked, null slot", "projected", options=("all masked", "null")),
+        Case("absorbed, bias of its own for each neighbour", "projected", options=("bias of each", "biases")),
+        Case("absorbed, relative positions", "projected", options=("relative",), d=128),
+        Case("absorbed, stride below the chunk size", "projected", n=150, settings={"stride": 24}, options=("null",)),
+        Case("absorbed, a slice of a longer sequence", "projected", n=90,
+             settings={"query_offset": 100, "chunk_offset": 0}),
+        Case("absorbed, surplus chunks", "projected", surplus=2),
+        Case("absorbed, odd sizes", "projected", **odd, options=every),
+        Case("absorbed, states of 4096", "projected", b=1, n=130, d=128, e=4096),
+        Case("absorbed, ten neighbours", "projected", k=10, n=130),
+        Case("absorbed, dropout", "projected", settings=DROPOUT, options=("relative", "mask", "null")),
+        Case("absorbed, packed", "projected", n=330, documents=(70, 40, 156, 64), options=("mask", "null")),
+        Case("absorbed, one multi-query head", "projected", hk=1, h=8),
+    ]  # fmt: skip
+
+
 def tensors(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Any], Tensor]:
     """Keyword arguments of the call, and the output's gradient. Values are bf16 numbers in every precision."""
     generator = torch.Generator().manual_seed(SEED)
@@ -177,16 +214,20 @@ def tensors(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[
     retrieved = (case.b, l, case.k, case.r)
     query, key = {
         "cca": ((case.b, case.n), retrieved),
+        "projected": ((case.b, case.n), retrieved),
         "self": (retrieved, retrieved),
         "cross": (retrieved, (case.b, l, case.m)),
     }[case.operation]
-    arguments: dict[str, Any] = {
-        "query": draw(*query, case.h, case.d),
-        "key": draw(*key, case.hk, case.d),
-        "value": draw(*key, case.hk, d_value),
-        **case.settings,
-    }
-    if case.operation == "cca":
+    arguments: dict[str, Any] = {"query": draw(*query, case.h, case.d), **case.settings}
+    widths = {"key": case.d, "value": d_value}
+    if case.operation == "projected":
+        arguments |= {"encoded": draw(*key, case.e), "strategy": "absorb"}
+        arguments |= {f"w_{name}": draw(case.hk, width, case.e) / 32 for name, width in widths.items()}
+        if "biases" in case.options:
+            arguments |= {f"bias_{name}": draw(case.hk, width) for name, width in widths.items()}
+    else:
+        arguments |= {name: draw(*key, case.hk, width) for name, width in widths.items()}
+    if case.operation in BY_CLOCK:
         arguments["chunk_size"] = case.m
     rows, slots = case.rows_and_slots()
     mask_name = "activation_mask" if case.operation == "cross" else "neighbour_mask"
@@ -226,6 +267,7 @@ def call(case: Case, arguments: dict[str, Any], grad_out: Tensor, backend: str) 
 
     operation: Callable[..., Any] = {
         "cca": rk.chunked_cross_attention,
+        "projected": rk.projected_chunked_cross_attention,
         "self": rk.neighbour_self_attention,
         "cross": rk.neighbour_cross_attention,
     }[case.operation]
@@ -401,8 +443,9 @@ def check_cuda_graph(case: Case, device: torch.device, backend: str) -> str:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call(case, arguments, grad_out, backend)
-    for name in ("query", "key", "value"):
-        arguments[name].copy_(torch.randn_like(arguments[name]))
+    for name in ("query", "key", "value", "encoded"):
+        if name in arguments:
+            arguments[name].copy_(torch.randn_like(arguments[name]))
     graph.replay()
     torch.cuda.synchronize()
     for name, value in call(case, arguments, grad_out, backend).items():
@@ -496,7 +539,10 @@ def exercise(device: torch.device, backend: str) -> str:
         Case("cross", "cross", **sizes, options=("mask", "bias", "rotary")),
         Case("cross, relative", "cross", **sizes, options=("relative",), settings=DROPOUT),
         Case("causal, packed", "self", **row, documents=(30, 40), options=("relative",), settings={"causal": True}),
-    ]
+        Case("absorbed", "projected", **sizes, e=48, options=("mask",)),
+        Case("absorbed, every option", "projected", **sizes, e=40,
+             options=("relative", "null", "bias", "biases"), settings=DROPOUT),
+    ]  # fmt: skip
     for dtype in ("fp32", "bf16"):
         for case in planned:
             arguments, grad_out = tensors(case, DTYPES[dtype], device)

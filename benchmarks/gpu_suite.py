@@ -204,6 +204,28 @@ def decoding(context: Context) -> str:
     return checks(context, planned)
 
 
+def absorbing(context: Context) -> str:
+    """Projected chunked cross-attention, absorbed: all options and gradients against the fp64 reference, determinism,
+    guard bands, a CUDA graph."""
+    from . import gpu_checks as c
+
+    backend, device, cases = backend_of(context), context.device, c.projected_cases(context.reduced)
+    dtypes = ("fp32",) if context.reduced else ("bf16", "fp32", "fp16")
+    planned = [
+        (f"{dtype} {case.name}", functools.partial(c.check_case, case, dtype, device, backend))
+        for dtype in dtypes
+        for case in cases
+    ]
+    full, trials = cases[1], 2 if context.reduced else 20
+    planned += [
+        (f"deterministic, {full.name}", lambda: c.check_deterministic(full, dtypes[0], device, backend, trials)),
+        (f"guard bands, {full.name}", lambda: c.check_guard_bands(full, dtypes[0], device, backend)),
+    ]
+    if not context.reduced:
+        planned.append((f"CUDA graph, {full.name}", lambda: c.check_cuda_graph(full, device, backend)))
+    return checks(context, planned)
+
+
 def beyond_int32(context: Context) -> str:
     """Tensors of more than 2^31 elements."""
     from . import gpu_checks as c
@@ -389,6 +411,7 @@ STAGES: tuple[tuple[Part, ...], ...] = (
         Part("correctness bf16", correctness("bf16"), 150),
         Part("execution", execution, 120),
         Part("decoding", decoding, 120),
+        Part("absorbing", absorbing, 150),
         Part("beyond 2^31 elements", beyond_int32, 100),
         Part("sanitizer memcheck", sanitized("memcheck"), 150),
         Part("sanitizer racecheck", sanitized("racecheck"), 150),

@@ -1,14 +1,17 @@
 """The absorbed strategy in Triton, forward and backward: the projections are inside, keys and values never exist.
 
-State: run in Triton's interpreter only; no GPU has run these kernels (`configs.VERIFIED_ON_GPU` is empty), so no call
-takes them unless they are asked for by name.
+State: these kernels have run in Triton's interpreter and compile ahead of time for sm_80, sm_90 and sm_100; no GPU has
+run them (`configs.VERIFIED_ON_GPU` is empty), so no call takes them unless they are asked for by name. What was
+compiled and which settings spill is in tests/ops/projected_chunked_cross_attention/aot_absorbed.py. No speed has been
+measured.
 
 Work. With X = m e d and Y = m S e multiply-adds a (chunk, head), S = k r, for d = d_value: the forward is 2 X + 2 Y,
 where a tile holds all S slots; each further tile of slots takes 2 X more. It is compute-bound: the floor is its FLOPs
 over the measured matrix rate. A program reads from the L2 cache S e states twice and 2 d e weights: 1.4 MB in bf16 at
 S = 256, e = 896, d = 128 (1.0 MB a head where two heads share a program).
-The backward stores no probabilities and makes them again in each of its two launches: `backward_heads` 5 X + 4 Y (scores
-and their gradient 2 X + 2 Y, then dQ, dW_k, dW_v), `backward_states` 4 X + 4 Y; per further slot tile 2 X and 4 X more.
+The backward stores no probabilities and makes them again in each of its two launches: `backward_heads` 5 X + 4 Y
+(scores and their gradient 2 X + 2 Y, then dQ, dW_k, dW_v), `backward_states` 4 X + 4 Y; per further slot tile 2 X and
+4 X more.
 Their sums over chunks (of the weights) and over heads (of the states) are read and written in fp32 in scratch of each
 program's own, in a fixed order: no atomics, bitwise reproducible.
 
@@ -18,7 +21,7 @@ In the interpreter bf16 is computed as fp32 on copies, because the interpreter m
 from __future__ import annotations
 
 from collections import namedtuple
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,12 +38,17 @@ from ..attention.triton import (
     interpreting,
     unavailable,  # noqa: F401 - what ops/backends.py asks
 )
-from . import common, configs, triton_backward, triton_forward
+from . import common, configs, triton_backward, triton_forward, triton_tiles
 from .configs import VERIFIED_ON_GPU  # noqa: F401 - read by ops/backends.py
 
 _MARGIN = 512  # masked lanes of a tile lie at most this far beyond the last row or slot
 _TENSORS = common.SLOTS.count("Tensor")
-Arguments = namedtuple("Arguments", [part.split()[-1] for part in f"{common.SLOTS}, {common.SETTINGS}".split(",")])
+SOURCES = tuple(str(module.__file__) for module in (triton_tiles, triton_forward, triton_backward))
+
+if TYPE_CHECKING:
+    Arguments = Any
+else:  # of an op, by the names of its schema
+    Arguments = namedtuple("Arguments", [x.split()[-1] for x in f"{common.SLOTS}, {common.SETTINGS}".split(",")])
 
 
 def _groups(call: Arguments) -> tuple[int, int]:
@@ -74,20 +82,12 @@ def _long(call: Arguments, grad_out: torch.Tensor | None) -> bool:
 
 
 def _arguments(kind: str, call: Arguments, out, lse, grad_out=None) -> tuple[configs.LaunchSettings, dict[str, Any]]:
-    b, n, h, d = call.query.shape
+    _, n, h, d = call.query.shape
     _, num_chunks, k, r, e = call.encoded.shape
     hk, d_value, _ = call.w_value.shape
-    options = any(
-        x is not None
-        for x in (
-            call.attention_bias,
-            call.relative_key,
-            call.null_key,
-            call.bias_key,
-            call.bias_value,
-            call.dropout_seed,
-        )
-    )
+    beyond_a_mask = (call.attention_bias, call.relative_key, call.null_key, call.bias_key, call.bias_value,
+                     call.dropout_seed)  # fmt: skip
+    options = any(x is not None for x in beyond_a_mask)
     sm = _compute_capability(call.query.device)
     settings = configs.choose(kind, sm, call.query.dtype, call.stride, k * r, e, options)
     within = call.relative_key is not None and k > 1 and r > settings.block_slots
@@ -221,14 +221,7 @@ def _backward(grad_out, *inputs) -> tuple[torch.Tensor, ...]:
             for x in parameters
         )
         plan_heads(*results, outputs[0], copies, call)()
-        scaled = (
-            0,
-            2,
-            5,
-            6,
-            7,
-            8,
-        )  # gradients through the logits' scale: w_key, bias_key, relative_*, content, null_key
+        scaled = (0, 2, 5, 6, 7, 8)  # through the logits' scale: w_key, bias_key, relative_*, content_bias, null_key
         for place, (gradient, copy) in enumerate(zip(parameters, copies, strict=True)):
             if copy is not None:
                 gradient.copy_(copy.sum(0) * (call.scale if place in scaled else 1.0))

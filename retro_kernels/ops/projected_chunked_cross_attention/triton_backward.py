@@ -40,9 +40,9 @@ def backward_heads_kernel(
     BLOCK_SLOTS: constexpr, BLOCK_ENCODER: constexpr, BLOCK_RUN: constexpr, BLOCK_DIM: constexpr,
     BLOCK_VALUE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """An item is (batch, chunk, row tile). SUMS: program (copy, key/value head) takes the items copy, copy + num_copies,
-    ... of each of its query heads and adds the gradients of weights and parameters to its own fp32 copies, which are 0
-    at first. Otherwise program (item, query head), heads fastest, for the query's gradient alone."""
+    """An item is (batch, chunk, row tile). SUMS: program (copy, key/value head) takes the items copy, copy +
+    num_copies, ... of each of its query heads and adds the gradients of weights and parameters to its own fp32 copies,
+    which are 0 at first. Otherwise program (item, query head), heads fastest, for the query's gradient alone."""
     num_kv_heads = num_heads // heads_per_key
     lanes = num_kv_heads if SUMS else num_heads
     lane = tl.program_id(0) % lanes
@@ -78,7 +78,7 @@ def backward_heads_kernel(
             drawn = (batch * num_heads + head).to(tl.int32)
 
             # Tokens before the first chunk; those in no span were filled before the launch.
-            if chunk_spans is None:
+            if chunk_spans is None:  # noqa: SIM102 - one is known when compiling
                 if (group == first_group) & (row_tile == 0):
                     for ahead in range(0, first_token, BLOCK_ROWS):
                         leading = ahead + tl.arange(0, BLOCK_ROWS)
@@ -146,7 +146,7 @@ def backward_heads_kernel(
             # A span of no tokens attends to nothing: its chunk is not read.
             tiles_seen = tl.where(tl.minimum(start + count, num_tokens) > tl.maximum(start, 0), key_tiles, 0)
             for tile in range(0, tiles_seen):
-                slot, neighbour, token, present, visible, offsets, first_slot, token0 = slots_and_places(
+                slot, neighbour, token, _, visible, offsets, first_slot, token0 = slots_and_places(
                     tile, states_of_chunk, mask_of_chunk, readable, num_neighbours, retrieved_length, encoded_k,
                     encoded_r, mask_k, mask_r, BLOCK_SLOTS, WITHIN, FLAT, LONG,
                 )  # fmt: skip
@@ -267,8 +267,8 @@ def backward_states_kernel(
     BLOCK_VALUE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Program `copy` takes the items copy, copy + num_copies, ... of (batch, chunk, slot tile) and adds up every head's
-    share of their states' gradient in fp32, in its own tile `sums` [BLOCK_SLOTS, ENCODER_DIM], or, where that is None, in
-    the gradient itself, which then is fp32."""
+    share of their states' gradient in fp32, in its own tile `sums` [BLOCK_SLOTS, ENCODER_DIM], or, where that is None,
+    in the gradient itself, which then is fp32."""
     copy = tl.program_id(0)
     lane = tl.arange(0, BLOCK_SLOTS)
     seed = None
@@ -289,7 +289,7 @@ def backward_states_kernel(
         mask_of_chunk = None
         if mask is not None:
             mask_of_chunk = mask + batch * mask_b + chunk * mask_l
-        slot, neighbour, token, present, visible, offsets, first_slot, token0 = slots_and_places(
+        slot, _, token, present, visible, offsets, first_slot, token0 = slots_and_places(
             tile, states_of_chunk, mask_of_chunk, readable, num_neighbours, retrieved_length, encoded_k, encoded_r,
             mask_k, mask_r, BLOCK_SLOTS, WITHIN, FLAT, LONG,
         )  # fmt: skip

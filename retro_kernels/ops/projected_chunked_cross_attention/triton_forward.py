@@ -126,7 +126,7 @@ def forward_kernel(
     first_place = batch * num_tokens * num_heads
 
     # Tokens before the first chunk; those in no span were filled before the launch.
-    if chunk_spans is None:
+    if chunk_spans is None:  # noqa: SIM102 - one is known when compiling
         if (group == first_group) & (row_tile == 0):
             column = tl.arange(0, BLOCK_VALUE)
             for ahead in range(0, first_token * HEADS, BLOCK_ROWS):
@@ -170,7 +170,7 @@ def forward_kernel(
         mask += batch * mask_b + group.to(tl.int64) * mask_l
     readable = num_neighbours * retrieved_length
     for tile in range(0, key_tiles):
-        slot, neighbour, token, present, visible, offsets, first_slot, token0 = slots_and_places(
+        slot, _, token, _, visible, offsets, first_slot, token0 = slots_and_places(
             tile, encoded, mask, readable, num_neighbours, retrieved_length, encoded_k, encoded_r, mask_k, mask_r,
             BLOCK_SLOTS, WITHIN, FLAT, LONG,
         )  # fmt: skip

@@ -101,8 +101,8 @@ def slots_and_places(tile, encoded, mask, readable, num_neighbours, retrieved_le
 
 @jit
 def run_of(first_row, first_token, retrieved_length, BLOCK_SLOTS: constexpr, WITHIN: constexpr):
-    """The relative distances in a tile: those of rows from first_row on and of `span` tokens from `begin` on (all tokens
-    of a neighbour unless WITHIN). Row a and token b of these are at distance first + a - b + span - 1."""
+    """The relative distances in a tile: those of rows from first_row on and of `span` tokens from `begin` on (all
+    tokens of a neighbour unless WITHIN). Row a and token b of these are at distance first + a - b + span - 1."""
     if WITHIN:
         begin = first_token
         span = tl.minimum(retrieved_length - first_token, BLOCK_SLOTS)

@@ -1,47 +1,54 @@
 """Compiles the absorbed Triton kernels ahead of time, without a GPU, under the launch settings that `configs.py` ships.
 
-    python tests/ops/projected_chunked_cross_attention/aot_absorbed.py              # all, into absorbed_settings.json
-    python tests/ops/projected_chunked_cross_attention/aot_absorbed.py "sm_90 forward bf16 128 plain" ...   # only these
+    python tests/ops/projected_chunked_cross_attention/aot_absorbed.py                # all, into compiled_settings.json
+    python tests/ops/projected_chunked_cross_attention/aot_absorbed.py --list ID ...  # only these, as JSON
 
-It must run without TRITON_INTERPRET.
+Run after a change of kernels or settings, without TRITON_INTERPRET. An identifier is target, kernel, dtype, width of
+the head, and "plain" (a mask) or "options" (every option at once, with relative positions).
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import json
-import re
-import subprocess
+import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).parents[1] / "attention"))
+import aot
+
+from retro_kernels.ops.attention import triton_tiles
+from retro_kernels.ops.attention.triton import Launch
 from retro_kernels.ops.projected_chunked_cross_attention import configs
 from retro_kernels.ops.projected_chunked_cross_attention import triton as backend
 
-TABLE = Path(__file__).with_name("absorbed_settings.json")
-TARGETS = (90, 80, 100)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int64: "i64"}
+TABLE = Path(__file__).with_name("compiled_settings.json")
+
+# What is known to fall short: bytes of stack a thread that may spill, and what is not multiplied by WGMMA throughout on
+# sm_90.
+MAY_SPILL: dict[str, int] = {}
+NOT_ALL_WGMMA: tuple[str, ...] = ()
 
 
 def identifiers() -> list[str]:
     return [
-        f"sm_{sm} {kind} {dtype} 128 {options}"
-        for sm in TARGETS
-        for dtype in DTYPES
+        f"sm_{sm} {kind} {dtype} {width} {options}"
+        for sm in aot.TARGETS
+        for dtype, widths in (("bf16", (64, 128)), ("fp32", (128,)))
         for kind in configs.KINDS
+        for width in widths
         for options in ("plain", "options")
     ]
 
 
-def launch_of(identifier: str):
+def launch_of(identifier: str) -> tuple[int, Launch]:
     """The launch at the paper's chunk, plain (a mask at most) or with every option at once."""
     target, kind, dtype_name, width, options = identifier.split()
-    sm, d, dtype, everything = int(target[3:]), int(width), DTYPES[dtype_name], options == "options"
+    sm, d, dtype, everything = int(target[3:]), int(width), aot.DTYPES[dtype_name], options == "options"
 
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -70,86 +77,52 @@ def launch_of(identifier: str):
 
 
 def compile_launch(identifier: str) -> dict[str, object]:
-    """Registers, stack and shared memory of the machine code, and which instructions are in it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     sm, launch = launch_of(identifier)
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(launch.kernel.params):
-        name, x = parameter.name, launch.arguments[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or x is None or (specialised and isinstance(x, int) and x == 1):
-            signature[name], constants[(index,)] = "constexpr", x
-            continue
-        if isinstance(x, torch.Tensor):
-            signature[name] = "*" + TRITON_TYPES[x.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(x, float) else "i32"
-        if isinstance(x, torch.Tensor) or (specialised and isinstance(x, int) and x % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    settings = launch.settings
-    compiled = triton.compile(
-        ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", sm, 32),
-        options={"num_warps": settings.num_warps, "num_stages": settings.num_stages},
-    )
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
-    return {
-        "settings": f"{settings.block_rows}x{settings.block_slots}x{settings.block_encoder}, {settings.heads} heads, "
-        f"{settings.num_warps} warps, {settings.num_stages} stages",
-        "registers": registers,
-        "stack": stack,
-        "local": local + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "shared": compiled.metadata.shared,
-        "atomics": len(re.findall(r"\b(?:ATOM|ATOMG|RED|REDG)\b", sass)),
-        "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
-    }
+    x = launch.settings
+    settings = f"{x.block_rows}x{x.block_slots}x{x.block_encoder}, {x.num_warps} warps, {x.num_stages} stages"
+    return {"settings": settings, **aot.machine_code(sm, launch)}
 
 
 def faults(identifier: str, result: dict) -> list[str]:
     """What the gate forbids."""
     target, _, dtype, _, _ = identifier.split()
-    sm = int(target[3:])
-    found = []
-    if result["stack"] or result["local"]:
-        found.append(f"spills {result['stack']} bytes of stack, {result['local']} local accesses")
-    if result["shared"] > SHARED_LIMIT[sm]:
-        found.append(f"needs {result['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}")
-    if result["atomics"]:
-        found.append(f"has {result['atomics']} atomic instructions")
-    if sm == 90 and dtype == "bf16" and not result["wgmma"]:
-        found.append("does not use WGMMA")
+    found = aot.machine_faults(int(target[3:]), result, MAY_SPILL.get(identifier, 0))
+    whole = result["wgmma"] and not result["mma"]
+    if target == "sm_90" and dtype != "fp32" and not whole and identifier not in NOT_ALL_WGMMA:
+        found.append(f"not every product is a WGMMA: {result['wgmma']} HGMMA and {result['mma']} HMMA instructions")
     return found
 
 
-def main(arguments: list[str]) -> int:
-    wanted = arguments or identifiers()
-    results = {}
-    with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        for identifier, made in zip(wanted, [pool.submit(compile_launch, x) for x in wanted], strict=True):
-            if made.exception() is not None:
-                print(identifier, "does not compile:", str(made.exception())[-300:], flush=True)
-                continue
-            result = made.result()
-            results[identifier] = result
-            print(f"{identifier:42} {result['settings']:38} {result['registers']:4} registers {result['shared']:7} shared"
-                  f"  wgmma {result['wgmma']}  {'; '.join(faults(identifier, result))}", flush=True)  # fmt: skip
-    if not arguments:
-        import triton
+def kernels_hash() -> str:
+    """Of everything that decides what is compiled."""
+    digest = hashlib.sha256()
+    for file in (triton_tiles.__file__, *backend.SOURCES, configs.__file__):
+        digest.update(Path(str(file)).read_bytes())
+    return digest.hexdigest()[:16]
 
-        content = {"triton": triton.__version__, "results": results}
-        TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(faults(identifier, result) for identifier, result in results.items()) else 0
+
+def compile_all(wanted: list[str]) -> dict[str, dict]:
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        return dict(zip(wanted, pool.map(compile_launch, wanted), strict=True))
+
+
+def main(arguments: list[str]) -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("aot_absorbed.py must run without TRITON_INTERPRET", file=sys.stderr)
+        return 2
+    if arguments[:1] == ["--list"]:
+        print(json.dumps(compile_all(arguments[1:])))
+        return 0
+    import triton
+
+    results = compile_all(identifiers())
+    bad = {identifier: faults(identifier, result) for identifier, result in results.items()}
+    for identifier, result in results.items():
+        print(f"{identifier:42} {result['settings']:28} {result['registers']:4} registers {result['shared']:7} shared"
+              f" {result['mma']} {result['wgmma']} {'; '.join(bad[identifier])}")  # fmt: skip
+    content = {"kernels": kernels_hash(), "triton": triton.__version__, "results": results}
+    TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(bad.values()) else 0
 
 
 if __name__ == "__main__":

@@ -1,170 +1,191 @@
-"""The absorbed Triton kernels against keys and values made in fp64, through autograd: options, dtypes, launch settings."""
+"""The absorbed Triton kernels: the options of test_projected.py with every gradient against keys and values in fp64,
+half precision, forms of tiles, refusals, and what the machine code of the shipped settings needs."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from unittest import mock
 
+import cases
 import pytest
 import torch
 
 import retro_kernels as rk
-from retro_kernels.ops import common
-from retro_kernels.ops.attention import reference as attention_reference
+from retro_kernels.ops import backends, common
+from retro_kernels.ops.attention import reference
 from retro_kernels.ops.projected_chunked_cross_attention import api, configs
 from retro_kernels.ops.projected_chunked_cross_attention import triton as backend
+from retro_kernels.ops.projected_chunked_cross_attention.configs import LaunchSettings
 
-pytestmark = pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable()))
+pytest.importorskip("triton")
+
+import aot_absorbed
+from test_projected import OPTIONS, arguments, by_hand, run
+
+runs = pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GUARD = 64
-DIFFERENTIABLE = ("query", "encoded", "w_key", "w_value", "bias_key", "bias_value", "attention_bias", "relative_key",
-                  "content_bias", "relative_bias", "null_key", "null_value")  # fmt: skip
-ALL = ("mask", "biases", "bias", "relative", "null")
+ABSORB = {"strategy": "absorb", "backend": "triton"}
+ALL = cases.Case("all", b=1, n=14, m=5, k=2, r=9, h=4, hk=2, d=12, d_value=20, stride=3,
+                 options=("relative", "relative_biases", "mask", "empty_chunk", "null", "bias"))  # fmt: skip
+
+FRESH = ("sm_90 forward bf16 128 plain", "sm_90 backward_heads bf16 128 plain", "sm_90 backward_states bf16 128 plain")
 
 
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch):
     """Outputs and scratch are NaN at first and lie between guard bands."""
-    bands = []
+    bands, guard = [], 64
 
     def allocate(shape, dtype, device):
         size = int(torch.Size(shape).numel())
-        memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
-        memory[:GUARD] = memory[GUARD + size :] = 123.0
+        memory = torch.full((size + 2 * guard,), float("nan"), dtype=dtype, device=device)
+        memory[:guard] = memory[guard + size :] = 123.0
         bands.append((memory, size))
-        return memory[GUARD : GUARD + size].view(shape)
+        return memory[guard : guard + size].view(shape)
 
     monkeypatch.setattr(common, "allocate", allocate)
-    monkeypatch.setitem(api.BACKENDS, "triton", backend)
     yield
     for memory, size in bands:
-        assert (torch.cat([memory[:GUARD], memory[GUARD + size :]]) == 123.0).all(), "a kernel wrote outside its output"
+        assert (torch.cat([memory[:guard], memory[guard + size :]]) == 123.0).all(), "written outside an output"
 
 
-def make(options=(), dtype=torch.float32, b=2, n=12, m=5, k=2, r=9, h=2, hk=None, d=12, d_value=20, e=24, **more):
-    generator = torch.Generator().manual_seed(0)
-    hk = hk or h
-
-    def draw(*shape, factor=1.0):
-        return (factor * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE).requires_grad_()
-
-    l = more.pop("l", max(0, (n - m) // (more.get("stride") or m) + 1))
-    x = {
-        "query": draw(b, n, h, d), "encoded": draw(b, l, k, r, e), "w_key": draw(hk, d, e, factor=e**-0.5),
-        "w_value": draw(hk, d_value, e, factor=e**-0.5), "chunk_size": m, **more,
-    }  # fmt: skip
-    if "mask" in options:
-        x["neighbour_mask"] = torch.rand((b, l, k, r), generator=generator) > 0.3
-        x["neighbour_mask"][0, 0] = False
-        x["neighbour_mask"] = x["neighbour_mask"].to(DEVICE)
-    if "biases" in options:
-        x |= {"bias_key": draw(hk, d), "bias_value": draw(hk, d_value)}
-    if "bias" in options:
-        x["attention_bias"] = draw(h, m, r)
-    if "bias_per_slot" in options:
-        x["attention_bias"] = draw(h, m, k * r)
-    if "relative" in options:
-        x |= {"relative_key": draw(h, m + r - 1, d), "content_bias": draw(h, d), "relative_bias": draw(h, d)}
-    if "null" in options:
-        x |= {"null_key": draw(h, d), "null_value": draw(h, d_value)}
-    return x
+def on_device(x):
+    return {
+        name: y.detach().to(DEVICE).requires_grad_(y.requires_grad) if isinstance(y, torch.Tensor) else y
+        for name, y in x.items()
+    }
 
 
-def run(x, name, dtype=None):
-    x = {
-        key: v.detach().to(dtype or v.dtype).requires_grad_()
-        if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for key, v in x.items()
-    }  # fmt: skip
-    torch.manual_seed(7)
-    out, lse = rk.projected_chunked_cross_attention(**x, strategy="absorb", return_lse=True, backend=name)
-    inputs = {key: x[key] for key in DIFFERENTIABLE if key in x}
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    gradients = torch.autograd.grad(out, list(inputs.values()), grad_out)
-    return {"out": out.detach(), "lse": lse, **dict(zip(inputs, gradients))}
+def check(case, settings=None, tolerance=2e-5):
+    x = on_device(arguments(case, torch.float32))
+    grad_out = torch.randn(case.out_shape, dtype=torch.float64).to(DEVICE)
+    with configs.override(**dict.fromkeys(configs.KINDS, settings) if settings else {}):
+        given = run(x, grad_out, **ABSORB)
+    cases.assert_close(given, by_hand(cases.as_dtype(x, torch.float64), grad_out), tolerance)
 
 
-def error(given, expected):
-    finite = expected.isfinite()
-    assert torch.equal(given.isfinite(), finite)
-    difference = (given.double() - expected.double())[finite].abs()
-    return (difference.max() / expected[finite].abs().max().clamp(min=0.1)).item() if difference.numel() else 0.0
+@runs
+@pytest.mark.parametrize("case", [*OPTIONS, ALL], ids=str)
+def test_fp32_is_tight(case):
+    check(case)
 
 
-def agree(given, expected, tolerance):
-    for name, x in expected.items():
-        assert (e := error(given[name], x)) <= tolerance, f"{name}: error {e:.1e}, expected at most {tolerance:.0e}"
+TILES = {
+    "two heads a program": (ALL, LaunchSettings(16, 32, 16, 4, 1, heads=2, block_run=16)),
+    "neighbours of two tiles": (
+        cases.Case("", b=1, n=9, m=5, r=19, h=1, options=("relative", "mask")), LaunchSettings(16, 16, 16, 4, 1)
+    ),
+    "two row tiles": (
+        cases.Case("", b=1, n=38, m=19, h=1, r=5, options=("relative", "null")), LaunchSettings(16, 16, 16, 4, 1)
+    ),
+}  # fmt: skip
 
 
-SETTINGS = {
-    "small": configs.LaunchSettings(16, 16, 16, 4, 1, block_run=16),
-    "two heads": configs.LaunchSettings(16, 32, 16, 4, 1, heads=2, block_run=16),
-}
+@runs
+@pytest.mark.parametrize("name", TILES)
+def test_tiles(name):
+    check(*TILES[name])
 
 
-def under(settings):
-    return configs.override(**dict.fromkeys(configs.KINDS, settings))
+@runs
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision_is_within_twice_the_error_of_pytorch(dtype):
+    x = on_device(arguments(ALL, dtype))
+    grad_out = torch.randn(ALL.out_shape, dtype=torch.float64).to(dtype).double().to(DEVICE)
+    given = run(x, grad_out, **ABSORB)
+    with mock.patch.object(reference, "accumulation_dtype", lambda dtype: dtype):
+        plain = run(x, grad_out, strategy="absorb", backend="reference")
+    cases.assert_twice(given, plain, by_hand(cases.as_dtype(x, torch.float64), grad_out), dtype)
 
 
-CASES = {
-    "plain": {},
-    "all": {"options": ALL, "n": 14, "h": 4, "hk": 2, "stride": 3},
-    "per slot": {"options": ("mask", "bias_per_slot"), "n": 11, "k": 3, "r": 7},
-    "long neighbours": {"options": ("relative", "mask"), "b": 1, "n": 9, "r": 19, "h": 1},
-    "dropout": {"options": ALL, "dropout_p": 0.3},
-    "slice": {"options": ("null",), "n": 9, "l": 3, "query_offset": 6, "chunk_offset": 0},
-    "surplus": {"b": 1, "n": 7, "l": 3},
-    "rows": {"options": ("relative",), "b": 1, "n": 20, "m": 19, "h": 1, "r": 5},
-    "null only": {"options": ("null",), "k": 0, "l": 2},
-    "nothing attends": {"n": 3, "l": 1},
-}
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", CASES)
-def test_fp32_is_tight(name, settings):
-    x = make(**CASES[name])
-    with under(SETTINGS[settings]):
-        given = run(x, "triton")
-    agree(given, run(x, "reference", torch.float64), 2e-5)
-
-
-@pytest.mark.parametrize(("dtype", "floor"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
-def test_half_precision_is_within_twice_the_error_of_pytorch(dtype, floor):
-    x = make(ALL, dtype)
-    with under(SETTINGS["small"]):
-        given = run(x, "triton")
-    with mock.patch.object(attention_reference, "accumulation_dtype", lambda dtype: dtype):
-        plain = run(x, "reference")
-    for name, expected in run(x, "reference", torch.float64).items():
-        e, limit = error(given[name], expected), 2 * error(plain[name], expected) + floor
-        assert e <= limit, f"{name}: error {e:.1e}, expected at most {limit:.1e}"
-
-
-def test_packed_documents():
-    x = make(("null",), n=16, l=3)
-    starts = torch.zeros(2, 16, dtype=torch.bool, device=DEVICE)
-    starts[0, [0, 7]] = starts[1, [0, 3]] = True
-    x["sequence_starts"] = starts
-    with under(SETTINGS["small"]):
-        agree(run(x, "triton"), run(x, "reference", torch.float64), 2e-5)
-
-
-def test_masked_states_reach_nothing_and_results_are_bitwise_reproducible():
-    x = make(ALL)
-    with under(SETTINGS["small"]):
-        first, again = run(x, "triton"), run(x, "triton")
-        poisoned = dict(x, encoded=x["encoded"].detach().clone())
+@runs
+def test_what_is_not_attended_reaches_nothing_and_results_are_bitwise_reproducible():
+    x = on_device(arguments(ALL, torch.float32))
+    grad_out = torch.randn(ALL.out_shape, device=DEVICE)
+    first = run(x, grad_out, **ABSORB)
+    poisoned = cases.as_dtype(x, torch.float32)
+    with torch.no_grad():
         poisoned["encoded"][~x["neighbour_mask"]] = float("nan")
-        poisoned["query"] = x["query"].detach().clone()
-        poisoned["query"][:, : x["chunk_size"] - 1] = float("nan")
-        third = run(poisoned, "triton")
+        poisoned["query"][:, : ALL.m - 1] = float("nan")
+    given = run(poisoned, grad_out, **ABSORB)
     for name, expected in first.items():
-        assert torch.equal(again[name], expected), name
-        assert torch.equal(third[name], expected), name
-    assert not first["encoded"][~x["neighbour_mask"]].any()
+        assert torch.equal(given[name], expected), name
+    assert first["gradient of encoded"].any()
+    assert not first["gradient of encoded"][~x["neighbour_mask"]].any()
 
 
-def test_no_gpu_has_verified_the_kernels_and_wide_heads_are_refused():
+@runs
+def test_scratch_does_not_grow_with_the_sequence():
+    """Besides outputs and gradients: copies of the weights' gradients and tiles of the states', whose number is
+    bounded."""
+    sizes = []
+    for chunks in (5, 9):
+        case = cases.Case("", b=1, n=8 * chunks, m=8, k=1, r=16, h=1)
+        x = on_device(arguments(case, torch.float16, biases=False))
+        with (
+            mock.patch.object(configs, "STATE_PROGRAMS", 2),
+            mock.patch.object(backend.ops_common, "allocate", side_effect=backend.ops_common.allocate) as allocate,
+        ):
+            given = run(x, torch.randn(case.out_shape).to(DEVICE), **ABSORB)
+        allocated = sum(torch.Size(call.args[0]).numel() for call in allocate.call_args_list)
+        sizes.append(allocated - sum(value.numel() for value in given.values()))
+    assert sizes[0] == sizes[1] > 0
+
+
+def test_no_gpu_has_verified_the_kernels():
+    """So they are taken by name only, and `explain` says so as for the other kernels."""
     assert backend.VERIFIED_ON_GPU == ()
-    call = mock.Mock(query=torch.empty(1, 1, 1, 4), w_value=torch.empty(1, 200, 4))
-    assert "materialise" in backend.refusal(call)
+    if backend.unavailable() is None:
+        assert "no GPU has run them" in backends.why_not(api.BACKENDS, "triton", mock.Mock())
+
+
+@runs
+def test_what_is_refused():
+    x = arguments(cases.Case("", d=130), torch.float32)
+    with pytest.raises(ValueError, match=r'at most 128.*use strategy="materialise"'):
+        rk.projected_chunked_cross_attention(**x, **ABSORB)
+    with pytest.raises(ValueError, match="float64"):
+        rk.projected_chunked_cross_attention(**arguments(cases.Case(""), torch.float64), **ABSORB)
+    row = rk.explain(**x, backend="triton").rows[-1]
+    assert (row.strategy, row.backend) == ("absorb", None)
+    assert "at most 128" in row.refused
+
+
+@runs
+def test_explain_names_the_backend():
+    found = rk.explain(**arguments(cases.Case(""), torch.float32), strategy="absorb", backend="triton")
+    assert (found.chosen, found.rows[-1].backend, found.rows[-1].refused) == ("absorb", "triton", None)
+
+
+class TestMachineCode:
+    """No atomic, shared memory that fits, WGMMA in every product on sm_90 and no spill, but for what `aot_absorbed`
+    names: of every shipped setting in a committed table, which is tied to the kernels by a hash, and of a few compiled
+    anew."""
+
+    committed = json.loads(aot_absorbed.TABLE.read_text(encoding="utf-8"))
+
+    @pytest.fixture(scope="class")
+    def fresh(self):
+        environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, aot_absorbed.__file__, "--list", *FRESH]
+        out = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
+        return json.loads(out.stdout.splitlines()[-1])
+
+    def test_the_committed_table_is_of_these_kernels_and_settings(self):
+        assert self.committed["kernels"] == aot_absorbed.kernels_hash(), (
+            "the kernels or their launch settings have changed since the table was made: run `python "
+            "tests/ops/projected_chunked_cross_attention/aot_absorbed.py` without TRITON_INTERPRET and commit it"
+        )
+        assert list(self.committed["results"]) == aot_absorbed.identifiers()
+
+    @pytest.mark.parametrize("identifier", aot_absorbed.identifiers())
+    def test_every_setting_passed_the_gate(self, identifier):
+        assert aot_absorbed.faults(identifier, self.committed["results"][identifier]) == []
+
+    @pytest.mark.parametrize("identifier", FRESH)
+    def test_the_main_settings_compile_anew(self, identifier, fresh):
+        assert aot_absorbed.faults(identifier, fresh[identifier]) == []
