@@ -52,8 +52,8 @@ def override(**settings: LaunchSettings) -> Iterator[None]:
 
 _S = LaunchSettings
 
-# (kind, precision, generation or None for any) -> settings at 128 wide. "options": with anything beyond a mask. Registers
-# and what spills: tests/ops/projected_chunked_cross_attention/compiled_settings.json; no speed was measured on a GPU.
+# (kind, precision, generation or None for any) -> settings at 128 wide; "options": with anything beyond a mask. Their
+# registers and spills: tests/ops/projected_chunked_cross_attention/compiled_settings.json; no GPU has timed them.
 _TABLE: dict[tuple[str, str, int | None], LaunchSettings] = {
     ("forward", "half", 90): _S(64, 256, 32, 8, 3),  # 64 columns of states or 2 heads spill
     ("forward options", "half", 90): _S(64, 64, 32, 8, 2, block_run=32),

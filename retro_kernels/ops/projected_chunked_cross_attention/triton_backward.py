@@ -146,7 +146,7 @@ def backward_heads_kernel(
             # A span of no tokens attends to nothing: its chunk is not read.
             tiles_seen = tl.where(tl.minimum(start + count, num_tokens) > tl.maximum(start, 0), key_tiles, 0)
             for tile in range(0, tiles_seen):
-                slot, neighbour, token, _, visible, offsets, first_slot, token0 = slots_and_places(
+                slot, neighbour, token, _present, visible, offsets, first_slot, token0 = slots_and_places(
                     tile, states_of_chunk, mask_of_chunk, readable, num_neighbours, retrieved_length, encoded_k,
                     encoded_r, mask_k, mask_r, BLOCK_SLOTS, WITHIN, FLAT, LONG,
                 )  # fmt: skip
@@ -289,7 +289,7 @@ def backward_states_kernel(
         mask_of_chunk = None
         if mask is not None:
             mask_of_chunk = mask + batch * mask_b + chunk * mask_l
-        slot, _, token, present, visible, offsets, first_slot, token0 = slots_and_places(
+        slot, _neighbour, token, present, visible, offsets, first_slot, token0 = slots_and_places(
             tile, states_of_chunk, mask_of_chunk, readable, num_neighbours, retrieved_length, encoded_k, encoded_r,
             mask_k, mask_r, BLOCK_SLOTS, WITHIN, FLAT, LONG,
         )  # fmt: skip

@@ -170,7 +170,7 @@ def forward_kernel(
         mask += batch * mask_b + group.to(tl.int64) * mask_l
     readable = num_neighbours * retrieved_length
     for tile in range(0, key_tiles):
-        slot, _, token, _, visible, offsets, first_slot, token0 = slots_and_places(
+        slot, _neighbour, token, _present, visible, offsets, first_slot, token0 = slots_and_places(
             tile, encoded, mask, readable, num_neighbours, retrieved_length, encoded_k, encoded_r, mask_k, mask_r,
             BLOCK_SLOTS, WITHIN, FLAT, LONG,
         )  # fmt: skip
