@@ -31,6 +31,8 @@ ABSORB = {"strategy": "absorb", "backend": "triton"}
 ALL = cases.Case("all", b=1, n=14, m=5, k=2, r=9, h=4, hk=2, d=12, d_value=20, stride=3,
                  options=("relative", "relative_biases", "mask", "empty_chunk", "null", "bias"))  # fmt: skip
 
+CASES = [*(case for case in OPTIONS if case.name not in ("relative_all", "stride")), ALL]  # both are in ALL, smaller
+
 FRESH = ("sm_90 forward bf16 128 plain", "sm_90 backward_heads bf16 128 plain", "sm_90 backward_states bf16 128 plain")
 
 
@@ -75,7 +77,7 @@ def check(case, settings=WIDE, tolerance=2e-5):
 
 
 @runs
-@pytest.mark.parametrize("case", [*OPTIONS, ALL], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_fp32_is_tight(case):
     check(case)
 
