@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 try:
-    from . import nn
+    from . import models, nn
     from .integrations import SwapReport, swap
     from .ops.attention.run import backends
     from .ops.backends import BackendStatus
@@ -38,6 +38,7 @@ __all__ = [
     "chunked_cross_attention",
     "chunked_cross_attention_decode",
     "explain",
+    "models",
     "neighbour_cross_attention",
     "neighbour_self_attention",
     "nn",

@@ -1,0 +1,209 @@
+"""The sizes and options of a RETRO, and the paper's four."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..nn import common
+from ..nn.neighbour_encoder import ACTIVATIONS
+from ..nn.retro_decoder_block import POSITIONS
+from ..ops import validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetroConfig:
+    """What `Retro` is built from; `config.json` holds the same names.
+
+    Attributes:
+        vocab_size: tokens, of decoder, encoder and readout.
+        model_dim, num_layers, num_heads, head_dim, feed_forward_dim: of the decoder. `head_dim` is by default
+            `model_dim / num_heads`, `feed_forward_dim` 4 * model_dim.
+        num_kv_heads: key/value heads of the decoder's attentions; default `num_heads`.
+        cross_attention_layers: P, the layers with chunked cross-attention, numbered from 1.
+        chunk_size, num_neighbours, retrieved_length: m, k and r. Every call may have its own k, and a shorter r.
+        encoder_dim, encoder_layers, encoder_heads, encoder_head_dim, encoder_feed_forward_dim: of the encoder.
+        encoder_cross_attention_layers: P_enc, numbered from 1.
+        max_length: the longest sequence in tokens; a hard limit with rotary positions, and what training uses.
+        positions: "relative" (the paper: Transformer-XL's, a projection for every attention) or "rotary".
+        gated_feed_forward, activation: w_out(activation(w_gate x) * w_in x) instead of w_out(activation(w_in x)), in
+            decoder and encoder; and the activation.
+        cross_attention_gate: multiply chunked cross-attention by tanh of a learned number that starts at zero.
+        tied_embeddings: the readout is the decoder's embedding table. (The encoder always has a table of its own.)
+        dropout, hidden_dropout: on attention probabilities, and on what every part adds; in training only.
+        norm_eps: of the RMS norms.
+        tokenizer: the name of the tokenizer that made the tokens; checked against a database's where both are known.
+        eos_token_id: ends a generated sequence; None if nothing does.
+
+    Raises TypeError or ValueError for what does not fit, naming the field.
+    """
+
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    num_heads: int
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    feed_forward_dim: int | None = None
+    cross_attention_layers: tuple[int, ...] = (6, 9, 12)
+    chunk_size: int = 64
+    num_neighbours: int = 2
+    retrieved_length: int | None = None
+    encoder_dim: int = 896
+    encoder_layers: int = 2
+    encoder_heads: int = 16
+    encoder_head_dim: int = 64
+    encoder_feed_forward_dim: int | None = None
+    encoder_cross_attention_layers: tuple[int, ...] = (1,)
+    max_length: int = 2048
+    positions: str = "relative"
+    gated_feed_forward: bool = False
+    activation: str = "gelu"
+    cross_attention_gate: bool = False
+    tied_embeddings: bool = True
+    dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    norm_eps: float = 1e-6
+    tokenizer: str | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "model_dim", "num_layers", "num_heads", "chunk_size", "num_neighbours", "encoder_dim",
+            "encoder_layers", "encoder_heads", "encoder_head_dim", "max_length",
+        ):  # fmt: skip
+            validate.integer(name, getattr(self, name), 1)
+        num_kv_heads, head_dim = common.head_sizes(self.model_dim, self.num_heads, self.num_kv_heads, self.head_dim)
+        for name, default in (
+            ("head_dim", head_dim),
+            ("num_kv_heads", num_kv_heads),
+            ("feed_forward_dim", 4 * self.model_dim),
+            ("encoder_feed_forward_dim", 4 * self.encoder_dim),
+            ("retrieved_length", 2 * self.chunk_size),
+        ):
+            given = getattr(self, name)
+            object.__setattr__(self, name, default if given is None else validate.integer(name, given, 1))
+        for name, count in (
+            ("cross_attention_layers", self.num_layers),
+            ("encoder_cross_attention_layers", self.encoder_layers),
+        ):
+            layers = tuple(getattr(self, name))
+            if list(layers) != sorted(set(layers)) or not set(layers) <= set(range(1, count + 1)):
+                raise ValueError(
+                    f"{name}: got {list(layers)}, expected numbers from 1 to {count}, rising, each once"
+                )
+            object.__setattr__(self, name, layers)
+        common.one_of("positions", self.positions, POSITIONS)
+        common.one_of("activation", self.activation, ACTIVATIONS)
+        for name, width in (("model_dim", self.model_dim), ("encoder_dim", self.encoder_dim)):
+            if self.positions == "relative" and width % 2:
+                raise ValueError(f'{name}: got {width} with positions="relative", expected an even number')
+        for name, width in (("head_dim", head_dim), ("encoder_head_dim", self.encoder_head_dim)):
+            if self.positions == "rotary" and width % 2:
+                raise ValueError(f'{name}: got {width} with positions="rotary", expected an even number')
+        for name in ("dropout", "hidden_dropout"):
+            common.probability(name, getattr(self, name))
+        if validate.number("norm_eps", self.norm_eps) <= 0.0:
+            raise ValueError(f"norm_eps: got {self.norm_eps}, expected more than 0")
+        for name in ("gated_feed_forward", "cross_attention_gate", "tied_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+        if self.eos_token_id is not None:
+            validate.integer("eos_token_id", self.eos_token_id, 0, self.vocab_size - 1, "vocab_size - 1")
+        if self.tokenizer is not None and not isinstance(self.tokenizer, str):
+            raise TypeError(f"tokenizer: got {self.tokenizer!r}, expected the name of a tokenizer, or None")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> RetroConfig:
+        """One of PRESETS, with some fields changed: `RetroConfig.preset("retro-425m", vocab_size=32000)`.
+
+        The paper (tables 2 and 10) contradicts itself in places; these presets choose what gives its own counts of
+        parameters. Chunked cross-attention begins at layer 6 in all sizes (section 2.5, and table 12), where table 10
+        has 9 for the two large ones: with 9 the 1.5B model would have 1.44 billion parameters. The encoder has 16 heads
+        of 64, not 896 / 64 = 14. The readout is the embedding table: the paper's other names, 247M, 564M, 1,574M and
+        7,505M, are its decoders with one table of 128,000 tokens. Not in the paper, and so: no biases but u and v,
+        GELU, norms before each part and after the last, logits scaled by head_dim ** -0.5.
+        """
+        common.one_of("name", name, PRESETS)
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RetroConfig:
+        """From what `to_dict` gave, or a file. Raises ValueError for unknown and for missing names."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ValueError(f"config: got unknown names {', '.join(unknown)}; known are {', '.join(fields)}")
+        missing = [
+            name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values
+        ]
+        if missing:
+            raise ValueError(f"config: {', '.join(missing)} missing, expected a value for each")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON knows them."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def forward_flops(self, length: int | None = None) -> dict[str, int]:
+        """Floating-point operations (two for a multiplication and its addition) of a forward pass over one sequence of
+        `length` tokens (default `max_length`), in matrix products only, by part: "decoder", "readout" (of the tied or
+        untied table), and what retrieval adds, "cross-attention" and "encoder". A backward pass has twice as many.
+        The relative positions' own projections depend on no token and are counted once a sequence, under their part."""
+        n = self.max_length if length is None else length
+        relative = self.positions == "relative"
+        d, h, hk, f = self.head_dim or 0, self.num_heads, self.num_kv_heads or 0, self.feed_forward_dim or 0
+        w, e, r, m = self.model_dim, self.encoder_dim, self.retrieved_length or 0, self.chunk_size
+        k, l = self.num_neighbours, n // m
+        products = 3 if self.gated_feed_forward else 2
+        pairs = n * (n + 1) // 2
+
+        def table(rows: int, width: int, inner: int) -> int:
+            return 2 * rows * width * inner if relative else 0
+
+        own = 4 * n * w * d * (h + hk) + (6 if relative else 4) * pairs * h * d + table(2 * n - 1, w, h * d)
+        decoder = self.num_layers * (own + 2 * products * n * w * f)
+        cross = 4 * n * w * h * d + 4 * l * k * r * e * hk * d
+        cross += (6 if relative else 4) * l * m * k * r * h * d + table(m + r - 1, w, h * d)
+        inner, tokens = self.encoder_heads * self.encoder_head_dim, l * k * r
+        encoder_self = 8 * tokens * e * inner + (6 if relative else 4) * tokens * r * inner + table(2 * r - 1, e, inner)
+        encoder_cross = 4 * tokens * e * inner + 4 * n * w * inner + (6 if relative else 4) * tokens * m * inner
+        encoder_cross += table(m + r - 1, e, inner)
+        encoder = self.encoder_layers * (encoder_self + 2 * products * tokens * e * (self.encoder_feed_forward_dim or 0))
+        encoder += len(self.encoder_cross_attention_layers) * encoder_cross
+        return {
+            "decoder": decoder,
+            "readout": 2 * n * w * self.vocab_size,
+            "cross-attention": len(self.cross_attention_layers) * cross,
+            "encoder": encoder if self.cross_attention_layers else 0,
+        }
+
+
+_PAPER: dict[str, Any] = {"vocab_size": 128000, "encoder_dim": 896, "encoder_heads": 16, "encoder_head_dim": 64}
+_TINY: dict[str, Any] = {
+    "vocab_size": 64, "model_dim": 32, "num_layers": 3, "num_heads": 2, "cross_attention_layers": (2, 3),
+    "chunk_size": 4, "num_neighbours": 2, "encoder_dim": 16, "encoder_heads": 2, "encoder_head_dim": 8,
+    "max_length": 64,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "retro-172m": {
+        **_PAPER, "model_dim": 896, "num_layers": 12, "num_heads": 16, "head_dim": 64,
+        "cross_attention_layers": (6, 9, 12),
+    },
+    "retro-425m": {
+        **_PAPER, "model_dim": 1536, "num_layers": 12, "num_heads": 12, "cross_attention_layers": (6, 9, 12),
+    },
+    "retro-1.5b": {
+        **_PAPER, "model_dim": 2048, "num_layers": 24, "num_heads": 16, "cross_attention_layers": tuple(range(6, 25, 3)),
+    },
+    "retro-7.5b": {
+        **_PAPER, "model_dim": 4096, "num_layers": 32, "num_heads": 32, "cross_attention_layers": tuple(range(6, 33, 3)),
+    },
+    "tiny": _TINY,
+    "tiny-rotary": {
+        **_TINY, "positions": "rotary", "gated_feed_forward": True, "activation": "silu", "num_kv_heads": 1,
+        "tied_embeddings": False, "cross_attention_gate": True,
+    },
+}  # fmt: skip

@@ -1,0 +1,454 @@
+"""Generation with retrieval: every token is computed once, every chunk's neighbours are retrieved, encoded and projected
+once, when the chunk is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..nn import NeighbourCache, SelfAttentionCache
+from ..ops import validate
+
+if TYPE_CHECKING:
+    from .retro import Retro
+
+
+class Neighbours(NamedTuple):
+    """What a retriever returns for s chunks."""
+
+    tokens: torch.Tensor
+    """int64 [s, k, r]; any k, and r at most the model's `retrieved_length`."""
+    mask: torch.Tensor | None = None
+    """bool [s, k, r], True = a token that is there; None: all are."""
+    sources: Sequence[Any] | None = None
+    """Where they come from: for each of the s chunks whatever the retriever wants shown."""
+
+
+Retriever = Callable[[torch.Tensor], Neighbours]
+"""Chunks' tokens, int64 [s, chunk_size] on the CPU -> their neighbours. It is called from another thread, one call at a
+time. If it has an attribute `tokenizer`, that name must be the model's."""
+
+
+@dataclass
+class Generated:
+    """What `generate` returns."""
+
+    sequences: torch.Tensor
+    """int64 [b, longest], on the model's device: prompts and new tokens, filled up with `pad_token_id`."""
+    lengths: list[int]
+    """Tokens of each sequence."""
+    prompt_lengths: list[int]
+    """Of which the prompt."""
+    sources: list[dict[int, Any]] = field(default_factory=list)
+    """For each sequence, chunk -> the `sources` of the neighbours that it was given."""
+
+    def new_tokens(self, i: int) -> list[int]:
+        """The tokens that sequence i was given."""
+        return self.sequences[i, self.prompt_lengths[i] : self.lengths[i]].tolist()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; see `generate`."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not validate.number("temperature", self.temperature) > 0.0:
+            raise ValueError(f"temperature: got {self.temperature}, expected more than 0 (do_sample=False takes the best)")
+        if self.top_k is not None:
+            validate.integer("top_k", self.top_k, 1)
+        if self.top_p is not None and not 0.0 < validate.number("top_p", self.top_p) <= 1.0:
+            raise ValueError(f"top_p: got {self.top_p}, expected more than 0 and at most 1")
+        if not validate.number("repetition_penalty", self.repetition_penalty) > 0.0:
+            raise ValueError(f"repetition_penalty: got {self.repetition_penalty}, expected more than 0")
+        idle = [
+            name for name, unset in (("temperature", 1.0), ("top_k", None), ("top_p", None))
+            if getattr(self, name) != unset
+        ]  # fmt: skip
+        if idle and not self.do_sample:
+            raise ValueError(f"{', '.join(idle)}: got a value with do_sample=False, which ignores it; give do_sample=True")
+
+    def choose(self, logits: torch.Tensor, past: list[list[int]], generators: list[torch.Generator]) -> list[int]:
+        """logits [b, vocab_size]; what each sequence holds; a generator for each -> a token for each."""
+        logits = logits.float()
+        if self.repetition_penalty != 1.0:
+            logits = logits.clone()
+            for row, tokens in zip(logits, past):
+                seen = torch.tensor(sorted(set(tokens)), device=logits.device)
+                score = row[seen]
+                row[seen] = torch.where(score > 0, score / self.repetition_penalty, score * self.repetition_penalty)
+        if not self.do_sample:
+            return logits.argmax(-1).tolist()
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            lowest = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < lowest, -torch.inf)
+        if self.top_p is not None and self.top_p < 1.0:
+            ranked, order = logits.sort(dim=-1, descending=True)
+            probability = ranked.softmax(-1)
+            before = probability.cumsum(-1) - probability
+            logits = logits.masked_fill((before >= self.top_p).scatter(1, order, before >= self.top_p), -torch.inf)
+        # Each sequence draws on the CPU from a generator of its own: its tokens do not depend on the batch or device.
+        probability = logits.softmax(-1).cpu()
+        return [int(torch.multinomial(p, 1, generator=generator)) for p, generator in zip(probability, generators)]
+
+
+@torch.no_grad()
+def generate(
+    model: Retro,
+    input_ids: torch.Tensor | Sequence[Sequence[int]],
+    *,
+    retriever: Retriever | None = None,
+    attention_mask: torch.Tensor | None = None,
+    max_new_tokens: int = 64,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int = 0,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    streamer: Any = None,
+    seed: int = 0,
+    num_neighbours: int | None = None,
+    retrieval_stride: int | None = None,
+    stale: bool = False,
+    cache_form: str = "key_value",
+) -> Generated:
+    """New tokens after each prompt. A name that Hugging Face's `generate` has means here what it means there.
+
+    With a retriever, a chunk's neighbours are looked up when its last token is known, in another thread, while the
+    layers before min(P) run; encoded, conditioned on the chunk, when that layer is reached; and put into the cache from
+    which every later token of the chunk reads.
+
+    Args:
+        model: in evaluation mode, or without dropout.
+        input_ids: the prompts: integers [b, n], or a list of lists of different lengths. At least one token each; may be
+            shorter than a chunk.
+        retriever: see `Retriever`; None: the decoder alone.
+        attention_mask: [b, n], 1 = a token of the prompt, where a tensor of prompts is padded, left or right.
+        max_new_tokens: at least 1.
+        do_sample, temperature, top_k, top_p: draw from the distribution, sharpened and cut; otherwise the best token.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that are there already.
+        eos_token_id: one or several that end a sequence; default the config's.
+        pad_token_id: fills up shorter sequences in the result.
+        stop_strings, tokenizer: strings that end a sequence once its new text (by `tokenizer.decode`) has one.
+        streamer: an object with `put(tokens)` and `end()`, given the prompt and then each token, of one sequence only.
+        seed: sequence i draws from a generator seeded with `seed + i`, so that it does not depend on the others.
+        num_neighbours: the most that the retriever returns; default the config's.
+        retrieval_stride: tokens between retrievals, a multiple of the chunk size (the default): the chunks between are
+            given the neighbours of the last retrieval, encoded anew.
+        stale: give a chunk the neighbours that were retrieved for the chunk before it (the first chunk gets none): the
+            retriever then has a whole chunk's time.
+        cache_form: "key_value" or "encoded"; see `NeighbourCache`.
+
+    Returns: `Generated`.
+
+    Raises TypeError or ValueError for wrong arguments, for tokens outside the vocabulary, for a retriever with another
+    tokenizer, and for neighbours that do not fit; and whatever the retriever raises.
+    """
+    config = model.config
+    sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
+    prompts = _prompts(input_ids, attention_mask)
+    model.check_vocabulary("input_ids", torch.tensor([token for prompt in prompts for token in prompt]))
+    for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("pad_token_id", pad_token_id, 0)):
+        validate.integer(name, value, low)
+    validate.integer("seed", seed, 0)
+    if model.training and (config.dropout or config.hidden_dropout):
+        raise ValueError("model: got a model with dropout in training mode, expected evaluation mode: call .eval()")
+    longest = max(map(len, prompts)) + max_new_tokens
+    if config.positions == "rotary" and longest > config.max_length:
+        raise ValueError(
+            f"max_new_tokens: got {max_new_tokens}, with which a sequence may have {longest} tokens, expected at most "
+            f"max_length = {config.max_length}"
+        )
+    if streamer is not None and len(prompts) != 1:
+        raise ValueError(f"streamer: got one with {len(prompts)} prompts, expected a single prompt")
+    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+    if stops and tokenizer is None:
+        raise ValueError("stop_strings: got some without a tokenizer, expected one with decode(tokens)")
+    eos_token_id = config.eos_token_id if eos_token_id is None else eos_token_id
+    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+
+    retrieval = None
+    if retriever is not None:
+        retrieval = Retrieval(model, retriever, prompts, num_neighbours, retrieval_stride, stale)
+    elif stale or retrieval_stride is not None or num_neighbours is not None:
+        raise ValueError("stale, retrieval_stride, num_neighbours: got one without a retriever, expected None")
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    sequences = [list(prompt) for prompt in prompts]
+    running = set(range(len(prompts)))
+    try:
+        decoder = Decoder(model, sequences, longest, retrieval, cache_form)
+        logits = decoder.prefill()
+        if streamer is not None:
+            streamer.put(torch.tensor(prompts))
+        for _ in range(max_new_tokens):
+            chosen = sampling.choose(logits, sequences, generators)
+            for i in sorted(running):
+                sequences[i].append(chosen[i])
+                if streamer is not None:
+                    streamer.put(torch.tensor([chosen[i]]))
+                new = sequences[i][len(prompts[i]) :]
+                if chosen[i] in ends or _has_stopped(new, stops, tokenizer) or len(new) == max_new_tokens:
+                    running.discard(i)
+                    decoder.leave(i)
+            if not running:
+                break
+            logits = decoder.step()
+        if streamer is not None:
+            streamer.end()
+    finally:
+        if retrieval is not None:
+            retrieval.close()
+    lengths = [len(sequence) for sequence in sequences]
+    padded = [sequence + [pad_token_id] * (max(lengths) - len(sequence)) for sequence in sequences]
+    return Generated(
+        torch.tensor(padded, device=model.embedding.weight.device),
+        lengths,
+        [len(prompt) for prompt in prompts],
+        [{} for _ in prompts] if retrieval is None else retrieval.sources,
+    )
+
+
+class Decoder:
+    """The sequences' caches: `prefill` runs the prompts, `step` the token that each sequence was last given. Both return
+    the logits of the next one, [b, vocab_size]. `sequences` is the caller's, who appends to each before a step."""
+
+    def __init__(
+        self, model: Retro, sequences: list[list[int]], max_length: int, retrieval: Retrieval | None, cache_form: str
+    ) -> None:
+        self.model, self.sequences, self.retrieval = model, sequences, retrieval
+        config = model.config
+        self.first = config.cross_attention_layers[0] - 1 if config.cross_attention_layers else -1
+        self.device = model.embedding.weight.device
+        attentions = [block.self_attention for block in model.blocks]
+        self.cache = SelfAttentionCache(attentions, num_slots=len(sequences), max_length=max_length)  # type: ignore[arg-type]
+        self.running = [True] * len(sequences)
+        self.neighbours: NeighbourCache | None = None
+        if retrieval is not None:
+            layers = [model.blocks[p - 1].cross_attention for p in config.cross_attention_layers]
+            self.neighbours = NeighbourCache(
+                layers,  # type: ignore[arg-type]
+                num_slots=len(sequences), num_neighbours=retrieval.k, retrieved_length=retrieval.r, form=cache_form,
+            )  # fmt: skip
+            self.neighbours.join(range(len(sequences)))
+            weight = model.embedding.weight
+            # What the encoder is conditioned on: the activations of the tokens of the chunk that is being written.
+            self.chunk = weight.new_zeros(len(sequences), config.chunk_size, config.model_dim)
+
+    def leave(self, i: int) -> None:
+        """Sequence i is complete: its row is computed on, and ignored."""
+        self.running[i] = False
+        if self.neighbours is not None:
+            self.neighbours.leave(i)
+
+    def prefill(self) -> torch.Tensor:
+        model, m = self.model, self.model.config.chunk_size
+        lengths = [len(sequence) for sequence in self.sequences]
+        tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+        for row, sequence in zip(tokens, self.sequences):
+            row[: len(sequence)] = torch.tensor(sequence)
+        neighbours = mask = None
+        if self.retrieval is not None:
+            neighbours, mask = (x.to(self.device) for x in self.retrieval.of_prompts(self.sequences))
+
+        def encode(activations: torch.Tensor) -> torch.Tensor | None:
+            for i, length in enumerate(lengths):
+                begun = length % m
+                self.chunk[i, :begun] = activations[i, length - begun : length]
+            return model.encode(neighbours, activations, mask) if neighbours is not None and max(lengths) >= m else None
+
+        hidden, encoded = model.embedding(tokens.to(self.device)), None
+        for i, block in enumerate(model.blocks):
+            if neighbours is not None and i == self.first:
+                encoded = encode
+            hidden, encoded = block(hidden, encoded, mask, None, self.cache)
+        if self.neighbours is not None and encoded is not None and mask is not None:
+            complete = [(i, length // m - 1) for i, length in enumerate(lengths) if length >= m]
+            slots, chunks = (list(x) for x in zip(*complete))
+            self.neighbours.fill(slots, chunks, encoded[slots, chunks], mask[slots, chunks])
+        last = torch.tensor(lengths, device=self.device) - 1
+        hidden = hidden[torch.arange(len(lengths), device=self.device), last]
+        return model.read(model.final_norm(hidden))
+
+    def step(self) -> torch.Tensor:
+        model, m = self.model, self.model.config.chunk_size
+        places = [len(sequence) - 1 for sequence in self.sequences]
+        completed: list[tuple[int, int]] = []
+        if self.retrieval is not None:
+            completed = [(i, p // m) for i, p in enumerate(places) if self.running[i] and (p + 1) % m == 0]
+            self.retrieval.begin(self.sequences, completed)
+        position = torch.tensor(places, device=self.device)
+
+        def conditioned(activations: torch.Tensor) -> None:
+            self.chunk[torch.arange(len(places), device=self.device), position % m] = activations[:, 0]
+            if completed:
+                self._fill(completed)
+
+        tokens = torch.tensor([sequence[-1:] for sequence in self.sequences], device=self.device)
+        hidden = model.embedding(tokens)
+        for i, block in enumerate(model.blocks):
+            hook = conditioned if self.retrieval is not None and i == self.first else None
+            hidden = block.decode(hidden, self.cache, self.neighbours, position, max(places) + 1, hook)  # type: ignore[operator]
+        return model.read(model.final_norm(hidden[:, 0]))
+
+    def _fill(self, completed: list[tuple[int, int]]) -> None:
+        if self.retrieval is None or self.neighbours is None:
+            return
+        tokens, mask = (x.to(self.device) for x in self.retrieval.finish(completed))
+        slots, chunks = (list(x) for x in zip(*completed))
+        encoded = self.model.encode(tokens[:, None], self.chunk[slots], mask[:, None])
+        self.neighbours.fill(slots, chunks, encoded[:, 0], mask)
+
+
+class Retrieval:
+    """Calls the retriever in another thread, and knows which retrieval serves which chunk."""
+
+    def __init__(
+        self,
+        model: Retro,
+        retriever: Retriever,
+        prompts: list[list[int]],
+        num_neighbours: int | None,
+        retrieval_stride: int | None,
+        stale: bool,
+    ) -> None:
+        config = model.config
+        if model.encoder is None:
+            raise ValueError("retriever: got one, expected None: this model has no chunked cross-attention")
+        theirs = getattr(retriever, "tokenizer", None)
+        if isinstance(theirs, str) and config.tokenizer is not None and theirs != config.tokenizer:
+            raise ValueError(
+                f"retriever: its database was made with the tokenizer {theirs!r}, expected {config.tokenizer!r}, the "
+                "model's: its tokens would mean other words"
+            )
+        self.model, self.retriever, self.stale = model, retriever, stale
+        self.m, self.r = config.chunk_size, config.retrieved_length or 0
+        self.k = validate.integer("num_neighbours", config.num_neighbours if num_neighbours is None else num_neighbours, 1)
+        stride = validate.integer("retrieval_stride", self.m if retrieval_stride is None else retrieval_stride, 1)
+        if stride % self.m:
+            raise ValueError(
+                f"retrieval_stride: got {stride}, expected a multiple of chunk_size = {self.m}: the cache holds the "
+                "neighbours of whole chunks"
+            )
+        self.every = stride // self.m
+        self.sources: list[dict[int, Any]] = [{} for _ in prompts]
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="retriever")
+        self.found: dict[tuple[int, int], tuple[Future, int]] = {}
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def origin(self, chunk: int) -> int:
+        """The chunk with whose tokens the neighbours of `chunk` are retrieved; negative where there are none."""
+        return chunk - chunk % self.every - self.stale
+
+    def of_prompts(self, sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Neighbours of all complete chunks: tokens and mask [b, l, k, r]; masked where a sequence has fewer chunks."""
+        counts = [len(sequence) // self.m for sequence in sequences]
+        self._request(sequences, [(i, self.origin(u)) for i, count in enumerate(counts) for u in range(count)])
+        size = (len(sequences), max(counts), self.k, self.r)
+        tokens, mask = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.bool)
+        for i, count in enumerate(counts):
+            for u in range(count):
+                self._take(i, u, tokens[i, u], mask[i, u])
+        self._look_ahead(sequences, [(i, count - 1) for i, count in enumerate(counts) if count])
+        return tokens, mask
+
+    def begin(self, sequences: list[list[int]], completed: list[tuple[int, int]]) -> None:
+        """The last token of these chunks is known: (sequence, chunk)."""
+        self._request(sequences, [(i, self.origin(u)) for i, u in completed])
+        self._look_ahead(sequences, completed)
+
+    def finish(self, completed: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Waits for their neighbours: tokens and mask [s, k, r]."""
+        size = (len(completed), self.k, self.r)
+        tokens, mask = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.bool)
+        for row, (i, u) in enumerate(completed):
+            self._take(i, u, tokens[row], mask[row])
+        return tokens, mask
+
+    def _look_ahead(self, sequences: list[list[int]], completed: list[tuple[int, int]]) -> None:
+        if self.stale:
+            self._request(sequences, [(i, self.origin(u + 1)) for i, u in completed])
+
+    def _request(self, sequences: list[list[int]], wanted: list[tuple[int, int]]) -> None:
+        new = [pair for pair in dict.fromkeys(wanted) if pair[1] >= 0 and pair not in self.found]
+        if not new:
+            return
+        chunks = torch.tensor([sequences[i][u * self.m : (u + 1) * self.m] for i, u in new])
+        future = self.pool.submit(self._retrieve, chunks)
+        self.found.update({pair: (future, row) for row, pair in enumerate(new)})
+
+    def _take(self, i: int, chunk: int, tokens: torch.Tensor, mask: torch.Tensor) -> None:
+        origin = self.origin(chunk)
+        if origin < 0:
+            return
+        future, row = self.found[i, origin]
+        found = future.result()
+        k, r = found.tokens.shape[1:]
+        tokens[:k, :r] = found.tokens[row]
+        mask[:k, :r] = True if found.mask is None else found.mask[row]
+        if found.sources is not None:
+            self.sources[i][chunk] = found.sources[row]
+        for older in [pair for pair in self.found if pair[0] == i and pair[1] < origin]:
+            del self.found[older]
+
+    def _retrieve(self, chunks: torch.Tensor) -> Neighbours:
+        found = self.retriever(chunks)
+        for name in Neighbours._fields:
+            if not hasattr(found, name):
+                raise TypeError(f"retriever: got {type(found).__name__} without {name}, expected Neighbours")
+        found = Neighbours(found.tokens, found.mask, found.sources)
+        validate.tensor("the retriever's tokens", found.tokens, (torch.int64, torch.int32))
+        tokens = found.tokens.cpu()
+        shape, s = tuple(tokens.shape), chunks.shape[0]
+        if len(shape) != 3 or shape[0] != s or shape[1] > self.k or shape[2] > self.r:
+            raise ValueError(
+                f"retriever: got tokens of shape {list(shape)} for {s} chunks, expected [{s}, k, r] with k at most "
+                f"num_neighbours = {self.k} and r at most retrieved_length = {self.r}"
+            )
+        self.model.check_vocabulary("the retriever's tokens", tokens)
+        mask = None if found.mask is None else found.mask.cpu()
+        if mask is not None:
+            validate.tensor("the retriever's mask", mask, (torch.bool,))
+            validate.shape("the retriever's mask", mask, "s, k, r", shape)
+        if found.sources is not None and len(found.sources) != s:
+            raise ValueError(f"retriever: got sources of {len(found.sources)} chunks, expected {s}")
+        return Neighbours(tokens, mask, found.sources)
+
+
+def _prompts(input_ids: Any, attention_mask: torch.Tensor | None) -> list[list[int]]:
+    if isinstance(input_ids, torch.Tensor):
+        validate.tensor("input_ids", input_ids, (torch.int64, torch.int32))
+        validate.rank("input_ids", input_ids, "b, n")
+        rows = input_ids.tolist()
+        if attention_mask is not None:
+            validate.shape("attention_mask", attention_mask, "b, n", tuple(input_ids.shape))
+            rows = [[t for t, there in zip(row, mask) if there] for row, mask in zip(rows, attention_mask.tolist())]
+    else:
+        if attention_mask is not None:
+            raise ValueError("attention_mask: got one with a list of prompts, expected None: they have their lengths")
+        rows = [list(row) for row in input_ids]
+    if not rows or not all(rows):
+        raise ValueError("input_ids: got no prompt, or an empty one, expected at least one token in each")
+    return rows
+
+
+def _has_stopped(new: list[int], stops: list[str], tokenizer: Any) -> bool:
+    if not stops:
+        return False
+    text = tokenizer.decode(new)
+    return any(stop in text for stop in stops)
