@@ -90,9 +90,7 @@ class RetroConfig:
         ):
             layers = tuple(getattr(self, name))
             if list(layers) != sorted(set(layers)) or not set(layers) <= set(range(1, count + 1)):
-                raise ValueError(
-                    f"{name}: got {list(layers)}, expected numbers from 1 to {count}, rising, each once"
-                )
+                raise ValueError(f"{name}: got {list(layers)}, expected numbers from 1 to {count}, rising, each once")
             object.__setattr__(self, name, layers)
         common.one_of("positions", self.positions, POSITIONS)
         common.one_of("activation", self.activation, ACTIVATIONS)
@@ -140,7 +138,8 @@ class RetroConfig:
         ]
         if missing:
             raise ValueError(f"config: {', '.join(missing)} missing, expected a value for each")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        given: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON knows them."""
@@ -171,7 +170,9 @@ class RetroConfig:
         encoder_self = 8 * tokens * e * inner + (6 if relative else 4) * tokens * r * inner + table(2 * r - 1, e, inner)
         encoder_cross = 4 * tokens * e * inner + 4 * n * w * inner + (6 if relative else 4) * tokens * m * inner
         encoder_cross += table(m + r - 1, e, inner)
-        encoder = self.encoder_layers * (encoder_self + 2 * products * tokens * e * (self.encoder_feed_forward_dim or 0))
+        encoder = self.encoder_layers * (
+            encoder_self + 2 * products * tokens * e * (self.encoder_feed_forward_dim or 0)
+        )
         encoder += len(self.encoder_cross_attention_layers) * encoder_cross
         return {
             "decoder": decoder,
@@ -196,10 +197,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_PAPER, "model_dim": 1536, "num_layers": 12, "num_heads": 12, "cross_attention_layers": (6, 9, 12),
     },
     "retro-1.5b": {
-        **_PAPER, "model_dim": 2048, "num_layers": 24, "num_heads": 16, "cross_attention_layers": tuple(range(6, 25, 3)),
+        **_PAPER, "model_dim": 2048, "num_layers": 24, "num_heads": 16, "cross_attention_layers": (*range(6, 25, 3),),
     },
     "retro-7.5b": {
-        **_PAPER, "model_dim": 4096, "num_layers": 32, "num_heads": 32, "cross_attention_layers": tuple(range(6, 33, 3)),
+        **_PAPER, "model_dim": 4096, "num_layers": 32, "num_heads": 32, "cross_attention_layers": (*range(6, 33, 3),),
     },
     "tiny": _TINY,
     "tiny-rotary": {

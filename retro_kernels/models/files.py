@@ -21,8 +21,8 @@ MODEL_TYPE = "retro_kernels.Retro"
 
 
 def save(model: Retro, folder: str | os.PathLike[str], *, max_shard_size: int = 5_000_000_000) -> None:
-    """Writes the folder. Weights larger than `max_shard_size` bytes go into several files, named in an index. Every file
-    appears whole or not at all; `config.json` comes last, so that a folder with one is complete.
+    """Writes the folder. Weights larger than `max_shard_size` bytes go into several files, named in an index. Every
+    file appears whole or not at all; `config.json` comes last, so that a folder with one is complete.
 
     Raises ValueError for a `max_shard_size` that is no positive integer, and for weights on the meta device.
     """
@@ -75,7 +75,9 @@ def load(
     stored = read_config(folder)
     if config is not None and config != stored:
         mine, theirs = config.to_dict(), stored.to_dict()
-        different = ", ".join(f"{name} = {theirs[name]!r}, not {mine[name]!r}" for name in mine if mine[name] != theirs[name])
+        different = ", ".join(
+            f"{name} = {theirs[name]!r}, not {mine[name]!r}" for name in mine if mine[name] != theirs[name]
+        )
         raise ValueError(f"config: {folder / CONFIG} has {different}; expected the same everywhere")
     model = Retro(stored, backend=backend, device="meta")
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

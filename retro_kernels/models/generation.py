@@ -1,5 +1,5 @@
-"""Generation with retrieval: every token is computed once, every chunk's neighbours are retrieved, encoded and projected
-once, when the chunk is complete."""
+"""Generation with retrieval: every token is computed once, and every chunk's neighbours are retrieved, encoded and
+projected once, when the chunk is complete."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not validate.number("temperature", self.temperature) > 0.0:
-            raise ValueError(f"temperature: got {self.temperature}, expected more than 0 (do_sample=False takes the best)")
+            raise ValueError(
+                f"temperature: got {self.temperature}, expected more than 0 (do_sample=False takes the best)"
+            )
         if self.top_k is not None:
             validate.integer("top_k", self.top_k, 1)
         if self.top_p is not None and not 0.0 < validate.number("top_p", self.top_p) <= 1.0:
@@ -75,7 +77,9 @@ class Sampling:
             if getattr(self, name) != unset
         ]  # fmt: skip
         if idle and not self.do_sample:
-            raise ValueError(f"{', '.join(idle)}: got a value with do_sample=False, which ignores it; give do_sample=True")
+            raise ValueError(
+                f"{', '.join(idle)}: got a value with do_sample=False, which ignores it; give do_sample=True"
+            )
 
     def choose(self, logits: torch.Tensor, past: list[list[int]], generators: list[torch.Generator]) -> list[int]:
         """logits [b, vocab_size]; what each sequence holds; a generator for each -> a token for each."""
@@ -134,8 +138,8 @@ def generate(
 
     Args:
         model: in evaluation mode, or without dropout.
-        input_ids: the prompts: integers [b, n], or a list of lists of different lengths. At least one token each; may be
-            shorter than a chunk.
+        input_ids: the prompts: integers [b, n], or a list of lists of different lengths. At least one token each;
+            may be shorter than a chunk.
         retriever: see `Retriever`; None: the decoder alone.
         attention_mask: [b, n], 1 = a token of the prompt, where a tensor of prompts is padded, left or right.
         max_new_tokens: at least 1.
@@ -223,8 +227,9 @@ def generate(
 
 
 class Decoder:
-    """The sequences' caches: `prefill` runs the prompts, `step` the token that each sequence was last given. Both return
-    the logits of the next one, [b, vocab_size]. `sequences` is the caller's, who appends to each before a step."""
+    """The sequences' caches: `prefill` runs the prompts, `step` the token that each sequence was last given. Both
+    return the logits of the next one, [b, vocab_size]. `sequences` is the caller's, who appends to each before a
+    step."""
 
     def __init__(
         self, model: Retro, sequences: list[list[int]], max_length: int, retrieval: Retrieval | None, cache_form: str
@@ -270,7 +275,8 @@ class Decoder:
                 self.chunk[i, :begun] = activations[i, length - begun : length]
             return model.encode(neighbours, activations, mask) if neighbours is not None and max(lengths) >= m else None
 
-        hidden, encoded = model.embedding(tokens.to(self.device)), None
+        hidden: torch.Tensor = model.embedding(tokens.to(self.device))
+        encoded: Any = None
         for i, block in enumerate(model.blocks):
             if neighbours is not None and i == self.first:
                 encoded = encode
@@ -336,7 +342,9 @@ class Retrieval:
             )
         self.model, self.retriever, self.stale = model, retriever, stale
         self.m, self.r = config.chunk_size, config.retrieved_length or 0
-        self.k = validate.integer("num_neighbours", config.num_neighbours if num_neighbours is None else num_neighbours, 1)
+        self.k = validate.integer(
+            "num_neighbours", config.num_neighbours if num_neighbours is None else num_neighbours, 1
+        )
         stride = validate.integer("retrieval_stride", self.m if retrieval_stride is None else retrieval_stride, 1)
         if stride % self.m:
             raise ValueError(

@@ -16,8 +16,8 @@ def linear_cross_entropy(
     """cross_entropy(activations @ weight.T, targets) in fp32 (fp64 for fp64), a slice of the tokens at a time; the
     backward pass makes each slice's logits again.
 
-    torch 2.13 has a `linear_cross_entropy` of its own, whose form that saves memory cannot be compiled and gives no loss
-    per token; torch 2.11, which is supported too, need not have it.
+    torch 2.13 has a `linear_cross_entropy` of its own, whose form that saves memory cannot be compiled and gives no
+    loss per token; torch 2.11, which is supported too, need not have it.
 
     Args:
         activations: [..., model_dim]. weight: [vocab_size, model_dim].

@@ -160,9 +160,7 @@ class Retro(nn.Module):
             if neighbours is not None and p == config.cross_attention_layers[0]:
                 encoded = self._encoder_of(neighbours, neighbour_mask, sequence_starts)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                h, encoded = checkpoint(
-                    block, h, encoded, neighbour_mask, sequence_starts, cache, use_reentrant=False
-                )
+                h, encoded = checkpoint(block, h, encoded, neighbour_mask, sequence_starts, cache, use_reentrant=False)
             else:
                 h, encoded = block(h, encoded, neighbour_mask, sequence_starts, cache)
         return self.final_norm(h)

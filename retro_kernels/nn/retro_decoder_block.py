@@ -137,7 +137,9 @@ class SelfAttentionCache:
     def __init__(self, layers: Sequence[CausalSelfAttention], *, num_slots: int, max_length: int) -> None:
         self.place = {id(layer): i for i, layer in enumerate(layers)}
         self.max_length = validate.integer("max_length", max_length, 1)
-        self.keys, self.values, self.tables = [], [], []
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.tables: list[Any] = []
         with torch.no_grad():
             for layer in layers:
                 weight = layer.w_key.weight
@@ -316,9 +318,7 @@ class RetroDecoderBlock(nn.Module):
         if after_self_attention is not None:
             after_self_attention(hidden)
         if neighbours is not None and self.cross_attention is not None and self.cross_norm is not None:
-            hidden = hidden + self._gated(
-                self.cross_attention.decode(self.cross_norm(hidden), neighbours, position)
-            )
+            hidden = hidden + self._gated(self.cross_attention.decode(self.cross_norm(hidden), neighbours, position))
         return hidden + self.feed_forward(self.feed_forward_norm(hidden))
 
     def _gated(self, attended: torch.Tensor) -> torch.Tensor:
