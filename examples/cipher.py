@@ -1,11 +1,10 @@
 """A proof that retrieval works: text enciphered with a key that only the retrieved neighbours have.
 
-Every chunk is enciphered with a key of as many random letters (a one-time pad on a plain text of one letter, and a fixed
-substitution), and the key is in one of the neighbours of the chunk before, marked, at a random place among them; the
-others are noise. Who reads the key knows every letter; for everybody else each letter is uniform, so that no model can
-do better than chance.
+Every chunk is enciphered with a key of as many random letters (a one-time pad on a plain text of one letter), and the
+key is in one of the neighbours of the chunk before, marked, at a random place among them; the others are noise. Who
+reads the key knows every letter; for everybody else each letter is uniform, so that no model can do better than chance.
 
-    python examples/cipher.py            about half a minute on 2 cores; prints the loss with retrieval, without, and chance
+    python examples/cipher.py       half a minute on 2 cores; prints the loss with retrieval, without, and chance
 """
 
 from __future__ import annotations
@@ -59,7 +58,9 @@ class Cipher:
         return tokens, targets, neighbours
 
 
-def train(cipher: Cipher, steps: int, batch_size: int, learning_rate: float, *, retrieval: bool, report: int = 0) -> Retro:
+def train(
+    cipher: Cipher, steps: int, batch_size: int, learning_rate: float, *, retrieval: bool, report: int = 0
+) -> Retro:
     """A model trained on the cipher from seed 0, with or without its neighbours."""
     torch.manual_seed(0)
     model = Retro(cipher.config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, doctor
+from . import bench, doctor, train
 
 app = typer.Typer(
     name="retro-kernels",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.command("train")(train.train)
 
 
 def main() -> None:

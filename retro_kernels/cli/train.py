@@ -1,0 +1,84 @@
+"""`retro-kernels train`: trains a RETRO on a stream of tokens with precomputed neighbours."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SECTIONS = ("model", "data", "training")
+
+
+def read(path: Path) -> tuple[Any, Any, Any]:
+    """-> RetroConfig, TokenStream, TrainingConfig of a YAML file. Raises ValueError or FileNotFoundError."""
+    import yaml
+
+    from ..models import RetroConfig
+    from ..models.data import TokenStream
+    from ..models.training import TrainingConfig
+
+    class Loader(yaml.SafeLoader):
+        """Reads 2e-4 as a number, which YAML 1.1 does not."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
+    try:
+        document = yaml.load(path.read_text(), Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: no valid YAML ({error})") from error
+    if not isinstance(document, dict) or set(document) != set(SECTIONS):
+        found = sorted(document) if isinstance(document, dict) else type(document).__name__
+        raise ValueError(f"{path}: got {found}, expected the sections {', '.join(SECTIONS)}")
+    model = dict(document["model"])
+    model = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
+    try:
+        preset = model.pop("preset", None)
+        config = RetroConfig(**model) if preset is None else RetroConfig.preset(preset, **model)
+        settings = TrainingConfig(**document["training"])
+    except TypeError as error:  # an unknown or a missing name
+        raise ValueError(
+            f"{path}: {str(error).replace('.__init__()', '').replace('keyword argument', 'setting')}"
+        ) from error
+    folder = Path(str(document["data"]))
+    return config, TokenStream(folder if folder.is_absolute() else path.parent / folder, config), settings
+
+
+def train(
+    config: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file: model, data, training.")],
+    device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'. Default: the GPU if there is one.")] = None,
+) -> None:
+    """Trains a RETRO, or continues the run in the folder that CONFIG names as its output.
+
+    CONFIG has three sections: `model` (a `preset` and changes, or all fields of RetroConfig), `data` (a folder with
+    tokens.npy, neighbours.npy and data.json) and `training` (fields of TrainingConfig). Under torchrun several
+    processes train together. Ctrl-C loses what came after the last checkpoint.
+    """
+    import torch
+
+    from ..models.training import NonFiniteLoss, Trainer
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    try:
+        if several:
+            if device == "cuda":
+                device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+                torch.cuda.set_device(device)
+            torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        Trainer(*read(config), device=device, say=typer.echo).run()
+    except NonFiniteLoss as error:
+        typer.echo(f"Stopped: {error}", err=True)
+        raise typer.Exit(3) from error
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo("Interrupted: the same command continues from the last checkpoint.", err=True)
+        raise typer.Exit(130) from error
+    finally:
+        if several and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,173 @@
+"""Training data: a stream of tokens and, for every chunk of it, neighbours that were retrieved beforehand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..ops import validate
+from .config import RetroConfig
+from .loss import IGNORED
+
+TOKENS, NEIGHBOURS, FACTS = "tokens.npy", "neighbours.npy", "data.json"
+ABSENT = -1
+
+
+class Batch(NamedTuple):
+    """Arguments of `Retro.loss`."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    neighbours: torch.Tensor | None
+    neighbour_mask: torch.Tensor | None
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._each(lambda x: x.pin_memory())
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        neighbours, mask = (None if x is None else change(x) for x in (self.neighbours, self.neighbour_mask))
+        return Batch(change(self.tokens), change(self.targets), neighbours, mask)
+
+
+class TokenStream:
+    """A folder of data, cut into rows of the model's `max_length` tokens. Files are mapped, not read.
+
+        tokens.npy       integers [tokens]
+        neighbours.npy   integers [chunks, k, r]: what was retrieved for tokens u * m to u * m + m - 1; -1 where a
+                         neighbour or a part of it is absent. Without the file there is no retrieval.
+        data.json        {"tokenizer": name, "chunk_size": m, "bytes": bytes of text in the stream}, all optional
+
+    Args:
+        folder: where they are.
+        config: of the model that reads them.
+
+    Attributes:
+        bytes: of text, None if not known. num_tokens: of the rows, targets included.
+
+    Raises FileNotFoundError; ValueError for data of another tokenizer, chunk size or shape, and for less than one row.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], config: RetroConfig) -> None:
+        self.folder, self.config = Path(folder), config
+        self.tokens = self._mapped(TOKENS, 1)
+        self.neighbours = self._mapped(NEIGHBOURS, 3) if (self.folder / NEIGHBOURS).exists() else None
+        path = self.folder / FACTS
+        facts = json.loads(path.read_text()) if path.exists() else {}
+        self.bytes: int | None = facts.get("bytes")
+        for name, mine in (("tokenizer", config.tokenizer), ("chunk_size", config.chunk_size)):
+            if facts.get(name) is not None and mine is not None and facts[name] != mine:
+                raise ValueError(f"{path}: got {name} {facts[name]!r}, expected {mine!r}, the model's")
+        n, m = config.max_length, config.chunk_size
+        if n % m:
+            raise ValueError(
+                f"max_length: got {n}, expected a multiple of chunk_size = {m}, so that rows are whole chunks"
+            )
+        # A row needs one token more, the target of its last.
+        self.rows = max(len(self.tokens) - 1, 0) // n
+        if self.rows == 0:
+            raise ValueError(
+                f"{self.folder / TOKENS}: got {len(self.tokens)} tokens, expected more than max_length = {n}"
+            )
+        self.num_tokens = self.rows * n
+        if self.neighbours is not None:
+            chunks, _, r = self.neighbours.shape
+            if chunks < self.rows * n // m or r > (config.retrieved_length or 0):
+                raise ValueError(
+                    f"{self.folder / NEIGHBOURS}: got shape {list(self.neighbours.shape)}, expected [chunks, k, r] "
+                    f"with at least {self.rows * n // m} chunks of {m} tokens and r at most {config.retrieved_length}"
+                )
+
+    def batch(
+        self, rows: Sequence[int], num_neighbours: int | None = None, neighbours_of: Sequence[int] | None = None
+    ) -> Batch:
+        """The rows of these numbers. `num_neighbours`: at most so many of each chunk (0: none); default the config's.
+        `neighbours_of`: the rows whose neighbours to take instead.
+
+        Raises ValueError for a token outside the vocabulary, with its place.
+        """
+        n, m = self.config.max_length, self.config.chunk_size
+        stretch = np.stack([np.asarray(self.tokens[row * n : (row + 1) * n + 1], dtype=np.int64) for row in rows])
+        self._check(TOKENS, stretch, 0)
+        tokens, targets = (torch.from_numpy(np.ascontiguousarray(x)) for x in (stretch[:, :-1], stretch[:, 1:]))
+        k = self.config.num_neighbours if num_neighbours is None else num_neighbours
+        if self.neighbours is None or k == 0:
+            return Batch(tokens, targets, None, None)
+        chunks = n // m
+        of = rows if neighbours_of is None else neighbours_of
+        found = np.stack(
+            [np.asarray(self.neighbours[row * chunks : (row + 1) * chunks, :k], dtype=np.int64) for row in of]
+        )
+        self._check(NEIGHBOURS, found, ABSENT)
+        neighbours = torch.from_numpy(found)
+        mask = neighbours != ABSENT
+        return Batch(tokens, targets, neighbours.clamp(min=0), mask)
+
+    def _check(self, name: str, found: np.ndarray, low: int) -> None:
+        if found.size and (found.min() < low or found.max() >= self.config.vocab_size):
+            wrong = int(found.min()) if found.min() < low else int(found.max())
+            raise ValueError(
+                f"{self.folder / name}: got token {wrong}, expected {low} to vocab_size - 1 = "
+                f"{self.config.vocab_size - 1}: is it from another tokenizer?"
+            )
+
+    def _mapped(self, name: str, dims: int) -> np.ndarray:
+        path = self.folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there; expected integers, saved by numpy.save")
+        try:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path}: no array that numpy.save wrote ({error})") from error
+        if found.ndim != dims or found.dtype.kind not in "iu":
+            raise ValueError(f"{path}: got {found.dtype} {list(found.shape)}, expected integers of {dims} dimensions")
+        return found
+
+
+class Order:
+    """Which rows come when: every epoch all of them, in an order that only the seed and the epoch decide; so that the
+    number of rows seen is all that a resumed run needs to know."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed = validate.integer("rows", rows, 1), seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, place: int) -> int:
+        epoch, within = divmod(place, self.rows)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        return int(self._order[within])
+
+
+def prefetched(
+    stream: TokenStream, order: Order, places: Iterator[Sequence[int]], device: torch.device
+) -> Iterator[Batch]:
+    """The batch of each of `places` (numbers of rows seen before), made in another thread while the one before is
+    used, and on a GPU copied from pinned memory."""
+    pinned = device.type == "cuda"
+
+    def make(at: Sequence[int]) -> Batch:
+        batch = stream.batch([order[place] for place in at])
+        return batch.pin_memory() if pinned else batch
+
+    with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
+        waiting = None
+        for at in places:
+            following = pool.submit(make, at)
+            if waiting is not None:
+                yield waiting.result().to(device)
+            waiting = following
+        if waiting is not None:
+            yield waiting.result().to(device)
+
+
+__all__ = ["ABSENT", "IGNORED", "Batch", "Order", "TokenStream", "prefetched"]

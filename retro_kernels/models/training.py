@@ -1,0 +1,410 @@
+"""Training: AdamW with warm-up and cosine decay, on one process or several, resumable to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ..nn import common
+from ..ops import validate
+from .config import RetroConfig
+from .data import IGNORED, Batch, Order, TokenStream, prefetched
+from .retro import Retro
+
+METRICS, STATE, PROGRESS, SETTINGS = "metrics.jsonl", "optimiser.safetensors", "progress.json", "settings.json"
+_STEP = re.compile(r"step-(\d{8})")
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or the gradient is NaN or infinite. The message says where, and what the last good checkpoint is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What a run is.
+
+    Attributes:
+        output: the run's folder: checkpoints (each a model that `from_pretrained` reads, and what resuming needs) and
+            `metrics.jsonl`.
+        steps: updates of the weights.
+        batch_size: rows of `max_length` tokens an update, over all processes and accumulated micro-batches.
+        micro_batch_size: rows that a process computes at a time; default `batch_size` over the processes.
+        learning_rate, final_learning_rate: the largest, and the last (default a tenth of it, by a cosine).
+        warmup_steps: of the linear rise from 1e-7.
+        weight_decay: of matrices (not of norms, u, v and gates). betas, epsilon: of AdamW.
+        clip: the largest norm of the gradient; None: any.
+        precision: "fp32", or "bf16" (autocast; the weights stay fp32).
+        seed: of the initial weights, dropout and the order of rows.
+        save_every, keep: steps between checkpoints, and how many are kept.
+        log_every: steps between lines of metrics.
+        activation_checkpointing: see `Retro`. compile: run it under torch.compile.
+        parallel: with several processes "ddp" or "fsdp" (FSDP2).
+        peak_flops: of one device, for the model-FLOPs utilisation; None: not given.
+        backend: of the attentions; None chooses.
+
+    Raises TypeError or ValueError for what does not fit.
+    """
+
+    output: str
+    steps: int
+    batch_size: int = 256
+    micro_batch_size: int | None = None
+    learning_rate: float = 2e-4
+    final_learning_rate: float | None = None
+    warmup_steps: int = 750
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    clip: float | None = 1.0
+    precision: str = "fp32"
+    seed: int = 0
+    save_every: int = 1000
+    keep: int = 2
+    log_every: int = 10
+    activation_checkpointing: bool = False
+    compile: bool = False
+    parallel: str = "ddp"
+    peak_flops: float | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
+            validate.integer(name, getattr(self, name), 1)
+        validate.integer("warmup_steps", self.warmup_steps, 0)
+        validate.integer("seed", self.seed, 0)
+        if self.micro_batch_size is not None:
+            validate.integer("micro_batch_size", self.micro_batch_size, 1)
+        for name in ("learning_rate", "final_learning_rate", "weight_decay", "epsilon", "clip", "peak_flops"):
+            value = getattr(self, name)
+            if value is not None and validate.number(name, value) < 0.0:
+                raise ValueError(f"{name}: got {value}, expected at least 0")
+        common.one_of("precision", self.precision, ("fp32", "bf16"))
+        common.one_of("parallel", self.parallel, ("ddp", "fsdp"))
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the update number `step`, from 0."""
+        first, final = 1e-7, self.learning_rate / 10 if self.final_learning_rate is None else self.final_learning_rate
+        if step < self.warmup_steps:
+            return first + (self.learning_rate - first) * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
+        return final + (self.learning_rate - final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class LossOf(nn.Module):
+    """The model's loss as a module's `forward`, which is what DDP, FSDP2 and torch.compile wrap: the sum over a
+    batch."""
+
+    def __init__(self, model: Retro) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.model.loss(batch.tokens, batch.targets, batch.neighbours, batch.neighbour_mask, reduction="sum")
+
+
+class Trainer:
+    """A run: makes the model or takes up the last checkpoint in `settings.output`, then `run()`.
+
+    In several processes (torchrun) the process group must have been initialised.
+
+    Args:
+        config: of the model. stream: the data. settings: of the run.
+        device: where to train. say: what to tell the user with.
+
+    Raises ValueError when the folder holds a run of another config or other settings (but for `steps` and how often is
+    saved and logged).
+    """
+
+    def __init__(
+        self,
+        config: RetroConfig,
+        stream: TokenStream,
+        settings: TrainingConfig,
+        *,
+        device: torch.device | str = "cpu",
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.config, self.stream, self.settings, self.device = config, stream, settings, torch.device(device)
+        several = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.say = say if self.rank == 0 else lambda text: None
+        if settings.batch_size % self.world:
+            raise ValueError(
+                f"batch_size: got {settings.batch_size}, expected a multiple of the {self.world} processes"
+            )
+        self.share = settings.batch_size // self.world
+        micro = self.share if settings.micro_batch_size is None else settings.micro_batch_size
+        if self.share % micro:
+            raise ValueError(f"micro_batch_size: got {micro}, expected a divisor of {self.share}, a process's rows")
+        self.micro = micro
+        self.folder = Path(settings.output)
+        torch.manual_seed(settings.seed)
+        self.model = Retro(config, backend=settings.backend).to(self.device)
+        self.model.activation_checkpointing = settings.activation_checkpointing
+        self.wrapped = self._wrap()
+        matrices = [p for p in self.model.parameters() if p.dim() >= 2 and p.requires_grad]
+        others = [p for p in self.model.parameters() if p.dim() < 2]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon,
+        )  # fmt: skip
+        # Every rank draws its own dropout.
+        torch.manual_seed(settings.seed + 1 + self.rank)
+        self.step, self.seen = 0, 0
+        self._resume()
+
+    def run(self) -> float:
+        """Trains to `settings.steps`; -> the loss of the last update, NaN if there was none.
+
+        Raises NonFiniteLoss, and ValueError for data that do not fit.
+        """
+        settings = self.settings
+        tensorboard = self._tensorboard()
+        batches = prefetched(self.stream, Order(self.stream.rows, settings.seed), self._places(), self.device)
+        flops = 3 * sum(self.config.forward_flops().values()) * settings.batch_size
+        self.model.train()
+        loss, since, at = math.nan, time.perf_counter(), self.step
+        while self.step < settings.steps:
+            loss, norm = self._update(batches)
+            if self.step % settings.log_every == 0 or self.step == settings.steps:
+                seconds = (time.perf_counter() - since) / (self.step - at)
+                since, at = time.perf_counter(), self.step
+                tokens = settings.batch_size * self.config.max_length
+                line = {
+                    "step": self.step, "loss": loss, "learning_rate": settings.rate(self.step - 1),
+                    "gradient_norm": norm, "rows": self.seen, "tokens": self.seen * self.config.max_length,
+                    "seconds_a_step": seconds, "tokens_a_second": tokens / seconds,
+                }  # fmt: skip
+                if settings.peak_flops:
+                    line["model_flops_utilisation"] = flops / seconds / (settings.peak_flops * self.world)
+                self._log(line, tensorboard)
+            if self.step % settings.save_every == 0 or self.step == settings.steps:
+                self.save()
+        if tensorboard is not None:
+            tensorboard.close()
+        return loss
+
+    def _update(self, batches: Iterator[Batch]) -> tuple[float, float]:
+        """One update of the weights; -> the mean loss and the norm of the gradient."""
+        settings = self.settings
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.rate(self.step)
+        parts = [next(batches) for _ in range(self.share // self.micro)]
+        count = torch.stack([(part.targets != IGNORED).sum() for part in parts]).sum().to(torch.float64)
+        self._sum(count)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.optimiser.zero_grad()
+        for i, part in enumerate(parts):
+            self._synchronise(last=i == len(parts) - 1)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                loss = self.wrapped(part)
+            # DDP and FSDP2 take the mean over the processes.
+            (loss * (self.world / count)).backward()
+            total += loss.detach()
+        self._sum(total)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        mean, length = (total / count).item(), norm.item()
+        if not (math.isfinite(mean) and math.isfinite(length)):
+            self._stop(mean, length)
+        if settings.clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
+        self.optimiser.step()
+        self.step += 1
+        self.seen += settings.batch_size
+        return mean, length
+
+    def _stop(self, loss: float, norm: float) -> None:
+        rows = [Order(self.stream.rows, self.settings.seed)[self.seen + i] for i in range(self.settings.batch_size)]
+        last = checkpoints(self.folder)
+        kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+        raise NonFiniteLoss(
+            f"update {self.step + 1}: loss {loss}, gradient norm {norm}; the weights were not changed, {kept}. Its "
+            f"rows of {self.stream.folder} are {', '.join(map(str, rows[:8]))}{' ...' if len(rows) > 8 else ''}. Try a "
+            "smaller learning_rate, a longer warm-up, or other data."
+        )
+
+    def _places(self) -> Iterator[list[int]]:
+        """Rows seen before each of this process's micro-batches, in order."""
+        for step in range(self.step, self.settings.steps):
+            start = step * self.settings.batch_size + self.rank * self.share
+            for at in range(start, start + self.share, self.micro):
+                yield list(range(at, at + self.micro))
+
+    def _wrap(self) -> Any:
+        wrapped: Any = LossOf(self.model)
+        if self.world > 1 and self.settings.parallel == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            for part in (*self.model.blocks, *([self.model.encoder] if self.model.encoder is not None else [])):
+                fully_shard(part)
+            fully_shard(wrapped)
+        if self.settings.compile:
+            wrapped = torch.compile(wrapped)
+        if self.world > 1 and self.settings.parallel == "ddp":
+            # Without neighbours the encoder is left out.
+            unused = self.model.encoder is not None and self.stream.neighbours is None
+            wrapped = nn.parallel.DistributedDataParallel(wrapped, find_unused_parameters=unused)
+        return wrapped
+
+    def _synchronise(self, *, last: bool) -> None:
+        """Gradients are exchanged once an update, with its last micro-batch."""
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            self.wrapped.require_backward_grad_sync = last
+        elif hasattr(self.wrapped, "set_requires_gradient_sync"):
+            self.wrapped.set_requires_gradient_sync(last)
+
+    def _sum(self, x: torch.Tensor) -> None:
+        if self.world > 1:
+            dist.all_reduce(x)
+
+    def _tensorboard(self) -> Any:
+        if self.rank:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.say("TensorBoard is not installed: metrics go to metrics.jsonl only")
+            return None
+        return SummaryWriter(self.folder / "tensorboard", purge_step=self.step)
+
+    def _log(self, line: dict[str, Any], tensorboard: Any) -> None:
+        if self.rank:
+            return
+        with (self.folder / METRICS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if tensorboard is not None:
+            for name, value in line.items():
+                tensorboard.add_scalar(name, value, line["step"])
+        utilisation = line.get("model_flops_utilisation")
+        self.say(
+            f"step {line['step']}/{self.settings.steps}  loss {line['loss']:.4f}  "
+            f"{line['tokens_a_second']:.0f} tokens/s" + (f"  MFU {utilisation:.1%}" if utilisation else "")
+        )
+
+    def save(self) -> Path:
+        """A checkpoint of this step, written beside and then renamed; older ones go."""
+        from safetensors.torch import save_file
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=options)
+        optimiser: Any = get_optimizer_state_dict(self.model, self.optimiser, options=options)
+        random = self._random_states()
+        target = self.folder / f"step-{self.step:08d}"
+        if self.rank == 0:
+            partial = self.folder / f".{target.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            whole = Retro(self.config, device="meta")
+            whole.load_state_dict(weights, assign=True)
+            whole.save_pretrained(partial)
+            tensors = {
+                f"{name}/{kind}": x.contiguous() for name, own in optimiser["state"].items() for kind, x in own.items()
+            }
+            save_file({**tensors, **random}, partial / STATE)
+            progress = {"step": self.step, "rows": self.seen, "processes": self.world}
+            (partial / PROGRESS).write_text(json.dumps(progress))
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            for old in checkpoints(self.folder)[: -self.settings.keep]:
+                shutil.rmtree(old)
+        self._barrier()
+        return target
+
+    def _random_states(self) -> dict[str, torch.Tensor]:
+        """Of every process, on process 0."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.world == 1:
+            everyone: list[Any] = [states]
+        else:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, states)
+        return {f"random.{rank}.{kind}": x for rank, found in enumerate(everyone) for kind, x in found.items()}
+
+    def _resume(self) -> None:
+        from safetensors.torch import load_file
+
+        settings = {"model": self.config.to_dict(), **dataclasses.asdict(self.settings)}
+        for free in ("steps", "save_every", "keep", "log_every", "peak_flops", "output", "micro_batch_size"):
+            settings.pop(free)
+        settings = json.loads(json.dumps(settings))
+        path = self.folder / SETTINGS
+        found = checkpoints(self.folder)
+        if found and path.exists():
+            stored = json.loads(path.read_text())
+            different = [name for name in settings if stored.get(name) != settings[name]]
+            if different:
+                raise ValueError(
+                    f"{path}: the run in this folder has another {', '.join(different)}; continue it with the same, or "
+                    "give another output"
+                )
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings, indent=1) + "\n")
+        if not found:
+            if self.rank == 0:
+                (self.folder / METRICS).write_text("")
+            self._barrier()
+            return
+        last = found[-1]
+        progress = json.loads((last / PROGRESS).read_text())
+        if progress["processes"] != self.world:
+            self.say(
+                f"{last} was written by {progress['processes']} processes: dropout will not be the same to the bit"
+            )
+        state = load_file(last / STATE)
+        options = StateDictOptions(full_state_dict=True)
+        weights: Any = Retro.from_pretrained(last, config=self.config).state_dict()
+        set_model_state_dict(self.model, weights, options=options)
+        current: Any = get_optimizer_state_dict(self.model, self.optimiser, options=options)
+        random = {key: state.pop(key) for key in list(state) if key.startswith("random.")}
+        of_parameters: dict[str, dict[str, torch.Tensor]] = {}
+        for key, x in state.items():
+            name, kind = key.split("/")
+            of_parameters.setdefault(name, {})[kind] = x
+        current["state"] = of_parameters
+        set_optimizer_state_dict(self.model, self.optimiser, current, options=options)
+        self.step, self.seen = progress["step"], progress["rows"]
+        mine = {key.rsplit(".", 1)[1]: x for key, x in random.items() if key.startswith(f"random.{self.rank}.")}
+        if mine:
+            torch.set_rng_state(mine["cpu"])
+            if "cuda" in mine and self.device.type == "cuda":
+                torch.cuda.set_rng_state(mine["cuda"], self.device)
+        if self.rank == 0 and (self.folder / METRICS).exists():
+            lines = (self.folder / METRICS).read_text().splitlines(keepends=True)
+            (self.folder / METRICS).write_text("".join(x for x in lines if json.loads(x)["step"] <= self.step))
+        self.say(f"continuing from {last}")
+        self._barrier()
+
+    def _barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if _STEP.fullmatch(path.name) and (path / PROGRESS).exists())

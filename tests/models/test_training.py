@@ -1,0 +1,202 @@
+"""Training: a killed run resumed equals one that was not, several processes equal one, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_common import ROWS, M, N, settings, stream_of
+from typer.testing import CliRunner
+
+from retro_kernels.cli import app
+from retro_kernels.models import Retro, RetroConfig
+from retro_kernels.models.data import Order, TokenStream
+from retro_kernels.models.training import NonFiniteLoss, Trainer, TrainingConfig, checkpoints
+
+SAME = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def trainer(stream, output, **changes) -> Trainer:
+    return Trainer(stream.config, stream, settings(output, **changes), say=lambda text: None)
+
+
+def weights_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return Retro.from_pretrained(folder / f"step-{step:08d}").state_dict()
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in line.items() if key not in ("seconds_a_step", "tokens_a_second")} for line in lines]
+
+
+def test_a_killed_run_resumed_equals_one_that_was_not(tmp_path):
+    """With dropout, so that the random state matters too; killed between two checkpoints."""
+    stream = stream_of(tmp_path / "data", dropout=0.2)
+    trainer(stream, tmp_path / "whole").run()
+
+    killed = trainer(stream, tmp_path / "killed")
+    save = killed.save
+
+    def save_and_die():
+        save()
+        if killed.step == 4:
+            killed._update = lambda batches: (_ for _ in ()).throw(KeyboardInterrupt)
+
+    killed.save = save_and_die
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    (tmp_path / "killed" / ".step-00000006.partial").mkdir()  # a checkpoint that was being written
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": 0.0}) + "\n")  # logged, but after the last checkpoint
+    resumed = trainer(stream, tmp_path / "killed")
+    assert resumed.step == 4
+    resumed.run()
+    expected, got = weights_of(tmp_path / "whole", 6), weights_of(tmp_path / "killed", 6)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    assert [line["step"] for line in metrics_of(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
+    assert trainer(stream, tmp_path / "whole").run() != 0.0  # complete: nothing is left to do
+    with pytest.raises(ValueError, match="another learning_rate; continue it with the same"):
+        trainer(stream, tmp_path / "whole", learning_rate=1.0)
+
+
+def test_training_learns_to_read_the_neighbours(tmp_path):
+    stream = stream_of(tmp_path / "data")
+    run = trainer(stream, tmp_path / "run", steps=60, save_every=60, log_every=20, keep=1, clip=None)
+    assert run.run() < 3.0  # from ln 64 = 4.2
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000060"]
+    batch = stream.batch(range(ROWS))
+    with torch.no_grad():
+        run.model.eval()
+        assert run.model.loss(*batch) < 0.8 * run.model.loss(*batch[:2])
+
+
+def test_accumulated_micro_batches_and_several_processes_equal_one_batch(tmp_path):
+    stream = stream_of(tmp_path / "data")
+    trainer(stream, tmp_path / "one", steps=4).run()
+    trainer(stream, tmp_path / "accumulated", steps=4, micro_batch_size=1).run()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
+    command = [sys.executable, str(Path(__file__).parent / "two_processes.py")]
+    both = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    expected, losses = weights_of(tmp_path / "one", 4), [line["loss"] for line in metrics_of(tmp_path / "one")]
+    for name in ("accumulated", "ddp", "fsdp"):
+        got = weights_of(tmp_path / name, 4)
+        for key in expected:
+            torch.testing.assert_close(
+                got[key], expected[key], **SAME, msg=lambda text, at=(name, key): f"{at}: {text}"
+            )
+        assert [line["loss"] for line in metrics_of(tmp_path / name)] == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    stream = stream_of(tmp_path / "data")
+    run = trainer(stream, tmp_path / "run", steps=3)
+    run.run()
+    with torch.no_grad():
+        run.model.final_norm.weight[0] = torch.nan
+    before = {name: x.clone() for name, x in run.model.state_dict().items()}
+    run.settings = settings(tmp_path / "run", steps=9)
+    with pytest.raises(NonFiniteLoss, match=r"update 4: loss nan.*last good checkpoint is .*step-00000003.*rows of"):
+        run.run()
+    assert all(torch.equal(x, before[name]) or x.isnan().any() for name, x in run.model.state_dict().items())
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000002", "step-00000003"]
+    assert not any(x.isnan().any() for x in weights_of(tmp_path / "run", 3).values())
+
+
+def test_the_schedule_and_the_order_of_rows():
+    run = TrainingConfig(output="x", steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = [run.rate(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == 1.0
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+    assert all(x >= y for x, y in itertools.pairwise(rates[9:]))
+    order = Order(7, seed=3)
+    epochs = [[order[place] for place in range(7 * e, 7 * e + 7)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert [Order(7, seed=3)[place] for place in range(21)] == [row for epoch in epochs for row in epoch]
+
+
+def test_the_stream_gives_each_chunk_its_neighbours(tmp_path):
+    stream = stream_of(tmp_path / "data")
+    assert (stream.rows, stream.bytes) == (ROWS, 3 * (ROWS * N + 3))
+    batch = stream.batch([2, 0])
+    flat = np.load(tmp_path / "data" / "tokens.npy").astype(np.int64)
+    assert batch.tokens[0].tolist() == flat[2 * N : 3 * N].tolist()
+    assert batch.targets[0].tolist() == flat[2 * N + 1 : 3 * N + 1].tolist()
+    assert torch.equal(batch.neighbours[0, :, 0, :M].flatten(), torch.from_numpy(flat[2 * N + M : 3 * N + M]))
+    assert batch.neighbour_mask[:, :, 0].all()
+    assert batch.neighbour_mask[0, 0, 1].tolist() == [True] * 5 + [False] * 3
+    assert stream.batch([0], num_neighbours=1).neighbours.shape == (1, N // M, 1, 8)
+    assert stream.batch([0], num_neighbours=0).neighbours is None
+
+
+def test_data_that_do_not_fit_are_named(tmp_path):
+    stream = stream_of(tmp_path / "data")
+    folder, config = tmp_path / "data", stream.config
+
+    def replaced(**changes):
+        return RetroConfig.from_dict({**config.to_dict(), **changes})
+
+    for changes, message in (
+        ({"tokenizer": "words"}, "tokenizer 'letters', expected 'words'"),
+        ({"chunk_size": 8}, "chunk_size 4, expected 8"),
+        ({"max_length": 18}, "multiple of chunk_size"),
+        ({"max_length": 1600}, "expected more than max_length = 1600"),
+        ({"retrieved_length": 6}, "r at most 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenStream(folder, replaced(**changes))
+    with pytest.raises(ValueError, match=r"tokens.npy: got token .* is it from another tokenizer"):
+        TokenStream(folder, replaced(vocab_size=20)).batch([0])
+    np.save(folder / "neighbours.npy", np.load(folder / "neighbours.npy")[:3])
+    with pytest.raises(ValueError, match="at least 24 chunks"):
+        TokenStream(folder, config)
+    np.save(folder / "tokens.npy", np.zeros(99))
+    with pytest.raises(ValueError, match="got float64"):
+        TokenStream(folder, config)
+    (folder / "tokens.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokens.npy is not there"):
+        TokenStream(folder, config)
+
+
+def test_the_command(tmp_path):
+    stream_of(tmp_path / "data")
+    path = tmp_path / "run.yaml"
+    text = f"""
+model: {{preset: tiny, max_length: {N}}}
+data: data
+training: {{output: {tmp_path / "run"}, steps: 2, batch_size: 2, warmup_steps: 1, log_every: 1, peak_flops: 1e12}}
+"""
+    path.write_text(text)
+    result = CliRunner().invoke(app, ["train", str(path), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "step 2/2  loss 4." in result.output
+    assert "MFU" in result.output
+    assert len(checkpoints(tmp_path / "run")) == 1
+    for broken, message in (
+        (text.replace("warmup_steps", "warm_up"), "warm_up"),
+        (text.replace("steps: 2", "steps: 0"), "steps: got 0"),
+        (text.replace("data: data", "data: elsewhere"), "tokens.npy is not there"),
+        (text.replace("data: data", ""), "expected the sections"),
+        (text.replace("batch_size: 2", "batch_size: 2, micro_batch_size: 3"), "micro_batch_size: got 3"),
+    ):
+        path.write_text(broken)
+        result = CliRunner().invoke(app, ["train", str(path)])
+        assert result.exit_code == 2
+        assert message in result.output
