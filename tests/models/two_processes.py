@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from training_common import settings, stream_of
+from training_common import COMPARABLE, settings, stream_of
 
 from retro_kernels.models.training import Trainer
 
@@ -18,7 +18,7 @@ def main(rank: int, folder: Path) -> None:
     stream = stream_of(folder / "data", write=False)
     for parallel in ("ddp", "fsdp"):
         for steps in (2, 4):  # the second takes up the first's checkpoint; both updates of the first are warm-up
-            options = settings(folder / parallel, steps=steps, parallel=parallel, micro_batch_size=1)
+            options = settings(folder / parallel, steps=steps, parallel=parallel, micro_batch_size=1, **COMPARABLE)
             Trainer(stream.config, stream, options, say=lambda text: None).run()
     dist.destroy_process_group()
 
