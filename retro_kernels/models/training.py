@@ -361,6 +361,7 @@ class Trainer:
                     f"{path}: the run in this folder has another {', '.join(different)}; continue it with the same, or "
                     "give another output"
                 )
+        self._barrier()  # all have read before one writes
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(settings, indent=1) + "\n")

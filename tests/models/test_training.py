@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_common import ROWS, M, N, settings, stream_of
+from training_common import COMPARABLE, ROWS, M, N, settings, stream_of
 from typer.testing import CliRunner
 
 from retro_kernels.cli import app
@@ -80,8 +80,8 @@ def test_training_learns_to_read_the_neighbours(tmp_path):
 
 def test_accumulated_micro_batches_and_several_processes_equal_one_batch(tmp_path):
     stream = stream_of(tmp_path / "data")
-    trainer(stream, tmp_path / "one", steps=4).run()
-    trainer(stream, tmp_path / "accumulated", steps=4, micro_batch_size=1).run()
+    trainer(stream, tmp_path / "one", steps=4, **COMPARABLE).run()
+    trainer(stream, tmp_path / "accumulated", steps=4, micro_batch_size=1, **COMPARABLE).run()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     command = [sys.executable, str(Path(__file__).parent / "two_processes.py")]
     both = [
