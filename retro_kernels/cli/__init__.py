@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, doctor, train
+from . import bench, doctor, evaluate, train
 
 app = typer.Typer(
     name="retro-kernels",
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
 
 
 def main() -> None:

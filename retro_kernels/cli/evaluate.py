@@ -1,0 +1,64 @@
+"""`retro-kernels evaluate`: bits per byte of a model on a stream of tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of a model: config.json and safetensors.")],
+    data: Annotated[Path, typer.Argument(help="Folder with tokens.npy, neighbours.npy and data.json.")],
+    retrieval: Annotated[
+        list[str] | None, typer.Option(help="'on', 'off' or 'random'; may be repeated. Default: all that can be.")
+    ] = None,
+    neighbours: Annotated[
+        list[int] | None, typer.Option(help="k; may be repeated, for a sweep. Default: the model's.")
+    ] = None,
+    overlap: Annotated[
+        list[float] | None,
+        typer.Option(help="Also of the chunks that share at most so much with a neighbour, 0 to 1; may be repeated."),
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Only the first rows of max_length tokens. Default: all.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'. Default: the GPU if there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Bits per byte with the retrieved neighbours, without any, and with those of another place in the text."""
+    import torch
+
+    from ..models import Retro
+    from ..models.data import TokenStream
+    from ..models.evaluation import MODES
+    from ..models.evaluation import evaluate as run
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    try:
+        loaded = Retro.from_pretrained(model, device=device)
+        stream = TokenStream(data, loaded.config)
+        kinds = retrieval or (MODES if stream.neighbours is not None and loaded.encoder is not None else ("off",))
+        results = run(
+            loaded, stream, retrieval=kinds, num_neighbours=neighbours, overlaps=overlap or (), batch_size=batch,
+            max_rows=rows,
+        )  # fmt: skip
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(json.dumps([result.to_dict() for result in results], indent=1))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("retrieval", "k", "overlap", "tokens", "bits/token", "bits/byte"):
+        table.add_column(name, justify="left" if name == "retrieval" else "right")
+    for x in results:
+        limit = "all" if x.max_overlap is None else f"<= {x.max_overlap:g}"
+        per_byte = "not known" if x.bits_per_byte is None else f"{x.bits_per_byte:.4f}"
+        table.add_row(x.retrieval, str(x.num_neighbours), limit, str(x.tokens), f"{x.bits_per_token:.4f}", per_byte)
+    Console().print(table)

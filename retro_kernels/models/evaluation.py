@@ -1,0 +1,149 @@
+"""Evaluation: bits per byte with the neighbours, without, and with random ones, and by overlap with the database."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..nn import common
+from ..ops import validate
+from .data import ABSENT, TokenStream
+from .retro import Retro
+
+MODES = ("on", "off", "random")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The loss of a model on a stream.
+
+    Attributes:
+        retrieval: "on", "off" or "random" (the neighbours of another row). num_neighbours: k; 0 where it is off.
+        max_overlap: only chunks that have at most this share of their tokens in one piece in a neighbour; None: all.
+        tokens: how many were predicted. bits_per_token. bits_per_byte: by the bytes a token of the stream has on the
+            average; None where the stream does not say how many bytes it has.
+    """
+
+    retrieval: str
+    num_neighbours: int
+    max_overlap: float | None
+    tokens: int
+    bits_per_token: float
+    bits_per_byte: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Retro,
+    stream: TokenStream,
+    *,
+    retrieval: Collection[str] = MODES,
+    num_neighbours: Collection[int] | None = None,
+    overlaps: Sequence[float] = (),
+    batch_size: int = 8,
+    max_rows: int | None = None,
+    seed: int = 0,
+) -> list[Result]:
+    """The model's loss on every row of the stream (`max_rows` of them, the first), for each kind of retrieval and each
+    k. All predict the same tokens.
+
+    `overlaps`: shares a between 0 and 1. For each there is a result of the chunks C with r(C) <= a alone, where r(C) is
+    the longest stretch of C that a neighbour of C holds, as a share of C (section 2.6): what the model gains there is
+    not copied.
+
+    Raises ValueError for an unknown kind of retrieval, for a k that the stream does not have, for an overlap outside
+    [0, 1], and for "on", "random" or overlaps of a stream without neighbours.
+    """
+    for mode in retrieval:
+        common.one_of("retrieval", mode, MODES)
+    for overlap in overlaps:
+        if not 0.0 <= overlap <= 1.0:
+            raise ValueError(f"overlaps: got {overlap}, expected 0 to 1")
+    validate.integer("batch_size", batch_size, 1)
+    stored = 0 if stream.neighbours is None else stream.neighbours.shape[1]
+    if stored == 0 and (overlaps or set(retrieval) - {"off"}):
+        raise ValueError(f"retrieval: {stream.folder} has no neighbours, expected retrieval=('off',) and no overlaps")
+    ks = [model.config.num_neighbours] if num_neighbours is None else list(num_neighbours)
+    for k in ks:
+        validate.integer("num_neighbours", k, 1, max(stored, 1), f"those of {stream.folder}")
+    count = stream.rows if max_rows is None else min(stream.rows, validate.integer("max_rows", max_rows, 1))
+    rows = list(range(count))
+    other = _other_rows(stream.rows, seed) if "random" in retrieval else []
+    variants = [(mode, k) for mode in retrieval for k in ([0] if mode == "off" else ks)]
+    m = model.config.chunk_size
+    training = model.training
+    model.eval()
+    try:
+        losses = {
+            (mode, k): torch.cat(
+                [
+                    _losses(model, stream, part, k, [other[row] for row in part] if mode == "random" else None)
+                    for part in _batches(rows, batch_size)
+                ]
+            )
+            for mode, k in variants
+        }
+    finally:
+        model.train(training)
+    share = torch.from_numpy(_overlaps(stream, count, m)) if overlaps else torch.zeros(0)
+    per_byte = None if not stream.bytes else len(stream.tokens) / stream.bytes
+    results = []
+    for (mode, k), loss in losses.items():
+        # The target of place i is token i + 1: chunk u's letters are predicted one place earlier.
+        by_chunk = loss.flatten()[m - 1 : -1].unflatten(0, (-1, m)) if overlaps else loss
+        for limit in (None, *overlaps):
+            kept = loss if limit is None else by_chunk[share.flatten()[1:] <= limit]
+            bits = float(kept.double().mean()) / math.log(2) if kept.numel() else math.nan
+            results.append(Result(mode, k, limit, kept.numel(), bits, None if per_byte is None else bits * per_byte))
+    return results
+
+
+def _losses(model: Retro, stream: TokenStream, rows: list[int], k: int, of: list[int] | None) -> torch.Tensor:
+    batch = stream.batch(rows, k, of).to(model.embedding.weight.device)
+    return model.loss(*batch, reduction="none").float().cpu()
+
+
+def _batches(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+
+def _other_rows(rows: int, seed: int) -> list[int]:
+    """For each row another one, no row twice: a random ring."""
+    if rows == 1:
+        raise ValueError("stream: got one row, expected at least two, as random neighbours are those of another row")
+    order = np.random.default_rng(seed).permutation(rows)
+    other = np.empty(rows, dtype=np.int64)
+    other[order] = np.roll(order, 1)
+    return other.tolist()
+
+
+def _overlaps(stream: TokenStream, rows: int, m: int) -> np.ndarray:
+    """r(C) of every chunk of the first rows, [chunks]."""
+    if stream.neighbours is None:
+        raise ValueError(f"{stream.folder}: no neighbours to overlap with")
+    chunks = rows * stream.config.max_length // m
+    found = np.empty(chunks)
+    for u in range(chunks):
+        chunk, neighbours = stream.tokens[u * m : (u + 1) * m], stream.neighbours[u]
+        found[u] = longest_common_stretch(chunk, neighbours) / m
+    return found
+
+
+def longest_common_stretch(chunk: np.ndarray, neighbours: np.ndarray) -> int:
+    """chunk [m], neighbours [k, r] -> the length of the longest run of tokens that the chunk shares with one of them.
+    Absent tokens are like none."""
+    chunk, neighbours = np.asarray(chunk, dtype=np.int64), np.asarray(neighbours, dtype=np.int64)
+    running = np.zeros((neighbours.shape[0], neighbours.shape[1] + 1), dtype=np.int64)
+    longest = 0
+    for token in chunk:  # running[j, t + 1]: the common run that ends with this token and with token t of neighbour j
+        running[:, 1:] = np.where((neighbours == token) & (neighbours != ABSENT), running[:, :-1] + 1, 0)
+        longest = max(longest, int(running.max(initial=0)))
+    return longest
