@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, doctor, evaluate, train
+from . import bench, doctor, evaluate, generate, train
 
 app = typer.Typer(
     name="retro-kernels",
@@ -22,6 +22,7 @@ app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
 
 
 def main() -> None:
