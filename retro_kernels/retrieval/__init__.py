@@ -1,0 +1,6 @@
+"""The retrieval database: chunks, their embeddings and the index over them (RETRO, arXiv 2112.04426, section 2.1)."""
+
+from .files import DatabaseError
+from .store import Database, Source
+
+__all__ = ["Database", "DatabaseError", "Source"]

@@ -1,0 +1,105 @@
+"""Files that are whole or absent: checksums, atomic writes, and paths that stay in their folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+
+class DatabaseError(Exception):
+    """A database that is missing, of another version, damaged, in use, or that cannot be built as asked."""
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal, read in blocks of 4 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """One value, one text: sorted keys, no blanks that depend on the writer."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """After a crash at any moment `path` holds either what it held before or all of `content`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """-> the parsed file. Raises DatabaseError where it is missing or is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DatabaseError(f"{path} does not exist: {path.parent} holds no finished retrieval database") from None
+    except (ValueError, RecursionError) as error:
+        raise DatabaseError(f"{path} is not valid JSON ({error}): the file is damaged; rebuild or restore it") from None
+
+
+def inside(folder: Path, name: object) -> Path:
+    """-> folder / name. Raises DatabaseError where `name` is no plain relative path or leads out of `folder`."""
+    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
+        raise DatabaseError(f"the manifest names a file {name!r}; expected a relative path with forward slashes")
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise DatabaseError(f"the manifest names {name!r}, which lies outside the database's folder {folder}")
+    path = folder / parts
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DatabaseError(f"{name!r} is a link that leads out of the database's folder {folder}")
+    return path
+
+
+def describe(folder: Path, path: Path) -> dict[str, Any]:
+    """A file's entry in a manifest: its path below `folder`, its size in bytes and its SHA-256."""
+    return {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def problem_with(folder: Path, entry: dict[str, Any]) -> str | None:
+    """What differs between a file and its manifest entry, or None. Reads the whole file."""
+    path = inside(folder, entry.get("path"))
+    if not path.is_file():
+        return f"{entry['path']}: missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{entry['path']}: {size:,} bytes, the manifest says {entry['bytes']:,}"
+    if sha256(path) != entry["sha256"]:
+        return f"{entry['path']}: altered, its SHA-256 is not the manifest's"
+    return None
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Turns the operating system's "no space left" into an error that says where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DatabaseError(
+            f"the disk of {folder} is full ({error.strerror}). What is finished was kept: free space and run the same "
+            "build again, it resumes"
+        ) from error
