@@ -2,5 +2,6 @@
 
 from .files import DatabaseError
 from .store import Database, Source
+from .writer import ShardWriter, committed_shard, finish_database
 
-__all__ = ["Database", "DatabaseError", "Source"]
+__all__ = ["Database", "DatabaseError", "ShardWriter", "Source", "committed_shard", "finish_database"]

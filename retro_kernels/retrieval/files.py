@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -103,3 +104,19 @@ def full_disk_named(folder: Path) -> Iterator[None]:
             f"the disk of {folder} is full ({error.strerror}). What is finished was kept: free space and run the same "
             "build again, it resumes"
         ) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` for one builder. Raises DatabaseError where another process holds it.
+
+    The lock is on the folder itself and goes with its process: a killed builder leaves nothing to clean up."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DatabaseError(f"another process is building {folder}: wait for it, or build elsewhere") from None
+        yield
+    finally:
+        os.close(descriptor)

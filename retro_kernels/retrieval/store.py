@@ -225,19 +225,17 @@ class Database:
             documents[chosen] = shard.documents[flat[chosen] - first].long() + int(self._first_document[number])
         return documents.view(shape)
 
-    def source(self, ids: Tensor | np.ndarray) -> list[Source | None]:
+    def source(self, chunk: int) -> Source:
+        """-> where one chunk comes from. Raises IndexError for a negative number or one beyond the last chunk."""
+        if not 0 <= chunk < len(self):
+            raise IndexError(f"chunk: got {chunk}; the database has {len(self)} chunks")
+        number = int(np.searchsorted(self._first_chunk, chunk, side="right")) - 1
+        local = chunk - int(self._first_chunk[number])
+        return self._shards[number].source(local, self.chunk_size, int(self._first_document[number]))
+
+    def sources(self, ids: Tensor | np.ndarray) -> list[Source | None]:
         """-> where each chunk of `ids` (flattened) comes from; None for a negative id."""
-        flat, _ = self._flat(ids)
-        found: list[Source | None] = []
-        for i in flat.tolist():
-            if i < 0:
-                found.append(None)
-                continue
-            number = self._shard_of(i)
-            shard = self._shards[number]
-            local = i - int(self._first_chunk[number])
-            found.append(shard.source(local, self.chunk_size, int(self._first_document[number])))
-        return found
+        return [self.source(chunk) if chunk >= 0 else None for chunk in self._flat(ids)[0].tolist()]
 
     def embeddings(self, block: int = 65536) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (number of the first chunk, [at most `block`, dim] view of the memory map) through all chunks.
@@ -293,9 +291,6 @@ class Database:
             raise IndexError(f"ids: got {int(flat.max())}; the database has {len(self)} chunks")
         return flat, tuple(tensor.shape)
 
-    def _shard_of(self, chunk: int) -> int:
-        return int(np.searchsorted(self._first_chunk, chunk, side="right")) - 1
-
     def _numbered_shards(self, flat: Tensor) -> Iterator[tuple[int, tuple[_Shard, int, Tensor | None]]]:
         """The shards that `flat` touches, each with its first chunk and its rows of `flat` (None: all of them)."""
         if not len(flat):
@@ -335,8 +330,9 @@ def checked_manifest(manifest: Any, folder: Path) -> dict[str, Any]:
             if sum(shard[total] for shard in manifest["shards"]) != manifest["counts"][total]:
                 raise ValueError(f"the shards' {total} do not add up to counts")
         for shard in manifest["shards"]:
-            for name, size in file_bytes(manifest, shard).items():
-                _check_size(folder, shard["files"][name], size)
+            sizes = file_bytes(manifest, shard)
+            for name in sizes.keys() | shard["files"].keys():
+                _check_size(folder, shard["files"][name], sizes.get(name))
         for entry in manifest["index"]["files"] if manifest["index"] else []:
             _check_size(folder, entry, None)
     except (KeyError, TypeError, ValueError) as error:
