@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, doctor, evaluate, generate, train
+from . import bench, db, doctor, evaluate, generate, train
 
 app = typer.Typer(
     name="retro-kernels",
@@ -23,6 +23,7 @@ app.command("bench")(bench.bench)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.add_typer(db.app, name="db")
 
 
 def main() -> None:

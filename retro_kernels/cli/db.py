@@ -1,0 +1,56 @@
+"""`retro-kernels db`: retrieval databases, one function per subcommand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from retro_kernels.retrieval import Database
+
+app = typer.Typer(help="Retrieval databases: what one holds, and whether it is whole.", no_args_is_help=True)
+Folder = Annotated[Path, typer.Argument(help="The database's folder.", show_default=False)]
+
+
+def _open(folder: Path) -> Database:
+    from retro_kernels.retrieval import Database, DatabaseError
+
+    try:
+        return Database(folder)
+    except DatabaseError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def info(folder: Folder) -> None:
+    """Says what a database holds: counts, sizes, tokenizer, embedder and index."""
+    database = _open(folder)
+    manifest = database.manifest
+    counts = manifest["counts"]
+    size = sum(file["bytes"] for shard in manifest["shards"] for file in shard["files"].values())
+    embeddings = "none" if database.dim is None else f"{database.dim} x {manifest['embedding_dtype']}"
+    for name, value in {
+        "chunks": f"{counts['chunks']:,} of {manifest['chunk_size']} tokens ({manifest['token_dtype']})",
+        "documents": f"{counts['documents']:,}",
+        "tokens": f"{counts['tokens']:,} without padding",
+        "shards": f"{len(manifest['shards']):,}, {size:,} bytes",
+        "embeddings": embeddings,
+        "tokenizer": manifest["tokenizer"],
+        "embedder": manifest["embedder"] or "none",
+        "index": manifest["index"] or "none",
+    }.items():
+        typer.echo(f"{name:<11} {value}")
+
+
+@app.command()
+def verify(folder: Folder) -> None:
+    """Reads every file and checks every checksum and count. Exit code 1 where something is wrong."""
+    problems = _open(folder).verify()
+    for line in problems:
+        typer.echo(f"error: {line}", err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo("every checksum and count holds")
