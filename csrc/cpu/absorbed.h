@@ -4,7 +4,9 @@
 //
 // A block of states is packed once for all heads that a thread computes of one chunk, a head's weights once for all its
 // rows. Everything that is broadcast lies in blocks of kWide columns, so that a register tile walks a few KiB.
-// The biases of the projections are one more column: of ones in E, bias_key in Wk, bias_value in Wv.
+// The biases of the projections are two more columns: of ones in E, bias_key and zeros in Wk, bias_value and zeros in
+// Wv. What a row's bias adds is the same for all slots and may be large beside their differences, so that what rounding
+// to bf16 leaves of it goes into the second column.
 #pragma once
 #include "forward.h"
 
@@ -17,13 +19,13 @@ constexpr int64_t kWideLd = kWide + 16;  // not a multiple of 512 bytes: rows of
 
 struct AbsorbedSizes {
   Sizes z;
-  int64_t width, all, padded;      // e; with the column of biases; that to 16
+  int64_t width, all, padded;      // e; with the columns of biases; that to 16
   int64_t down, straight;          // blocks along the width: of columns, and of elements summed over
 
   AbsorbedSizes(const Absorbed& a, bool pairs) : z(a.p, pairs) {
-    z.keys = a.width <= 4096 ? kMostKeys : kMostKeys / 2;
+    z.keys = absorbed_key_block(a.width);
     width = a.width;
-    all = width + (a.bias_key.data || a.bias_value.data ? 1 : 0);
+    all = absorbed_columns(a);
     padded = round_up(all, 16);
     down = (padded + kWide - 1) / kWide;
     straight = ((pairs ? padded / 2 : padded) + kWide - 1) / kWide;
@@ -53,7 +55,7 @@ struct Packed {
 struct AbsorbedBuffers {
   ForwardBuffers f;
   Packed states, w_key, w_value;
-  float *line, *absorbed, *staging, *gathered, *gathered_pairs, *probabilities, *out, *null_logit, *extra;
+  float *line, *absorbed, *staging, *gathered, *gathered_pairs, *probabilities, *out, *null_logit;
 
   AbsorbedBuffers(const Absorbed& a, const AbsorbedSizes& s, Arena* arena)
       : f(a.p, s.z, arena), states(s, s.z.keys, true, true, arena), w_key(s, a.p.dim, false, true, arena),
@@ -67,11 +69,10 @@ struct AbsorbedBuffers {
     probabilities = arena->take(s.z.keys * kRows);
     out = arena->take(kRows * s.z.dim_value);
     null_logit = arena->take(kRows);
-    extra = arena->take(kMaxDim);
   }
 };
 
-// `row(i)` is where row i begins, `last(i)` what its column of biases holds.
+// `row(i)` is where row i begins, `last(i, c)` what its column c of biases holds.
 template <class T, bool kPairs, class Row, class Last>
 RK_INLINE void pack_matrix(const AbsorbedSizes& s, int64_t rows, const Packed& to, float* line, Row row, Last last) {
   if constexpr (kPairs) {
@@ -83,7 +84,7 @@ RK_INLINE void pack_matrix(const AbsorbedSizes& s, int64_t rows, const Packed& t
         if (i + j < rows) {
           n = s.width;
           __builtin_memcpy(x, row(i + j), (size_t)n * 2);
-          if (s.all > n) narrow(last(i + j), x + n), ++n;
+          for (int64_t c = 0; n < s.all; ++c, ++n) narrow(last(i + j, c), x + n);
         }
         __builtin_memset((void*)(x + n), 0, (size_t)(s.padded - n) * 2);
         if (to.across)
@@ -102,7 +103,7 @@ RK_INLINE void pack_matrix(const AbsorbedSizes& s, int64_t rows, const Packed& t
     for (int64_t i = 0; i < round_up(rows, 8); ++i) {
       if (i < rows) {
         widen_row((const T*)row(i), s.width, line, s.padded);
-        if (s.all > s.width) line[s.width] = last(i);
+        for (int64_t c = 0; s.width + c < s.all; ++c) line[s.width + c] = last(i, c);
       } else {
         __builtin_memset(line, 0, (size_t)s.padded * 4);
       }
@@ -131,23 +132,23 @@ RK_INLINE void multiply_across(const Packed& a, int64_t rows, int64_t depth, con
     }
 }
 
-// C[column of the width][columns] (+)= A' B, summed over `depth` rows of A. B and C are in panels.
+// C[column of the width][columns] (+)= A' B, summed over `depth` rows of A. B and C are in panels, B's rows `ldb` apart.
 template <bool kPairs>
-RK_INLINE void multiply_down(const Packed& a, int64_t width, int64_t depth, const float* b, int64_t panel_b,
+RK_INLINE void multiply_down(const Packed& a, int64_t width, int64_t depth, const float* b, int64_t panel_b, int64_t ldb,
                              int64_t columns, float* c, int64_t panel_c, bool add) {
   Prefetch none;
   for (int64_t w = 0; w < width; w += kWide)
     for (int64_t k = 0; k < depth; k += kDepth)
       for (int64_t x = 0; x < columns; x += kPanel) {
         const float* at = a.down + w / kWide * a.down_block + k * kWideLd;
-        const float* from = b + x / kPanel * panel_b + k * kPanel;
+        const float* from = b + x / kPanel * panel_b + k * ldb;
         float* to = c + x / kPanel * panel_c + w * kPanel;
         const int64_t vectors = least(columns - x, kPanel) / kLanes, n = least(kDepth, depth - k);
         const int64_t rows = least(kWide, width - w);
         if (add || k > 0)
-          multiply_strip<true, kPairs, true>(rows, vectors, n, at, kWideLd, from, kPanel, 0, to, kPanel, &none);
+          multiply_strip<true, kPairs, true>(rows, vectors, n, at, kWideLd, from, ldb, 0, to, kPanel, &none);
         else
-          multiply_strip<true, kPairs, false>(rows, vectors, n, at, kWideLd, from, kPanel, 0, to, kPanel, &none);
+          multiply_strip<true, kPairs, false>(rows, vectors, n, at, kWideLd, from, ldb, 0, to, kPanel, &none);
       }
 }
 
@@ -165,29 +166,43 @@ RK_INLINE void pair_rows(int64_t rows, int64_t columns, const float* from, int64
 #endif
 }
 
-template <class T, bool kPairs>
-static void pack_states(const Absorbed& a, const AbsorbedSizes& s, const AbsorbedBuffers& f, const Item& item,
-                        const Keys& keys) {
-  const T* start = (const T*)a.encoded + item.b * a.encoded_stride[0] + item.chunk * a.encoded_stride[1];
-  pack_matrix<T, kPairs>(
-      s, keys.count, f.states, f.line,
-      [&](int64_t i) {
-        return start + keys.slot[i] / a.p.retrieved * a.encoded_stride[2] + keys.slot[i] % a.p.retrieved * a.encoded_stride[3];
-      },
-      [](int64_t) { return 1.0f; });
+// The same of products with weights, whose two rows of biases are one number a column, in two parts.
+template <bool kPairs>
+RK_INLINE void pair_absorbed(const AbsorbedSizes& s, int64_t columns, float* from, int64_t panel_from, float* to,
+                             int64_t panel_to) {
+  if (kPairs && s.all > s.width)
+    for (int64_t x = 0; x < columns; ++x) {
+      float* at = from + x / kPanel * panel_from + s.width * kPanel + x % kPanel;
+      bfloat_t high;
+      narrow(at[0], &high);
+      at[kPanel] = at[0] - widen(high);
+    }
+  pair_rows<kPairs>(round_up(s.all, 2), columns, from, panel_from, to, panel_to);
 }
 
 template <class T, bool kPairs>
-static void pack_weight(const Absorbed& a, const AbsorbedSizes& s, const AbsorbedBuffers& f, int64_t kv, bool value) {
+static void pack_states(const Absorbed& a, const AbsorbedSizes& s, const Packed& states, float* line, const Item& item,
+                        const Keys& keys) {
+  const T* start = (const T*)a.encoded + item.b * a.encoded_stride[0] + item.chunk * a.encoded_stride[1];
+  pack_matrix<T, kPairs>(
+      s, keys.count, states, line,
+      [&](int64_t i) {
+        return start + keys.slot[i] / a.p.retrieved * a.encoded_stride[2] + keys.slot[i] % a.p.retrieved * a.encoded_stride[3];
+      },
+      [](int64_t, int64_t) { return 1.0f; });
+}
+
+template <class T, bool kPairs>
+static void pack_weight(const Absorbed& a, const AbsorbedSizes& s, const Packed& weight, float* line, int64_t kv,
+                        bool value) {
   const Operand& bias = value ? a.bias_value : a.bias_key;
   const int64_t* stride = value ? a.w_value_stride : a.w_key_stride;
   const int64_t rows = value ? a.p.dim_value : a.p.dim;
   const T* start = (const T*)(value ? a.w_value : a.w_key) + kv * stride[0];
-  __builtin_memset(f.extra, 0, kMaxDim * 4);
-  if (bias.data) widen_operand(bias, kv * bias.stride0, rows, f.extra);
+  float last[kMaxDim] = {};
+  if (bias.data) widen_operand(bias, kv * bias.stride0, rows, last);
   pack_matrix<T, kPairs>(
-      s, rows, value ? f.w_value : f.w_key, f.line, [&](int64_t i) { return start + i * stride[1]; },
-      [&](int64_t i) { return f.extra[i]; });
+      s, rows, weight, line, [&](int64_t i) { return start + i * stride[1]; }, [&](int64_t i, int64_t c) { return c ? 0.0f : last[i]; });
 }
 
 template <class T, bool kPairs>
@@ -212,26 +227,15 @@ static void absorbed_items(const Absorbed& a, int64_t first_item, int64_t last_i
     if (one_block && index / p.kv_heads != packed_place) {
       int64_t cursor = 0;
       next_keys(p, item, z.keys, &cursor, item.slots, &keys);
-      pack_states<T, kPairs>(a, s, g, item, keys);
+      pack_states<T, kPairs>(a, s, g.states, g.line, item, keys);
       packed_place = index / p.kv_heads;
     }
-    pack_weight<T, kPairs>(a, s, g, item.kv, false);
-    pack_weight<T, kPairs>(a, s, g, item.kv, true);
+    pack_weight<T, kPairs>(a, s, g.w_key, g.line, item.kv, false);
+    pack_weight<T, kPairs>(a, s, g.w_value, g.line, item.kv, true);
     const int64_t blocks = row_blocks(p, item);
     for (int64_t block = 0; block < blocks; ++block) {
       make_rows(p, item, block, &rows);
-      const auto pack_rows = [&](const float* added, float* panels) {
-        for (int64_t i = 0; i < rows.count; ++i)
-          pack_row<T, kPairs>((const T*)p.query + row_offset(p.query_stride, item, rows, i), p.dim, nullptr, nullptr, 0,
-                              0, false, f.raw + i * z.ld, z.ld - 16, added);
-        for (int64_t i = rows.count; i < rows.padded; ++i) __builtin_memset(f.raw + i * z.ld, 0, (size_t)z.ld * 4);
-        transpose_rows(f.raw, z.ld, rows.padded, round_up(z.depth, 16), panels);
-      };
-      if (f.rows_relative != f.rows) {
-        const float* added = head_vector(p, p.relative_bias, rows, f.relative_bias);
-        pack_rows(added, f.rows_relative);
-      }
-      pack_rows(head_vector(p, p.content_bias, rows, f.content_bias), f.rows);
+      pack_query_rows<T, kPairs>(p, item, z, f, rows);
 
       const bool null_slot = p.null_key.data != nullptr;
       const uint64_t null_kept = null_slot && p.dropout ? draw_null(p, rows) : ~(uint64_t)0;
@@ -255,13 +259,13 @@ static void absorbed_items(const Absorbed& a, int64_t first_item, int64_t last_i
           cursor = item.slots + 1;
         } else {
           next_keys(p, item, z.keys, &cursor, item.slots, &keys);
-          if (keys.count > 0) pack_states<T, kPairs>(a, s, g, item, keys);
+          if (keys.count > 0) pack_states<T, kPairs>(a, s, g.states, g.line, item, keys);
         }
         if (keys.count == 0) break;
         if (!seen) {
-          multiply_down<kPairs>(g.w_key, columns_of_width, z.depth, f.rows, panel_size(z.depth), rows.padded, g.staging,
-                                panel, false);
-          pair_rows<kPairs>(round_up(s.all, 2), rows.padded, g.staging, panel, g.absorbed, panel_pairs);
+          multiply_down<kPairs>(g.w_key, columns_of_width, z.depth, f.rows, panel_size(z.depth), kPanel, rows.padded,
+                                g.staging, panel, false);
+          pair_absorbed<kPairs>(s, rows.padded, g.staging, panel, g.absorbed, panel_pairs);
         }
         if (p.bias.data) gather_bias(p, rows, keys, f.bias);
         multiply_across<kPairs>(g.states, keys.padded, depth, g.absorbed, panel_pairs, rows.padded, f.scores, kPanel,
@@ -282,8 +286,8 @@ static void absorbed_items(const Absorbed& a, int64_t first_item, int64_t last_i
             float* x = g.gathered + i / kPanel * panel + i % kPanel;
             for (int64_t j = 0; j < columns_of_width; ++j) store(x + j * kPanel, load(x + j * kPanel) * alpha);
           }
-        multiply_down<kPairs>(g.states, columns_of_width, key_depth, g.probabilities, panel_p, rows.padded, g.gathered,
-                              panel, seen);
+        multiply_down<kPairs>(g.states, columns_of_width, key_depth, g.probabilities, panel_p, kPanel, rows.padded,
+                              g.gathered, panel, seen);
         seen = true;
       }
 
@@ -299,6 +303,9 @@ static void absorbed_items(const Absorbed& a, int64_t first_item, int64_t last_i
       } else {
         __builtin_memset(f.out, 0, (size_t)(kRows * z.dim_value) * 4);
       }
+      float* const lse = f.rescale;
+      for (int64_t i = 0; i < rows.padded; i += kLanes)
+        store(lse + i, (load(f.highest + i) + log2(load(f.sum + i))) * kLn2);
       for (int64_t i = 0; i < rows.count; ++i) {
         const int64_t position = rows.position[i];
         T* out = (T*)p.out + position * p.dim_value;
@@ -313,7 +320,7 @@ static void absorbed_items(const Absorbed& a, int64_t first_item, int64_t last_i
           add_scaled(f.out + i * z.dim_value, exp2(splat(g.null_logit[i] - f.highest[i]))[0], f.null_value, p.dim_value);
         }
         narrow_row(f.out + i * z.dim_value, p.dim_value, (p.dropout ? p.survivor : 1.0f) / sum, out);
-        p.lse[position] = (f.highest[i] + __builtin_log2f(sum)) * kLn2;
+        p.lse[position] = lse[i];
       }
     }
   }

@@ -15,6 +15,7 @@ struct BackwardBuffers {
   float *grad, *grad_panels, *grad_across;
   float *scores, *grad_scores, *bias;
   float *p_down, *ds_down, *ds_across;  // pairs along the rows, along the rows, along the keys
+  float* p_across = nullptr;            // pairs along the keys, where it is wanted
   float *grad_query, *grad_key, *grad_value;
   float *lse, *delta, *null_key, *null_value, *wide, *wide_grad;
   // relative positions: the rows that meet the table, as above, and their gradients
@@ -161,6 +162,10 @@ static void differentiate_block(const Keys& keys, int64_t padded_rows, float fac
         store_down(p[2], p[3], f.p_down + (k + 1) * kRows / 2 + i / 2);
         store_down(ds[0], ds[1], f.ds_down + k * kRows / 2 + i / 2);
         store_down(ds[2], ds[3], f.ds_down + (k + 1) * kRows / 2 + i / 2);
+        if (f.p_across) {
+          store_pairs(p[0], p[2], f.p_across + k / 2 * kRows + i);
+          store_pairs(p[1], p[3], f.p_across + k / 2 * kRows + i + 16);
+        }
         store_pairs(ds[0], ds[2], f.ds_across + k / 2 * kRows + i);
         store_pairs(ds[1], ds[3], f.ds_across + k / 2 * kRows + i + 16);
       }
@@ -270,20 +275,21 @@ static void write_keys(const Problem& p, const Item& item, const Sizes& z, const
 #endif
 }
 
+// Sums up u's and v's gradients, and adds the table's share of dQ to the keys'.
+static void join_relative(const Problem& p, const Sizes& z, const BackwardBuffers& f, const Rows& rows, int64_t copy) {
+  const auto add_columns = [&](float* partial, const float* gradients) {
+    if (!partial) return;
+    partial += (copy * p.heads + rows.head[0]) * p.dim;
+    for (int64_t i = 0; i < rows.count; ++i)
+      if (f.lse[i] != infinity()) add_scaled(partial, p.scale, gradients + i * z.dim, p.dim);
+  };
+  add_columns(p.content_bias_partial, f.grad_query);
+  add_columns(p.relative_bias_partial, f.grad_query_relative);
+  add_scaled(f.grad_query, 1.0f, f.grad_query_relative, rows.count * z.dim);
+}
+
 template <class T>
-static void write_queries(const Problem& p, const Item& item, const Sizes& z, const BackwardBuffers& f,
-                          const Rows& rows, bool computed, int64_t copy) {
-  if (p.relative_key.data && computed) {
-    const auto add_columns = [&](float* partial, const float* gradients) {
-      if (!partial) return;
-      partial += (copy * p.heads + rows.head[0]) * p.dim;
-      for (int64_t i = 0; i < rows.count; ++i)
-        if (f.lse[i] != infinity()) add_scaled(partial, p.scale, gradients + i * z.dim, p.dim);
-    };
-    add_columns(p.content_bias_partial, f.grad_query);
-    add_columns(p.relative_bias_partial, f.grad_query_relative);
-    add_scaled(f.grad_query, 1.0f, f.grad_query_relative, rows.count * z.dim);
-  }
+static void write_queries(const Problem& p, const Sizes& z, const BackwardBuffers& f, const Rows& rows, bool computed) {
   for (int64_t i = 0; i < rows.count; ++i) {
     T* out = (T*)p.grad_query + rows.position[i] * p.dim;
     float* dq = f.grad_query + i * z.dim;
@@ -359,7 +365,8 @@ static void backward_typed(const Problem& p, int64_t index, int64_t following, i
         if (one_sweep) write_keys<T>(p, item, z, f, keys);
         started = true;
       }
-      write_queries<T>(p, item, z, f, rows, started, copy);
+      if (started && p.relative_key.data) join_relative(p, z, f, rows, copy);
+      write_queries<T>(p, z, f, rows, started);
     }
     if (one_sweep) return;
   }
@@ -387,7 +394,9 @@ static void backward_typed(const Problem& p, int64_t index, int64_t following, i
       if (seen)
         backward_tile<T, kPairs>(p, z, f, rows, keys, one_sweep, true, null_slot, p.causal || block > 0, one_sweep,
                                  copy, &ahead);
-      if (one_sweep) write_queries<T>(p, item, z, f, rows, null_slot || seen, copy);
+      if (!one_sweep) continue;
+      if ((null_slot || seen) && p.relative_key.data) join_relative(p, z, f, rows, copy);
+      write_queries<T>(p, z, f, rows, null_slot || seen);
     }
     write_keys<T>(p, item, z, f, keys);
   } while (cursor < slots);

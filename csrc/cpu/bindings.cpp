@@ -17,6 +17,21 @@
 namespace retro_kernels {
 namespace {
 
+// The gradients of parameters, and their partial sums.
+#define RK_PARAMETERS                                                                                             \
+  MaybeTensor grad_bias, MaybeTensor grad_relative_key, MaybeTensor grad_content_bias,                             \
+      MaybeTensor grad_relative_bias, MaybeTensor grad_null_key, MaybeTensor grad_null_value,                      \
+      MaybeTensor bias_partial, MaybeTensor relative_partial, MaybeTensor content_bias_partial,                    \
+      MaybeTensor relative_bias_partial, MaybeTensor null_key_partial, MaybeTensor null_value_partial
+#define RK_ALL_PARAMETERS                                                                                         \
+  grad_bias, grad_relative_key, grad_content_bias, grad_relative_bias, grad_null_key, grad_null_value,             \
+      bias_partial, relative_partial, content_bias_partial, relative_bias_partial, null_key_partial, null_value_partial
+#define RK_PARAMETERS_SCHEMA                                                                                      \
+  "Tensor(d!)? grad_bias, Tensor(e!)? grad_relative_key, Tensor(f!)? grad_content_bias, "                          \
+  "Tensor(g!)? grad_relative_bias, Tensor(h!)? grad_null_key, Tensor(i!)? grad_null_value, "                       \
+  "Tensor(j!)? bias_partial, Tensor(k!)? relative_partial, Tensor(l!)? content_bias_partial, "                     \
+  "Tensor(m!)? relative_bias_partial, Tensor(n!)? null_key_partial, Tensor(o!)? null_value_partial"
+
 // The slots of ops/attention/common.py, in their order.
 #define RK_ARGUMENTS                                                                                               \
   Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTensor bias, MaybeTensor relative_key,            \
@@ -205,11 +220,11 @@ void forward(RK_ARGUMENTS, RK_SETTINGS, Tensor out, Tensor lse) {
   });
 }
 
-// `key` and `value` have the shapes that keys and values would have and are not read.
-void absorbed_forward(RK_ARGUMENTS, RK_SETTINGS, Tensor encoded, Tensor w_key, Tensor w_value, MaybeTensor bias_key,
-                      MaybeTensor bias_value, Tensor out, Tensor lse) {
+// `key` and `value` of the problem have the shapes that keys and values would have and are not read.
+Absorbed make_absorbed(const Problem& problem, const Tensor& encoded, const Tensor& w_key, const Tensor& w_value,
+                       const MaybeTensor& bias_key, const MaybeTensor& bias_value) {
   Absorbed a{};
-  a.p = make_problem(RK_ALL);
+  a.p = problem;
   Problem& p = a.p;
   STD_TORCH_CHECK(p.grouping == kClock && p.rotary_width == 0, "the absorbed forward needs grouping CLOCK, no rotation");
   p.key = p.value = nullptr;
@@ -231,6 +246,13 @@ void absorbed_forward(RK_ARGUMENTS, RK_SETTINGS, Tensor encoded, Tensor w_key, T
   for (int i = 0; i < 2; ++i) a.w_key_stride[i] = w_key.stride(i), a.w_value_stride[i] = w_value.stride(i);
   a.bias_key = operand(bias_key, "bias_key", {p.kv_heads, p.dim});
   a.bias_value = operand(bias_value, "bias_value", {p.kv_heads, p.dim_value});
+  return a;
+}
+
+void absorbed_forward(RK_ARGUMENTS, RK_SETTINGS, Tensor encoded, Tensor w_key, Tensor w_value, MaybeTensor bias_key,
+                      MaybeTensor bias_value, Tensor out, Tensor lse) {
+  Absorbed a = make_absorbed(make_problem(RK_ALL), encoded, w_key, w_value, bias_key, bias_value);
+  Problem& p = a.p;
   check_shape(out, "out", {p.batch, 1, 1, p.tokens, p.heads, p.dim_value});
   check_shape(lse, "lse", {p.batch, 1, 1, p.tokens, p.heads});
   STD_TORCH_CHECK(type_of(out, "out") == p.type && type_of(lse, "lse") == kFloat32,
@@ -306,12 +328,10 @@ float* partial_sums(const MaybeTensor& partial, const MaybeTensor& total, int64_
   return static_cast<float*>(output(*partial, name));
 }
 
-void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS, Tensor grad_query, Tensor grad_key,
-              Tensor grad_value, MaybeTensor grad_bias, MaybeTensor grad_relative_key, MaybeTensor grad_content_bias,
-              MaybeTensor grad_relative_bias, MaybeTensor grad_null_key, MaybeTensor grad_null_value,
-              MaybeTensor bias_partial, MaybeTensor relative_partial, MaybeTensor content_bias_partial,
-              MaybeTensor relative_bias_partial, MaybeTensor null_key_partial, MaybeTensor null_value_partial) {
-  Problem p = make_problem(RK_ALL);
+// What both backwards are given but the gradients of keys and values, or of what they are made of.
+void set_gradients(Problem& p, const Tensor& grad_out, const Tensor& out, const Tensor& lse, const Tensor& grad_query,
+                   const MaybeTensor& bias, const MaybeTensor& relative_key, const MaybeTensor& content_bias,
+                   const MaybeTensor& relative_bias, const MaybeTensor& null_key, RK_PARAMETERS) {
   const auto rows = {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim_value};
   check_shape(grad_out, "grad_out", rows);
   check_shape(out, "out", rows);
@@ -322,11 +342,7 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
                   "grad_out and out must have the query's dtype and lse float32");
   check_shape(grad_query, "grad_query",
               {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim});
-  check_shape(grad_key, "grad_key", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
-  check_shape(grad_value, "grad_value", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim_value});
-  STD_TORCH_CHECK(type_of(grad_query, "grad_query") == p.type && type_of(grad_key, "grad_key") == p.type &&
-                      type_of(grad_value, "grad_value") == p.type,
-                  "gradients must have the dtype of query, key and value");
+  STD_TORCH_CHECK(type_of(grad_query, "grad_query") == p.type, "grad_query must have the query's dtype");
   if (grad_bias) {
     STD_TORCH_CHECK(!!bias, "grad_bias without attention_bias");
     check_shape(*grad_bias, "grad_bias", {p.heads, p.table_rows, p.bias_slots});
@@ -343,8 +359,6 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
   p.grad_out = grad_out.numel() ? grad_out.const_data_ptr() : nullptr;
   for (int i = 0; i < 5; ++i) p.grad_out_stride[i] = grad_out.stride(i);
   p.grad_query = output(grad_query, "grad_query");
-  p.grad_key = output(grad_key, "grad_key");
-  p.grad_value = output(grad_value, "grad_value");
   p.bias_partial = partial_sums(bias_partial, grad_bias, &p.copies, "grad_bias");
   STD_TORCH_CHECK(!grad_relative_key == !relative_partial, "grad_relative_key and its partial sums must come together");
   if (relative_partial) {
@@ -370,6 +384,42 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
   p.null_value_partial = partial_sums(null_value_partial, grad_null_value, &p.copies, "grad_null_value");
 
   if (p.grad_query) clear_idle_tokens(p, p.grad_query, p.dim * (p.type == kFloat32 ? 4 : 2), nullptr);
+}
+
+// Zeroes a copy's partial sums of the heads [first, last).
+void clear_partials(const Problem& p, int64_t copy, int64_t first, int64_t last) {
+  const auto clear = [&](float* partial, int64_t per_head) {
+    if (partial)
+      std::fill(partial + (copy * p.heads + first) * per_head, partial + (copy * p.heads + last) * per_head, 0.0f);
+  };
+  clear(p.bias_partial, p.table_rows * p.bias_slots);
+  clear(p.relative_partial, p.distances * ((p.dim + 15) / 16 * 16));
+  clear(p.content_bias_partial, p.dim);
+  clear(p.relative_bias_partial, p.dim);
+  clear(p.null_key_partial, p.dim);
+  clear(p.null_value_partial, p.dim_value);
+}
+
+void reduce_parameters(const Problem& p, RK_PARAMETERS) {
+  reduce_copies(p.bias_partial, p.copies, grad_bias, "grad_bias");
+  reduce_relative(p, grad_relative_key);
+  reduce_copies(p.content_bias_partial, p.copies, grad_content_bias, "grad_content_bias");
+  reduce_copies(p.relative_bias_partial, p.copies, grad_relative_bias, "grad_relative_bias");
+  reduce_copies(p.null_key_partial, p.copies, grad_null_key, "grad_null_key");
+  reduce_copies(p.null_value_partial, p.copies, grad_null_value, "grad_null_value");
+}
+
+void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS, Tensor grad_query, Tensor grad_key,
+              Tensor grad_value, RK_PARAMETERS) {
+  Problem p = make_problem(RK_ALL);
+  set_gradients(p, grad_out, out, lse, grad_query, bias, relative_key, content_bias, relative_bias, null_key,
+                RK_ALL_PARAMETERS);
+  check_shape(grad_key, "grad_key", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
+  check_shape(grad_value, "grad_value", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim_value});
+  STD_TORCH_CHECK(type_of(grad_key, "grad_key") == p.type && type_of(grad_value, "grad_value") == p.type,
+                  "gradients must have the dtype of query, key and value");
+  p.grad_key = output(grad_key, "grad_key");
+  p.grad_value = output(grad_value, "grad_value");
   p.stream_gradients = (grad_key.numel() + grad_value.numel()) * (p.type == kFloat32 ? 4 : 2) > (8 << 20);
   const Level& chosen = level();
   pack_relative(p, chosen);
@@ -390,17 +440,7 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
     for (int64_t task = first; task < last; ++task) {
       const int64_t copy = task / head_ranges, range = task % head_ranges;
       const int64_t head = range * p.kv_heads / head_ranges, end = (range + 1) * p.kv_heads / head_ranges;
-      const auto clear = [&](float* partial, int64_t per_head) {
-        if (partial)
-          std::fill(partial + (copy * p.heads + head * group) * per_head,
-                    partial + (copy * p.heads + end * group) * per_head, 0.0f);
-      };
-      clear(p.bias_partial, p.table_rows * p.bias_slots);
-      clear(p.relative_partial, p.distances * ((p.dim + 15) / 16 * 16));
-      clear(p.content_bias_partial, p.dim);
-      clear(p.relative_bias_partial, p.dim);
-      clear(p.null_key_partial, p.dim);
-      clear(p.null_value_partial, p.dim_value);
+      clear_partials(p, copy, head * group, end * group);
       for (int64_t place = copy * places / p.copies; place < (copy + 1) * places / p.copies; ++place)
         for (int64_t kv = head; kv < end; ++kv) {
           const int64_t item = place * p.kv_heads + kv;
@@ -409,12 +449,119 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
         }
     }
   });
-  reduce_copies(p.bias_partial, p.copies, grad_bias, "grad_bias");
-  reduce_relative(p, grad_relative_key);
-  reduce_copies(p.content_bias_partial, p.copies, grad_content_bias, "grad_content_bias");
-  reduce_copies(p.relative_bias_partial, p.copies, grad_relative_bias, "grad_relative_bias");
-  reduce_copies(p.null_key_partial, p.copies, grad_null_key, "grad_null_key");
-  reduce_copies(p.null_value_partial, p.copies, grad_null_value, "grad_null_value");
+  reduce_parameters(p, RK_ALL_PARAMETERS);
+}
+
+// The gradient of a projection's weight [kv, rows, e], and of its bias [kv, rows] where wanted, from their transposed
+// sum.
+void write_weight(const Absorbed& a, const float* total, int64_t rows, float factor, const MaybeTensor& weight,
+                  const MaybeTensor& bias, const char* name) {
+  if (!total) return;
+  const int64_t ld = (rows + 15) / 16 * 16, padded = (absorbed_columns(a) + 15) / 16 * 16;
+  const Type type = type_of(*weight, name);
+  void* out = output(*weight, name);
+  void* out_bias = bias ? output(*bias, name) : nullptr;
+  const auto put = [&](void* to, int64_t at, float x) {
+    if (type == kFloat32)
+      static_cast<float*>(to)[at] = x;
+    else if (type == kFloat16)
+      static_cast<torch::headeronly::Half*>(to)[at] = torch::headeronly::Half(x);
+    else
+      static_cast<torch::headeronly::BFloat16*>(to)[at] = torch::headeronly::BFloat16(x);
+  };
+  torch::stable::parallel_for(0, a.p.kv_heads * rows, 4, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const float* from = total + row / rows * padded * ld + row % rows;
+      for (int64_t w = 0; w < a.width; ++w) put(out, row * a.width + w, from[w * ld] * factor);
+      if (out_bias) put(out_bias, row, from[a.width * ld] * factor);
+    }
+  });
+}
+
+void absorbed_backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS, Tensor encoded,
+                       Tensor w_key, Tensor w_value, MaybeTensor bias_key, MaybeTensor bias_value, Tensor grad_query,
+                       MaybeTensor grad_encoded, MaybeTensor grad_w_key, MaybeTensor grad_w_value,
+                       MaybeTensor grad_bias_value, RK_PARAMETERS, MaybeTensor states_total,
+                       MaybeTensor w_key_total, MaybeTensor w_value_total, MaybeTensor query_total, int64_t blocks) {
+  Absorbed a = make_absorbed(make_problem(RK_ALL), encoded, w_key, w_value, bias_key, bias_value);
+  Problem& p = a.p;
+  set_gradients(p, grad_out, out, lse, grad_query, bias, relative_key, content_bias, relative_bias, null_key,
+                RK_ALL_PARAMETERS);
+  STD_TORCH_CHECK(p.copies <= 1, "the absorbed backward takes one copy of the partial sums, got ", p.copies);
+  const int64_t padded = (absorbed_columns(a) + 15) / 16 * 16;
+  const int64_t slots = p.neighbours * p.retrieved, key_block = absorbed_key_block(a.width);
+  a.ranges = std::min<int64_t>(p.kv_heads, 8);
+  a.blocks = blocks;
+  STD_TORCH_CHECK(blocks >= 1 && blocks <= 4, "blocks must be 1 to 4, got ", blocks);
+  STD_TORCH_CHECK(!grad_encoded == !states_total, "grad_encoded and its partial sums must come together");
+  if (grad_encoded) {
+    check_shape(*grad_encoded, "grad_encoded", {p.batch, p.chunks, p.neighbours, p.retrieved, a.width});
+    STD_TORCH_CHECK(type_of(*grad_encoded, "grad_encoded") == p.type, "grad_encoded must have the query's dtype");
+    a.ld_states = blocks * key_block + 16;
+    if (slots <= key_block) a.ld_states = (slots + 15) / 16 * 16 + 16;
+    check_shape(*states_total, "states_total", {a.ranges, padded, a.ld_states});
+    STD_TORCH_CHECK(type_of(*states_total, "states_total") == kFloat32, "states_total must be float32");
+    a.grad_states = static_cast<float*>(output(*states_total, "states_total"));
+    a.grad_encoded = output(*grad_encoded, "grad_encoded");
+    if (a.grad_encoded) std::memset(a.grad_encoded, 0, grad_encoded->numel() * (p.type == kFloat32 ? 4 : 2));
+  }
+  STD_TORCH_CHECK(!grad_w_key == !w_key_total && !grad_w_value == !w_value_total && !grad_w_key == !grad_w_value,
+                  "the weights' gradients and their sums must come together");
+  if (grad_w_key) {
+    check_shape(*grad_w_key, "grad_w_key", {p.kv_heads, p.dim, a.width});
+    check_shape(*grad_w_value, "grad_w_value", {p.kv_heads, p.dim_value, a.width});
+    if (grad_bias_value) check_shape(*grad_bias_value, "grad_bias_value", {p.kv_heads, p.dim_value});
+    check_shape(*w_key_total, "w_key_total", {p.kv_heads, padded, (p.dim + 15) / 16 * 16});
+    check_shape(*w_value_total, "w_value_total", {p.kv_heads, padded, (p.dim_value + 15) / 16 * 16});
+    STD_TORCH_CHECK(type_of(*w_key_total, "w_key_total") == kFloat32 && type_of(*w_value_total, "w_value_total") == kFloat32,
+                    "the sums of the weights' gradients must be float32");
+    a.w_key_total = static_cast<float*>(output(*w_key_total, "w_key_total"));
+    a.w_value_total = static_cast<float*>(output(*w_value_total, "w_value_total"));
+  }
+  // With relative positions a key block holds whole neighbours, or part of one.
+  const bool part = p.relative_key.data && p.retrieved > key_block;
+  const int64_t per_block = p.relative_key.data && !part ? key_block / std::max<int64_t>(p.retrieved, 1) * p.retrieved : key_block;
+  const auto following = [&](int64_t begin) {
+    const int64_t end = std::min(slots, begin + blocks * per_block);
+    return part ? std::min(end, (begin / p.retrieved + 1) * p.retrieved) : end;
+  };
+  if (following(0) < slots) {
+    STD_TORCH_CHECK(!!query_total, "query_total is needed for ", slots, " slots");
+    check_shape(*query_total, "query_total", {p.heads, p.stride, (p.dim + 15) / 16 * 16});
+    STD_TORCH_CHECK(type_of(*query_total, "query_total") == kFloat32, "query_total must be float32");
+    a.query_total = static_cast<float*>(output(*query_total, "query_total"));
+  }
+  const Level& chosen = level();
+  pack_relative(p, chosen);
+  const size_t bytes = chosen.absorbed_backward_scratch_bytes(a);
+  const int64_t group = p.heads / p.kv_heads;
+  const auto heads_of = [&](int64_t range) { return range * p.kv_heads / a.ranges; };
+  // A head's sums are written by its range alone: neither they nor the order of anything knows the number of threads.
+  torch::stable::parallel_for(0, a.ranges, 1, [&](int64_t first, int64_t last) {
+    for (int64_t range = first; range < last; ++range) {
+      const int64_t head = heads_of(range), end = heads_of(range + 1);
+      if (p.copies) clear_partials(p, 0, head * group, end * group);
+      for (const auto& [total, dim] : {std::tuple(a.w_key_total, p.dim), std::tuple(a.w_value_total, p.dim_value)})
+        if (total) std::fill(total + head * padded * ((dim + 15) / 16 * 16), total + end * padded * ((dim + 15) / 16 * 16), 0.0f);
+    }
+  });
+  for (int64_t place = 0; place < p.batch * p.groups; ++place)
+    for (int64_t begin = 0; begin == 0 || begin < slots;) {
+      const int64_t end = following(begin);
+      torch::stable::parallel_for(0, a.ranges, 1, [&](int64_t first, int64_t last) {
+        for (int64_t range = first; range < last; ++range)
+          chosen.absorbed_backward(a, place, begin, end, range, heads_of(range), heads_of(range + 1), thread_scratch(bytes));
+      });
+      if (a.grad_states)
+        torch::stable::parallel_for(0, a.ld_states / 16, 1, [&](int64_t first, int64_t last) {
+          for (int64_t c = first; c < last; ++c) chosen.absorbed_states(a, place, begin, end, c * 16);
+        });
+      begin = end;
+      if (slots == 0) break;
+    }
+  write_weight(a, a.w_key_total, p.dim, p.scale, grad_w_key, std::nullopt, "grad_w_key");
+  write_weight(a, a.w_value_total, p.dim_value, 1.0f, grad_w_value, grad_bias_value, "grad_w_value");
+  if (p.copies) reduce_parameters(p, RK_ALL_PARAMETERS);
 }
 
 std::string isa() { return level().name; }
@@ -439,11 +586,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
         "Tensor encoded, Tensor w_key, Tensor w_value, Tensor? bias_key, Tensor? bias_value, Tensor(a!) out, "
         "Tensor(b!) lse) -> ()");
   m.def("attention_backward(Tensor grad_out, " RK_SLOTS_SCHEMA "Tensor out, Tensor lse, " RK_SETTINGS_SCHEMA
-        "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, Tensor(d!)? grad_bias, "
-        "Tensor(e!)? grad_relative_key, Tensor(f!)? grad_content_bias, Tensor(g!)? grad_relative_bias, "
-        "Tensor(h!)? grad_null_key, Tensor(i!)? grad_null_value, Tensor(j!)? bias_partial, "
-        "Tensor(k!)? relative_partial, Tensor(l!)? content_bias_partial, Tensor(m!)? relative_bias_partial, "
-        "Tensor(n!)? null_key_partial, Tensor(o!)? null_value_partial) -> ()");
+        "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, " RK_PARAMETERS_SCHEMA ") -> ()");
+  m.def("absorbed_backward(Tensor grad_out, " RK_SLOTS_SCHEMA "Tensor out, Tensor lse, " RK_SETTINGS_SCHEMA
+        "Tensor encoded, Tensor w_key, Tensor w_value, Tensor? bias_key, Tensor? bias_value, Tensor(a!) grad_query, "
+        "Tensor(b!)? grad_encoded, Tensor(c!)? grad_w_key, Tensor(p!)? grad_w_value, "
+        "Tensor(r!)? grad_bias_value, " RK_PARAMETERS_SCHEMA ", Tensor(s!)? states_total, Tensor(t!)? w_key_total, "
+        "Tensor(u!)? w_value_total, Tensor(v!)? query_total, int blocks) -> ()");
   m.def("isa() -> str");
   m.def("isas() -> str");
   m.def("set_isa(str name) -> ()");
@@ -452,6 +600,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(retro_kernels_cpu, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&retro_kernels::forward));
   m.impl("absorbed_forward", TORCH_BOX(&retro_kernels::absorbed_forward));
+  m.impl("absorbed_backward", TORCH_BOX(&retro_kernels::absorbed_backward));
   m.impl("attention_backward", TORCH_BOX(&retro_kernels::backward));
 }
 

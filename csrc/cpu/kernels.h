@@ -15,7 +15,7 @@
 //
 // Any number of keys and rows runs in the same scratch.
 #pragma once
-#include "absorbed.h"
+#include "absorbed_backward.h"
 #include "backward.h"
 #include "decode.h"
 #include "forward.h"

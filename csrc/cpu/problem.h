@@ -93,7 +93,7 @@ struct DecodeLevel {
   void (*project)(const ProjectProblem&, int64_t first_item, int64_t last_item, char* scratch);
 };
 
-// The absorbed forward: a clock's problem without keys and values, and what they would be made of.
+// The absorbed strategy: a clock's problem without keys and values, and what they would be made of.
 struct Absorbed {
   Problem p;
   int64_t width;  // e
@@ -101,7 +101,20 @@ struct Absorbed {
   int64_t encoded_stride[4];                // batch, chunk, neighbour, retrieved token
   int64_t w_key_stride[2], w_value_stride[2];  // kv head, row
   Operand bias_key, bias_value;             // stride0: kv head
+
+  // backward; what is not wanted is null
+  void* grad_encoded;                       // contiguous, zero where it is not written
+  // fp32 sums, transposed: [kv head, e and the biases padded to 16, dim | dim_value padded to 16]
+  float *w_key_total, *w_value_total;
+  float* grad_states;                       // fp32 [ranges, e and the biases padded to 16, ld_states]
+  float* query_total;                       // fp32 [h, stride, dim padded to 16] of one chunk, where one call is not all
+  int64_t ranges, ld_states, blocks;        // ranges of kv heads; key blocks a call takes, at most 4
 };
+
+// e, and two columns for the projections' biases where there are any: the second holds what rounding leaves of the first.
+inline int64_t absorbed_columns(const Absorbed& a) { return a.width + (a.bias_key.data || a.bias_value.data ? 2 : 0); }
+
+inline int64_t absorbed_key_block(int64_t width) { return width <= 4096 ? 256 : 128; }
 
 // One instruction-set level. `scratch` is 64-byte aligned and holds scratch_bytes(problem, backward) bytes.
 struct Level {
@@ -116,6 +129,12 @@ struct Level {
   DecodeLevel decode;
   size_t (*absorbed_scratch_bytes)(const Absorbed&);
   void (*absorbed_forward)(const Absorbed&, int64_t first_item, int64_t last_item, char* scratch);
+  size_t (*absorbed_backward_scratch_bytes)(const Absorbed&);
+  // The kv heads [first_head, last_head), which are range `range`, of a (batch, chunk) against its slots [begin, end).
+  void (*absorbed_backward)(const Absorbed&, int64_t place, int64_t begin, int64_t end, int64_t range,
+                            int64_t first_head, int64_t last_head, char* scratch);
+  // Their states' gradients: 16 columns of the ranges' sums, from `column` on.
+  void (*absorbed_states)(const Absorbed&, int64_t place, int64_t begin, int64_t end, int64_t column);
 };
 
 }  // namespace retro_kernels
