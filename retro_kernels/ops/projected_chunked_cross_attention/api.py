@@ -4,6 +4,7 @@ projections, and runs the chosen strategy."""
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -212,10 +213,12 @@ def work(given: Given, backward: bool | None = None) -> cost_model.Work:
         backward = torch.is_grad_enabled() and (encoded or weights or wanted(*rest))
     elif backward and not (encoded or weights):
         encoded = weights = True
+    fixed = operator.index  # makes the sizes of a model constants of a compiled graph; eagerly it does nothing
     return cost_model.Work(
-        queries=b * queries, chunks=b * l, slots=k * r, encoder_dim=e, heads=h, kv_heads=call.w_key.shape[0],
-        head_dim=d, value_dim=call.w_value.shape[1], itemsize=call.query.itemsize, backward=backward,
-        encoded_gradient=encoded, weight_gradient=weights, recompute=given.recompute,
+        queries=fixed(b * queries), chunks=fixed(b * l), slots=fixed(k * r), encoder_dim=fixed(e), heads=fixed(h),
+        kv_heads=fixed(call.w_key.shape[0]), head_dim=fixed(d), value_dim=fixed(call.w_value.shape[1]),
+        itemsize=call.query.itemsize, backward=backward, encoded_gradient=encoded, weight_gradient=weights,
+        recompute=given.recompute,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ states' gradient of up to 1024 slots of one chunk. Besides, each thread keeps a 
 not grow with batch, chunks, slots or heads.
 
 In bf16, delta comes from the rounded output, as in the core: where `bias_value` makes the output large beside the
-differences of its values, the query's gradient loses that much (3.0e-2 of its largest value in the worst case tested).
+differences of its values, the query's gradient loses accuracy to it.
 
 Each level of instructions gives bitwise the same result on every run and for every number of threads: in the forward a
 (batch, chunk, kv head) is computed by one thread in one order; in the backward a range of kv heads, of which there are
@@ -90,7 +90,11 @@ def _backward(
     gradients = list(common.allocate_backward(*given, *flags))
     # bias_key's gradient is found in null_key's
     with_null = null_gradient or (weight_gradient and bias_key is not None)
-    computed = common.allocate_backward(*given, *flags[:-1], True) if with_null and not null_gradient else gradients
+    computed = gradients
+    if with_null and not null_gradient:
+        computed = list(common.allocate_backward(
+            *given, encoded_gradient, weight_gradient, bias_gradient, relative_gradient, True
+        ))  # fmt: skip
     asked = (True, encoded_gradient, *2 * (weight_gradient,), False, weight_gradient, bias_gradient,
              *3 * (relative_gradient,), *2 * (with_null,))  # fmt: skip
     wanted = [x if flag and like is not None else None for x, flag, like in zip(computed, asked, given)]
@@ -116,7 +120,7 @@ def _backward(
                null_key, null_value, chunk_spans, dropout_seed),
         out.contiguous()[:, None, None], lse.contiguous()[:, None, None],
         *_settings(query, relative_key, scale, dropout_p, stride, first_token),
-        encoded, w_key, w_value, bias_key, bias_value, wanted[0][:, None, None], *wanted[1:4], *wanted[5:], *partial,
+        encoded, w_key, w_value, bias_key, bias_value, computed[0][:, None, None], *wanted[1:4], *wanted[5:], *partial,
         allocate(min(heads, 8), width, columns + 16) if encoded_gradient else None,
         *(allocate(heads, width, padded(w.shape[1])) if weight_gradient else None for w in (w_key, w_value)),
         allocate(query.shape[2], stride, padded(d)) if slots > key_block or relative_key is not None else None, blocks,
@@ -124,10 +128,11 @@ def _backward(
     gradients[:10] = computed[:10]
     if weight_gradient and bias_key is not None:
         # It moves all logits of a row but the null slot's, and the gradients of a row's logits add up to zero.
-        if null_key is None:
+        of_null = partial[4]
+        if of_null is None:
             gradients[4].zero_()
         else:
-            gradients[4].copy_(-partial[4].view(heads, -1, d).sum(1))
+            gradients[4].copy_(-of_null.view(heads, -1, d).sum(1))
     return tuple(gradients)
 
 
