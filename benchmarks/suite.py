@@ -103,7 +103,8 @@ def run(workloads: Iterable[Workload], settings: Settings, ceilings: Ceilings, w
         workload = workload.on(settings.device)
         plain = workload.with_option(PLAIN)
         watcher.case(f"{workload.operation} {workload.option} {workload.name}")
-        base = None
+        base = reason = None
+        status = FAILED
         try:
             watcher.step("fp64 reference")
             base = workload.inputs(torch.bfloat16, settings.device)
@@ -111,9 +112,11 @@ def run(workloads: Iterable[Workload], settings: Settings, ceilings: Ceilings, w
             for needed in (workload, plain):  # what the option costs is told beside it, and checked as well
                 if needed not in truths:
                     truths[needed] = verify.Truth(needed, inputs_of(needed, base))
-        except (torch.OutOfMemoryError, ValueError) as error:
-            reason = f"out of memory: {error}" if isinstance(error, torch.OutOfMemoryError) else str(error)
-            status = SKIPPED if isinstance(error, ValueError) else FAILED
+        except ValueError as error:
+            reason, status = str(error), SKIPPED
+        except Exception as error:  # the rest of a run of many minutes must not be lost
+            reason = f"fp64 reference: {type(error).__name__}: {_first_line(error)}"
+        if reason is not None:
             add([_row(workload, name, mode, "all", status, reason)
                  for name in settings.dtypes for mode in settings.modes])  # fmt: skip
             del base

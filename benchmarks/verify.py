@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from .workloads import ATTENTIONS, CAUSAL_SELF, DROPOUT, DROPOUT_P, MODES, SEED, Workload
+from .workloads import ATTENTIONS, CAUSAL_SELF, DROPOUT, DROPOUT_P, MODES, SEED, STEP, Workload
 
 FLOORS = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 2e-4}
 COSINES = {"fp32": 0.999999, "bf16": 0.9995, "fp16": 0.9999}
@@ -99,7 +99,9 @@ def slices(workload: Workload) -> list[Slice]:
     b, hk = workload.batch or 1, workload.kv_heads
     if workload.operation not in ATTENTIONS:
         batched = frozenset({"output", "output gradient", "hidden", "query", "encoded"})
-        edges = [slice(0, b)] if workload.modes == MODES or b <= 4 else [slice(0, 2), slice(b - 2, b)]
+        # A step holds what is past of all its sequences, so that it is checked whole.
+        whole = workload.modes == MODES or workload.operation == STEP or b <= 4
+        edges = [slice(0, b)] if whole else [slice(0, 2), slice(b - 2, b)]
         return [Sequences(edge, slice(0, 1), group, batched) for edge in edges]
     query, key, _, *positions = workload.shapes()
     elements = max(torch.Size(query).numel(), torch.Size(key).numel())
