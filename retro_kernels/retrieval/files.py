@@ -28,7 +28,7 @@ def sha256(path: Path) -> str:
 
 def canonical(value: Any) -> bytes:
     """One value, one text: sorted keys, no blanks that depend on the writer."""
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -144,13 +144,16 @@ class Database:
 
     Opening checks the manifest and the size of every file; `verify` reads and checks everything. Raises DatabaseError
     where the folder is no database, is of another version, or lacks or cuts short a file.
+
+    manifest: given only while the database is built, before there is one in the folder.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, manifest: dict[str, Any] | None = None) -> None:
         if sys.byteorder != "little":
             raise DatabaseError("databases are little-endian, this machine is not: build and read them on another one")
         self.folder = Path(folder)
-        self.manifest = checked_manifest(read_json(self.folder / MANIFEST), self.folder)
+        found = read_json(self.folder / MANIFEST) if manifest is None else manifest
+        self.manifest = checked_manifest(found, self.folder)
         self._shards = [_Shard(self.folder, self.manifest, entry) for entry in self.manifest["shards"]]
         self._first_chunk = np.cumsum([0] + [shard.num_chunks for shard in self._shards])
         self._first_document = np.cumsum([0] + [shard.num_documents for shard in self._shards])
@@ -256,7 +259,7 @@ class Database:
         """What `verify` finds, as it is found."""
         entries = [file for shard in self.manifest["shards"] for file in shard["files"].values()]
         index = self.manifest["index"]
-        entries += index["files"] if index else []
+        entries += (index["files"] if index else []) + self.manifest.get("files", [])
         for entry in entries:
             problem = problem_with(self.folder, entry)
             if problem:
@@ -333,7 +336,7 @@ def checked_manifest(manifest: Any, folder: Path) -> dict[str, Any]:
             sizes = file_bytes(manifest, shard)
             for name in sizes.keys() | shard["files"].keys():
                 _check_size(folder, shard["files"][name], sizes.get(name))
-        for entry in manifest["index"]["files"] if manifest["index"] else []:
+        for entry in (manifest["index"]["files"] if manifest["index"] else []) + manifest.get("files", []):
             _check_size(folder, entry, None)
     except (KeyError, TypeError, ValueError) as error:
         raise DatabaseError(f"{where} is damaged: {type(error).__name__} {error}") from error

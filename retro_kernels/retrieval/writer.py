@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class ShardWriter:
         shape = {"chunk_size": chunk_size, "token_dtype": token_dtype, "dim": dim, "embedding_dtype": embedding_dtype}
         names = file_bytes({**shape, "embedder": dim}, {"chunks": 0, "documents": 0})
         self._files = {name: (self._temporary / name).open("wb") for name in names}
-        self.chunks = self.documents = self.tokens = self._source_bytes = 0
+        self.chunks = self.documents = self.tokens = self._source_bytes = self._open_tokens = 0
         self._append("document_chunks", np.zeros(1, np.int64))
         self._append("source_starts", np.zeros(1, np.int64))
 
@@ -89,6 +90,12 @@ class ShardWriter:
         """Adds one document: `tokens` [n], n >= 1, whose ceil(n / chunk_size) chunks begin at `chunk_offsets`
         (characters of its text); `embeddings` [chunks, dim] where the database has them; `path` and `record` as in
         `Source`. Raises ValueError for shapes and numbers that do not fit, and writes nothing then."""
+        self.extend(tokens, chunk_offsets, embeddings=embeddings)
+        self.end(path=path, record=record)
+
+    def extend(self, tokens: np.ndarray, chunk_offsets: np.ndarray, *, embeddings: np.ndarray | None = None) -> None:
+        """Adds the next part of a document, as in `add`: whole chunks, unless it is the last. `end` names the document.
+        A document of any length is written so, part by part. Raises ValueError as `add` does."""
         tokens, chunk_offsets = np.asarray(tokens), np.asarray(chunk_offsets)
         if tokens.ndim != 1 or not len(tokens) or tokens.dtype.kind not in "iu":
             raise ValueError(f"tokens: got {tokens.dtype} {tokens.shape}; expected integers [n] with n >= 1")
@@ -96,6 +103,8 @@ class ShardWriter:
             raise ValueError(
                 f"tokens: got {int(tokens.min())} to {int(tokens.max())}; {self.token_dtype} holds 0 to {self._limit}"
             )
+        if self._open_tokens % self.chunk_size:
+            raise ValueError(f"tokens: a part of {self._open_tokens} tokens, no whole chunks, can only be the last")
         chunks = -(-len(tokens) // self.chunk_size)
         if chunk_offsets.shape != (chunks,):
             raise ValueError(f"chunk_offsets: got shape {chunk_offsets.shape}; expected [{chunks}], one per chunk")
@@ -106,27 +115,36 @@ class ShardWriter:
             if embeddings.shape != (chunks, self.dim):
                 raise ValueError(f"embeddings: got shape {embeddings.shape}; expected [{chunks}, {self.dim}]")
             if not np.isfinite(embeddings).all():
-                raise ValueError(f"embeddings: not finite in {self.embedding_dtype}, of {path!r}: check the embedder")
-        source = json.dumps({"path": path} if record is None else {"path": path, "record": record}).encode() + b"\n"
+                raise ValueError(f"embeddings: not finite in {self.embedding_dtype}: check the embedder")
         padded = np.full(chunks * self.chunk_size, self.padding, self.token_dtype)
         padded[: len(tokens)] = tokens
-        start = self.chunks * self.chunk_size
         self._append("tokens", padded)
         self._append("chunk_documents", np.full(chunks, self.documents, np.int32))
         self._append("chunk_offsets", chunk_offsets.astype(np.int64))
-        self._append("document_ends", np.array([start + len(tokens)], np.int64))
-        self._append("sources", np.frombuffer(source, np.uint8))
         if embeddings is not None:
             self._append("embeddings", embeddings)
         self.chunks += chunks
-        self.documents += 1
         self.tokens += len(tokens)
+        self._open_tokens += len(tokens)
+
+    def end(self, *, path: str, record: int | None = None) -> None:
+        """Ends the document whose parts `extend` added. Raises ValueError where it has none."""
+        if not self._open_tokens:
+            raise ValueError(f"document {path!r}: ended without a token; expected at least one part before")
+        source = json.dumps({"path": path} if record is None else {"path": path, "record": record}).encode() + b"\n"
+        start = (self.chunks - -(-self._open_tokens // self.chunk_size)) * self.chunk_size
+        self._append("document_ends", np.array([start + self._open_tokens], np.int64))
+        self._append("sources", np.frombuffer(source, np.uint8))
+        self.documents += 1
+        self._open_tokens = 0
         self._source_bytes += len(source)
         self._append("document_chunks", np.array([self.chunks], np.int64))
         self._append("source_starts", np.array([self._source_bytes], np.int64))
 
     def commit(self) -> dict[str, Any]:
         """Makes the shard durable and visible, all at once. -> its entry in the manifest."""
+        if self._open_tokens:
+            raise ValueError("commit: the last document was not ended")
         with full_disk_named(self.folder):
             for file in self._files.values():
                 file.flush()
@@ -178,10 +196,15 @@ def finish_database(
     embedder: dict[str, Any] | None = None,
     dim: int | None = None,
     embedding_dtype: str = "float16",
+    index: Callable[[Database], dict[str, Any]] | None = None,
+    build: dict[str, Any] | None = None,
+    files: Sequence[dict[str, Any]] = (),
 ) -> Database:
     """Writes the manifest over the committed shards 0 to `shards` - 1: from then on `folder` is a database.
 
     tokenizer, embedder: identity and hash of each, as its user will check them; no embedder, no embeddings.
+    index: makes the index of the database that it is given, before the manifest is there. build: facts to keep, JSON.
+    files: entries of further files of the database.
     Raises DatabaseError where a shard is absent or altered, or `folder` is finished already."""
     root = Path(folder)
     if (embedder is None) != (dim is None):
@@ -205,8 +228,12 @@ def finish_database(
         "counts": {total: sum(entry[total] for entry in entries) for total in ("chunks", "documents", "tokens")},
         "shards": entries,
         "index": None,
+        "build": build,
+        "files": list(files),
     }
     with full_disk_named(root):
+        if index is not None:
+            manifest["index"] = index(Database(root, manifest))
         write_manifest(root, manifest)
     return Database(root)
 
