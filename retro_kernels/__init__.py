@@ -1,5 +1,6 @@
 """Fused kernels for retrieval-enhanced transformers (RETRO, arXiv 2112.04426)."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 try:
@@ -24,6 +25,14 @@ except Exception as error:  # whatever is broken, `retro-kernels doctor` must st
             f"{_broken}. `retro-kernels doctor` says what is installed and what is broken."
         ) from _broken
 
+else:
+
+    def __getattr__(name: str):
+        # Imported when it is used: most users of the kernels have no database.
+        if name == "retrieval":
+            return import_module(".retrieval", __name__)
+        raise AttributeError(f"module 'retro_kernels' has no attribute {name!r}")
+
 
 try:
     __version__ = version("retro_kernels")
@@ -44,5 +53,6 @@ __all__ = [
     "nn",
     "projected_chunked_cross_attention",
     "projected_chunked_cross_attention_decode",
+    "retrieval",
     "swap",
 ]

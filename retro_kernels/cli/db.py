@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import db_build
+
 if TYPE_CHECKING:
     from retro_kernels.retrieval import Database
 
-app = typer.Typer(help="Retrieval databases: what one holds, and whether it is whole.", no_args_is_help=True)
+app = typer.Typer(help="Retrieval databases: build one, see what it holds, check it.", no_args_is_help=True)
+app.command("build")(db_build.build)
 Folder = Annotated[Path, typer.Argument(help="The database's folder.", show_default=False)]
 
 

@@ -1,7 +1,25 @@
 """The retrieval database: chunks, their embeddings and the index over them (RETRO, arXiv 2112.04426, section 2.1)."""
 
+from .builder import Progress, build_database
+from .embedders import Embedder, load_embedder, open_embedder
 from .files import DatabaseError
 from .store import Database, Source
+from .tokenizers import ChunkTokenizer, load_tokenizer, open_tokenizer
 from .writer import ShardWriter, committed_shard, finish_database
 
-__all__ = ["Database", "DatabaseError", "ShardWriter", "Source", "committed_shard", "finish_database"]
+__all__ = [
+    "ChunkTokenizer",
+    "Database",
+    "DatabaseError",
+    "Embedder",
+    "Progress",
+    "ShardWriter",
+    "Source",
+    "build_database",
+    "committed_shard",
+    "finish_database",
+    "load_embedder",
+    "load_tokenizer",
+    "open_embedder",
+    "open_tokenizer",
+]

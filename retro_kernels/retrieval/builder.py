@@ -1,0 +1,346 @@
+"""Builds a retrieval database from files of text: read, tokenise, chunk, embed, index (RETRO, sections 2.1 and 2.3).
+
+What is done when is decided by the input alone and written down first: files in a fixed order, cut into shards. Each
+shard is read once, to find duplicates and what cannot be used, and once more to be written. A shard is whole or absent,
+the manifest comes last, so a build that was killed at any moment goes on where it was and ends byte for byte as an
+uninterrupted one. Float results repeat exactly on one machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .embedders import DEFAULT_EMBEDDER, Embedder, load_embedder
+from .engines import in_pool, in_process
+from .files import DatabaseError, canonical, describe, full_disk_named, locked, read_json, write_atomically
+from .readers import Options, Piece, Problem, cut, find
+from .shards import PLAN, WORK, Settings, Worker, finished_counts, json_line, remove_work, summarise, work_file
+from .store import EMBEDDING_DTYPES, INDEX_FOLDER, MANIFEST, Database
+from .tokenizers import DEFAULT_TOKENIZER, ChunkTokenizer, load_tokenizer
+from .writer import finish_database, shard_folder
+
+SKIPPED = "skipped.jsonl"
+SHARDS_AIMED_AT = 1024
+SMALLEST_SHARD, LARGEST_SHARD = 16 << 20, 4 << 30
+"""Bytes of input of a shard: a killed build repeats one shard at most, and a system maps some ten thousand files."""
+ENGINES = ("local",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a build is."""
+
+    stage: str
+    """"read" (planning), "build" (tokenising and embedding) or "index"."""
+    documents: int
+    chunks: int
+    done: float
+    """The stage's share that is done, 0 to 1."""
+    chunks_per_second: float
+    """Of this run, without what an earlier one had finished."""
+    seconds_left: float | None
+    """Of this stage; None while nothing is known."""
+
+
+Report = Callable[[Progress], None]
+
+
+class _Meter:
+    """Adds up what workers report and tells `report`."""
+
+    def __init__(self, stage: str, total: int, report: Report | None) -> None:
+        self.stage, self.total, self.report = stage, total, report
+        self.documents = self.chunks = self.size = 0
+        self._begun = time.monotonic()
+        self._earlier = (0, 0)
+
+    def before(self, documents: int, chunks: int, size: int) -> None:
+        """Counts what an earlier run had finished."""
+        self._earlier = (self._earlier[0] + chunks, self._earlier[1] + size)
+        self(documents, chunks, size)
+
+    def __call__(self, documents: int, chunks: int, size: int) -> None:
+        self.documents, self.chunks, self.size = self.documents + documents, self.chunks + chunks, self.size + size
+        if self.report is None:
+            return
+        seconds = max(time.monotonic() - self._begun, 1e-9)
+        done = min(1.0, self.size / self.total) if self.total else 1.0
+        rate = (self.size - self._earlier[1]) / seconds
+        left = max(0.0, self.total - self.size) / rate if rate else None
+        speed = (self.chunks - self._earlier[0]) / seconds
+        self.report(Progress(self.stage, self.documents, self.chunks, done, speed, left))
+
+
+def build_database(
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: str | ChunkTokenizer = DEFAULT_TOKENIZER,
+    embedder: str | Embedder | None = DEFAULT_EMBEDDER,
+    chunk_size: int = 64,
+    index: str | None = None,
+    embedding_dtype: str = "float16",
+    format: str | None = None,
+    text_field: str = "text",
+    encoding: str = "utf-8",
+    keep_duplicates: bool = False,
+    shard_bytes: int | None = None,
+    record_bytes: int = Options.record_bytes,
+    engine: str = "local",
+    workers: int = 1,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Report | None = None,
+) -> Database:
+    """Builds the database of the text in `inputs` in the new folder `folder`, or goes on with a build begun there.
+
+    Called again when all is done it returns the finished database. Memory stays under 2 GB per worker with the default
+    embedder, whatever the input.
+
+    Args:
+        inputs: files, folders and globs of plain text, Markdown, HTML, JSON Lines and Parquet, also in .gz and .zst.
+        tokenizer: by name, as in `tokenizers.load_tokenizer`; the model's that will read the neighbours.
+        embedder: by name, as in `embedders.load_embedder`, or an object; None for a database without keys.
+        chunk_size: tokens of a chunk, m.
+        index: "auto", a FAISS factory string, or None for none.
+        embedding_dtype: float16 or float32, as they are stored.
+        format: text, html, jsonl or parquet for every file; None goes by the file's ending.
+        text_field: field of JSON Lines or column of Parquet with the text.
+        encoding: of text that does not say its own. A file in another one is left out and reported.
+        keep_duplicates: keep documents whose text an earlier document has, too.
+        shard_bytes: input of a shard, in bytes; by default a 1024th of all, from 16 MiB to 4 GiB.
+        record_bytes: the longest line of JSON Lines that is read.
+        engine: where shards are worked on: "local". workers: processes of it.
+        device, precision: of the embedder, as in `embedders.HuggingFaceEmbedder`.
+        progress: called with a `Progress` after every window of chunks.
+
+    What was left out, and why, is counted in `manifest["build"]` and listed in `skipped.jsonl` in the folder.
+
+    Raises DatabaseError for input that is not there or holds no text, input that changed since the build began, a
+    folder that holds something else, a finished database of something else, or another builder at work; a full disk;
+    a plug-in that is not to be had. Raises ValueError for an argument that cannot be.
+    """
+    _check(chunk_size, embedding_dtype, engine, workers, shard_bytes, record_bytes)
+    if workers > 1 and not (isinstance(tokenizer, str) and (embedder is None or isinstance(embedder, str))):
+        raise ValueError("workers: got more than 1 with a tokenizer or embedder object; name it, so that each loads it")
+    root = Path(folder)
+    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    files, left = find(given, format=format, exclude=root)
+    splitter = load_tokenizer(tokenizer)
+    keys = None if embedder is None else load_embedder(embedder, device=device, precision=precision)
+    options = Options(text_field, encoding, record_bytes)
+    settings = Settings(
+        chunk_size=chunk_size,
+        tokenizer=splitter.identity,
+        embedder=None if keys is None else keys.identity,
+        dim=None if keys is None else keys.dim,
+        embedding_dtype=embedding_dtype,
+        vocabulary_size=splitter.vocabulary_size,
+        keep_duplicates=keep_duplicates,
+        **dataclasses.asdict(options),
+    )
+    shards = _shards(files, left, shard_bytes)
+    plan = {
+        "settings": dataclasses.asdict(settings),
+        "index": index,
+        "left": [list(one) for one in left],
+        "shards": [[dataclasses.asdict(piece) for piece in shard] for shard in shards],
+    }
+    if root.exists() and not root.is_dir():
+        raise DatabaseError(f"{root} is a file; expected a new folder for the database")
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root):
+        if (root / MANIFEST).exists():
+            return _finished(root, plan)
+        _begin(root, plan)
+        make = functools.partial(Worker, root, device=device, precision=precision)
+        if workers == 1:
+            make = functools.partial(Worker, root, tokenizer=splitter, embedder=keys)
+        run = in_process if workers == 1 else functools.partial(in_pool, workers=workers)
+
+        numbers = range(len(shards))
+        meter = _Meter("read", sum(piece.size for shard in shards for piece in shard), progress)
+        unread = [number for number in numbers if not work_file(root, "read", number, ".json").exists()]
+        run(make, "read", unread, meter)
+        totals = summarise(root, shards, keep_duplicates)
+        if not totals["documents"]:
+            raise DatabaseError(f"the input holds no text: {_reasons(root, len(shards), left)}")
+
+        meter = _Meter("build", totals["characters"], progress)
+        unbuilt: list[int] = []
+        for number in numbers:
+            if shard_folder(root, number).exists():
+                meter.before(*finished_counts(root, number))
+            else:
+                unbuilt.append(number)
+        run(make, "build", unbuilt, meter)
+        return _finish(root, plan, settings, len(shards), index, progress)
+
+
+def _check(
+    chunk_size: int, embedding_dtype: str, engine: str, workers: int, shard_bytes: int | None, record_bytes: int
+) -> None:
+    for name, value in {
+        "chunk_size": chunk_size,
+        "workers": workers,
+        "shard_bytes": 1 if shard_bytes is None else shard_bytes,
+        "record_bytes": record_bytes,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name}: got {value}; expected at least 1")
+    if embedding_dtype not in EMBEDDING_DTYPES:
+        raise ValueError(f"embedding_dtype: got {embedding_dtype!r}; expected one of {EMBEDDING_DTYPES}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine: got {engine!r}; expected one of {ENGINES}")
+
+
+def _shards(files: list[Piece], left: list[tuple[str, str]], shard_bytes: int | None) -> list[list[Piece]]:
+    """Files, in their order, in shards of about `shard_bytes`. Adds what is no Parquet to `left`."""
+    total = sum(piece.size for piece in files)
+    aim = shard_bytes or min(max(total // SHARDS_AIMED_AT, SMALLEST_SHARD), LARGEST_SHARD)
+
+    def all_pieces() -> Iterator[Piece]:
+        for file in files:
+            try:
+                yield from cut(file, aim)
+            except Problem as problem:
+                left.append((file.name, str(problem)))
+
+    shards: list[list[Piece]] = []
+    size = 0
+    for piece in all_pieces():
+        if not shards or size + piece.size > aim:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += piece.size
+    if not shards:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in _counted(left).items())
+        raise DatabaseError(f"input: no file that can be read ({reasons or 'the folder is empty'})")
+    return shards
+
+
+def _begin(root: Path, plan: dict[str, Any]) -> None:
+    """Writes the plan down, or checks that the build that was begun here has the same."""
+    path = root / WORK / PLAN
+    if path.exists():
+        found = read_json(path)
+        if _request(found) != _request(plan):
+            raise DatabaseError(
+                f"{root} holds an unfinished build of something else ({_difference(found, plan)}): go on with the same "
+                "input and settings, or delete the folder"
+            )
+        for old, new in zip(found["shards"], plan["shards"]):
+            for one, other in zip(old, new):
+                if one["file_time"] != other["file_time"]:
+                    raise DatabaseError(
+                        f"{one['path']} changed since the build in {root} began: put it back as it was, or delete "
+                        f"{root} and build anew"
+                    )
+        return
+    others = sorted(path.name for path in root.iterdir() if path.name != WORK)
+    if others:
+        raise DatabaseError(f"{root} is not empty (it holds {others[0]!r}) and no build of ours: name a new folder")
+    with full_disk_named(root):
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, canonical(plan))
+
+
+def _finished(root: Path, plan: dict[str, Any]) -> Database:
+    """The finished database in `root`, if it is of this plan."""
+    database = Database(root)
+    build = database.manifest.get("build")
+    if build is None or build.get("request") != _request(plan):
+        raise DatabaseError(
+            f"{root} is a finished database of other input or settings, and is never overwritten: name another folder"
+        )
+    remove_work(root)
+    return database
+
+
+def _request(plan: dict[str, Any]) -> str:
+    """What was asked for, in a hash: the settings and the names and sizes of the input, not where and when it was."""
+    names = ("name", "format", "size", "file_size", "start", "stop")
+    shards = [[[piece[name] for name in names] for piece in shard] for shard in plan["shards"]]
+    return hashlib.sha256(canonical({**plan, "shards": shards})).hexdigest()
+
+
+def _difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
+    for name, value in plan["settings"].items():
+        if found.get("settings", {}).get(name) != value:
+            return f"{name} was {found.get('settings', {}).get(name)!r}, now {value!r}"
+    return f"index was {found.get('index')!r}" if found.get("index") != plan["index"] else "its files are others"
+
+
+def _counted(left: Sequence[tuple[str, str]]) -> collections.Counter[str]:
+    return collections.Counter(reason for _, reason in left)
+
+
+def _reasons(root: Path, shards: int, left: list[tuple[str, str]]) -> str:
+    counts = _counted(left)
+    for number in range(shards):
+        notes = read_json(work_file(root, "read", number, ".json"))
+        counts.update(reason for *_, reason in notes["skipped"])
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "no document in any file"
+
+
+def _finish(
+    root: Path,
+    plan: dict[str, Any],
+    settings: Settings,
+    shards: int,
+    index: str | None,
+    progress: Report | None,
+) -> Database:
+    left = [{"path": name, "record": None, "reason": reason} for name, reason in plan["left"]]
+    counts: collections.Counter[str] = collections.Counter(line["reason"] for line in left)
+    short = 0
+    with full_disk_named(root):
+        temporary = root / WORK / SKIPPED
+        with temporary.open("wb") as file:
+            for line in left:
+                file.write(json_line(line))
+            for number in range(shards):
+                built = work_file(root, "built", number, ".json")
+                facts = read_json(built)
+                counts.update(facts["skipped"])
+                short += facts["short"]
+                with built.with_suffix(".skipped").open("rb") as lines:
+                    shutil.copyfileobj(lines, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, root / SKIPPED)
+        if (root / INDEX_FOLDER).exists():
+            shutil.rmtree(root / INDEX_FOLDER)
+    database = finish_database(
+        root,
+        shards,
+        tokenizer=settings.tokenizer,
+        embedder=settings.embedder,
+        index=None if index is None else functools.partial(_index, index, progress),
+        build={"request": _request(plan), "skipped": dict(sorted(counts.items())), "shorter_than_a_chunk": short},
+        files=[describe(root, root / SKIPPED)],
+        **settings.shape(),
+    )
+    remove_work(root)
+    return database
+
+
+def _index(index: str, progress: Report | None, database: Database) -> dict[str, Any]:
+    from .index import build_index
+
+    meter = _Meter("index", len(database), progress)
+
+    def step(done: int, total: int) -> None:
+        meter(0, done - meter.chunks, done - meter.size)
+
+    return build_index(list(database.embeddings()), database.index_folder, index, progress=step)
