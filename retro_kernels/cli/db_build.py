@@ -40,7 +40,13 @@ def build(
     shard_bytes: Annotated[
         int | None, typer.Option(help="Input of a shard: what a killed build repeats. By default 16 MiB to 4 GiB.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    engine: Annotated[
+        str, typer.Option(help="local, ray, or torchrun (then every process that torchrun starts runs this command).")
+    ] = "local",
+    workers: Annotated[int, typer.Option(help="Processes of local, actors of ray.")] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, e.g. auto; by default Ray starts on this machine.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for the embedder.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16, for the embedder.")] = "auto",
 ) -> None:
@@ -62,7 +68,9 @@ def build(
                 encoding=encoding,
                 keep_duplicates=keep_duplicates,
                 shard_bytes=shard_bytes,
+                engine=engine,
                 workers=workers,
+                address=address,
                 device=device,
                 precision=precision,
                 progress=progress,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .embedders import DEFAULT_EMBEDDER, Embedder, load_embedder
-from .engines import in_pool, in_process
+from .engines import ENGINES, Run, started
 from .files import DatabaseError, canonical, describe, full_disk_named, locked, read_json, write_atomically
 from .readers import Options, Piece, Problem, cut, find
 from .shards import PLAN, WORK, Settings, Worker, finished_counts, json_line, remove_work, summarise, work_file
@@ -32,7 +32,6 @@ SKIPPED = "skipped.jsonl"
 SHARDS_AIMED_AT = 1024
 SMALLEST_SHARD, LARGEST_SHARD = 16 << 20, 4 << 30
 """Bytes of input of a shard: a killed build repeats one shard at most, and a system maps some ten thousand files."""
-ENGINES = ("local",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +96,7 @@ def build_database(
     record_bytes: int = Options.record_bytes,
     engine: str = "local",
     workers: int = 1,
+    address: str | None = None,
     device: str = "auto",
     precision: str = "auto",
     progress: Report | None = None,
@@ -119,8 +119,12 @@ def build_database(
         keep_duplicates: keep documents whose text an earlier document has, too.
         shard_bytes: input of a shard, in bytes; by default a 1024th of all, from 16 MiB to 4 GiB.
         record_bytes: the longest line of JSON Lines that is read.
-        engine: where shards are worked on: "local". workers: processes of it.
-        device, precision: of the embedder, as in `embedders.HuggingFaceEmbedder`.
+        engine: where shards are worked on: "local", "ray" (Ray Data) or "torchrun" (every process that it started makes
+            this same call, and each returns the database). Machines must share the file systems of input and database.
+        workers: processes of "local", actors of "ray"; torchrun has its own number.
+        address: of a Ray cluster; None starts a Ray on this machine, unless one was initialised already.
+        device, precision: of the embedder, as in `embedders.HuggingFaceEmbedder`. The process that begins the build
+            decides what precision "auto" is for all.
         progress: called with a `Progress` after every window of chunks.
 
     What was left out, and why, is counted in `manifest["build"]` and listed in `skipped.jsonl` in the folder.
@@ -130,60 +134,83 @@ def build_database(
     a plug-in that is not to be had. Raises ValueError for an argument that cannot be.
     """
     _check(chunk_size, embedding_dtype, engine, workers, shard_bytes, record_bytes)
-    if workers > 1 and not (isinstance(tokenizer, str) and (embedder is None or isinstance(embedder, str))):
-        raise ValueError("workers: got more than 1 with a tokenizer or embedder object; name it, so that each loads it")
+    named = isinstance(tokenizer, str) and (embedder is None or isinstance(embedder, str))
+    if (workers > 1 or engine != "local") and not named:
+        raise ValueError(
+            f"workers: got {workers} and engine {engine!r} with a tokenizer or embedder object; name it, so that each "
+            "process loads its own"
+        )
+    if engine == "torchrun" and workers > 1:
+        raise ValueError(f"workers: got {workers} with engine 'torchrun'; give torchrun --nproc-per-node instead")
     root = Path(folder)
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
-    files, left = find(given, format=format, exclude=root)
-    splitter = load_tokenizer(tokenizer)
-    keys = None if embedder is None else load_embedder(embedder, device=device, precision=precision)
-    options = Options(text_field, encoding, record_bytes)
-    settings = Settings(
-        chunk_size=chunk_size,
-        tokenizer=splitter.identity,
-        embedder=None if keys is None else keys.identity,
-        dim=None if keys is None else keys.dim,
-        embedding_dtype=embedding_dtype,
-        vocabulary_size=splitter.vocabulary_size,
-        keep_duplicates=keep_duplicates,
-        **dataclasses.asdict(options),
-    )
-    shards = _shards(files, left, shard_bytes)
-    plan = {
-        "settings": dataclasses.asdict(settings),
-        "index": index,
-        "left": [list(one) for one in left],
-        "shards": [[dataclasses.asdict(piece) for piece in shard] for shard in shards],
-    }
-    if root.exists() and not root.is_dir():
-        raise DatabaseError(f"{root} is a file; expected a new folder for the database")
-    root.mkdir(parents=True, exist_ok=True)
-    with locked(root):
-        if (root / MANIFEST).exists():
-            return _finished(root, plan)
-        _begin(root, plan)
-        make = functools.partial(Worker, root, device=device, precision=precision)
-        if workers == 1:
+
+    def serving(where: str) -> Callable[[], Worker]:
+        return functools.partial(Worker, root, device=where, precision=precision)
+
+    wanted = "cpu" if embedder is None else device
+    with started(engine, serving, device=wanted, workers=workers, address=address) as run:
+        if run is None:
+            return Database(root)
+        files, left = find(given, format=format, exclude=root)
+        splitter = load_tokenizer(tokenizer)
+        keys = None if embedder is None else load_embedder(embedder, device=device, precision=precision)
+        settings = Settings(
+            chunk_size=chunk_size,
+            tokenizer=splitter.identity,
+            embedder=None if keys is None else keys.identity,
+            dim=None if keys is None else keys.dim,
+            embedding_dtype=embedding_dtype,
+            vocabulary_size=splitter.vocabulary_size,
+            keep_duplicates=keep_duplicates,
+            **dataclasses.asdict(Options(text_field, encoding, record_bytes)),
+        )
+        shards = _shards(files, left, shard_bytes)
+        plan = {
+            "settings": dataclasses.asdict(settings),
+            "index": index,
+            "left": [list(one) for one in left],
+            "shards": [[dataclasses.asdict(piece) for piece in shard] for shard in shards],
+        }
+        make = serving(device)
+        if engine == "torchrun" or (engine == "local" and workers == 1):
             make = functools.partial(Worker, root, tokenizer=splitter, embedder=keys)
-        run = in_process if workers == 1 else functools.partial(in_pool, workers=workers)
+        if root.exists() and not root.is_dir():
+            raise DatabaseError(f"{root} is a file; expected a new folder for the database")
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root):
+            if (root / MANIFEST).exists():
+                return _finished(root, plan)
+            _begin(root, plan)
+            _make_shards(root, run, make, shards, left, keep_duplicates, progress)
+            return _finish(root, plan, settings, len(shards), index, progress)
 
-        numbers = range(len(shards))
-        meter = _Meter("read", sum(piece.size for shard in shards for piece in shard), progress)
-        unread = [number for number in numbers if not work_file(root, "read", number, ".json").exists()]
-        run(make, "read", unread, meter)
-        totals = summarise(root, shards, keep_duplicates)
-        if not totals["documents"]:
-            raise DatabaseError(f"the input holds no text: {_reasons(root, len(shards), left)}")
 
-        meter = _Meter("build", totals["characters"], progress)
-        unbuilt: list[int] = []
-        for number in numbers:
-            if shard_folder(root, number).exists():
-                meter.before(*finished_counts(root, number))
-            else:
-                unbuilt.append(number)
-        run(make, "build", unbuilt, meter)
-        return _finish(root, plan, settings, len(shards), index, progress)
+def _make_shards(
+    root: Path,
+    run: Run,
+    make: Callable[[], Worker],
+    shards: list[list[Piece]],
+    left: list[tuple[str, str]],
+    keep_duplicates: bool,
+    progress: Report | None,
+) -> None:
+    """Reads and builds what is not there yet."""
+    numbers = range(len(shards))
+    meter = _Meter("read", sum(piece.size for shard in shards for piece in shard), progress)
+    run(make, "read", [number for number in numbers if not work_file(root, "read", number, ".json").exists()], meter)
+    totals = summarise(root, shards, keep_duplicates)
+    if not totals["documents"]:
+        raise DatabaseError(f"the input holds no text: {_reasons(root, len(shards), left)}")
+
+    meter = _Meter("build", totals["characters"], progress)
+    unbuilt: list[int] = []
+    for number in numbers:
+        if shard_folder(root, number).exists():
+            meter.before(*finished_counts(root, number))
+        else:
+            unbuilt.append(number)
+    run(make, "build", unbuilt, meter)
 
 
 def _check(

@@ -1,6 +1,6 @@
 """The work of a build, shard by shard: read it once to plan, read it again to write. Both can be killed and repeated.
 
-A `Worker` needs nothing but the folder of the build: the same one runs in this process and in a pool of processes.
+A `Worker` needs nothing but the folder of the build: the same one runs under every engine of `engines.py`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ class Worker:
         expected = self.settings.embedder
         assert expected is not None
         if self._embedder is None:
-            self._embedder = load_embedder(expected["name"], device=self._device, precision=self._precision)
+            # Machines differ in what "auto" is; all shards are to be alike.
+            precision = expected.get("precision", "auto") if self._precision == "auto" else self._precision
+            self._embedder = load_embedder(expected["name"], device=self._device, precision=precision)
             check_identity("embedder", expected, self._embedder.identity)
         return self._embedder
 

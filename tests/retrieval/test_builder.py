@@ -7,6 +7,8 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -208,6 +210,43 @@ def test_a_pool_whose_worker_dies_builds_the_same(corpus: Path, tmp_path: Path, 
     assert contents(tmp_path / "pool") == contents(tmp_path / "whole")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+def test_on_ray_a_worker_that_dies_costs_its_shard_and_nothing_else(corpus: Path, tmp_path: Path, monkeypatch):
+    import ray
+
+    build(corpus, tmp_path / "whole", embedder=None)
+    # Ray's processes cannot import this module.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(builder, "Worker", DiesOnce)
+    seen: list[builder.Progress] = []
+    database = build(corpus, tmp_path / "ray", embedder=None, engine="ray", workers=2, progress=seen.append)
+    assert not ray.is_initialized()
+    assert (tmp_path / "died").exists()
+    assert contents(tmp_path / "ray") == contents(tmp_path / "whole")
+    assert seen[-1].chunks == len(database)
+    with pytest.raises(DatabaseError, match="the cluster has"):
+        build(corpus, tmp_path / "more", embedder=None, engine="ray", workers=1000)
+
+
+def test_under_torchrun_the_processes_share_the_shards(corpus: Path, tmp_path: Path):
+    """Two processes: the same bytes as one makes, both end well; and both end with the error where there is one."""
+    build(corpus, tmp_path / "whole", embedder=None)
+    given = ["--engine", "torchrun", "--tokenizer", "bytes", "--embedder", "none", "--chunk-size", f"{CHUNK}"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "--standalone"]
+    command = [*start, sys.executable, "-m", "retro_kernels.cli", "db", "build", "--index", "none", *given]
+    good, bad = (
+        subprocess.run([*command, "--shard-bytes", "1000", str(one), "--out", str(tmp_path / out)],
+                       capture_output=True, text=True, timeout=120)
+        for one, out in ((corpus, "both"), (corpus / "empty.txt", "none"))
+    )  # fmt: skip
+    assert good.returncode == 0, good.stderr
+    assert contents(tmp_path / "both") == contents(tmp_path / "whole")
+    assert good.stdout.count(f"{len(Database(tmp_path / 'both'))} chunks of") == 2
+    assert bad.returncode != 0
+    assert "error: the first process failed: the input holds no text" in bad.stderr
+    assert "error: the input holds no text" in bad.stderr
+
+
 def test_a_full_disk_is_named_and_the_build_goes_on_later(corpus: Path, tmp_path: Path, monkeypatch):
     build(corpus, tmp_path / "whole")
     sync = os.fsync
@@ -272,8 +311,12 @@ def test_what_it_refuses(corpus: Path, tmp_path: Path):
         build(tmp_path / "absent", tmp_path / "z")
     with pytest.raises(ValueError, match="chunk_size: got 0"):
         build(corpus, tmp_path / "z", chunk_size=0)
-    with pytest.raises(ValueError, match="workers: got more than 1"):
+    with pytest.raises(ValueError, match="workers: got 2"):
         build(corpus, tmp_path / "z", workers=2)
+    with pytest.raises(ValueError, match="engine: got 'cloud'"):
+        build(corpus, tmp_path / "z", engine="cloud")
+    with pytest.raises(DatabaseError, match="RANK is not set"):
+        build(corpus, tmp_path / "z", embedder=None, engine="torchrun")
     assert contents(folder) == before
 
 
