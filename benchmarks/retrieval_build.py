@@ -4,8 +4,9 @@
     python -m benchmarks.retrieval_build python3.11-doc/html/_sources --given --out results.json
 
 The first builds the database of every 5th file, then gives the same texts to the embedder alone, in the same process
-and in the same windows. The second builds with embeddings that are there already: what is left is the rest of the pipeline.
-Each appends a row to the results. Peak memory is the process's own, torch and model included, right after the build.
+and in the same windows. The second builds with embeddings that are there already: what is left is the rest of the
+pipeline. Each appends a row to the results. Peak memory is the process's own, torch and model included, right after the
+build.
 """
 
 from __future__ import annotations
