@@ -1,12 +1,12 @@
 """How fast a retrieval database is built, as a share of what its embedder can do alone, and in how much memory.
 
     python -m benchmarks.retrieval_build python3.11-doc/html/_sources --every 5 --out results.json
-    python -m benchmarks.retrieval_build python3.11-doc/html/_sources --given --out results.json
+    python -m benchmarks.retrieval_build python3.11-doc/html/_sources --given --copies 20 --out results.json
 
 The first builds the database of every 5th file, then gives the same texts to the embedder alone, in the same process
-and in the same windows. The second builds with embeddings that are there already: what is left is the rest of the
-pipeline. Each appends a row to the results. Peak memory is the process's own, torch and model included, right after the
-build.
+and in the same windows. The second builds with embeddings that are there already, from 20 copies of the files, none of
+which is left out as a duplicate: what is left is the rest of the pipeline. Each appends a row to the results. Peak
+memory is the process's own, torch and model included, right after the build.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -61,23 +62,27 @@ class Given:
         return np.resize(self._rows, (len(texts), self.dim))
 
 
-def measure(corpus: Path, every: int, given: bool, index: str | None, device: str) -> dict[str, Any]:
+def measure(corpus: Path, every: int, copies: int, given: bool, index: str | None, device: str) -> dict[str, Any]:
     """-> the row of one build."""
     files = [piece.path for piece in find([corpus])[0]][::every]
     embedder = Timed(Given() if given else retrieval.load_embedder(DEFAULT_EMBEDDER, device=device))
     stages: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
+        files += [_copied(path, Path(folder) / f"copy {number}" / str(at))
+                  for number in range(1, copies) for at, path in enumerate(files)]  # fmt: skip
         begun = time.perf_counter()
 
         def note(at: retrieval.Progress) -> None:
             stages[at.stage] = time.perf_counter() - begun
 
-        database = retrieval.build_database(files, Path(folder) / "db", embedder=embedder, index=index, progress=note)
+        database = retrieval.build_database(
+            files, Path(folder) / "db", embedder=embedder, index=index, progress=note, keep_duplicates=copies > 1
+        )
         seconds = time.perf_counter() - begun
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         chunks, documents = len(database), database.num_documents
-        stored = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    size = sum(os.path.getsize(path) for path in files)
+        size = sum(os.path.getsize(path) for path in files)
+        stored = sum(path.stat().st_size for path in (Path(folder) / "db").rglob("*") if path.is_file())
     row: dict[str, Any] = {
         "embedder": embedder.identity, "index": index, "files": len(files), "text_bytes": size, "documents": documents,
         "chunks": chunks, "seconds": seconds, "until": stages, "seconds_in_embedder": embedder.seconds,
@@ -93,18 +98,29 @@ def measure(corpus: Path, every: int, given: bool, index: str | None, device: st
     return row
 
 
+def _copied(path: str, copy: Path) -> str:
+    copy.parent.mkdir(exist_ok=True)
+    return shutil.copyfile(path, copy.with_suffix(Path(path).suffix)).as_posix()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="a folder, as for `db build`")
     parser.add_argument("--every", type=int, default=1, help="take every Nth file only")
+    parser.add_argument("--copies", type=int, default=1, help="take the files so many times")
     parser.add_argument("--given", action="store_true", help="embeddings are given: time the rest of the pipeline")
     parser.add_argument("--index", default="none", help="as for `db build`")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="append the row to this file; otherwise it is printed")
     asked = parser.parse_args()
     index = None if asked.index == "none" else asked.index
-    row = measure(asked.corpus, asked.every, asked.given, index, asked.device)
-    row |= {"corpus": asked.corpus.name, "every": asked.every, "threads": torch.get_num_threads()}
+    row = measure(asked.corpus, asked.every, asked.copies, asked.given, index, asked.device)
+    row |= {
+        "corpus": asked.corpus.name,
+        "every": asked.every,
+        "copies": asked.copies,
+        "threads": torch.get_num_threads(),
+    }
     if asked.out is None:
         print(json.dumps(row, indent=1))
         return

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import db_build
+from . import db_build, db_exchange
 
 if TYPE_CHECKING:
     from retro_kernels.retrieval import Database
 
 app = typer.Typer(help="Retrieval databases: build one, see what it holds, check it.", no_args_is_help=True)
 app.command("build")(db_build.build)
+app.command("import")(db_exchange.import_)
+app.command("export")(db_exchange.export)
 Folder = Annotated[Path, typer.Argument(help="The database's folder.", show_default=False)]
 
 

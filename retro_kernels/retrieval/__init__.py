@@ -3,6 +3,7 @@
 from .builder import Progress, build_database
 from .embedders import Embedder, load_embedder, open_embedder
 from .files import DatabaseError
+from .interchange import export_parquet, import_database
 from .store import Database, Source
 from .tokenizers import ChunkTokenizer, load_tokenizer, open_tokenizer
 from .writer import ShardWriter, committed_shard, finish_database
@@ -17,7 +18,9 @@ __all__ = [
     "Source",
     "build_database",
     "committed_shard",
+    "export_parquet",
     "finish_database",
+    "import_database",
     "load_embedder",
     "load_tokenizer",
     "open_embedder",
