@@ -20,11 +20,17 @@ def backends() -> dict[str, backend_choice.BackendStatus]:
     return backend_choice.status(BACKENDS)
 
 
+@torch.compiler.assume_constant_result  # torch 2.11's compiler does not trace the question
+def has_autocast(device: str) -> bool:
+    """Whether this type of device knows autocast."""
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Floating tensors cast to the autocast dtype where the first one's device has autocast on. Like torch's own, it
     leaves fp64 alone."""
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not (has_autocast(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -34,9 +40,9 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """The reference chooses its precision itself."""
+    """What has been cast already must not be cast again: reference and kernels choose their precision themselves."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
 def run(call: Call, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 
 from .. import backends as backend_choice
+from ..attention.run import without_autocast
 from . import common, cpu, reference, triton
 
 BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton}
@@ -15,8 +14,7 @@ BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton}
 def run(call: common.DecodeCall, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [b, t, h, d_value], lse [b, t, h]."""
     chosen = backend_choice.choose(call.operation, BACKENDS, call, backend)
-    device = call.query.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with without_autocast(call.query):
         if chosen == "reference":
             return reference.decode(call)
         module = BACKENDS[chosen]
