@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import db_build, db_exchange
+from . import db_build, db_exchange, db_neighbours
 
 if TYPE_CHECKING:
     from retro_kernels.retrieval import Database
 
-app = typer.Typer(help="Retrieval databases: build one, see what it holds, check it.", no_args_is_help=True)
+app = typer.Typer(
+    help="Retrieval databases: build one, see what it holds, check it, look something up.", no_args_is_help=True
+)
 app.command("build")(db_build.build)
 app.command("import")(db_exchange.import_)
 app.command("export")(db_exchange.export)
+app.command("neighbours")(db_neighbours.neighbours)
+app.command("query")(db_neighbours.query)
 Folder = Annotated[Path, typer.Argument(help="The database's folder.", show_default=False)]
 
 

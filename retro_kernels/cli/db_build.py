@@ -54,7 +54,7 @@ def build(
     from retro_kernels.retrieval import DatabaseError, build_database
 
     try:
-        with _shown() as progress:
+        with progress_shown() as progress:
             database = build_database(
                 inputs,
                 out,
@@ -87,7 +87,7 @@ def build(
 
 
 @contextmanager
-def _shown() -> Iterator[Report]:
+def progress_shown() -> Iterator[Report]:
     """A line on the terminal (standard error) that follows the build."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
@@ -116,6 +116,8 @@ def _facts(at: Progress) -> str:
     if at.seconds_left is not None:
         minutes, seconds = divmod(round(at.seconds_left), 60)
         left = f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+    if at.stage == "search":
+        return f"{at.chunks:,} chunks, {at.chunks_per_second:,.0f} chunks/s{left}"
     if at.stage == "read":
         return f"{at.documents:,} documents{left}"
     return f"{at.documents:,} documents, {at.chunks:,} chunks, {at.chunks_per_second:,.0f} chunks/s{left}"

@@ -4,6 +4,8 @@ from .builder import Progress, build_database
 from .embedders import Embedder, load_embedder, open_embedder
 from .files import DatabaseError
 from .interchange import export_parquet, import_database
+from .neighbours import TrainingData, open_neighbours, precompute_neighbours
+from .retriever import Retrieved, Retriever
 from .store import Database, Source
 from .tokenizers import ChunkTokenizer, load_tokenizer, open_tokenizer
 from .writer import ShardWriter, committed_shard, finish_database
@@ -14,8 +16,11 @@ __all__ = [
     "DatabaseError",
     "Embedder",
     "Progress",
+    "Retrieved",
+    "Retriever",
     "ShardWriter",
     "Source",
+    "TrainingData",
     "build_database",
     "committed_shard",
     "export_parquet",
@@ -24,5 +29,7 @@ __all__ = [
     "load_embedder",
     "load_tokenizer",
     "open_embedder",
+    "open_neighbours",
     "open_tokenizer",
+    "precompute_neighbours",
 ]

@@ -39,7 +39,7 @@ class Progress:
     """How far a build is."""
 
     stage: str
-    """"read" (planning), "build" (tokenising and embedding) or "index"."""
+    """"read" (planning), "build" (tokenising and embedding), "index", or "search" (for `precompute_neighbours`)."""
     documents: int
     chunks: int
     done: float
@@ -53,7 +53,7 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-class _Meter:
+class Meter:
     """Adds up what workers report and tells `report`."""
 
     def __init__(self, stage: str, total: int, report: Report | None) -> None:
@@ -197,13 +197,13 @@ def _make_shards(
 ) -> None:
     """Reads and builds what is not there yet."""
     numbers = range(len(shards))
-    meter = _Meter("read", sum(piece.size for shard in shards for piece in shard), progress)
+    meter = Meter("read", sum(piece.size for shard in shards for piece in shard), progress)
     run(make, "read", [number for number in numbers if not work_file(root, "read", number, ".json").exists()], meter)
     totals = summarise(root, shards, keep_duplicates)
     if not totals["documents"]:
         raise DatabaseError(f"the input holds no text: {_reasons(root, len(shards), left)}")
 
-    meter = _Meter("build", totals["characters"], progress)
+    meter = Meter("build", totals["characters"], progress)
     unbuilt: list[int] = []
     for number in numbers:
         if shard_folder(root, number).exists():
@@ -330,7 +330,7 @@ def _finish(
 ) -> Database:
     left = [{"path": name, "record": None, "reason": reason} for name, reason in plan["left"]]
     counts: collections.Counter[str] = collections.Counter(line["reason"] for line in left)
-    short = 0
+    short = text_bytes = 0
     with full_disk_named(root):
         temporary = root / WORK / SKIPPED
         with temporary.open("wb") as file:
@@ -341,6 +341,7 @@ def _finish(
                 facts = read_json(built)
                 counts.update(facts["skipped"])
                 short += facts["short"]
+                text_bytes += facts["bytes"]
                 with built.with_suffix(".skipped").open("rb") as lines:
                     shutil.copyfileobj(lines, file)
             file.flush()
@@ -354,7 +355,12 @@ def _finish(
         tokenizer=settings.tokenizer,
         embedder=settings.embedder,
         index=None if index is None else functools.partial(_index, index, progress),
-        build={"request": _request(plan), "skipped": dict(sorted(counts.items())), "shorter_than_a_chunk": short},
+        build={
+            "request": _request(plan),
+            "skipped": dict(sorted(counts.items())),
+            "shorter_than_a_chunk": short,
+            "text_bytes": text_bytes,
+        },
         files=[describe(root, root / SKIPPED)],
         **settings.shape(),
     )
@@ -365,7 +371,7 @@ def _finish(
 def _index(index: str, progress: Report | None, database: Database) -> dict[str, Any]:
     from .index import build_index
 
-    meter = _Meter("index", len(database), progress)
+    meter = Meter("index", len(database), progress)
 
     def step(done: int, total: int) -> None:
         meter(0, done - meter.chunks, done - meter.size)

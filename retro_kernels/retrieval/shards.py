@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,12 @@ class Worker:
             if ordinal is None
         ]
         sources: dict[int, tuple[str, int | None]] = {}
-        counted = collections.Counter(documents=0, chunks=0, short=0)
+        counted = collections.Counter(documents=0, chunks=0, short=0, bytes=0)
+
+        def measured(blocks: Iterable[str]) -> Iterator[str]:
+            for block in blocks:
+                counted["bytes"] += len(block.encode("utf-8", "surrogatepass"))
+                yield block
 
         def documents() -> Iterator[Text]:
             ordinal = 0
@@ -182,7 +187,7 @@ class Worker:
                             skipped.append({"path": piece.name, "record": record, "reason": reasons[ordinal]})
                         else:
                             sources[ordinal] = (piece.name, record)
-                            yield Text(ordinal, document.blocks)
+                            yield Text(ordinal, measured(document.blocks))
                         ordinal += 1
                 except Problem:
                     pass  # noted when it was read the first time

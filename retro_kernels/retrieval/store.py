@@ -18,6 +18,7 @@ numbered through all shards. Files of a shard, all raw little-endian arrays:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -250,6 +251,11 @@ class Database:
             stored = shard.embeddings(self.manifest["embedding_dtype"], self.dim)
             for start in range(0, len(stored), block):
                 yield first + start, stored[start : start + block]
+
+    def content_hash(self) -> str:
+        """SHA-256 of the manifest without its index: what chunks, documents and keys are, whatever searches them."""
+        content = {name: value for name, value in self.manifest.items() if name != "index"}
+        return hashlib.sha256(canonical(content)).hexdigest()
 
     def verify(self) -> list[str]:
         """Reads every file. -> what is wrong, one line each; empty where every checksum and count holds."""

@@ -85,6 +85,12 @@ class HuggingFaceTokenizer(FileTokenizer):
         self.vocabulary_size = self.inner.get_vocab_size()
         self.identity = {"name": name, "kind": "tokenizer.json", "sha256": hash_of([path])}
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        text = super().decode(tokens)
+        # Of a chunk that begins within a word, "##ing" would be other tokens when it is encoded again; "ing" is one.
+        prefix = getattr(self.inner.model, "continuing_subword_prefix", None)
+        return text.removeprefix(prefix) if prefix else text
+
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         found = self.inner.encode_batch(list(texts), add_special_tokens=False)
         return [Encoded(np.array(one.ids, np.int64), functools.partial(_start, one)) for one in found]

@@ -1,0 +1,228 @@
+"""Neighbours of a corpus kept for training: they are those of a loop, of no document that is being read, and survive
+kills byte for byte."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from retrieval_common import CHUNK, Everything, Letters, database_of, texts_of, write_texts
+from typer.testing import CliRunner
+
+from retro_kernels.cli import app
+from retro_kernels.retrieval import Database, DatabaseError, Retriever, neighbours, open_neighbours
+from retro_kernels.retrieval import precompute_neighbours as precompute
+from retro_kernels.retrieval import retriever as retriever_module
+
+K = 3
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Database:
+    return database_of(tmp_path_factory.mktemp("neighbours") / "db", 30)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Half of the database's documents, among others, one of them twice in a longer text, and an é."""
+    known, new = texts_of(30), texts_of(9, 4)
+    texts = [*known[::2], "é a", *new, f"{known[1]} {known[1]}", "a"]
+    return write_texts(tmp_path / "train.jsonl", texts)
+
+
+def retriever_of(database: Database, **options) -> Retriever:
+    return Retriever(database, embedder=Letters(), index=Everything(database), num_neighbours=K, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_folder_holds_the_neighbours_of_a_loop(database: Database, corpus: Path, tmp_path: Path, monkeypatch):
+    """Tokens, places and neighbours, and that none is of a document with tokens in the chunk or the one after it."""
+    monkeypatch.setattr(neighbours, "BLOCK", 7)
+    monkeypatch.setattr(neighbours, "SCANNED", 5)
+    seen = []
+    made = precompute(retriever_of(database), corpus, tmp_path / "out", progress=seen.append)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    data = "".join(texts).encode()
+    assert sorted(contents(tmp_path / "out")) == ["data.json", "document_starts.npy", "neighbour_ids.npy", "tokens.npy"]
+    assert made.tokens.dtype == np.uint16
+    assert made.tokens.tolist() == list(data)
+    lengths = [len(text.encode()) for text in texts]
+    assert made.document_starts.tolist() == np.cumsum([0, *lengths])[:-1].tolist()
+    chunks = len(data) // CHUNK
+    assert made.ids.shape == (chunks, K)
+    assert made.ids.dtype == np.int64
+    owners = [text for text in texts for _ in text.encode()]
+    sources = [
+        json.loads(database.folder.with_suffix(".jsonl").read_text().splitlines()[database.source(c).record])["text"]
+        for c in range(len(database))
+    ]
+    retriever = retriever_of(database)
+    same = 0
+    for chunk in range(chunks):
+        read = set(owners[chunk * CHUNK : (chunk + 2) * CHUNK])
+        left_out = [c for c in range(len(database)) if sources[c] in read]
+        tokens = torch.tensor(list(data[chunk * CHUNK : (chunk + 1) * CHUNK]))
+        exclude = torch.tensor(left_out, dtype=torch.int64)
+        assert made.ids[chunk].tolist() == retriever.retrieve(tokens, exclude=exclude).ids.tolist()
+        same += not set(left_out).isdisjoint(retriever.retrieve(tokens).ids.tolist())
+    assert same > 20
+    facts = made.facts
+    assert {name: facts[name] for name in ("format", "version", "tokenizer", "chunk_size", "bytes", "chunks")} == {
+        "format": "retro-kernels training data", "version": 1, "tokenizer": "bytes", "chunk_size": CHUNK,
+        "bytes": len(data), "chunks": chunks,
+    }  # fmt: skip
+    assert (tmp_path / "out" / facts["database"]).resolve() == database.folder.resolve()
+    assert facts["missing"] == int((made.ids < 0).sum())
+    assert [at.stage for at in seen][-1] == "search"
+    assert (seen[-1].chunks, seen[-1].done) == (chunks, 1.0)
+    let = precompute(retriever_of(database), corpus, tmp_path / "let", same_document=True)
+    assert not np.array_equal(let.ids, made.ids)
+
+
+def test_a_database_is_a_corpus_too(database: Database, tmp_path: Path):
+    """The database itself: every token, the same as its files give, and no chunk has a neighbour of its document."""
+    made = precompute(retriever_of(database), database.folder, tmp_path / "own")
+    files = precompute(retriever_of(database), database.folder.with_suffix(".jsonl"), tmp_path / "files")
+    assert np.array_equal(made.tokens, files.tokens)
+    assert np.array_equal(made.ids, files.ids)
+    assert made.facts["bytes"] == files.facts["bytes"] == database.manifest["build"]["text_bytes"]
+    assert len(made.tokens) == database.manifest["counts"]["tokens"]
+    other = database_of(tmp_path / "other", chunk_size=4)
+    with pytest.raises(DatabaseError, match="chunks of 4"):
+        precompute(retriever_of(database), other.folder, tmp_path / "x")
+
+
+def killed_after(writes: int, act) -> bool:
+    """Ends in a process of its own by SIGKILL before one of its renames. -> was it killed?"""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        left, rename = iter(range(writes)), os.replace
+
+        def step(*given) -> None:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(*given)
+
+        os.replace = step  # type: ignore[assignment]
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_killed_anywhere_and_resumed_it_is_the_same_byte_for_byte(database, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "BLOCK", 64)
+
+    def make(folder: Path) -> None:
+        precompute(retriever_of(database), corpus, folder)
+
+    make(tmp_path / "out")
+    whole = contents(tmp_path / "out")
+    kills = 0
+    while True:
+        # The folder's name is in no file of it, and its depth is the same.
+        resume = functools.partial(make, tmp_path / f"killed {kills}")
+        if not killed_after(kills, resume):
+            break
+        killed_after(1 + kills % 5, resume)
+        resume()
+        assert contents(tmp_path / f"killed {kills}") == whole, f"killed before rename {kills}"
+        kills += 1
+    assert kills > 12
+
+
+def test_what_is_refused(database: Database, corpus: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    made = precompute(retriever_of(database), corpus, out)
+    before = contents(out)
+    precompute(retriever_of(database), corpus, out)
+    with pytest.raises(DatabaseError, match=r"other filters\), which are never overwritten"):
+        precompute(retriever_of(database, max_overlap=0.5), corpus, out)
+    assert contents(out) == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter").write_text("dear")
+    with pytest.raises(DatabaseError, match="not empty"):
+        precompute(retriever_of(database), corpus, tmp_path / "full")
+    with pytest.raises(ValueError, match="expected at least a chunk"):
+        precompute(retriever_of(database), write_texts(tmp_path / "short.jsonl", ["abc"]), tmp_path / "short")
+    with pytest.raises(DatabaseError, match="does not exist"):
+        open_neighbours(tmp_path / "full")
+    # The database moved, or is another one.
+    shutil.copytree(database.folder, tmp_path / "moved")
+    shutil.copytree(out, tmp_path / "away" / "out")
+    with pytest.raises(DatabaseError, match="does not exist"):
+        open_neighbours(tmp_path / "away" / "out")
+    found = open_neighbours(tmp_path / "away" / "out", tmp_path / "moved")
+    assert np.array_equal(found.ids, made.ids)
+    assert found.verify() == []
+    database_of(tmp_path / "fewer", 5)
+    with pytest.raises(DatabaseError, match="not the database"):
+        open_neighbours(out, tmp_path / "fewer")
+    for name, content in before.items():
+        if name == "data.json":
+            continue
+        (out / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert any(name in line for line in open_neighbours(out).verify())
+        (out / name).write_bytes(content[:-1])
+        with pytest.raises(DatabaseError, match=name):
+            open_neighbours(out)
+        (out / name).write_bytes(content)
+    (out / "data.json").write_text(before["data.json"].decode().replace('"version": 1', '"version": 2'))
+    with pytest.raises(DatabaseError, match="version 1"):
+        open_neighbours(out)
+
+
+@pytest.fixture
+def letters_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands find the cheap embedder and index where they look for a real one."""
+    monkeypatch.setattr(retriever_module, "load_embedder", lambda name, **_: Letters())
+    index = types.ModuleType("index")
+    index.open_index = lambda database, **_: Everything(database)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "retro_kernels.retrieval.index", index)
+
+
+def test_the_commands(database: Database, corpus: Path, tmp_path: Path, letters_by_name):
+    run = CliRunner()
+    done = run.invoke(app, ["db", "neighbours", str(database.folder), str(corpus), "--out", str(tmp_path / "out"),
+                            "--num-neighbours", f"{K}"])  # fmt: skip
+    assert done.exit_code == 0, done.output
+    made = open_neighbours(tmp_path / "out")
+    assert f"{len(made.tokens):,} tokens of" in done.output
+    precompute(retriever_of(database), corpus, tmp_path / "api")
+    assert np.array_equal(made.ids, open_neighbours(tmp_path / "api").ids)
+    refused = run.invoke(app, ["db", "neighbours", str(tmp_path), str(corpus), "--out", str(tmp_path / "x")])
+    assert refused.exit_code == 1
+    assert "no finished retrieval database" in refused.output
+
+    asked = ["db", "query", str(database.folder), "dead beef", "-k", "2"]
+    shown = run.invoke(app, asked)
+    assert shown.exit_code == 0, shown.output
+    told = json.loads(run.invoke(app, [*asked, "--json"]).output)
+    found = retriever_of(database).retrieve_text(["dead beef"], num_neighbours=2)
+    assert [one["chunk"] for one in told["neighbours"]] == found.ids[0].tolist()
+    for one, source, tokens, mask in zip(told["neighbours"], found.sources[0], found.tokens[0], found.mask[0]):
+        assert source is not None
+        assert (one["path"], one["record"], one["character"]) == (source.path, source.record, source.offset)
+        assert one["text"] + one["continuation"] == bytes(tokens[mask].tolist()).decode()
+        for part in (one["text"], one["continuation"], f"distance {one['distance']:.3f}", f"record {one['record']}"):
+            assert part in shown.output
+    assert run.invoke(app, ["db", "query", str(database.folder), " "]).exit_code == 1
+    wrong = run.invoke(app, [*asked, "--search", "nprobe"])
+    assert wrong.exit_code == 1
+    assert "NAME=VALUE" in wrong.output
