@@ -34,6 +34,10 @@ class Batch(NamedTuple):
     def pin_memory(self) -> Batch:
         return self._each(lambda x: x.pin_memory())
 
+    def part(self, i: int, count: int) -> Batch:
+        """Part i of `count` equal parts of every row, which must be whole chunks."""
+        return self._each(lambda x: x.tensor_split(count, dim=1)[i]) if count > 1 else self
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         neighbours, mask = (None if x is None else change(x) for x in (self.neighbours, self.neighbour_mask))
         return Batch(change(self.tokens), change(self.targets), neighbours, mask)
@@ -149,14 +153,18 @@ class Order:
 
 
 def prefetched(
-    stream: TokenStream, order: Order, places: Iterator[Sequence[int]], device: torch.device
+    stream: TokenStream,
+    order: Order,
+    places: Iterator[Sequence[int]],
+    device: torch.device,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """The batch of each of `places` (numbers of rows seen before), made in another thread while the one before is
-    used, and on a GPU copied from pinned memory."""
+    used, and on a GPU copied from pinned memory. `part`: (i, count), part i of every row only."""
     pinned = device.type == "cuda"
 
     def make(at: Sequence[int]) -> Batch:
-        batch = stream.batch([order[place] for place in at])
+        batch = stream.batch([order[place] for place in at]).part(*part)
         return batch.pin_memory() if pinned else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:

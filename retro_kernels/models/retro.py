@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..nn import NeighbourEncoder, RetroDecoderBlock
+from ..nn.context_parallel import ContextParallel
 from ..ops import validate
 from .config import RetroConfig
 from .loss import linear_cross_entropy
@@ -43,6 +44,7 @@ class Retro(nn.Module):
 
     Attributes:
         activation_checkpointing: recompute every block in the backward pass instead of keeping its activations.
+        context: the processes that rows are divided among; see `models.parallel.divide_rows`.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Retro(nn.Module):
             raise TypeError(f"config: got {type(config).__name__}, expected a RetroConfig")
         self.config = config
         self.activation_checkpointing = False
+        self.context: ContextParallel | None = None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         shared: dict[str, Any] = {
             "chunk_size": config.chunk_size, "retrieved_length": config.retrieved_length,
@@ -159,6 +162,8 @@ class Retro(nn.Module):
         for p, block in enumerate(self.blocks, start=1):
             if neighbours is not None and p == config.cross_attention_layers[0]:
                 encoded = self._encoder_of(neighbours, neighbour_mask, sequence_starts)
+                if self.context is not None and neighbour_mask is not None:
+                    neighbour_mask = self.context.with_previous(neighbour_mask)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 h, encoded = checkpoint(block, h, encoded, neighbour_mask, sequence_starts, cache, use_reentrant=False)
             else:
@@ -254,7 +259,8 @@ class Retro(nn.Module):
 
     def _encoder_of(self, neighbours, neighbour_mask, sequence_starts):
         def encode(activations: torch.Tensor) -> torch.Tensor:
-            return self.encode(neighbours, activations, neighbour_mask, sequence_starts)
+            encoded = self.encode(neighbours, activations, neighbour_mask, sequence_starts)
+            return encoded if self.context is None else self.context.with_previous(encoded)
 
         return encode
 
@@ -271,8 +277,14 @@ class Retro(nn.Module):
         validate.rank("tokens", tokens, "b, n")
         self.check_vocabulary("tokens", tokens)
         b, n = tokens.shape
-        if n > config.max_length and config.positions == "rotary":
-            raise ValueError(f"tokens: got n = {n}, expected at most max_length = {config.max_length}")
+        parts = 1 if self.context is None else self.context.size
+        if n * parts > config.max_length and config.positions == "rotary":
+            raise ValueError(f"tokens: got n = {n * parts}, expected at most max_length = {config.max_length}")
+        if parts > 1 and n % config.chunk_size:
+            raise ValueError(
+                f"tokens: got n = {n} on one of {parts} processes that share a row, expected a multiple of chunk_size "
+                f"= {config.chunk_size}, as rows are divided at chunk borders"
+            )
         if neighbours is None:
             if neighbour_mask is not None:
                 raise ValueError("neighbour_mask: got one without neighbours, expected None")

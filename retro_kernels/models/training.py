@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from ..nn import common
 from ..ops import validate
@@ -59,6 +60,9 @@ class TrainingConfig:
         log_every: steps between lines of metrics.
         activation_checkpointing: see `Retro`. compile: run it under torch.compile.
         parallel: with several processes "ddp" or "fsdp" (FSDP2).
+        context_parallel: so many processes divide every row of tokens among them, at chunk borders.
+        tensor_parallel: so many processes divide heads, projections and feed-forwards among them; more processes than
+            those need parallel="fsdp".
         peak_flops: of one device, for the model-FLOPs utilisation; None: not given.
         backend: of the attentions; None chooses.
 
@@ -84,11 +88,15 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     compile: bool = False
     parallel: str = "ddp"
+    context_parallel: int = 1
+    tensor_parallel: int = 1
     peak_flops: float | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
+        for name in (
+            "steps", "batch_size", "save_every", "keep", "log_every", "context_parallel", "tensor_parallel",
+        ):  # fmt: skip
             validate.integer(name, getattr(self, name), 1)
         validate.integer("warmup_steps", self.warmup_steps, 0)
         validate.integer("seed", self.seed, 0)
@@ -100,6 +108,8 @@ class TrainingConfig:
                 raise ValueError(f"{name}: got {value}, expected at least 0")
         common.one_of("precision", self.precision, ("fp32", "bf16"))
         common.one_of("parallel", self.parallel, ("ddp", "fsdp"))
+        if self.compile and (self.context_parallel > 1 or self.tensor_parallel > 1):
+            raise ValueError("compile: got True with context_parallel or tensor_parallel, expected False: not tried yet")
         object.__setattr__(self, "betas", tuple(self.betas))
 
     def rate(self, step: int) -> float:
@@ -149,11 +159,23 @@ class Trainer:
         several = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self.say = say if self.rank == 0 else lambda text: None
-        if settings.batch_size % self.world:
+        parts, together = settings.context_parallel, settings.context_parallel * settings.tensor_parallel
+        if self.world % together:
             raise ValueError(
-                f"batch_size: got {settings.batch_size}, expected a multiple of the {self.world} processes"
+                f"context_parallel, tensor_parallel: got {parts} and {settings.tensor_parallel}, expected that their "
+                f"product divides the {self.world} processes"
             )
-        self.share = settings.batch_size // self.world
+        if config.max_length % (parts * config.chunk_size):
+            raise ValueError(
+                f"context_parallel: got {parts}, expected that max_length = {config.max_length} is so many parts of "
+                f"whole chunks of {config.chunk_size}"
+            )
+        # Ranks count through tensor parallelism first, then context, then data.
+        self.context_rank = self.rank // settings.tensor_parallel % parts
+        self.replica, replicas = self.rank // together, self.world // together
+        if settings.batch_size % replicas:
+            raise ValueError(f"batch_size: got {settings.batch_size}, expected a multiple of the {replicas} replicas")
+        self.share = settings.batch_size // replicas
         micro = self.share if settings.micro_batch_size is None else settings.micro_batch_size
         if self.share % micro:
             raise ValueError(f"micro_batch_size: got {micro}, expected a divisor of {self.share}, a process's rows")
@@ -163,14 +185,16 @@ class Trainer:
         self.model = Retro(config, backend=settings.backend).to(self.device)
         self.model.activation_checkpointing = settings.activation_checkpointing
         self.wrapped = self._wrap()
-        matrices = [p for p in self.model.parameters() if p.dim() >= 2 and p.requires_grad]
-        others = [p for p in self.model.parameters() if p.dim() < 2]
+        groups = []
+        for parameters in _by_mesh(self.model.parameters()):
+            for kind, decay in ((True, settings.weight_decay), (False, 0.0)):
+                chosen = [p for p in parameters if (p.dim() >= 2) is kind and p.requires_grad]
+                groups += [{"params": chosen, "weight_decay": decay}] if chosen else []
         self.optimiser = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon,
-        )  # fmt: skip
-        # Every rank draws its own dropout.
-        torch.manual_seed(settings.seed + 1 + self.rank)
+            groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon
+        )
+        # Every rank draws its own dropout, but for those that hold the same activations.
+        torch.manual_seed(settings.seed + 1 + self.rank // settings.tensor_parallel)
         self.step, self.seen = 0, 0
         self._resume()
 
@@ -181,7 +205,10 @@ class Trainer:
         """
         settings = self.settings
         tensorboard = self._tensorboard()
-        batches = prefetched(self.stream, Order(self.stream.rows, settings.seed), self._places(), self.device)
+        batches = prefetched(
+            self.stream, Order(self.stream.rows, settings.seed), self._places(), self.device,
+            (self.context_rank, settings.context_parallel),
+        )  # fmt: skip
         flops = 3 * sum(self.config.forward_flops().values()) * settings.batch_size
         self.model.train()
         loss, since, at = math.nan, time.perf_counter(), self.step
@@ -219,18 +246,20 @@ class Trainer:
             self._synchronise(last=i == len(parts) - 1)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = self.wrapped(part)
-            # DDP and FSDP2 take the mean over the processes.
+            # DDP and FSDP2 take the mean over the replicas' and the rows' parts; `count` has every token as often as
+            # processes share its projections.
             (loss * (self.world / count)).backward()
             total += loss.detach()
         self._sum(total)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norms = [nn.utils.get_total_norm([p.grad for p in x if p.grad is not None]) for x in _by_mesh(parameters)]
+        norm = nn.utils.get_total_norm([x.full_tensor() if isinstance(x, DTensor) else x for x in norms])
         mean, length = (total / count).item(), norm.item()
         if not (math.isfinite(mean) and math.isfinite(length)):
             self._stop(mean, length)
         if settings.clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, settings.clip, norm)
+            for some in _by_mesh(parameters):
+                nn.utils.clip_grads_with_norm_(some, settings.clip, norm)
         self.optimiser.step()
         self.step += 1
         self.seen += settings.batch_size
@@ -249,21 +278,40 @@ class Trainer:
     def _places(self) -> Iterator[list[int]]:
         """Rows seen before each of this process's micro-batches, in order."""
         for step in range(self.step, self.settings.steps):
-            start = step * self.settings.batch_size + self.rank * self.share
+            start = step * self.settings.batch_size + self.replica * self.share
             for at in range(start, start + self.share, self.micro):
                 yield list(range(at, at + self.micro))
 
     def _wrap(self) -> Any:
         wrapped: Any = LossOf(self.model)
-        if self.world > 1 and self.settings.parallel == "fsdp":
-            from torch.distributed.fsdp import fully_shard
+        settings, context, tensor = self.settings, self.settings.context_parallel, self.settings.tensor_parallel
+        gradients_meet = self.world > tensor
+        if gradients_meet and tensor > 1 and settings.parallel != "fsdp":
+            raise ValueError(
+                f"parallel: got {settings.parallel!r} with tensor_parallel = {tensor} of {self.world} processes, "
+                "expected 'fsdp', which keeps parts of parameters"
+            )
+        if self.world > 1:
+            from torch.distributed.device_mesh import init_device_mesh
 
-            for part in (*self.model.blocks, *([self.model.encoder] if self.model.encoder is not None else [])):
-                fully_shard(part)
-            fully_shard(wrapped)
-        if self.settings.compile:
+            from .parallel import divide_projections, divide_rows
+
+            sizes, names = (self.world // (context * tensor), context, tensor), ("replica", "context", "tensor")
+            mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
+            if context > 1:
+                divide_rows(self.model, mesh.get_group("context"))
+            if tensor > 1:
+                divide_projections(self.model, mesh["tensor"])
+            if gradients_meet and settings.parallel == "fsdp":
+                from torch.distributed.fsdp import fully_shard
+
+                shards = mesh["replica", "context"]._flatten("shard")
+                for part in (*self.model.blocks, *([self.model.encoder] if self.model.encoder is not None else [])):
+                    fully_shard(part, mesh=shards)
+                fully_shard(wrapped, mesh=shards)
+        if settings.compile:
             wrapped = torch.compile(wrapped)
-        if self.world > 1 and self.settings.parallel == "ddp":
+        if gradients_meet and settings.parallel == "ddp":
             # Without neighbours the encoder is left out.
             unused = self.model.encoder is not None and self.stream.neighbours is None
             wrapped = nn.parallel.DistributedDataParallel(wrapped, find_unused_parameters=unused)
@@ -403,6 +451,15 @@ class Trainer:
     def _barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters that are divided among the same processes, or not at all, together: operations on lists of tensors
+    take no others."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(groups.values())
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -367,11 +367,7 @@ class ChunkedCrossAttention(nn.Module):
 
     def _position_arguments(self, k: int, r: int) -> dict[str, Any]:
         if self.relative is not None:
-            return {
-                "relative_key": self.relative(self.chunk_size, r, offset=self.chunk_size - 1),
-                "content_bias": self.relative.content_bias,
-                "relative_bias": self.relative.relative_bias,
-            }
+            return self.relative.arguments(self.chunk_size, r, offset=self.chunk_size - 1)
         if self.rotary is not None:
             query_rotary, key_rotary = self.rotary(r)
             return {

@@ -579,11 +579,7 @@ class NeighbourAttention(nn.Module):
 
     def _position_arguments(self, r: int, slots: int) -> dict[str, Any]:
         if self.relative is not None:
-            return {
-                "relative_key": self.relative(r, slots),
-                "content_bias": self.relative.content_bias,
-                "relative_bias": self.relative.relative_bias,
-            }
+            return self.relative.arguments(r, slots)
         if self.rotary is not None:
             query_rotary, key_rotary = self.rotary(slots, r)
             return {

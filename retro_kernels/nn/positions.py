@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..ops import validate
@@ -52,13 +53,26 @@ class RelativePositions(nn.Module):
             parameter = nn.Parameter(torch.zeros(num_heads, head_dim, **factory)) if biases else None
             self.register_parameter(name, parameter)
 
-    def forward(self, num_queries: int, num_keys: int, offset: int = 0) -> torch.Tensor:
+    def arguments(
+        self, num_queries: int, num_keys: int, offset: int = 0, heads: slice | None = None
+    ) -> dict[str, torch.Tensor | None]:
+        """The arguments `relative_key`, `content_bias` and `relative_bias` of the operations; see `forward`."""
+        chosen = slice(None) if heads is None else heads
+        biases = (None if x is None else _local(x)[chosen] for x in (self.content_bias, self.relative_bias))
+        content_bias, relative_bias = biases
+        return {
+            "relative_key": self(num_queries, num_keys, offset, heads),
+            "content_bias": content_bias,
+            "relative_bias": relative_bias,
+        }
+
+    def forward(self, num_queries: int, num_keys: int, offset: int = 0, heads: slice | None = None) -> torch.Tensor:
         """-> [num_heads, num_queries + num_keys - 1, head_dim], the `relative_key` of the operations.
 
         Chunked cross-attention: num_queries = m, num_keys = r, offset = m - 1 (equation 6). Encoder cross-attention:
-        r, m, 0 (equation 7). Self-attention: r, r, 0.
+        r, m, 0 (equation 7). Self-attention: r, r, 0. `heads`: of these only.
         """
-        weight = self.projection.weight
+        weight = _local(self.projection.weight)
         compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
         half = torch.arange(self.model_dim // 2, device=weight.device, dtype=compute)
         frequency = self.base ** (-2.0 * half / self.model_dim)
@@ -66,10 +80,20 @@ class RelativePositions(nn.Module):
         distance = torch.arange(first, max(first, offset + num_queries), device=weight.device, dtype=compute)
         angle = distance[:, None] * frequency
         sinusoid = torch.cat([angle.sin(), angle.cos()], dim=-1).to(weight.dtype)
-        return self.projection(sinusoid).unflatten(-1, (self.num_heads, self.head_dim)).transpose(0, 1)
+        if heads is None and weight is self.projection.weight:
+            projected = self.projection(sinusoid)
+        else:
+            chosen = slice(None) if heads is None else heads
+            projected = F.linear(sinusoid, weight.unflatten(0, (self.num_heads, self.head_dim))[chosen].flatten(0, 1))
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
 
     def extra_repr(self) -> str:
         return f"model_dim={self.model_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, base={self.base:g}"
+
+
+def _local(x: torch.Tensor) -> torch.Tensor:
+    """This process's part of a parameter that is divided among several (a DTensor), with its gradient."""
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 class RotaryPositions(nn.Module):

@@ -14,6 +14,7 @@ from ..ops.attention.reference import accumulation_dtype, turn
 from ..ops.neighbour_self_attention import neighbour_self_attention
 from . import common
 from .chunked_cross_attention import ChunkedCrossAttention
+from .context_parallel import ContextParallel
 from .neighbour_cache import NeighbourCache
 from .neighbour_encoder import FeedForward
 from .positions import RelativePositions, RotaryPositions
@@ -55,6 +56,7 @@ class CausalSelfAttention(nn.Module):
         common.one_of("positions", positions, POSITIONS)
         self.max_length = validate.integer("max_length", max_length, 1)
         self.scale = self.head_dim**-0.5
+        self.context: ContextParallel | None = None
         self.dropout, self.backend = common.probability("dropout", dropout), backend
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, kv_inner = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -86,15 +88,17 @@ class CausalSelfAttention(nn.Module):
 
         Returns: [b, n, model_dim].
         """
-        n = hidden.shape[1]
         query, key, value = self._project(hidden)
+        heads = None
+        if self.context is not None:
+            if sequence_starts is not None or cache is not None:
+                raise ValueError("sequence_starts, cache: got one with context parallelism, expected None")
+            query, key, value = (self.context.by_heads(x) for x in (query, key, value))
+            heads = self.context.heads(self.num_heads)
+        n = query.shape[1]
         positions: dict[str, Any] = {}
         if self.relative is not None:
-            positions = {
-                "relative_key": self.relative(n, n),
-                "content_bias": self.relative.content_bias,
-                "relative_bias": self.relative.relative_bias,
-            }
+            positions = self.relative.arguments(n, n, heads=heads)
         elif self.rotary is not None:
             query_rotary, key_rotary = self.rotary(n, n)
             positions = {"query_rotary": query_rotary, "key_rotary": key_rotary}
@@ -109,7 +113,8 @@ class CausalSelfAttention(nn.Module):
             backend=self.backend,
             **positions,
         )
-        return self.w_out(out[:, 0, 0].flatten(-2))
+        out = out[:, 0, 0]
+        return self.w_out((out if self.context is None else self.context.by_tokens(out)).flatten(-2))
 
     @torch.no_grad()
     def decode(
@@ -248,6 +253,7 @@ class RetroDecoderBlock(nn.Module):
         if gate and not retrieves:
             raise ValueError("gate: got True in a block without chunked cross-attention, expected False")
         self.hidden_dropout = common.probability("hidden_dropout", hidden_dropout)
+        self.context: ContextParallel | None = None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         attention: dict[str, Any] = {
             "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "positions": positions,
@@ -295,8 +301,10 @@ class RetroDecoderBlock(nn.Module):
         if callable(encoded):
             encoded = encoded(hidden)
         if encoded is not None and self.cross_attention is not None and self.cross_norm is not None:
+            context, n = self.context, hidden.shape[1]
+            offsets = {} if context is None else context.offsets(n, self.cross_attention.chunk_size)
             attended = self.cross_attention(
-                self.cross_norm(hidden), encoded, neighbour_mask, sequence_starts=sequence_starts
+                self.cross_norm(hidden), encoded, neighbour_mask, sequence_starts=sequence_starts, **offsets
             )
             hidden = self._add(hidden, self._gated(attended))
         return self._add(hidden, self.feed_forward(self.feed_forward_norm(hidden))), encoded

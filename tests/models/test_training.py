@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_parallel import run_both
 from training_common import COMPARABLE, ROWS, M, N, settings, stream_of
+from two_processes import RUNS
 from typer.testing import CliRunner
 
 from retro_kernels.cli import app
@@ -82,17 +81,9 @@ def test_accumulated_micro_batches_and_several_processes_equal_one_batch(tmp_pat
     stream = stream_of(tmp_path / "data")
     trainer(stream, tmp_path / "one", steps=4, **COMPARABLE).run()
     trainer(stream, tmp_path / "accumulated", steps=4, micro_batch_size=1, **COMPARABLE).run()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
-    command = [sys.executable, str(Path(__file__).parent / "two_processes.py")]
-    both = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in both:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    run_both(tmp_path, "train")
     expected, losses = weights_of(tmp_path / "one", 4), [line["loss"] for line in metrics_of(tmp_path / "one")]
-    for name in ("accumulated", "ddp", "fsdp"):
+    for name in ("accumulated", *RUNS):
         got = weights_of(tmp_path / name, 4)
         for key in expected:
             torch.testing.assert_close(

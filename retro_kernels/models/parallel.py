@@ -1,0 +1,74 @@
+"""A model on several processes: its rows of tokens divided (context parallelism), or its projections and heads (tensor
+parallelism). Both leave every parameter's name, so that checkpoints are the same."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from ..nn import ChunkedCrossAttention, RelativePositions
+from ..nn.context_parallel import ContextParallel
+from ..nn.neighbour_encoder import FeedForward, NeighbourAttention
+from ..nn.retro_decoder_block import CausalSelfAttention
+from .retro import Retro
+
+
+def divide_rows(model: Retro, group: dist.ProcessGroup) -> None:
+    """From now on each process of the group gives the model its part of every row: the tokens, targets and neighbours
+    of as many whole chunks as every other (see `ContextParallel`). The loss is that of its tokens; the sum of the
+    processes' gradients is that of the whole rows.
+
+    Raises ValueError where the processes cannot share the heads of the decoder's self-attention out.
+    """
+    context = ContextParallel(group)
+    for block in model.blocks:
+        attention: CausalSelfAttention = block.self_attention  # type: ignore[assignment]
+        context.heads(attention.num_heads)
+        if context.size % attention.num_kv_heads:
+            context.heads(attention.num_kv_heads)
+        block.context = attention.context = context  # type: ignore[assignment]
+    model.context = context
+
+
+def divide_projections(model: Retro, mesh: DeviceMesh) -> None:
+    """Gives each process of the mesh (one dimension) an equal share of the heads of every attention, of their
+    projections and relative positions, and of the inner width of every feed-forward. Embeddings and norms are on all.
+
+    Raises ValueError for heads and widths that the processes do not divide.
+    """
+    count = mesh.size()
+    for name, module in model.named_modules():
+        plan: dict[str, ParallelStyle] = {"w_out": RowwiseParallel()}
+        if isinstance(module, CausalSelfAttention | ChunkedCrossAttention | NeighbourAttention):
+            for size in ("num_heads", "num_kv_heads"):
+                setattr(module, size, _share(f"{name}.{size}", getattr(module, size), count))
+            if module.relative is not None:
+                _divide_positions(name, module.relative, mesh)
+            plan |= dict.fromkeys(("w_query", "w_key", "w_value"), ColwiseParallel())
+        elif isinstance(module, FeedForward):
+            _share(f"{name}'s feed_forward_dim", module.w_in.out_features, count)
+            plan |= {"w_in": ColwiseParallel()} | ({} if module.w_gate is None else {"w_gate": ColwiseParallel()})
+        else:
+            continue
+        parallelize_module(module, mesh, plan)
+
+
+def _divide_positions(name: str, relative: RelativePositions, mesh: DeviceMesh) -> None:
+    relative.num_heads = _share(f"{name}.num_heads", relative.num_heads, mesh.size())
+    for module, parameter in (
+        (relative.projection, "weight"),
+        (relative, "content_bias"),
+        (relative, "relative_bias"),
+    ):
+        whole = getattr(module, parameter)
+        if whole is not None:
+            setattr(module, parameter, nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)])))
+
+
+def _share(name: str, size: int, count: int) -> int:
+    if size % count:
+        raise ValueError(f"tensor_parallel: got {count} processes for {name} = {size}, expected a divisor of it")
+    return size // count
