@@ -109,7 +109,9 @@ class TrainingConfig:
         common.one_of("precision", self.precision, ("fp32", "bf16"))
         common.one_of("parallel", self.parallel, ("ddp", "fsdp"))
         if self.compile and (self.context_parallel > 1 or self.tensor_parallel > 1):
-            raise ValueError("compile: got True with context_parallel or tensor_parallel, expected False: not tried yet")
+            raise ValueError(
+                "compile: got True with context_parallel or tensor_parallel, expected False: not tried yet"
+            )
         object.__setattr__(self, "betas", tuple(self.betas))
 
     def rate(self, step: int) -> float:
@@ -298,10 +300,10 @@ class Trainer:
 
             sizes, names = (self.world // (context * tensor), context, tensor), ("replica", "context", "tensor")
             mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
-            if context > 1:
-                divide_rows(self.model, mesh.get_group("context"))
             if tensor > 1:
                 divide_projections(self.model, mesh["tensor"])
+            if context > 1:  # of the heads that are left to this process
+                divide_rows(self.model, mesh.get_group("context"))
             if gradients_meet and settings.parallel == "fsdp":
                 from torch.distributed.fsdp import fully_shard
 

@@ -1,7 +1,7 @@
 """What tests run as each of two processes over gloo, into the folder given:
 
-    python two_processes.py RANK FOLDER train        DDP, FSDP2, context and tensor parallelism through the Trainer
-    python two_processes.py RANK FOLDER gradients    loss and gradients of a divided model, once; rank 0 writes them
+python two_processes.py RANK FOLDER train        DDP, FSDP2, context and tensor parallelism through the Trainer
+python two_processes.py RANK FOLDER gradients    loss and gradients of a divided model, once; rank 0 writes them
 """
 
 from __future__ import annotations
