@@ -101,7 +101,12 @@ def _entries(retriever: Retriever, found: Retrieved) -> list[dict[str, Any]]:
         if source is None:
             continue
         tokens, mask = found.tokens[0, rank], found.mask[0, rank]
-        chunk, following = (retriever.decode(part[there]) for part, there in zip(tokens.split(m), mask.split(m)))
+        whole, chunk = retriever.decode(tokens[mask]), retriever.decode(tokens[:m][mask[:m]])
+        # A chunk may end within a word.
+        if whole.startswith(chunk):
+            following = whole[len(chunk) :]
+        else:
+            following = retriever.decode(tokens[m:][mask[m:]])
         entries.append(
             {
                 "rank": rank + 1, "distance": float(found.distances[0, rank]), "chunk": int(found.ids[0, rank]),
@@ -127,12 +132,12 @@ def _print(text: str, found: list[dict[str, Any]]) -> None:
         where, distance = ", ".join(place), f"distance {one['distance']:.3f}"
         if not console.is_terminal:
             # For other programs: no frames, nothing cut.
-            following = f"\n  … {one['continuation']}" if one["continuation"] else ""
+            following = f"\n  … {one['continuation'].strip()}" if one["continuation"] else ""
             typer.echo(f"{one['rank']}. {distance}  {where}\n  {one['text']}{following}\n")
             continue
         body = Text(one["text"], style="bold")
         if one["continuation"]:
-            body.append(" " + one["continuation"], style="not bold dim")
+            body.append(one["continuation"], style="not bold dim")
         title = Text.assemble((f"{one['rank']}", "bold cyan"), "  ", distance)
         console.print(
             Panel(body, title=title, subtitle=Text(where, style="cyan"), title_align="left", subtitle_align="right")
