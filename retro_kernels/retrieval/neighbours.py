@@ -32,6 +32,7 @@ from .files import (
     canonical,
     describe,
     full_disk_named,
+    inside,
     locked,
     problem_with,
     read_json,
@@ -81,7 +82,7 @@ def open_neighbours(folder: str | os.PathLike[str], database: str | os.PathLike[
         raise DatabaseError(f"{root / FACTS} is not of format {FORMAT!r}, version {VERSION}: make the folder anew")
     try:
         for entry in facts["files"]:
-            path = root / entry["path"]
+            path = inside(root, entry["path"])
             size = path.stat().st_size if path.is_file() else -1
             if size != entry["bytes"]:
                 raise DatabaseError(f"{path}: {size:,} bytes, {FACTS} says {entry['bytes']:,}: restore it")
@@ -281,7 +282,12 @@ def _finish(root: Path, plan: dict[str, Any], retriever: Retriever, corpus: Data
 
 
 def _mapped(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise DatabaseError(
+            f"{path} holds no array of numbers ({error}): restore it, or make the folder anew"
+        ) from None
 
 
 @contextmanager

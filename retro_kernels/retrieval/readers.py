@@ -222,7 +222,7 @@ class Reader:
             if position:
                 # The line that reaches over the border belongs to the piece before.
                 file.seek(position - 1)
-                position += _rest_of_line(file) - 1
+                position += _rest_of_line(file, None if piece.stop < 0 else piece.stop - position + 1) - 1
             while piece.stop < 0 or position < piece.stop:
                 line = file.readline(limit + 1)
                 if not line:
@@ -332,12 +332,12 @@ def _parquet(piece: Piece) -> Any:
         return parquet.ParquetFile(piece.path, buffer_size=1 << 20, pre_buffer=False)
 
 
-def _rest_of_line(file: IO[bytes]) -> int:
-    """Reads to the end of the line. -> bytes read"""
+def _rest_of_line(file: IO[bytes], enough: int | None = None) -> int:
+    """Reads to the end of the line, or through `enough` bytes of it or some more. -> bytes read"""
     read = 0
     while block := file.readline(BLOCK):
         read += len(block)
-        if block.endswith(b"\n"):
+        if block.endswith(b"\n") or (enough is not None and read >= enough):
             break
     return read
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,15 @@ from typer.testing import CliRunner
 
 import retro_kernels as rk
 from retro_kernels.cli import app
-from retro_kernels.retrieval import Database, DatabaseError, build_database, builder, load_tokenizer, open_embedder
+from retro_kernels.retrieval import (
+    Database,
+    DatabaseError,
+    build_database,
+    builder,
+    engines,
+    load_tokenizer,
+    open_embedder,
+)
 from retro_kernels.retrieval import shards as shards_module
 from retro_kernels.retrieval.files import locked
 from retro_kernels.retrieval.shards import Worker
@@ -224,8 +233,15 @@ def test_on_ray_a_worker_that_dies_costs_its_shard_and_nothing_else(corpus: Path
     assert (tmp_path / "died").exists()
     assert contents(tmp_path / "ray") == contents(tmp_path / "whole")
     assert seen[-1].chunks == len(database)
-    with pytest.raises(DatabaseError, match="the cluster has"):
-        build(corpus, tmp_path / "more", embedder=None, engine="ray", workers=1000)
+
+
+def test_more_workers_than_a_cluster_has_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """Ray itself would wait for them without a word."""
+    small = types.SimpleNamespace(nodes=lambda: [{"Alive": True}], cluster_resources=lambda: {"CPU": 2.0})
+    monkeypatch.setattr(engines, "import_ray", lambda: small)
+    for workers, gpus, missing in ((3, 0.0, "3 CPUs, the cluster has 2"), (2, 1.0, "2 GPUs, the cluster has 0")):
+        with pytest.raises(DatabaseError, match=missing):
+            engines.on_ray(lambda: None, "read", [0], lambda *_: None, workers=workers, gpus=gpus)  # type: ignore[arg-type, return-value]
 
 
 def test_under_torchrun_the_processes_share_the_shards(corpus: Path, tmp_path: Path):

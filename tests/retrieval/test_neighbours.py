@@ -220,7 +220,12 @@ def test_the_commands(database: Database, corpus: Path, tmp_path: Path, letters_
         assert source is not None
         assert (one["path"], one["record"], one["character"]) == (source.path, source.record, source.offset)
         assert one["text"] + one["continuation"] == bytes(tokens[mask].tolist()).decode()
-        for part in (one["text"], one["continuation"].strip(), f"distance {one['distance']:.3f}", f"record {one['record']}"):
+        for part in (
+            one["text"],
+            one["continuation"].strip(),
+            f"distance {one['distance']:.3f}",
+            f"record {one['record']}",
+        ):
             assert part in shown.output
     assert run.invoke(app, ["db", "query", str(database.folder), " "]).exit_code == 1
     wrong = run.invoke(app, [*asked, "--search", "nprobe"])
