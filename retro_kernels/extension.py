@@ -22,11 +22,15 @@ REBUILD = "run `pip install --no-build-isolation .` in the source tree, with tor
 def build_metadata() -> dict[str, Any]:
     """How the library was built: torch, oldest_torch, compiler, machine, levels, flags, git_commit.
 
-    Read from the file without loading it, so it is there to explain a library that does not load. Empty when there is
-    no library or it carries no metadata.
+    Empty when there is no library or it carries no metadata.
     """
+    return read_metadata(LIBRARY)
+
+
+def read_metadata(library: Path) -> dict[str, Any]:
+    """What setup.py embedded in a library, read without loading it, so that it explains one that does not load."""
     try:
-        content = LIBRARY.read_bytes()
+        content = library.read_bytes()
     except OSError:
         return {}
     start = content.find(MARK)
@@ -39,15 +43,15 @@ def build_metadata() -> dict[str, Any]:
         return {}
 
 
-def _skipped() -> str | None:
-    """Why setup.py skipped the library, which it writes beside where the library would be."""
+def read_skipped(name: str, beside: Path = LIBRARY) -> str | None:
+    """Why setup.py skipped a library, which it writes into a file beside where the library would be."""
     try:
-        return LIBRARY.with_name("_skipped.txt").read_text().strip() or None
+        return beside.with_name(name).read_text().strip() or None
     except OSError:
         return None
 
 
-def _version(text: str) -> tuple[int, ...]:
+def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
 
 
@@ -55,10 +59,11 @@ def _version(text: str) -> tuple[int, ...]:
 def why_not() -> str | None:
     """Loads the library once; why it cannot be used, with the remedy, or None."""
     if not LIBRARY.exists():
-        return f"the C++ extension was not built ({_skipped() or f'{LIBRARY} is not there'}): {REBUILD}"
+        skipped = read_skipped("_skipped.txt", LIBRARY)
+        return f"the C++ extension was not built ({skipped or f'{LIBRARY} is not there'}): {REBUILD}"
     built = build_metadata()
     oldest = built.get("oldest_torch")
-    if oldest and _version(torch.__version__) < _version(oldest):
+    if oldest and version(torch.__version__) < version(oldest):
         return (
             f"the C++ extension was built for torch {oldest} or newer (against {built['torch']}) and this is torch "
             f"{torch.__version__}: upgrade torch"

@@ -98,8 +98,8 @@ def unverified(module: ModuleType, name: str) -> str | None:
     if getattr(module, "VERIFIED_ON_GPU", True):
         return None
     return (
-        "its kernels have passed their checks in the interpreter and compile ahead of time, but no GPU has run them "
-        f"yet; take them by name with backend={name!r} or {ENVIRONMENT_VARIABLE}={name}, and check them with "
+        f"its kernels have passed their checks in {getattr(module, 'CHECKED_IN', 'the interpreter')} and compile ahead "
+        f"of time, but no GPU has run them yet; take them by name with backend={name!r} or {ENVIRONMENT_VARIABLE}={name}, and check them with "
         "`python -m benchmarks.gpu_suite`"
     )
 

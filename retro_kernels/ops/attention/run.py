@@ -9,10 +9,10 @@ import torch
 
 from .. import backends as backend_choice
 from ..common import fused
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 from .common import DIFFERENTIABLE, FLAGS, Call
 
-BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton}
+BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 
 
 def backends() -> dict[str, backend_choice.BackendStatus]:

@@ -1,0 +1,136 @@
+// The raw operations of the CUDA backend, through torch's stable ABI: every output is an argument, so that Python
+// allocates it. They check what would otherwise corrupt memory; what a user can get wrong is checked in api.py.
+// Compiled a second time with RK_EMULATED, for CPU tensors and the emulator.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <string>
+
+#include "arguments.h"
+#include "device.h"
+#include "sm80/kernels.h"
+
+namespace retro_kernels {
+namespace {
+
+int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+
+int small(int64_t size, const char* name) {
+  STD_TORCH_CHECK(size >= 0 && size <= INT32_MAX, name, " is ", size, ", and must be below 2^31");
+  return static_cast<int>(size);
+}
+
+Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
+                     const MaybeTensor& chunk_spans, int64_t grouping, double scale, int64_t stride,
+                     int64_t first_token) {
+  Problem p{};
+  STD_TORCH_CHECK(grouping >= kClock && grouping <= kChunk, "grouping must be 0, 1 or 2, got ", grouping);
+  p.grouping = static_cast<Grouping>(grouping);
+  STD_TORCH_CHECK(query.dim() == 6 && key.dim() == 6 && value.dim() == 6, "query, key and value must have 6 dimensions");
+  p.batch = small(query.size(0), "batch"), p.query_neighbours = small(query.size(2), "query.shape[2]");
+  p.tokens = small(query.size(3), "query.shape[3]"), p.heads = small(query.size(4), "heads");
+  p.dim = small(query.size(5), "dim");
+  p.chunks = small(key.size(1), "chunks"), p.neighbours = small(key.size(2), "neighbours");
+  p.retrieved = small(key.size(3), "retrieved tokens"), p.kv_heads = small(key.size(4), "key/value heads");
+  check_shape(key, "key", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
+  check_shape(value, "value", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
+  STD_TORCH_CHECK(p.dim == 64 || p.dim == 96 || p.dim == 128, "head size must be 64, 96 or 128, got ", p.dim);
+  STD_TORCH_CHECK(p.kv_heads >= 1 && p.heads % p.kv_heads == 0, "query has ", p.heads, " heads and key ", p.kv_heads);
+  p.stride = p.tokens;
+  if (p.grouping == kClock) {
+    STD_TORCH_CHECK(query.size(1) == 1 && p.query_neighbours == 1, "grouping CLOCK needs query [b, 1, 1, n, h, d]");
+    STD_TORCH_CHECK(stride >= 1, "stride must be at least 1, got ", stride);
+    p.stride = small(stride, "stride"), p.first_token = first_token;
+  } else if (p.grouping == kNeighbour) {
+    STD_TORCH_CHECK(query.size(1) == p.chunks && p.query_neighbours == p.neighbours && p.tokens == p.retrieved,
+                    "grouping NEIGHBOUR needs query and key of the same [b, l, k, r]");
+  } else {
+    STD_TORCH_CHECK(query.size(1) == p.chunks && p.neighbours == 1, "grouping CHUNK needs key [b, l, 1, r, hk, d]");
+  }
+  small(static_cast<int64_t>(p.tokens) * p.query_neighbours, "rows of a group");
+  STD_TORCH_CHECK(static_cast<int64_t>(p.neighbours) * p.retrieved <= kMostSlots, "a group has ",
+                  static_cast<int64_t>(p.neighbours) * p.retrieved, " slots, at most ", kMostSlots, " are taken");
+  p.type = half_type(query, "query");
+  STD_TORCH_CHECK(half_type(key, "key") == p.type && half_type(value, "value") == p.type,
+                  "query, key and value must have one dtype");
+  p.scale = static_cast<float>(scale);
+  for (const auto& [tensor, name] : {std::pair(&query, "query"), std::pair(&key, "key"), std::pair(&value, "value")}) {
+    check_device(*tensor, name, query);
+    check_rows(*tensor, name);
+  }
+  p.query = static_cast<const uint16_t*>(address(query)), p.query_stride = strides_of(query);
+  p.key = static_cast<const uint16_t*>(address(key)), p.key_stride = strides_of(key);
+  p.value = static_cast<const uint16_t*>(address(value)), p.value_stride = strides_of(value);
+  if (mask) {
+    check_device(*mask, "mask", query);
+    check_shape(*mask, "mask", {p.batch, p.chunks, p.neighbours, p.retrieved});
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+    p.mask = static_cast<const uint8_t*>(address(*mask)), p.mask_stride = strides_of(*mask);
+  }
+  if (chunk_spans) {
+    check_device(*chunk_spans, "chunk_spans", query);
+    STD_TORCH_CHECK(p.grouping == kClock, "chunk_spans needs grouping CLOCK");
+    check_shape(*chunk_spans, "chunk_spans", {p.batch, p.chunks, 2});
+    STD_TORCH_CHECK(chunk_spans->scalar_type() == ScalarType::Int && chunk_spans->is_contiguous(),
+                    "chunk_spans must be int32 and contiguous");
+    p.chunk_spans = static_cast<const int32_t*>(address(*chunk_spans));
+  }
+  return p;
+}
+
+// The groups to compute (see common/group.cuh): those with rows, or all that have rows or slots.
+void set_groups(Problem& p, bool all) {
+  p.first_group = 0;
+  p.groups = p.grouping == kNeighbour ? small(static_cast<int64_t>(p.chunks) * p.neighbours, "neighbours") : p.chunks;
+  if (p.grouping != kClock || p.chunk_spans) return;
+  int64_t first = floor_div(-p.first_token, p.stride), end = floor_div(p.tokens - 1 - p.first_token, p.stride) + 1;
+  if (p.tokens == 0) first = end = 0;
+  if (all) first = std::min<int64_t>(first, 0), end = std::max<int64_t>(end, p.chunks);
+  p.first_group = static_cast<int>(first), p.groups = small(end - first, "groups");
+}
+
+void set_results(Problem& p, const Tensor& query, const Tensor& out, const Tensor& lse) {
+  check_shape(out, "out", {p.batch, query.size(1), p.query_neighbours, p.tokens, p.heads, p.dim});
+  check_shape(lse, "lse", {p.batch, query.size(1), p.query_neighbours, p.tokens, p.heads});
+  check_device(out, "out", query), check_device(lse, "lse", query), check_rows(out, "out");
+  STD_TORCH_CHECK(half_type(out, "out") == p.type && lse.scalar_type() == ScalarType::Float,
+                  "out must have the query's dtype and lse float32");
+  p.out_stride = strides_of(out), p.lse_stride = strides_of(lse);
+}
+
+// Tokens in no span belong to no group: with chunk_spans the caller has set out to 0 and lse to -inf.
+void forward(Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTensor chunk_spans, int64_t grouping,
+             double scale, int64_t stride, int64_t first_token, Tensor out, Tensor lse) {
+  Problem p = make_problem(query, key, value, mask, chunk_spans, grouping, scale, stride, first_token);
+  set_results(p, query, out, lse);
+  p.out = static_cast<uint16_t*>(output(out, "out"));
+  p.lse = static_cast<float*>(output(lse, "lse"));
+  if (lse.numel() == 0) return;
+  set_groups(p, false);
+  const OnDevice device(query);
+  sm80::forward(p, device.stream());
+}
+
+void set_kernels(std::string name) { choose_kernels(name); }
+std::string kernels() { return chosen_kernels() == kSm90 ? "sm90" : "sm80"; }
+
+}  // namespace
+}  // namespace retro_kernels
+
+#define RK_SLOTS "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? chunk_spans, "
+#define RK_SETTINGS "int grouping, float scale, int stride, int first_token, "
+
+RK_DEFINE(m) {
+  m.def("attention_forward(" RK_SLOTS RK_SETTINGS "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("kernels() -> str");
+  m.def("set_kernels(str name) -> ()");
+}
+
+RK_IMPLEMENT(m) {
+  m.impl("attention_forward", TORCH_BOX(&retro_kernels::forward));
+}
+
+RK_IMPLEMENT_ANYWHERE(m) {
+  m.impl("kernels", TORCH_BOX(&retro_kernels::kernels));
+  m.impl("set_kernels", TORCH_BOX(&retro_kernels::set_kernels));
+}

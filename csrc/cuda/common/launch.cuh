@@ -1,0 +1,62 @@
+// Launching a kernel: every CUDA call is checked, and a failure is one sentence. In the emulator the blocks run here.
+#pragma once
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "platform.cuh"
+#include "problem.h"
+
+namespace retro_kernels {
+
+#if !defined(RK_EMULATED)
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("retro_kernels: ") + what + " failed: " + cudaGetErrorString(status));
+}
+
+// KERNEL is a template argument so that each has a flag of its own.
+template <auto KERNEL, class Argument>
+void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream stream, const Argument& argument) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX)
+    throw std::runtime_error(std::string("retro_kernels: ") + name + " needs " + std::to_string(blocks) +
+                             " blocks, and CUDA takes 2^31 - 1");
+  // Beyond 48 KiB a kernel must be allowed its shared memory, once per device; what was allowed is remembered.
+  if (shared_bytes > 48 << 10) {
+    static std::atomic<size_t> allowed[64];
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    if (device >= 64 || allowed[device].load(std::memory_order_relaxed) < shared_bytes) {
+      int limit = 0;
+      check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+      if (static_cast<size_t>(limit) < shared_bytes)
+        throw std::runtime_error(std::string("retro_kernels: ") + name + " needs " + std::to_string(shared_bytes) +
+                                 " bytes of shared memory and this GPU has " + std::to_string(limit));
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared_bytes)),
+            "cudaFuncSetAttribute");
+      if (device < 64) allowed[device].store(shared_bytes, std::memory_order_relaxed);
+    }
+  }
+  void* arguments[] = {const_cast<Argument*>(&argument)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(KERNEL), dim3(static_cast<unsigned>(blocks)), dim3(threads),
+                         arguments, shared_bytes, static_cast<cudaStream_t>(stream)),
+        name);
+}
+
+#else
+
+template <auto KERNEL, class Argument>
+void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream, const Argument& argument) {
+  try {
+    emulator::launch(blocks, threads, shared_bytes, [&] { KERNEL(argument); });
+  } catch (const emulator::Fault& fault) {
+    throw std::runtime_error(std::string("retro_kernels: ") + name + " in the emulator: " + fault.what());
+  }
+}
+
+#endif
+
+}  // namespace retro_kernels

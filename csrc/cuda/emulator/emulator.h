@@ -1,0 +1,286 @@
+// A CUDA block on one CPU thread: every CUDA thread is a fiber, so that the kernels' own source is tested without a GPU.
+//
+// What is emulated is what can go wrong between threads: a block barrier, a warp operation or a wait suspends the fiber
+// until the others have come; shared memory starts as NaN; an asynchronous copy lands only where its thread waits for
+// it, and its destination is NaN until then, so that a missing wait is seen. With a seed (RETRO_KERNELS_EMULATOR_SEED)
+// the order of the warps is drawn anew at every turn and warps are held back at random, so that a missing barrier is
+// seen: the results for all seeds must be bitwise the same. What is not emulated: time, caches, bank conflicts, the
+// order of a tensor core's additions, and misuse of PTX that the wrappers of ptx.cuh do not express.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace retro_kernels {
+namespace emulator {
+
+constexpr int kLanes = 32, kNamedBarriers = 16;
+constexpr size_t kStack = 256 << 10, kGuard = 4096;
+
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// An asynchronous copy that has not landed yet: `valid` bytes of the source, the rest of `bytes` zero.
+struct Copy {
+  char* to;
+  const char* from;
+  int bytes, valid;
+};
+
+struct Fiber {
+  int thread = 0;  // index in its block
+  bool started = false, done = false;
+  ucontext_t entry;
+  jmp_buf resume;
+  std::unique_ptr<char[]> stack;
+  std::deque<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<Copy> open;                // not committed
+};
+
+struct Warp {
+  const char* operation = nullptr;
+  void* lanes[kLanes];
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Barrier {
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+class Block {
+ public:
+  Block(unsigned index, int threads, size_t shared_bytes, std::function<void()> kernel, uint64_t seed)
+      : index(index), threads(threads), shared_bytes(shared_bytes), kernel_(std::move(kernel)), random_(seed + index),
+        shuffled_(seed != 0), shared_(shared_bytes + 2 * kGuard + 1024), warps_((threads + kLanes - 1) / kLanes) {
+    if (threads % kLanes) throw Fault("a block must be whole warps");
+    std::memset(shared_.data(), 0xff, shared_.size());
+    // the guards tell of a write beside shared memory, and the base is aligned as the kernels ask for
+    base_ = shared_.data() + kGuard;
+    base_ += (1024 - reinterpret_cast<uintptr_t>(base_) % 1024) % 1024;
+    std::memset(base_ - kGuard, 0xa5, kGuard);
+    std::memset(base_ + shared_bytes, 0xa5, kGuard);
+  }
+
+  void run() {
+    fibers_.resize(threads);
+    for (int i = 0; i < threads; ++i) fibers_[i] = take_fiber(i);
+    std::vector<int> order(warps_.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+    int idle_turns = 0;
+    while (unfinished_ > 0) {
+      const uint64_t before = progress_;
+      bool held = false;
+      if (shuffled_) std::shuffle(order.begin(), order.end(), random_);
+      for (int warp : order) {
+        if (shuffled_ && random_() % 4 == 0) {
+          held = true;
+          continue;
+        }
+        for (int lane = 0; lane < kLanes; ++lane) step(*fibers_[warp * kLanes + lane]);
+      }
+      if (progress_ != before)
+        idle_turns = 0;
+      else if (!held && ++idle_turns > 1)
+        throw Fault("deadlock in block " + std::to_string(index) + ": " + std::to_string(unfinished_) +
+                    " threads wait and none can go on");
+    }
+    for (char* edge : {base_ - kGuard, base_ + shared_bytes})
+      for (size_t i = 0; i < kGuard; ++i)
+        if (edge[i] != static_cast<char>(0xa5)) throw Fault("block " + std::to_string(index) + " wrote beside its shared memory");
+    for (auto& fiber : fibers_) pool().push_back(std::move(fiber));
+  }
+
+  // Suspends the running fiber until `ready()`.
+  template <class Ready>
+  void wait(Ready ready) {
+    while (!ready()) {
+      Fiber& fiber = *running_;
+      if (_setjmp(fiber.resume) == 0) _longjmp(scheduler_, 1);
+    }
+  }
+
+  // A warp operation: each lane brings `mine`; the last one to come calls combine(lanes) for all.
+  template <class Combine>
+  void collective(const char* operation, void* mine, Combine combine) {
+    Warp& warp = warps_[running_->thread / kLanes];
+    if (warp.arrived > 0 && warp.operation != operation && std::strcmp(warp.operation, operation) != 0)
+      throw Fault(std::string("lanes of a warp meet in ") + warp.operation + " and in " + operation);
+    warp.operation = operation;
+    warp.lanes[running_->thread % kLanes] = mine;
+    ++progress_;
+    const uint64_t generation = warp.generation;
+    if (++warp.arrived == kLanes) {
+      combine(warp.lanes);
+      warp.arrived = 0;
+      ++warp.generation;
+    } else {
+      wait([&] { return warp.generation != generation; });
+    }
+  }
+
+  // bar.sync: `count` threads meet at barrier `id`.
+  void barrier(int id, int count) {
+    Barrier& barrier = barriers_[id];
+    ++progress_;
+    const uint64_t generation = barrier.generation;
+    if (++barrier.arrived == count) {
+      barrier.arrived = 0;
+      ++barrier.generation;
+    } else {
+      wait([&] { return barrier.generation != generation; });
+    }
+  }
+
+  char* shared(uint32_t address, size_t bytes, size_t alignment) {
+    if (address + bytes > shared_bytes)
+      throw Fault("shared memory of " + std::to_string(shared_bytes) + " bytes accessed at " + std::to_string(address));
+    if (address % alignment) throw Fault("shared memory accessed at " + std::to_string(address) + ", not aligned");
+    return base_ + address;
+  }
+
+  Fiber& running() { return *running_; }
+  void made_progress() { ++progress_; }
+
+  const unsigned index;
+  const int threads;
+  const size_t shared_bytes;
+
+ private:
+  static std::vector<std::unique_ptr<Fiber>>& pool() {
+    static thread_local std::vector<std::unique_ptr<Fiber>> fibers;
+    return fibers;
+  }
+
+  std::unique_ptr<Fiber> take_fiber(int thread) {
+    std::unique_ptr<Fiber> fiber;
+    if (pool().empty()) {
+      fiber = std::make_unique<Fiber>();
+      fiber->stack.reset(new char[kStack]);
+    } else {
+      fiber = std::move(pool().back());
+      pool().pop_back();
+    }
+    fiber->thread = thread;
+    fiber->started = fiber->done = false;
+    fiber->groups.clear();
+    fiber->open.clear();
+    return fiber;
+  }
+
+  void step(Fiber& fiber) {
+    if (fiber.done) return;
+    running_ = &fiber;
+    if (_setjmp(scheduler_) == 0) {
+      if (fiber.started) _longjmp(fiber.resume, 1);
+      fiber.started = true;
+      getcontext(&fiber.entry);
+      fiber.entry.uc_stack.ss_sp = fiber.stack.get();
+      fiber.entry.uc_stack.ss_size = kStack;
+      fiber.entry.uc_link = nullptr;
+      const auto self = reinterpret_cast<uintptr_t>(this);
+      makecontext(&fiber.entry, reinterpret_cast<void (*)()>(&Block::begin), 2, static_cast<unsigned>(self),
+                  static_cast<unsigned>(self >> 32));
+      setcontext(&fiber.entry);
+    }
+    if (error_) std::rethrow_exception(error_);
+  }
+
+  static void begin(unsigned low, unsigned high) {
+    Block& block = *reinterpret_cast<Block*>(static_cast<uintptr_t>(low) | static_cast<uintptr_t>(high) << 32);
+    try {
+      block.kernel_();
+    } catch (...) {
+      block.error_ = std::current_exception();
+    }
+    if (!block.error_ && (!block.running_->open.empty() || !block.running_->groups.empty()))
+      block.error_ = std::make_exception_ptr(Fault("a thread ended with asynchronous copies under way"));
+    block.running_->done = true;
+    --block.unfinished_;
+    ++block.progress_;
+    _longjmp(block.scheduler_, 1);
+  }
+
+  std::function<void()> kernel_;
+  std::mt19937_64 random_;
+  bool shuffled_;
+  std::vector<char> shared_;
+  char* base_ = nullptr;
+  std::vector<Warp> warps_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  Barrier barriers_[kNamedBarriers];
+  jmp_buf scheduler_;
+  Fiber* running_ = nullptr;
+  int unfinished_ = threads;
+  uint64_t progress_ = 0;
+  std::exception_ptr error_;
+};
+
+inline Block*& current() {
+  static thread_local Block* block = nullptr;
+  return block;
+}
+
+inline uint64_t seed() {
+  const char* given = std::getenv("RETRO_KERNELS_EMULATOR_SEED");
+  return given ? std::strtoull(given, nullptr, 10) : 0;
+}
+
+// Runs `blocks` blocks one after the other.
+inline void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  for (int64_t index = 0; index < blocks; ++index) {
+    Block block(static_cast<unsigned>(index), threads, shared_bytes, kernel, seed());
+    Block* outer = std::exchange(current(), &block);
+    try {
+      block.run();
+    } catch (...) {
+      current() = outer;
+      throw;
+    }
+    current() = outer;
+  }
+}
+
+// cp.async: the destination holds NaN until the thread waits for the copy.
+inline void start_copy(uint32_t to, const void* from, int bytes, int valid) {
+  Block& block = *current();
+  if (valid && reinterpret_cast<uintptr_t>(from) % bytes) throw Fault("cp.async from an address that is not aligned");
+  char* target = block.shared(to, bytes, bytes);
+  std::memset(target, 0xff, bytes);
+  block.running().open.push_back({target, static_cast<const char*>(from), bytes, valid});
+}
+
+inline void commit_copies() {
+  Fiber& fiber = current()->running();
+  fiber.groups.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+// Lands all but the `pending` youngest groups.
+inline void land_copies(int pending) {
+  Fiber& fiber = current()->running();
+  while (static_cast<int>(fiber.groups.size()) > pending) {
+    for (const Copy& copy : fiber.groups.front()) {
+      std::memcpy(copy.to, copy.from, copy.valid);
+      std::memset(copy.to + copy.valid, 0, copy.bytes - copy.valid);
+    }
+    fiber.groups.pop_front();
+  }
+}
+
+}  // namespace emulator
+}  // namespace retro_kernels

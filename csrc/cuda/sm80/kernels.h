@@ -1,0 +1,14 @@
+// The kernels of sm_80 as the bindings call them.
+#pragma once
+#include "../common/problem.h"
+
+namespace retro_kernels {
+
+namespace sm80 {
+
+// Pointers and strides must be multiples of 16 bytes, `dim` 64, 96 or 128.
+void forward(const Problem& p, Stream stream);
+void backward(const Problem& p, Stream stream);
+
+}  // namespace sm80
+}  // namespace retro_kernels

@@ -1,0 +1,153 @@
+"""The compiled CUDA kernels: loads `_cuda.abi3.so` when first needed, and knows how it was built.
+
+Importing this module loads nothing and never raises; `why_not()` says in one sentence what is wrong, and what to do.
+Like the CPU's library it touches no Python and goes through torch's stable ABI: one file serves every Python >= 3.10
+and every torch from 2.11 on that is built for the same CUDA major. It is a file of its own because it cannot load
+where torch has no CUDA.
+
+`emulate(library)` loads the same sources compiled for the emulator (csrc/cuda/emulator) instead, and from then on the
+backend `cuda` takes CPU tensors: slow, and meant for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import extension
+
+LIBRARY = Path(__file__).with_name("_cuda.abi3.so")
+REBUILD = (
+    "run `RETRO_KERNELS_BUILD_CUDA=1 pip install --no-build-isolation .` in the source tree, with torch >= 2.11, nvcc "
+    "and ninja"
+)
+OLDEST_CAPABILITY = (8, 0)
+
+_emulator: list[Path] = []
+
+
+def build_metadata() -> dict[str, Any]:
+    """How the library was built: torch, oldest_torch, nvcc, cuda, architectures, flags, git_commit. Empty when there is
+    no library or it carries no metadata."""
+    return extension.read_metadata(LIBRARY)
+
+
+@functools.lru_cache(maxsize=1)
+def why_not() -> str | None:
+    """Loads the library once; why it cannot be used, with the remedy, or None."""
+    if not LIBRARY.exists():
+        skipped = extension.read_skipped("_cuda_skipped.txt")
+        return f"the CUDA extension was not built ({skipped or f'{LIBRARY} is not there'}): {REBUILD}"
+    built = build_metadata()
+    reason = _refused_torch(built) or _refused_devices(built)
+    if reason is not None:
+        return reason
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except (OSError, RuntimeError, ImportError) as error:
+        return (
+            f"the CUDA extension {LIBRARY} does not load ({' '.join(str(error).split())}; built against torch "
+            f"{built.get('torch', 'unknown')} and CUDA {built.get('cuda', 'unknown')}, found torch {torch.__version__} "
+            f"and CUDA {torch.version.cuda}): {REBUILD}"
+        )
+    return None
+
+
+def _refused_torch(built: dict[str, Any]) -> str | None:
+    oldest, cuda = built.get("oldest_torch"), str(built.get("cuda", "unknown"))
+    if oldest and extension.version(torch.__version__) < extension.version(oldest):
+        return (
+            f"the CUDA extension was built for torch {oldest} or newer and this is torch {torch.__version__}: upgrade "
+            "torch"
+        )
+    if torch.version.cuda is None:
+        return (
+            f"the CUDA extension is there (for CUDA {cuda}), but this torch ({torch.__version__}) has no CUDA: install "
+            "a CUDA build of PyTorch on a machine with an NVIDIA GPU"
+        )
+    if cuda.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"the CUDA extension was built with CUDA {cuda} and this torch ({torch.__version__}) with CUDA "
+            f"{torch.version.cuda}, another major version: {REBUILD}, with the nvcc of CUDA "
+            f"{torch.version.cuda.split('.')[0]}"
+        )
+    return None
+
+
+def _refused_devices(built: dict[str, Any]) -> str | None:
+    if not torch.cuda.is_available():
+        return (
+            f"no CUDA device is usable (torch {torch.__version__} with CUDA {torch.version.cuda}): look at the driver "
+            "(`nvidia-smi`; torch says `torch.cuda.init()` why), and at CUDA_VISIBLE_DEVICES"
+        )
+    capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    if max(capabilities) < OLDEST_CAPABILITY:
+        best = ".".join(map(str, max(capabilities)))
+        return f"the GPU has compute capability {best} and the CUDA kernels need 8.0 (Ampere) or newer"
+    architectures = built.get("architectures") or []
+    if architectures and not any(covers(architectures, capability) for capability in capabilities):
+        found = ", ".join(".".join(map(str, capability)) for capability in sorted(capabilities))
+        return (
+            f"the CUDA extension was built for {' '.join(architectures)} and the GPU has compute capability {found}: "
+            f"set RETRO_KERNELS_CUDA_ARCHS={found.split(', ')[-1]} and {REBUILD}"
+        )
+    return None
+
+
+def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for `architectures` ("8.0", "9.0a", "8.0+PTX") runs on a GPU: machine code on its own major from its
+    minor on, with "a" on its very own, PTX on everything newer."""
+    for name in architectures:
+        version = name.removesuffix("+PTX")
+        major, minor = (int(part) for part in version.rstrip("a").split("."))
+        if version.endswith("a"):
+            if capability == (major, minor):
+                return True
+        elif capability[0] == major and capability[1] >= minor:
+            return True
+        elif name.endswith("+PTX") and capability >= (major, minor):
+            return True
+    return False
+
+
+def emulate(library: Path) -> None:
+    """Loads the emulator's library; the backend `cuda` then takes CPU tensors. RuntimeError when it does not load."""
+    if library not in _emulator:
+        torch.ops.load_library(str(library))
+        _emulator.append(library)
+
+
+def emulating() -> bool:
+    """Whether this process runs the CUDA kernels in the emulator, on CPU tensors."""
+    return bool(_emulator)
+
+
+def ops(tensor: torch.Tensor) -> Any:
+    """The raw operations for tensors on this one's device."""
+    return torch.ops.retro_kernels_cuda if tensor.device.type == "cuda" else torch.ops.retro_kernels_cuda_emulator
+
+
+def device_refusal(tensor: torch.Tensor) -> str | None:
+    """Why no kernel of the library runs where this query is, or None."""
+    if emulating() and tensor.device.type == "cpu":
+        return None
+    if tensor.device.type != "cuda":
+        return f"query is on {tensor.device}; the CUDA kernels need a CUDA tensor"
+    capability = torch.cuda.get_device_capability(tensor.device)
+    if capability < OLDEST_CAPABILITY or not covers(build_metadata().get("architectures") or ["8.0+PTX"], capability):
+        return (
+            f"{tensor.device} has compute capability {capability[0]}.{capability[1]}; the CUDA kernels need 8.0 or "
+            f"newer and were built for {' '.join(build_metadata().get('architectures') or ['8.0+PTX'])}"
+        )
+    return None
+
+
+def rows_aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row of a 16-bit tensor begins at a multiple of 16 bytes, as far as its strides tell."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return False
+    moved = (stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]) if size > 1)
+    return tensor.storage_offset() % 8 == 0 and all(stride % 8 == 0 for stride in moved)
