@@ -104,11 +104,11 @@ def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
         version = name.removesuffix("+PTX")
         major, minor = (int(part) for part in version.rstrip("a").split("."))
         if version.endswith("a"):
-            if capability == (major, minor):
-                return True
-        elif capability[0] == major and capability[1] >= minor:
-            return True
-        elif name.endswith("+PTX") and capability >= (major, minor):
+            runs = capability == (major, minor)
+        else:
+            runs = capability[0] == major and capability[1] >= minor
+            runs = runs or (name.endswith("+PTX") and capability >= (major, minor))
+        if runs:
             return True
     return False
 

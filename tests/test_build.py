@@ -93,9 +93,9 @@ def test_without_torch_the_build_skips_and_says_how_to_get_it(tmp_path):
 
 @source_tree
 def test_what_was_asked_for_and_cannot_be_built_fails():
-    result = setup_py({"RETRO_KERNELS_BUILD_CUDA": "1"}, ROOT)
+    result = setup_py({"RETRO_KERNELS_BUILD_CUDA": "1", "CUDA_HOME": "/no/such/place"}, ROOT)
     assert result.returncode != 0
-    assert "no CUDA C++ sources" in result.stderr
+    assert "there is no nvcc in /no/such/place/bin" in result.stderr
     result = setup_py({"RETRO_KERNELS_BUILD_CPU": "1", "CXX": "no-such-compiler"}, ROOT)
     assert result.returncode != 0
     assert "no C++ compiler" in result.stderr

@@ -97,9 +97,10 @@ def unverified(module: ModuleType, name: str) -> str | None:
     """Why a GPU backend that can run is still not taken by default: no GPU has run its checks yet."""
     if getattr(module, "VERIFIED_ON_GPU", True):
         return None
+    checked_in = getattr(module, "CHECKED_IN", "the interpreter")
     return (
-        f"its kernels have passed their checks in {getattr(module, 'CHECKED_IN', 'the interpreter')} and compile ahead "
-        f"of time, but no GPU has run them yet; take them by name with backend={name!r} or {ENVIRONMENT_VARIABLE}={name}, and check them with "
+        f"its kernels have passed their checks in {checked_in} and compile ahead of time, but no GPU has run them yet; "
+        f"take them by name with backend={name!r} or {ENVIRONMENT_VARIABLE}={name}, and check them with "
         "`python -m benchmarks.gpu_suite`"
     )
 

@@ -10,7 +10,8 @@ import retro_kernels as rk
 from retro_kernels.ops import common
 from retro_kernels.ops.attention.run import BACKENDS
 
-FUSED = [name for name in BACKENDS if name not in ("reference", "cuda")]  # cuda: test_cuda.py, it takes few of the cases
+# The CUDA kernels take few of the cases and have theirs in test_cuda.py.
+FUSED = [name for name in BACKENDS if name not in ("reference", "cuda")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("guarded")
 
