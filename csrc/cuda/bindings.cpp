@@ -111,6 +111,34 @@ void forward(Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTens
   sm80::forward(p, device.stream());
 }
 
+// With chunk_spans the caller has set grad_query to 0.
+void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTensor chunk_spans,
+              Tensor out, Tensor lse, int64_t grouping, double scale, int64_t stride, int64_t first_token,
+              Tensor grad_query, Tensor grad_key, Tensor grad_value) {
+  Problem p = make_problem(query, key, value, mask, chunk_spans, grouping, scale, stride, first_token);
+  set_results(p, query, out, lse);
+  p.out = static_cast<uint16_t*>(const_cast<void*>(address(out)));
+  p.lse = static_cast<float*>(const_cast<void*>(address(lse)));
+  check_shape(grad_out, "grad_out", {p.batch, query.size(1), p.query_neighbours, p.tokens, p.heads, p.dim});
+  check_device(grad_out, "grad_out", query), check_rows(grad_out, "grad_out");
+  STD_TORCH_CHECK(half_type(grad_out, "grad_out") == p.type, "grad_out must have the query's dtype");
+  p.grad_out = static_cast<const uint16_t*>(address(grad_out)), p.grad_out_stride = strides_of(grad_out);
+  check_shape(grad_query, "grad_query", {p.batch, query.size(1), p.query_neighbours, p.tokens, p.heads, p.dim});
+  check_shape(grad_key, "grad_key", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
+  check_shape(grad_value, "grad_value", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
+  const auto gradient = [&](const Tensor& t, const char* name, uint16_t*& data, Strides& strides) {
+    check_device(t, name, query), check_rows(t, name);
+    STD_TORCH_CHECK(half_type(t, name) == p.type, name, " must have the query's dtype");
+    data = static_cast<uint16_t*>(output(t, name)), strides = strides_of(t);
+  };
+  gradient(grad_query, "grad_query", p.grad_query, p.grad_query_stride);
+  gradient(grad_key, "grad_key", p.grad_key, p.grad_key_stride);
+  gradient(grad_value, "grad_value", p.grad_value, p.grad_value_stride);
+  set_groups(p, true);
+  const OnDevice device(query);
+  sm80::backward(p, device.stream());
+}
+
 void set_kernels(std::string name) { choose_kernels(name); }
 std::string kernels() { return chosen_kernels() == kSm90 ? "sm90" : "sm80"; }
 
@@ -122,12 +150,15 @@ std::string kernels() { return chosen_kernels() == kSm90 ? "sm90" : "sm80"; }
 
 RK_DEFINE(m) {
   m.def("attention_forward(" RK_SLOTS RK_SETTINGS "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("attention_backward(Tensor grad_out, " RK_SLOTS "Tensor out, Tensor lse, " RK_SETTINGS
+        "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value) -> ()");
   m.def("kernels() -> str");
   m.def("set_kernels(str name) -> ()");
 }
 
 RK_IMPLEMENT(m) {
   m.impl("attention_forward", TORCH_BOX(&retro_kernels::forward));
+  m.impl("attention_backward", TORCH_BOX(&retro_kernels::backward));
 }
 
 RK_IMPLEMENT_ANYWHERE(m) {

@@ -76,6 +76,24 @@ RK_DEVICE void clear(float (&c)[N][4]) {
     for (int e = 0; e < 4; ++e) c[n][e] = 0.0f;
 }
 
+// c [16 x 8 N] += a [16 x K] b [K x 8 N]: left(a, k) loads 16 columns from k on, right(b, k, n) two tiles of 8 columns
+// from column n on. (Of an odd N the last tile's neighbour is loaded and not used.)
+template <class T, int K, int N, class Left, class Right>
+RK_DEVICE void multiply(float (&c)[N][4], Left left, Right right) {
+#pragma unroll
+  for (int k = 0; k < K; k += 16) {
+    uint32_t a[4];
+    left(a, k);
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      uint32_t b[4];
+      right(b, k, 8 * n);
+      multiply_add(T(), c[n], a, b[0], b[1]);
+      if (n + 1 < N) multiply_add(T(), c[n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
 // Writes rows of sums times `factor`, rounded to T: row half + 0 and row half + 1 of this lane go to `to[half]`, at
 // column `8 n` of it, where `wanted[half]`. Four lanes that share a row exchange their pairs, so that each writes 16
 // bytes. `to` must be aligned to 16 bytes.

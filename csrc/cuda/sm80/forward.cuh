@@ -78,32 +78,15 @@ attention_forward(RK_PARAMETER Problem p) {
 
     float scores[kKeys / 8][4];
     clear(scores);
-#pragma unroll
-    for (int k = 0; k < DIM; k += 16) {
-      uint32_t a[4];
-      load_a<DIM>(a, Shape::kQuery, row, k);
-#pragma unroll
-      for (int n = 0; n < kKeys; n += 16) {
-        uint32_t b[4];
-        load_b_transposed<DIM>(b, Shape::kKey + stage * Layout::bytes(kKeys), k, n);
-        multiply_add(T(), scores[n / 8], a, b[0], b[1]);
-        multiply_add(T(), scores[n / 8 + 1], a, b[2], b[3]);
-      }
-    }
+    const Shared keys = Shape::kKey + stage * Layout::bytes(kKeys), values = Shape::kValue + stage * Layout::bytes(kKeys);
+    multiply<T, DIM>(
+        scores, [&](uint32_t(&a)[4], int k) { load_a<DIM>(a, Shape::kQuery, row, k); },
+        [&](uint32_t(&b)[4], int k, int n) { load_b_transposed<DIM>(b, keys, k, n); });
     hide(scores, p.scale * kLog2E, visible(tile));
     softmax.update(scores, out);
-#pragma unroll
-    for (int k = 0; k < kKeys; k += 16) {
-      uint32_t a[4];
-      as_a<T>(a, scores, k / 8);
-#pragma unroll
-      for (int n = 0; n < DIM; n += 16) {
-        uint32_t b[4];
-        load_b<DIM>(b, Shape::kValue + stage * Layout::bytes(kKeys), k, n);
-        multiply_add(T(), out[n / 8], a, b[0], b[1]);
-        multiply_add(T(), out[n / 8 + 1], a, b[2], b[3]);
-      }
-    }
+    multiply<T, kKeys>(
+        out, [&](uint32_t(&a)[4], int k) { as_a<T>(a, scores, k / 8); },
+        [&](uint32_t(&b)[4], int k, int n) { load_b<DIM>(b, values, k, n); });
     block_barrier();  // the next round writes over this stage
     tile = next;
     stage ^= 1;

@@ -69,20 +69,36 @@ def _refused_shape(call: common.Call) -> str | None:
     return None
 
 
-def _forward(query, key, value, mask, *arguments):
-    chunk_spans, (grouping, _, _, scale, _, stride, first_token) = arguments[10], arguments[13:]
+def _forward(*inputs):
+    query, key, value, mask, chunk_spans, *settings = _taken(inputs)
     out, lse = common.allocate_forward(query, value)
     if chunk_spans is not None:  # tokens in no span belong to no program
         out.zero_()
         lse.fill_(float("-inf"))
-    cuda_extension.ops(query).attention_forward(
-        query, key, value, mask, chunk_spans, grouping, scale, stride, first_token, out, lse
-    )
+    cuda_extension.ops(query).attention_forward(query, key, value, mask, chunk_spans, *settings, out, lse)
     return out, lse
 
 
 def _backward(grad_out, *inputs):
-    raise NotImplementedError
+    query, key, value, mask, chunk_spans, *settings = _taken(
+        (*inputs[: common.TENSORS], *inputs[common.TENSORS + 2 : -3])
+    )
+    out, lse = inputs[common.TENSORS : common.TENSORS + 2]
+    gradients = common.allocate_backward(*(inputs[place] for place in common.DIFFERENTIABLE), *inputs[-3:])
+    if chunk_spans is not None:
+        gradients[0].zero_()
+    if not cuda_extension.rows_aligned(grad_out) or grad_out.data_ptr() % 16:  # (an expanded sum's, say) a copy
+        grad_out = grad_out.clone(memory_format=torch.contiguous_format)
+    cuda_extension.ops(query).attention_backward(
+        grad_out, query, key, value, mask, chunk_spans, out.contiguous(), lse.contiguous(), *settings, *gradients[:3]
+    )
+    return gradients
+
+
+def _taken(inputs: tuple) -> tuple:
+    """Of the op's arguments those that the kernels take; `refusal` has seen that the others are absent."""
+    tensors, (grouping, _, _, scale, _, stride, first_token) = inputs[: common.TENSORS], inputs[common.TENSORS :]
+    return (*tensors[:4], tensors[14], grouping, scale, stride, first_token)
 
 
 forward, backward = common.register("cuda", _forward, _backward, devices=("cpu", "cuda"))

@@ -1,0 +1,270 @@
+// The backward on sm_80, of queries, keys and values in one launch: one program per (group, key/value head), which owns
+// all queries that read its keys and all keys that its queries see. No atomics, one order: bitwise reproducible.
+//
+// Floor: a group of R rows and S slots moves 4 d (R + S) elements a head (query, key, value, out, grad_out in, three
+// gradients out) and takes 10 R S d FLOPs in one pass, 64 FLOP a byte for 64 x 256 in 16 bits: it cannot take less than
+// its bytes over the copy bandwidth (batch 8, n = 2048, 16 heads of 128: 1.34 GB, 0.67 ms at an A100's 2.0 TB/s). How
+// close the kernel comes is unmeasured: it has run in the emulator only.
+//
+// A block of rows meets a tile of keys in shared memory; eight warps share the five products. Gradients of keys and
+// values of a tile are summed in registers over the row blocks; the gradient of queries of a block over the tiles. Where
+// there is one block (chunked cross-attention, 64 rows; self-attention, 128) or one tile (cross-attention, 64 keys), one
+// pass does both. Otherwise (grouped heads with several tiles, long groups) a first sweep makes the gradient of the
+// queries, and a second that of keys and values: seven products.
+#pragma once
+#include "../common/launch.cuh"
+#include "../common/softmax.cuh"
+
+namespace retro_kernels {
+namespace sm80 {
+
+template <int DIM, int ROWS, int KEYS>
+struct BackwardShape {
+  static constexpr int kWarps = 8, kThreads = 32 * kWarps;
+  // Warps lie in a grid over the scores and the gradient of queries (16 rows each), and another over the gradients of
+  // keys and values (16 keys each).
+  static constexpr int kKeySplits = kWarps / (ROWS / 16), kColumnSplits = kWarps / (KEYS / 16);
+  using Layout = TileLayout<DIM>;
+  using Square = TileLayout<KEYS>;
+  static constexpr Shared kQuery = 0, kGradOut = kQuery + Layout::bytes(ROWS), kKey = kGradOut + Layout::bytes(ROWS),
+                          kValue = kKey + Layout::bytes(KEYS), kWeights = kValue + Layout::bytes(KEYS),
+                          kGradScores = kWeights + Square::bytes(ROWS), kLse = kGradScores + Square::bytes(ROWS),
+                          kDelta = kLse + 4 * ROWS, kWords = kDelta + 4 * ROWS;
+
+  static size_t shared_bytes(int64_t slots) { return kWords + 8 * ceil_div(slots, 64); }
+};
+
+template <int DIM, int THREADS>
+RK_DEVICE void zero_rows(uint16_t* data, const Places& places, int first, int last) {
+  for (int item = first * (DIM / 8) + thread_index(); item < last * (DIM / 8); item += THREADS)
+    *reinterpret_cast<Vector16*>(data + places.at(item / (DIM / 8)) + item % (DIM / 8) * 8) = {0, 0, 0, 0};
+}
+
+template <class T, int DIM, int ROWS, int KEYS>
+RK_KERNEL(256, DIM == 64 ? 2 : 1)
+attention_backward(RK_PARAMETER Problem p) {
+  using Shape = BackwardShape<DIM, ROWS, KEYS>;
+  constexpr int kThreads = Shape::kThreads, kScoreTiles = KEYS / Shape::kKeySplits / 8;
+  constexpr int kQueryColumns = DIM / Shape::kKeySplits, kKeyColumns = DIM / Shape::kColumnSplits;
+  unsigned index = block_index();
+  const int kv_head = index % p.kv_heads;
+  index /= p.kv_heads;
+  const Group g = group_at(p, index / p.groups, p.first_group + static_cast<int>(index % p.groups));
+  const int heads_per_key = p.heads / p.kv_heads;
+
+  find_visible<kThreads>(p, g, Shape::kWords);
+  block_barrier();
+  const int tiles = (g.slots + KEYS - 1) / KEYS, row_blocks = (g.rows + ROWS - 1) / ROWS;
+  const int blocks = row_blocks * heads_per_key;
+  const auto visible = [&](int tile) -> uint64_t {
+    const uint64_t word = shared_pointer<uint64_t>(Shape::kWords)[tile * KEYS / 64];
+    return KEYS == 64 ? word : word >> (tile * KEYS % 64) & ((uint64_t{1} << (KEYS % 64)) - 1);
+  };
+  const auto following = [&](int tile) {
+    while (tile < tiles && visible(tile) == 0) ++tile;
+    return tile;
+  };
+  const int first_tile = following(0);
+  const bool one_tile = following(first_tile + 1) >= tiles, sweeps = blocks > 1 && !one_tile;
+
+  const Places grad_key = slot_places(p, g, p.grad_key_stride, kv_head);
+  const Places grad_value = slot_places(p, g, p.grad_value_stride, kv_head);
+  const auto head_of = [&](int block) { return kv_head * heads_per_key + block / row_blocks; };
+  if (first_tile >= tiles || g.rows == 0) {  // nothing is seen: all gradients are 0
+    for (int head = kv_head * heads_per_key; head < (kv_head + 1) * heads_per_key; ++head)
+      zero_rows<DIM, kThreads>(p.grad_query, row_places(p, g, p.grad_query_stride, head), 0, g.rows);
+    zero_rows<DIM, kThreads>(p.grad_key, grad_key, 0, g.slots);
+    zero_rows<DIM, kThreads>(p.grad_value, grad_value, 0, g.slots);
+    return;
+  }
+
+  const Places key = slot_places(p, g, p.key_stride, kv_head), value = slot_places(p, g, p.value_stride, kv_head);
+  const auto start_keys = [&](int tile, Shared to, const uint16_t* data, const Places& places) {
+    const uint64_t word = visible(tile);
+    start_rows<DIM, KEYS, kThreads>(to, data, places, tile * KEYS, [&](int row) { return (word >> row & 1) != 0; });
+  };
+  // Queries, output gradients and lse of a block; the caller commits. Rows that do not exist see nothing.
+  const auto start_block = [&](int block) {
+    const int head = head_of(block), first = block % row_blocks * ROWS;
+    const auto wanted = [&](int row) { return first + row < g.rows; };
+    start_rows<DIM, ROWS, kThreads>(Shape::kQuery, p.query, row_places(p, g, p.query_stride, head), first, wanted);
+    start_rows<DIM, ROWS, kThreads>(Shape::kGradOut, p.grad_out, row_places(p, g, p.grad_out_stride, head), first, wanted);
+    const Places lse = row_places(p, g, p.lse_stride, head);
+    for (int row = thread_index(); row < ROWS; row += kThreads) {
+      const float x = wanted(row) ? p.lse[lse.at(first + row)] : minus_infinity();
+      shared_pointer<float>(Shape::kLse)[row] = x == minus_infinity() ? -x : x * kLog2E;
+    }
+  };
+  // delta = sum of grad_out * out, once the block has landed; a barrier must follow.
+  const auto find_delta = [&](int block) {
+    constexpr int kShare = kThreads / ROWS;  // lanes of one row
+    const int first = block % row_blocks * ROWS, row = thread_index() / kShare;
+    const Places out = row_places(p, g, p.out_stride, head_of(block));
+    float sum = 0.0f;
+    if (first + row < g.rows) {
+      const uint16_t* from = p.out + out.at(first + row);
+#pragma unroll
+      for (int i = 0; i < DIM / 8; i += kShare) {
+        const int chunk = i + thread_index() % kShare;
+        const Vector16 x = *reinterpret_cast<const Vector16*>(from + chunk * 8);
+        const Vector16 y = *shared_pointer<Vector16>(Shape::Layout::chunk(Shape::kGradOut, row, chunk));
+        const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float a, b, c, d;
+          unpack(T(), xs[j], a, b);
+          unpack(T(), ys[j], c, d);
+          sum += a * c + b * d;
+        }
+      }
+    }
+#pragma unroll
+    for (int mask = 1; mask < kShare; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (thread_index() % kShare == 0) shared_pointer<float>(Shape::kDelta)[row] = sum;
+  };
+
+  const int row = warp_index() / Shape::kKeySplits * 16, split = warp_index() % Shape::kKeySplits;
+  const int my_key = warp_index() / Shape::kColumnSplits * 16;
+  const int my_column = warp_index() % Shape::kColumnSplits * kKeyColumns;
+  // The weights and the gradient of the scores (without scale) of the block and the tile in shared memory go there, too.
+  const auto score = [&](int tile, bool weights_too) {
+    const int first_key = split * (KEYS / Shape::kKeySplits);
+    float weights[kScoreTiles][4], grad[kScoreTiles][4];
+    clear(weights);
+    multiply<T, DIM>(
+        weights, [&](uint32_t(&a)[4], int k) { load_a<DIM>(a, Shape::kQuery, row, k); },
+        [&](uint32_t(&b)[4], int k, int n) { load_b_transposed<DIM>(b, Shape::kKey, k, first_key + n); });
+    hide(weights, p.scale * kLog2E, visible(tile) >> first_key);
+    clear(grad);
+    multiply<T, DIM>(
+        grad, [&](uint32_t(&a)[4], int k) { load_a<DIM>(a, Shape::kGradOut, row, k); },
+        [&](uint32_t(&b)[4], int k, int n) { load_b_transposed<DIM>(b, Shape::kValue, k, first_key + n); });
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int y = row + lane_index() / 4 + 8 * half;
+      const float lse = shared_pointer<float>(Shape::kLse)[y], delta = shared_pointer<float>(Shape::kDelta)[y];
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) {
+        float w[2], d[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          w[e] = exp2_fast(weights[n][2 * half + e] - lse);
+          d[e] = w[e] * (grad[n][2 * half + e] - delta);
+        }
+        const int x = first_key + 8 * n + lane_index() % 4 * 2;
+        if (weights_too) *shared_pointer<uint32_t>(Shape::Square::pair(Shape::kWeights, y, x)) = pack(T(), w[0], w[1]);
+        *shared_pointer<uint32_t>(Shape::Square::pair(Shape::kGradScores, y, x)) = pack(T(), d[0], d[1]);
+      }
+    }
+  };
+  float grad_rows[kQueryColumns / 8][4];  // of queries: 16 rows from `row` on, columns from split * kQueryColumns on
+  const auto add_grad_rows = [&] {
+    multiply<T, KEYS>(
+        grad_rows, [&](uint32_t(&a)[4], int k) { load_a<KEYS>(a, Shape::kGradScores, row, k); },
+        [&](uint32_t(&b)[4], int k, int n) { load_b<DIM>(b, Shape::kKey, k, split * kQueryColumns + n); });
+  };
+  const auto store_grad_rows = [&](int block) {
+    const Places places = row_places(p, g, p.grad_query_stride, head_of(block));
+    const float factor[2] = {p.scale, p.scale};
+    uint16_t* to[2];
+    bool wanted[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = block % row_blocks * ROWS + row + lane_index() / 4 + 8 * half;
+      wanted[half] = i < g.rows;
+      to[half] = p.grad_query + (wanted[half] ? places.at(i) : 0) + split * kQueryColumns;
+    }
+    store_rows<T>(grad_rows, factor, to, wanted);
+  };
+
+  if (sweeps)
+    for (int block = 0; block < blocks; ++block) {
+      block_barrier();
+      start_block(block);
+      clear(grad_rows);
+      for (int tile = first_tile; tile < tiles; tile = following(tile + 1)) {
+        start_keys(tile, Shape::kKey, p.key, key);
+        start_keys(tile, Shape::kValue, p.value, value);
+        copy_commit();
+        copy_wait<0>();
+        block_barrier();
+        if (tile == first_tile) {
+          find_delta(block);
+          block_barrier();
+        }
+        score(tile, false);
+        block_barrier();
+        add_grad_rows();
+        block_barrier();
+      }
+      store_grad_rows(block);
+    }
+
+  int loaded = -1, tile_ahead = -1;  // the block in shared memory; the tile whose copies are under way
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (visible(tile) == 0) {
+      const int last = (tile + 1) * KEYS;
+      zero_rows<DIM, kThreads>(p.grad_key, grad_key, tile * KEYS, last < g.slots ? last : g.slots);
+      zero_rows<DIM, kThreads>(p.grad_value, grad_value, tile * KEYS, last < g.slots ? last : g.slots);
+      continue;
+    }
+    if (tile_ahead != tile) {
+      start_keys(tile, Shape::kKey, p.key, key);
+      start_keys(tile, Shape::kValue, p.value, value);
+    }
+    const int next = following(tile + 1);
+    float grad_keys[kKeyColumns / 8][4], grad_values[kKeyColumns / 8][4];
+    clear(grad_keys);
+    clear(grad_values);
+    for (int block = 0; block < blocks; ++block) {
+      const bool fresh = block != loaded;
+      if (fresh) {
+        if (loaded >= 0) block_barrier();  // all are done with the block before
+        start_block(block);
+        loaded = block;
+      }
+      copy_commit();
+      copy_wait<0>();
+      block_barrier();
+      if (fresh) {
+        find_delta(block);
+        block_barrier();
+      }
+      score(tile, true);
+      block_barrier();
+      const bool ahead = block == blocks - 1 && next < tiles;  // values, then keys, are free for the next tile
+      if (ahead) start_keys(next, Shape::kValue, p.value, value);
+      if (!sweeps) {
+        if (tile == first_tile) clear(grad_rows);
+        add_grad_rows();
+        if (one_tile || next >= tiles) store_grad_rows(block);
+      }
+      if (ahead) {
+        block_barrier();
+        start_keys(next, Shape::kKey, p.key, key);
+        tile_ahead = next;
+      }
+      multiply<T, ROWS>(
+          grad_values, [&](uint32_t(&a)[4], int k) { load_a_transposed<KEYS>(a, Shape::kWeights, my_key, k); },
+          [&](uint32_t(&b)[4], int k, int n) { load_b<DIM>(b, Shape::kGradOut, k, my_column + n); });
+      multiply<T, ROWS>(
+          grad_keys, [&](uint32_t(&a)[4], int k) { load_a_transposed<KEYS>(a, Shape::kGradScores, my_key, k); },
+          [&](uint32_t(&b)[4], int k, int n) { load_b<DIM>(b, Shape::kQuery, k, my_column + n); });
+    }
+    const float one[2] = {1.0f, 1.0f}, scale[2] = {p.scale, p.scale};
+    uint16_t *to_key[2], *to_value[2];
+    bool wanted[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int slot = tile * KEYS + my_key + lane_index() / 4 + 8 * half;
+      wanted[half] = slot < g.slots;
+      to_key[half] = p.grad_key + (wanted[half] ? grad_key.at(slot) : 0) + my_column;
+      to_value[half] = p.grad_value + (wanted[half] ? grad_value.at(slot) : 0) + my_column;
+    }
+    store_rows<T>(grad_values, one, to_value, wanted);
+    store_rows<T>(grad_keys, scale, to_key, wanted);
+  }
+}
+
+}  // namespace sm80
+}  // namespace retro_kernels
