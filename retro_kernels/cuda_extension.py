@@ -113,9 +113,11 @@ def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def emulate(library: Path) -> None:
-    """Loads the emulator's library; the backend `cuda` then takes CPU tensors. RuntimeError when it does not load."""
-    if library not in _emulator:
+def emulate(library: Path | None) -> None:
+    """Loads the emulator's library; the backend `cuda` then takes CPU tensors, until `emulate(None)`. RuntimeError when
+    it does not load."""
+    _emulator.clear()
+    if library is not None:
         torch.ops.load_library(str(library))
         _emulator.append(library)
 
@@ -146,8 +148,10 @@ def device_refusal(tensor: torch.Tensor) -> str | None:
 
 
 def rows_aligned(tensor: torch.Tensor) -> bool:
-    """Whether every row of a 16-bit tensor begins at a multiple of 16 bytes, as far as its strides tell."""
+    """Whether every row of a 16-bit tensor begins at a multiple of 16 bytes, as far as its strides and (not while
+    torch.compile traces, which cannot tell) its offset say; the binding looks at the address itself."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return False
     moved = (stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]) if size > 1)
-    return tensor.storage_offset() % 8 == 0 and all(stride % 8 == 0 for stride in moved)
+    offset = 0 if torch.compiler.is_compiling() else tensor.storage_offset()
+    return offset % 8 == 0 and all(stride % 8 == 0 for stride in moved)

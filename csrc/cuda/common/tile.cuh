@@ -28,7 +28,7 @@ struct TileLayout {
 template <int COLUMNS, int ROWS, int THREADS, class Wanted>
 RK_DEVICE void start_rows(Shared tile, const uint16_t* data, const Places& places, int first, Wanted wanted) {
   using Layout = TileLayout<COLUMNS>;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < ROWS * Layout::kChunks; i += THREADS) {
     const int item = i + thread_index(), row = item / Layout::kChunks, chunk = item % Layout::kChunks;
     if (ROWS * Layout::kChunks % THREADS != 0 && item >= ROWS * Layout::kChunks) break;
@@ -78,9 +78,9 @@ RK_DEVICE void clear(float (&c)[N][4]) {
 
 // c [16 x 8 N] += a [16 x K] b [K x 8 N]: left(a, k) loads 16 columns from k on, right(b, k, n) two tiles of 8 columns
 // from column n on. (Of an odd N the last tile's neighbour is loaded and not used.)
-template <class T, int K, int N, class Left, class Right>
+template <class T, int K, int UNROLL = K / 16, int N, class Left, class Right>
 RK_DEVICE void multiply(float (&c)[N][4], Left left, Right right) {
-#pragma unroll
+#pragma unroll UNROLL
   for (int k = 0; k < K; k += 16) {
     uint32_t a[4];
     left(a, k);

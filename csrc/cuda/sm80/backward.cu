@@ -6,20 +6,24 @@ namespace retro_kernels {
 namespace sm80 {
 namespace {
 
-template <class T, int DIM, int ROWS, int KEYS>
+template <class T, int DIM, int ROWS, int KEYS, bool ONE_BLOCK>
 void run(const Problem& p, Stream stream) {
   using Shape = BackwardShape<DIM, ROWS, KEYS>;
   const int64_t slots = static_cast<int64_t>(p.grouping == kClock ? p.neighbours : 1) * p.retrieved;
-  launch<attention_backward<T, DIM, ROWS, KEYS>>("attention backward (sm_80)",
-                                                 static_cast<int64_t>(p.batch) * p.groups * p.kv_heads, Shape::kThreads,
-                                                 Shape::shared_bytes(slots), stream, p);
+  launch<attention_backward<T, DIM, ROWS, KEYS, ONE_BLOCK>>(
+      "attention backward (sm_80)", static_cast<int64_t>(p.batch) * p.groups * p.kv_heads, Shape::kThreads,
+      Shape::shared_bytes(slots), stream, p);
 }
 
 template <class T, int DIM>
 void by_rows(const Problem& p, Stream stream) {
   const int64_t rows = p.grouping == kClock ? p.stride : static_cast<int64_t>(p.tokens) * p.query_neighbours;
-  const bool one_block = rows > 64 && rows <= 128 && p.heads == p.kv_heads;
-  one_block ? run<T, DIM, 128, 32>(p, stream) : run<T, DIM, 64, 64>(p, stream);
+  if (p.heads != p.kv_heads || rows > 128)
+    run<T, DIM, 64, 64, false>(p, stream);
+  else if (rows > 64)
+    run<T, DIM, 128, 32, true>(p, stream);
+  else
+    run<T, DIM, 64, 64, true>(p, stream);
 }
 
 template <class T>

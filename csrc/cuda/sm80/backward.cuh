@@ -31,7 +31,7 @@ struct BackwardShape {
                           kGradScores = kWeights + Square::bytes(ROWS), kLse = kGradScores + Square::bytes(ROWS),
                           kDelta = kLse + 4 * ROWS, kWords = kDelta + 4 * ROWS;
 
-  static size_t shared_bytes(int64_t slots) { return kWords + 8 * ceil_div(slots, 64); }
+  static size_t shared_bytes(int64_t slots) { return kWords + 8 * ceil_div(slots + 1, 64); }
 };
 
 template <int DIM, int THREADS>
@@ -40,7 +40,8 @@ RK_DEVICE void zero_rows(uint16_t* data, const Places& places, int first, int la
     *reinterpret_cast<Vector16*>(data + places.at(item / (DIM / 8)) + item % (DIM / 8) * 8) = {0, 0, 0, 0};
 }
 
-template <class T, int DIM, int ROWS, int KEYS>
+// ONE_BLOCK: no group has more than ROWS rows, and no two query heads share keys.
+template <class T, int DIM, int ROWS, int KEYS, bool ONE_BLOCK>
 RK_KERNEL(256, DIM == 64 ? 2 : 1)
 attention_backward(RK_PARAMETER Problem p) {
   using Shape = BackwardShape<DIM, ROWS, KEYS>;
@@ -50,12 +51,12 @@ attention_backward(RK_PARAMETER Problem p) {
   const int kv_head = index % p.kv_heads;
   index /= p.kv_heads;
   const Group g = group_at(p, index / p.groups, p.first_group + static_cast<int>(index % p.groups));
-  const int heads_per_key = p.heads / p.kv_heads;
+  const int heads_per_key = ONE_BLOCK ? 1 : p.heads / p.kv_heads;
 
   find_visible<kThreads>(p, g, Shape::kWords);
   block_barrier();
-  const int tiles = (g.slots + KEYS - 1) / KEYS, row_blocks = (g.rows + ROWS - 1) / ROWS;
-  const int blocks = row_blocks * heads_per_key;
+  const int tiles = (g.slots + KEYS - 1) / KEYS, row_blocks = ONE_BLOCK ? 1 : (g.rows + ROWS - 1) / ROWS;
+  const int blocks = ONE_BLOCK ? 1 : row_blocks * heads_per_key;
   const auto visible = [&](int tile) -> uint64_t {
     const uint64_t word = shared_pointer<uint64_t>(Shape::kWords)[tile * KEYS / 64];
     return KEYS == 64 ? word : word >> (tile * KEYS % 64) & ((uint64_t{1} << (KEYS % 64)) - 1);
@@ -131,12 +132,12 @@ attention_backward(RK_PARAMETER Problem p) {
     const int first_key = split * (KEYS / Shape::kKeySplits);
     float weights[kScoreTiles][4], grad[kScoreTiles][4];
     clear(weights);
-    multiply<T, DIM>(
+    multiply<T, DIM, 2>(
         weights, [&](uint32_t(&a)[4], int k) { load_a<DIM>(a, Shape::kQuery, row, k); },
         [&](uint32_t(&b)[4], int k, int n) { load_b_transposed<DIM>(b, Shape::kKey, k, first_key + n); });
     hide(weights, p.scale * kLog2E, visible(tile) >> first_key);
     clear(grad);
-    multiply<T, DIM>(
+    multiply<T, DIM, 2>(
         grad, [&](uint32_t(&a)[4], int k) { load_a<DIM>(a, Shape::kGradOut, row, k); },
         [&](uint32_t(&b)[4], int k, int n) { load_b_transposed<DIM>(b, Shape::kValue, k, first_key + n); });
 #pragma unroll
@@ -159,7 +160,7 @@ attention_backward(RK_PARAMETER Problem p) {
   };
   float grad_rows[kQueryColumns / 8][4];  // of queries: 16 rows from `row` on, columns from split * kQueryColumns on
   const auto add_grad_rows = [&] {
-    multiply<T, KEYS>(
+    multiply<T, KEYS, 2>(
         grad_rows, [&](uint32_t(&a)[4], int k) { load_a<KEYS>(a, Shape::kGradScores, row, k); },
         [&](uint32_t(&b)[4], int k, int n) { load_b<DIM>(b, Shape::kKey, k, split * kQueryColumns + n); });
   };
@@ -244,10 +245,10 @@ attention_backward(RK_PARAMETER Problem p) {
         start_keys(next, Shape::kKey, p.key, key);
         tile_ahead = next;
       }
-      multiply<T, ROWS>(
+      multiply<T, ROWS, 2>(
           grad_values, [&](uint32_t(&a)[4], int k) { load_a_transposed<KEYS>(a, Shape::kWeights, my_key, k); },
           [&](uint32_t(&b)[4], int k, int n) { load_b<DIM>(b, Shape::kGradOut, k, my_column + n); });
-      multiply<T, ROWS>(
+      multiply<T, ROWS, 2>(
           grad_keys, [&](uint32_t(&a)[4], int k) { load_a_transposed<KEYS>(a, Shape::kGradScores, my_key, k); },
           [&](uint32_t(&b)[4], int k, int n) { load_b<DIM>(b, Shape::kQuery, k, my_column + n); });
     }

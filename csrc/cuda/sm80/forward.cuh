@@ -22,7 +22,7 @@ struct ForwardShape {
   static constexpr Shared kQuery = 0, kKey = Layout::bytes(kRows), kValue = kKey + 2 * Layout::bytes(kKeys),
                           kWords = kValue + 2 * Layout::bytes(kKeys);
 
-  static size_t shared_bytes(int64_t slots) { return kWords + 8 * ceil_div(slots, kKeys); }
+  static size_t shared_bytes(int64_t slots) { return kWords + 8 * ceil_div(slots + 1, 64); }
 };
 
 template <class T, int DIM, int WARPS>

@@ -61,12 +61,5 @@ def build() -> Path:
     return library
 
 
-def load() -> None:
-    """From here on backend="cuda" takes CPU tensors in this process."""
-    from retro_kernels import cuda_extension
-
-    cuda_extension.emulate(build())
-
-
 if __name__ == "__main__":
     print(build(), file=sys.stderr)

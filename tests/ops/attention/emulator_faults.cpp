@@ -1,0 +1,142 @@
+// Kernels with one fault each, to see that the emulator finds it; and products that are right. Ends with 0 when all is
+// as it should be, otherwise says what is not.
+#include <cstdio>
+#include <functional>
+#include <string>
+
+#include "common/tile.cuh"
+
+using namespace retro_kernels;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool right, const char* what) {
+  if (right) return;
+  std::printf("not as expected: %s\n", what);
+  ++failures;
+}
+
+std::string fault(int threads, size_t bytes, const std::function<void()>& kernel) {
+  try {
+    emulator::launch(1, threads, bytes, kernel);
+  } catch (const emulator::Fault& found) {
+    return found.what();
+  }
+  return "";
+}
+
+bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+void faults() {
+  alignas(16) static uint32_t numbers[4] = {1, 2, 3, 4};
+  uint32_t read = 0;
+  emulator::launch(1, 32, 1024, [&] {
+    copy_async(lane_index() * 16, numbers, true);
+    copy_commit();
+    if (lane_index() == 0) read = *shared_pointer<uint32_t>(0);  // no wait
+    copy_wait<0>();
+  });
+  expect(read == 0xffffffffu, "what is read before the wait is NaN");
+  emulator::launch(1, 32, 1024, [&] {
+    copy_async(lane_index() * 16, numbers, lane_index() != 0);
+    copy_commit();
+    copy_wait<0>();
+    warp_barrier();
+    if (lane_index() == 0) read = *shared_pointer<uint32_t>(0) + *shared_pointer<uint32_t>(16);
+  });
+  expect(read == 1, "a copy that is not valid brings zeros, another its numbers");
+
+  expect(contains(fault(64, 1024, [] { if (warp_index() == 0) block_barrier(); }), "deadlock"), "a deadlock is seen");
+  expect(contains(fault(32, 64, [] { *shared_pointer<uint64_t>(64) = 0; }), "accessed at 64"), "an address beyond is seen");
+  expect(contains(fault(32, 64, [] { shared_pointer<uint64_t>(56)[1] = 0; }), "beside"), "a write beside is seen");
+  expect(contains(fault(32, 64, [] { copy_async(0, numbers, true); }), "under way"), "a copy left under way is seen");
+  expect(contains(fault(32, 64, [] { copy_async(0, reinterpret_cast<char*>(numbers) + 4, true); }), "aligned"),
+         "a source that is not aligned is seen");
+  expect(contains(fault(32, 64, [] { lane_index() % 2 ? warp_barrier() : static_cast<void>(ballot(true)); }), "meet"),
+         "lanes in different instructions are seen");
+
+  // Warp 1 reads what warp 0 writes, without a barrier and with one.
+  for (const bool barrier : {false, true}) {
+    int wrong = 0;
+    for (uint64_t seed = 1; seed <= 20; ++seed) {
+      setenv("RETRO_KERNELS_EMULATOR_SEED", std::to_string(seed).c_str(), 1);
+      emulator::launch(1, 64, 256, [&] {
+        if (warp_index() == 0) *shared_pointer<uint32_t>(4 * lane_index()) = lane_index();
+        if (barrier) block_barrier();
+        if (warp_index() == 1 && *shared_pointer<uint32_t>(4 * lane_index()) != static_cast<uint32_t>(lane_index())) ++wrong;
+      });
+    }
+    expect((wrong > 0) != barrier, barrier ? "with a barrier all is right" : "a missing barrier is seen");
+  }
+  unsetenv("RETRO_KERNELS_EMULATOR_SEED");
+}
+
+// a [16 x 32] b [32 x 16] of small integers, with each operand from a tile as it is and from its transpose.
+template <class T, int COLUMNS>
+void product(const char* what) {
+  const auto left = [](int y, int k) { return static_cast<float>((3 * y + 5 * k) % 7 - 3); };
+  const auto right = [](int k, int x) { return static_cast<float>((2 * k + x) % 5 - 2); };
+  using Layout = TileLayout<COLUMNS>;
+  const Shared a_tile = 0, at_tile = Layout::bytes(32), b_tile = 2 * Layout::bytes(32), bt_tile = 3 * Layout::bytes(32);
+  bool same = true;
+  emulator::launch(1, 32, 4 * Layout::bytes(32), [&] {
+    const auto put = [](Shared tile, int row, int column, float x) {
+      *shared_pointer<uint16_t>(Layout::pair(tile, row, column / 2 * 2) + column % 2 * 2) = emulator::narrow(T(), x);
+    };
+    if (lane_index() == 0)
+      for (int i = 0; i < 32; ++i)
+        for (int j = 0; j < 32; ++j) {
+          put(a_tile, i, j, i < 16 ? left(i, j) : 0), put(at_tile, i, j, j < 16 ? left(j, i) : 0);
+          put(b_tile, i, j, right(i, j)), put(bt_tile, i, j, right(j, i));
+        }
+    warp_barrier();
+    for (int way = 0; way < 4; ++way) {
+      float c[2][4];
+      clear(c);
+      multiply<T, 32>(
+          c,
+          [&](uint32_t(&a)[4], int k) {
+            way & 1 ? load_a_transposed<COLUMNS>(a, at_tile, 0, k) : load_a<COLUMNS>(a, a_tile, 0, k);
+          },
+          [&](uint32_t(&b)[4], int k, int n) {
+            way & 2 ? load_b_transposed<COLUMNS>(b, bt_tile, k, n) : load_b<COLUMNS>(b, b_tile, k, n);
+          });
+      for (int n = 0; n < 2; ++n)
+        for (int e = 0; e < 4; ++e) {
+          const int y = lane_index() / 4 + e / 2 * 8, x = 8 * n + lane_index() % 4 * 2 + e % 2;
+          float sum = 0;
+          for (int k = 0; k < 32; ++k) sum += left(y, k) * right(k, x);
+          same = same && sum == c[n][e];
+        }
+    }
+  });
+  expect(same, what);
+}
+
+void numbers() {
+  for (int bits = 0; bits < 1 << 16; ++bits) {
+    const float x = emulator::widen(Float16(), static_cast<uint16_t>(bits));
+    if (x == x && emulator::narrow(Float16(), x) != bits) return expect(false, "float16 there and back");
+    const float y = emulator::widen(BFloat16(), static_cast<uint16_t>(bits));
+    if (y == y && emulator::narrow(BFloat16(), y) != bits) return expect(false, "bfloat16 there and back");
+  }
+  expect(emulator::narrow(Float16(), 1.0f + 0x1p-11f) == 0x3c00, "float16 rounds ties to even");
+  expect(emulator::narrow(Float16(), 1.0f + 0x3p-11f) == 0x3c02, "float16 rounds ties to even, upwards");
+  expect(emulator::narrow(Float16(), 65520.0f) == 0x7c00, "float16 overflows to infinity");
+  expect(emulator::narrow(Float16(), 65519.0f) == 0x7bff, "float16's largest number");
+  expect(emulator::narrow(Float16(), 0x1p-25f) == 0, "float16's smallest half rounds to zero");
+  expect(emulator::narrow(BFloat16(), 1.0f + 0x1p-8f) == 0x3f80, "bfloat16 rounds ties to even");
+}
+
+}  // namespace
+
+int main() {
+  faults();
+  product<BFloat16, 64>("bfloat16 products, chunks exchanged");
+  product<Float16, 96>("float16 products, rows padded");
+  product<BFloat16, 32>("bfloat16 products, short rows");
+  numbers();
+  return failures ? 1 : 0;
+}
