@@ -101,6 +101,11 @@ class _Shard:
         # Copy-on-write: torch refuses to wrap read-only arrays, and nothing written here could reach the file.
         return np.memmap(path, dtype=dtype, mode="c")
 
+    @property
+    def nbytes(self) -> int:
+        """Of what `to` moves."""
+        return sum(x.nbytes for x in (self.tokens, self.documents, self.ends))
+
     def embeddings(self, dtype: str, dim: int) -> np.ndarray:
         if self.num_chunks == 0:
             return np.empty((0, dim), dtype)
@@ -113,15 +118,23 @@ class _Shard:
         """-> tokens [ids, length] in the stored type, garbage where they are not valid, and the number that is valid
         of each, int64 [ids]."""
         starts = ids * chunk_size
-        valid = (self.ends[self.documents[ids].long()] - starts).clamp(max=length)
-        # A row that would run past the stream is read through the widest view that fits and shifted back.
-        if length == chunk_size:
-            return self.tokens.view(-1, chunk_size).index_select(0, ids), valid
-        rows = (len(self.tokens) - length) // chunk_size + 1
-        if rows <= 0 or bool((ids >= rows).any()):
-            position = starts[:, None] + torch.arange(length, device=starts.device)
-            return self.tokens[position.clamp(max=len(self.tokens) - 1)], valid
-        return self.tokens.as_strided((rows, length), (chunk_size, 1))[ids], valid
+        owners = self.documents.index_select(0, ids).long()
+        valid = self.ends.index_select(0, owners).sub_(starts).clamp_(max=length)
+        # Rows of a view, one a chunk: index_select copies whole rows, several times as fast as indexing.
+        rows = max(0, (len(self.tokens) - length) // chunk_size + 1)
+        late = ids >= rows
+        if not bool(late.any()):
+            return self._rows(rows, length, chunk_size).index_select(0, ids), valid
+        # Those few that would run past the stream's end are read token by token.
+        found = torch.empty(len(ids), length, dtype=self.tokens.dtype, device=ids.device)
+        if rows:
+            found = self._rows(rows, length, chunk_size).index_select(0, ids.clamp(max=rows - 1))
+        places = starts[late][:, None] + torch.arange(length, device=ids.device)
+        found[late] = self.tokens[places.clamp(max=len(self.tokens) - 1)]
+        return found, valid
+
+    def _rows(self, rows: int, length: int, chunk_size: int) -> Tensor:
+        return self.tokens.as_strided((rows, length), (chunk_size, 1))
 
     def source(self, chunk: int, chunk_size: int, first_document: int) -> Source:
         document = int(self.documents[chunk])
@@ -185,40 +198,72 @@ class Database:
         return self.folder / INDEX_FOLDER
 
     def to(self, device: torch.device | str) -> Database:
-        """Loads tokens and document numbers onto `device`: a small store can live on the GPU. -> self"""
-        self.device = torch.device(device)
+        """Loads tokens and document numbers onto `device`: a small store can live on the GPU. -> self
+
+        Raises DatabaseError where the GPU's free memory does not hold them."""
+        wanted = torch.device(device)
+        if wanted.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(wanted)
+            needed = sum(shard.nbytes for shard in self._shards)
+            if needed > free:
+                raise DatabaseError(
+                    f"device: the tokens of {self.folder} take {needed:,} bytes, {wanted} has {free:,} free: leave the "
+                    "store where it is, memory-mapped, and gather into pinned memory (out=)"
+                )
+        self.device = wanted
         for shard in self._shards:
             shard.to(self.device)
         return self
 
-    def chunks(self, ids: Tensor | np.ndarray, length: int | None = None) -> tuple[Tensor, Tensor]:
+    def chunks(
+        self, ids: Tensor | np.ndarray, length: int | None = None, *, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Chunks and their continuations, `length` tokens from each chunk's start (2 * chunk_size by default).
 
         ids: int64 of any shape; a negative one is a missing neighbour. -> tokens int32 [..., length], 0 where the mask
         is False, and mask bool [..., length], False beyond the end of the chunk's document and for a missing neighbour.
-        Both on the database's device. Raises IndexError for ids beyond the last chunk.
-        """
+        Both on the database's device. out: the tensors to fill and return, contiguous, tokens int32 or int64: pinned
+        ones, for instance, which go to a GPU without waiting. Raises IndexError for ids beyond the last chunk."""
         length = 2 * self.chunk_size if length is None else length
         if length < 1:
             raise ValueError(f"length: got {length}; expected at least 1 token")
         flat, shape = self._flat(ids)
-        tokens = torch.zeros(len(flat), length, dtype=torch.int32, device=self.device)
+        if out is None:
+            tokens = torch.empty(*shape, length, dtype=torch.int32, device=self.device)
+            out = tokens, torch.empty(*shape, length, dtype=torch.bool, device=self.device)
+        else:
+            self._check_out(out, (*shape, length))
+        tokens, mask = (x.view(len(flat), length) for x in out)
         valid = torch.zeros(len(flat), dtype=torch.int64, device=self.device)
         for shard, first, rows in self._by_shard(flat):
-            local = flat - first if rows is None else flat[rows] - first
-            found, count = shard.gather(local, length, self.chunk_size)
-            widened = found.to(torch.int32)
-            if found.dtype == torch.int16:
-                widened &= 0xFFFF
             if rows is None:
-                tokens, valid = widened, count
+                found, valid = shard.gather(flat - first, length, self.chunk_size)
+                tokens.copy_(found)
             else:
-                tokens[rows], valid[rows] = widened, count
-        mask = torch.arange(length, device=self.device) < valid[:, None]
-        # Where every row is whole, and most are, there is nothing to blank.
-        if bool((valid < length).any()):
-            tokens.masked_fill_(~mask, 0)
-        return tokens.view(*shape, length), mask.view(*shape, length)
+                found, count = shard.gather(flat[rows] - first, length, self.chunk_size)
+                tokens.index_copy_(0, rows, found.to(tokens.dtype))
+                valid.index_copy_(0, rows, count)
+        if self.manifest["token_dtype"] == "uint16":
+            tokens &= 0xFFFF
+        # Most rows are whole: only the others need blanking.
+        mask.fill_(True)
+        short = (valid < length).nonzero()[:, 0]
+        if len(short):
+            there = torch.arange(length, device=self.device) < valid[short, None]
+            mask.index_copy_(0, short, there)
+            tokens.index_copy_(0, short, tokens.index_select(0, short).masked_fill_(~there, 0))
+        return out
+
+    def _check_out(self, out: tuple[Tensor, Tensor], shape: tuple[int, ...]) -> None:
+        kinds = ((torch.int32, torch.int64), (torch.bool,))
+        for name, tensor, dtypes in zip(("tokens", "mask"), out, kinds):
+            if tensor.dtype not in dtypes or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+                raise ValueError(
+                    f"out: got {name} {tensor.dtype} {list(tensor.shape)}; expected contiguous "
+                    f"{' or '.join(map(str, dtypes))} {list(shape)}"
+                )
+            if tensor.device != self.device:
+                raise ValueError(f"out: got {name} on {tensor.device}; expected {self.device}, where the database is")
 
     def documents(self, ids: Tensor | np.ndarray) -> Tensor:
         """-> int64, of the shape of `ids`: the document of each chunk, -1 for a negative id."""

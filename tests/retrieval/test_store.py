@@ -88,6 +88,37 @@ def test_chunks_are_their_documents_and_never_cross_their_end(folder: Path, leng
         assert visible.tolist() == [t < valid for t in range(length)]
 
 
+def test_chunks_are_gathered_into_what_is_given(folder: Path):
+    database = Database(folder)
+    ids = torch.tensor([[3, -1, 15], [0, 9, 9]])
+    tokens, mask = database.chunks(ids)
+    for dtype in (torch.int32, torch.int64):
+        out = torch.full((2, 3, 2 * CHUNK), -5, dtype=dtype), torch.zeros(2, 3, 2 * CHUNK, dtype=torch.bool)
+        found = database.chunks(ids, out=out)
+        assert found[0] is out[0]
+        assert found[1] is out[1]
+        assert torch.equal(out[0], tokens.to(dtype))
+        assert torch.equal(out[1], mask)
+    for wrong in (
+        (out[0][:1], out[1]),
+        (out[0].float(), out[1]),
+        (out[0], out[1].int()),
+        (out[0].transpose(0, 1).contiguous().transpose(0, 1), out[1]),
+        (out[0].to("meta"), out[1]),
+    ):
+        with pytest.raises(ValueError, match="out: got"):
+            database.chunks(ids, out=wrong)
+
+
+def test_a_store_that_a_gpu_cannot_hold_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    database = Database(folder)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
+    with pytest.raises(DatabaseError, match=r"cuda:0 has 100 free: leave the store where it is"):
+        database.to("cuda:0")
+    assert database.device.type == "cpu"
+    assert database.chunks(torch.arange(16))[1].any()
+
+
 def test_documents_sources_and_embeddings(folder: Path):
     database = Database(folder)
     known = [document for shard in range(len(LENGTHS)) for document in documents(shard)]
