@@ -15,6 +15,7 @@ from .workloads import (
     CCA,
     DECODE,
     DEFAULT,
+    GOALS,
     LAYER,
     MODES,
     PLAIN,
@@ -88,12 +89,13 @@ class Options:
     def cases(self) -> list[Workload]:
         """What is measured, in every dtype and mode. Raises ValueError for what there is not."""
         found = select(self.workloads, self.operations, self.options, QUICK if self.quick else DEFAULT)
-        # What a limited time should not lose comes first: the quick run's, then the small before the large. The
-        # options of one workload stay together.
+        # What a limited time should not lose comes first: the quick run's, where goals are stated, then the small
+        # before the large. The options of one workload stay together.
         quick = {(operation, name) for (operation, _), names in QUICK.items() for name in names}
 
         def place(case: Workload) -> tuple:
-            return (case.operation, case.name) not in quick, case.on("cpu").with_option(PLAIN).flops("forward")
+            what = case.operation, case.name
+            return what not in quick, what not in GOALS, case.on("cpu").with_option(PLAIN).flops("forward")
 
         return sorted(found, key=lambda case: (*place(case), case.operation, case.name))
 

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from . import peers
 from .peers import Skipped, Variant, sdpa_kernel
-from .workloads import CCA, DTYPES, LAYER, PLAIN, PROJECTED, SEED, Workload
+from .workloads import CCA, DTYPES, LAYER, PLAIN, PROJECTED, SEED, WORKLOADS, Workload
 
 CPU_FLOPS = {PROJECTED: 1.4e10, LAYER: 2.8e10}
 LARGEST_FP64_KEY_VALUES = {"cpu": 4 << 30, "cuda": 16 << 30}
 STRATEGIES = ("materialise", "absorb")
+WHOLE = ("retro-7.5b",)
+"""Whose memory is also told at the whole length, where one call of each strategy takes seconds: what absorbing saves
+grows with the chunks, and what it needs for the weights' gradients does not."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class Projected(Workload):
         one, two = (replace(self, batch=1, sequence_length=chunks * m - 1).flops("forward") for chunks in (2, 3))
         chunks = max(1, min(self.num_chunks - 1, round(CPU_FLOPS[self.operation] / (two - one))))
         return replace(self, batch=1, sequence_length=(chunks + 1) * m - 1)
+
+    def whole(self) -> Workload | None:
+        """One sequence of the whole length, for WHOLE; None for others and where this is as long."""
+        length = WORKLOADS[self.name].sequence_length if self.name in WHOLE else self.sequence_length
+        return replace(self, batch=1, sequence_length=length) if length > self.sequence_length else None
 
     def core(self) -> Workload:
         """The attention inside, for the ways that are given keys and values."""

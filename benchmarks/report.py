@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from . import results
+from .workloads import PROJECTED
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HERE = Path(__file__).resolve().parent
@@ -37,22 +38,7 @@ details { margin: 0.4em 0; } summary { cursor: pointer; } code { font-size: 0.92
 
 def markdown(document: dict) -> str:
     """The tables of one run in Markdown, with the device, versions and limits they hold for."""
-    environment = document["environment"]
-    lines = [
-        f"**{environment['device']}**, "
-        + ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if name in _NAMED)
-        + f", commit {environment['commit'] or 'unknown'}, {environment['date']}. {_ceilings(document)}",
-        "",
-        *(line for note in document.get("notes", []) for line in (f"Note: {note}", "")),
-    ]
-    sections = results.sections(document)
-    for number, (title, rows) in enumerate(sections):
-        head, cells, left = results.section_cells(document, rows)
-        lines += [f"{title}:", "", *_markdown_table(head, cells, left), ""]
-        lines += [f"{text}\n" for text in [results.remark(rows)] if text]
-        following = sections[number + 1][1] if number + 1 < len(sections) else None
-        if following is None or results.legend(following) != results.legend(rows):
-            lines += [results.legend(rows), ""]
+    lines = [*_heading(document), *_sections(document, results.sections(document))]
     report = document.get("real_text")
     cells = results.real_text_cells(document)
     if report and cells:
@@ -65,6 +51,60 @@ def markdown(document: dict) -> str:
             "",
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def readme_markdown(document: dict) -> str:
+    """The tables that the README shows of one run, and where the rest is."""
+    slug = document["environment"]["device_slug"]
+    lines = [
+        *_heading(document),
+        *_sections(document, results.readme_sections(document), left_out=README_LEAVES_OUT),
+        f"[benchmarks/results/{slug}/table.md](benchmarks/results/{slug}/table.md) has every table of this run: more "
+        "workloads and columns, relative positions, dropout, the whole layer, a model on real text. All variants, "
+        f"plots and the raw numbers: `report.html` and `{results.FILE}` beside it.",
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+README_LEAVES_OUT = {
+    PROJECTED: (
+        "predicted",
+        "comp. ms",
+        "eager ms",
+        "MB SDPA",
+        "scratch SDPA",
+        "saved K, V",
+        "saved abs.",
+        "saved SDPA",
+    )
+}
+"""By operation, columns of its table that the README does not show."""
+
+
+def _heading(document: dict) -> list[str]:
+    environment = document["environment"]
+    return [
+        f"**{environment['device']}**, "
+        + ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if name in _NAMED)
+        + f", commit {environment['commit'] or 'unknown'}, {environment['date']}. {_ceilings(document)}",
+        "",
+        *(line for note in document.get("notes", []) for line in (f"Note: {note}", "")),
+    ]
+
+
+def _sections(document: dict, sections, left_out: dict[str, tuple[str, ...]] | None = None) -> list[str]:
+    """Their tables, remarks and legends."""
+    lines = []
+    for number, (title, rows) in enumerate(sections):
+        head, cells, left = results.section_cells(document, rows)
+        kept = [i for i, name in enumerate(head) if name not in (left_out or {}).get(rows[0]["operation"], ())]
+        head, cells = [head[i] for i in kept], [[row[i] for i in kept] for row in cells]
+        lines += [f"{title}:", "", *_markdown_table(head, cells, left), ""]
+        lines += [f"{text}\n" for text in [results.remark(rows)] if text]
+        following = sections[number + 1][1] if number + 1 < len(sections) else None
+        if following is None or results.legend(following) != results.legend(rows):
+            lines += [results.legend(rows), ""]
+    return lines
 
 
 _NAMED = ("torch", "triton", "retro_kernels", "retro-pytorch", "faiss-cpu")
@@ -251,18 +291,11 @@ def write(document: dict, folder: Path) -> list[Path]:
 
 
 def readme_block(folder: Path) -> str:
-    """What belongs between the marks: the tables of every committed device."""
+    """What belongs between the marks: the README's tables of every committed device."""
     documents = [results.load(path) for path in sorted(folder.glob(f"*/{results.FILE}"))]
     if not documents:
         return "No results are committed yet.\n"
-    blocks = []
-    for document in documents:
-        slug = document["environment"]["device_slug"]
-        blocks.append(
-            markdown(document)
-            + f"\nAll variants, plots and the raw numbers: `benchmarks/results/{slug}/report.html`.\n"
-        )
-    return "\n".join(blocks)
+    return "\n".join(map(readme_markdown, documents))
 
 
 def with_block(readme: str, block: str) -> str:

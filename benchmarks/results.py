@@ -6,7 +6,20 @@ import json
 import os
 from pathlib import Path
 
-from .workloads import ATTENTIONS, DECODE, LAYER, OPERATIONS, OPTIONS, PLAIN, PROJECTED, RETRIEVAL, STEP
+from .workloads import (
+    ATTENTIONS,
+    CCA,
+    DECODE,
+    ENCODER_CROSS,
+    ENCODER_SELF,
+    LAYER,
+    OPERATIONS,
+    OPTIONS,
+    PLAIN,
+    PROJECTED,
+    RETRIEVAL,
+    STEP,
+)
 
 SCHEMA = 2
 FILE = "bench.json"
@@ -101,6 +114,26 @@ def sections(document: dict) -> list[tuple[str, list[dict]]]:
     around = [(title, [row for row in rows if row["operation"] == operation])
               for operation, title in OPERATIONS.items() if operation not in ATTENTIONS]  # fmt: skip
     return [(title, found) for title, found in plain + others + around if found]
+
+
+README_WORKLOADS = ("retro-172m", "retro-425m", "retro-7.5b")
+"""Of the projected operation and of the layer, for a reader in a hurry."""
+
+
+def readme_sections(document: dict) -> list[tuple[str, list[dict]]]:
+    """Those of `sections` that the README shows: the attentions of a RETRO without options, the projected operation
+    at three sizes, and generation."""
+    found = []
+    for title, rows in sections(document):
+        operation, option = rows[0]["operation"], rows[0]["option"]
+        if operation == PROJECTED:
+            rows = [row for row in rows if row["workload"] in README_WORKLOADS]
+        shown = operation in (PROJECTED, DECODE, STEP) or (
+            option == PLAIN and operation in (CCA, ENCODER_SELF, ENCODER_CROSS)
+        )
+        if rows and shown:
+            found.append((title, rows))
+    return found
 
 
 def summary(document: dict, rows: list[dict] | None = None) -> list[dict]:
@@ -232,7 +265,8 @@ def cost(entry: dict) -> str:
 
 STRATEGY_HEAD = (
     "workload", "dtype", "mode", "auto", "K, V ms", "absorb ms", "predicted", "SDPA ms", "comp. ms", "eager ms",
-    "vs best", "limit", "MB K, V", "MB abs.", "MB SDPA", "saved K, V", "saved abs.", "saved SDPA",
+    "vs best", "limit", "MB K, V", "MB abs.", "MB SDPA", "scratch K, V",
+    "scratch abs.", "scratch SDPA", "saved K, V", "saved abs.", "saved SDPA",
 )  # fmt: skip
 DECODE_HEAD = (
     "workload", "dtype", "K, V ms", "states ms", "again ms", "SDPA ms", "vs again", "vs SDPA", "limit K, V",
@@ -247,7 +281,8 @@ LEGENDS = {
         "Keys and values of all neighbours are made (K, V), or their projections absorbed, or it is left to "
         '`strategy="auto"`: what that takes is named, its time bold. predicted: the cost model\'s times of both. '
         "SDPA, comp., eager: keys and values made, then as above. vs best: how many times faster than the fastest of "
-        "these auto's choice is. saved: MB that autograd keeps besides inputs and output."
+        "these auto's choice is. MB: most memory alive beyond the inputs; scratch: the same in MB without output "
+        "and returned gradients; saved: MB that autograd keeps besides inputs and output."
     ),
     LAYER: "The columns of the table before, for the whole layer; what is saved includes its norm and linear layers.",
     DECODE: (
@@ -304,7 +339,11 @@ def regrets(rows: list[dict]) -> list[tuple[float, Case]]:
 
 
 def remark(rows: list[dict]) -> str | None:
-    """What a section's numbers say in a sentence, where one is asked of them."""
+    """What a section's numbers say in sentences, where that is asked of them."""
+    return " ".join(text for text in (_remark_on_auto(rows), _remark_on_memory(rows)) if text) or None
+
+
+def _remark_on_auto(rows: list[dict]) -> str | None:
     found = regrets(rows)
     if not found:
         return None
@@ -313,6 +352,26 @@ def remark(rows: list[dict]) -> str | None:
     return (
         f"auto takes the faster strategy in {right} of {len(found)} cases and is at most {100 * (worst - 1):.0f}% "
         f"slower than it ({' '.join(case[2:])})."
+    )
+
+
+def _remark_on_memory(rows: list[dict]) -> str | None:
+    """Scratch memory of both strategies at the whole length, where it was measured besides."""
+    said: dict[str, list[str]] = {}
+    for case, group in grouped(rows).items():
+        both = strategies(group)
+        made, absorbed = (both.get(name, {}).get("whole_scratch_bytes") for name in ("materialise", "absorb"))
+        if made and absorbed:
+            said.setdefault(case[2], []).append(
+                f"{case[3]} {_short(case[4])} {digits(made / 1e6)} and {digits(absorbed / 1e6)} MB "
+                f"({made / absorbed:.1f}x)"
+            )
+    if not said:
+        return None
+    return (
+        "Scratch memory at the whole length of one sequence, K, V made and absorbed: "
+        + "; ".join(f"{workload}: {', '.join(found)}" for workload, found in said.items())
+        + "."
     )
 
 
@@ -326,7 +385,7 @@ def _short(mode: str) -> str:
 
 
 def _strategy_cells(document: dict, rows: list[dict]) -> tuple[tuple[str, ...], list[list[str]], int]:
-    cells = []
+    cells, scratch = [], any(row.get("scratch_bytes") is not None for row in rows)
     for case, group in grouped(rows).items():
         both = strategies(group)
         auto = next((row for row in both.values() if row["chosen"]), None)
@@ -347,7 +406,11 @@ def _strategy_cells(document: dict, rows: list[dict]) -> tuple[tuple[str, ...], 
                 case[2], case[3], _short(case[4]), auto["strategy"] if auto else "-", time(made), time(absorbed),
                 " / ".join("-" if value is None else digits(value) for value in predicted),
                 *map(milliseconds, (sdpa, compiled, eager)), times(ratio(best, auto)), percent(auto),
-                *(_mb(row, "peak_extra_bytes") for row in (made, absorbed, sdpa)),
+                *(
+                    # Scratch stands in place of the peak; older results have the peak alone.
+                    _mb(row, name) if (name == "scratch_bytes") == scratch else "-"
+                    for name in ("peak_extra_bytes", "scratch_bytes") for row in (made, absorbed, sdpa)
+                ),
                 *(_mb(row, "saved_bytes") for row in (made, absorbed, sdpa)),
             ]
         )  # fmt: skip

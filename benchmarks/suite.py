@@ -13,8 +13,8 @@ import torch
 
 from . import peers, verify
 from .peers import CompileBudget, CompileTimeout, Skipped, Variant
-from .timing import Ceilings, Protocol, Timed, interleaved, peak_extra_bytes, saved_bytes
-from .workloads import ATTENTIONS, DECODE, DROPOUT, DTYPES, PLAIN, SEED, STEP, Workload
+from .timing import Ceilings, Memory, Protocol, Timed, interleaved, memory, saved_bytes
+from .workloads import ATTENTIONS, DECODE, DROPOUT, DTYPES, LAYER, PLAIN, PROJECTED, SEED, STEP, Workload
 
 OK, SKIPPED, WRONG, FAILED = "ok", "skipped", "wrong", "failed"
 
@@ -45,6 +45,10 @@ class Row:
     flops: int = 0
     bytes: int = 0
     peak_extra_bytes: int | None = None
+    scratch_bytes: int | None = None
+    """`peak_extra_bytes` without the output and the returned gradients."""
+    whole_scratch_bytes: int | None = None
+    """The same of one call at the workload's whole length (one sequence), where a CPU times fewer chunks."""
     errors: list[dict] = field(default_factory=list)
     checked: str | None = None
     saved_bytes: int | None = None
@@ -171,6 +175,7 @@ def _case(workload, dtype, mode, inputs, truths, settings: Settings, ceilings, w
     inputs = verify.leaves(inputs, mode != "forward")
     rows: dict[str, Row] = {}
     timed: dict[str, Timed] = {}
+    ways: dict[str, Variant] = {}
     eager_errors: dict[Workload, list[verify.Error]] = {}
     for variant in peers.variants(workload, device, compiled=settings.compiled, backends=settings.backends):
         why = settings.skip(workload, dtype, mode, variant.name) if settings.skip else None
@@ -191,6 +196,7 @@ def _case(workload, dtype, mode, inputs, truths, settings: Settings, ceilings, w
         rows[variant.name] = row
         if status == OK:
             timed[variant.name] = Timed(_call(variant, own_inputs, mode), variant.context)
+            ways[variant.name] = variant
             for key, value in variant.extra(dtype, mode).items() if variant.extra else ():
                 setattr(row, key, value)
             if settings.memory and mode != "forward" and workload.operation not in ATTENTIONS:
@@ -200,7 +206,12 @@ def _case(workload, dtype, mode, inputs, truths, settings: Settings, ceilings, w
         for name, entry in list(timed.items()):
             watcher.step(f"{dtype} {mode}: memory of {name}")
             with entry.context():
-                rows[name].peak_extra_bytes = _peak(entry.call, device)
+                found = _memory(entry.call, device)
+            if found is not None:
+                rows[name].peak_extra_bytes, rows[name].scratch_bytes = found.peak, found.scratch
+        watcher.step(f"{dtype} {mode}: memory at the whole length")
+        for name, scratch in _whole_scratch(workload, dtype, mode, ways, device):
+            rows[name].whole_scratch_bytes = scratch
     watcher.step(f"{dtype} {mode}: timing {len(timed)} variants")
     try:
         found = interleaved(timed, device, settings.protocol, seed=SEED)
@@ -277,11 +288,24 @@ def _call(variant: Variant, inputs, mode: str) -> Callable[[], object]:
     return lambda: verify.run(variant.workload, variant.attention, inputs, mode)
 
 
-def _peak(call: Callable[[], object], device: torch.device) -> int | None:
+def _memory(call: Callable[[], object], device: torch.device) -> Memory | None:
     try:
-        return peak_extra_bytes(call, device)
+        return memory(call, device)
     except torch.OutOfMemoryError:
         return None
+
+
+def _whole_scratch(workload: Workload, dtype: str, mode: str, ways: dict[str, Variant], device: torch.device):
+    """(variant, bytes) of one call of each of our strategies at the whole length, where what is timed is shorter."""
+    whole = workload.whole() if workload.operation in (PROJECTED, LAYER) else None  # type: ignore[attr-defined]
+    if whole is None or _too_large(whole, dtype, device):
+        return
+    inputs = verify.leaves(whole.inputs(DTYPES[dtype], device), mode != "forward")
+    for name, variant in ways.items():
+        if name.startswith("retro_kernels"):
+            found = _memory(functools.partial(verify.run, whole, variant.attention, inputs, mode), device)
+            if found is not None:
+                yield name, found.scratch
 
 
 def _row(workload: Workload, dtype: str, mode: str, variant: str, status: str, reason: str | None) -> Row:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,19 @@ class _GpuClock:
         return before.elapsed_time(after)
 
 
-def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes alive at once during one call, above what was alive before it; results count.
+@dataclass(frozen=True)
+class Memory:
+    """The most bytes alive at once during one call, above what was alive before it."""
+
+    peak: int
+    """Results count."""
+    scratch: int
+    """What the call returns does not count, from the moment when it was allocated. On a GPU, where that moment is not
+    known, from the start: there it may be more than this."""
+
+
+def memory(call: Callable[[], object], device: torch.device) -> Memory | None:
+    """Of one call.
 
     On a GPU, the caching allocator's own peak. On a CPU, the running sum of every allocation and release that the
     profiler reports for torch's allocator: scratch that a library takes from malloc (oneDNN's, MKL's) is not seen.
@@ -160,21 +172,43 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
         result = call()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated(device) - before
-        del result
-        return peak
+        return Memory(peak, max(0, peak - sum(_storages(result).values())))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler otherwise prints its own start and stop
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
-    del result
-    events = getattr(getattr(profile.profiler, "kineto_results", None), "events", None)
-    if events is None:
+    found = getattr(profile.profiler, "kineto_results", None)
+    if found is None or not hasattr(found, "experimental_event_tree"):
         return None
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events() if event.name() == "[memory]")
-    alive = peak = 0
-    for _, change in changes:
-        alive += change
-        peak = max(peak, alive)
-    return peak if changes else None
+    changes = sorted(_allocations(found.experimental_event_tree()))
+    # A result's storage is what was allocated last at its address.
+    returned = _storages(result)
+    last = {address: index for index, (_, address, size) in enumerate(changes) if size > 0 and address in returned}
+    alive = kept = peak = scratch = 0
+    for index, (_, address, size) in enumerate(changes):
+        alive += size
+        kept += size if last.get(address) == index else 0
+        peak, scratch = max(peak, alive), max(scratch, alive - kept)
+    return Memory(peak, scratch) if changes else None
+
+
+def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """`memory`'s peak."""
+    found = memory(call, device)
+    return None if found is None else found.peak
+
+
+def _storages(result: object) -> dict[int, int]:
+    """Bytes of every storage of a call's result, by address."""
+    tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def _allocations(events) -> Iterator[tuple[int, int, int]]:
+    """(time, address, bytes) of what the profiler saw; bytes are negative for a release."""
+    for event in events:
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
 
 
 def saved_bytes(call: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> int:

@@ -274,6 +274,9 @@ QUICK = {
     (DECODE, PLAIN): ("retro-7.5b-batch-8",),
 }
 
+GOALS = {(LAYER, "retro-7.5b"), (PROJECTED, "retro-7.5b"), (PROJECTED, "retro-425m"), (CCA, "retro-7.5b")}
+"""Where a goal is stated or the README shows it: a run of limited time takes these (operation, workload) early."""
+
 
 def of_operation(workload: Workload, operation: str, option: str) -> Workload:
     """The same shape as another operation."""

@@ -157,8 +157,53 @@ def test_readme_table_is_generated_and_checked(document, tmp_path, capsys):
     assert text.endswith("after\n")
     assert "typed by hand" not in text
     assert "| retro-172m | bf16 | fwd | 2.00 | 6.00 |" in text
-    assert "| fp32 | training step | 3.00 | 2.00 | 1.50x |" in text
+    assert "training step" not in text
+    assert "benchmarks/results/a-cpu/table.md" in text
     assert report.main(["--check", "--root", str(tmp_path)]) == 0
+
+
+def test_the_readme_shows_a_few_tables_and_the_table_all_of_them(document):
+    projected = {"operation": "cca-projected"}
+    for workload in ("retro-7.5b", "gqa-8b"):
+        document["rows"] += [
+            row("sdpa[flash]", 6.0, workload=workload, **projected),
+            {**row("retro_kernels[cpu materialise]", 4.0, workload=workload, **projected), "strategy": "materialise",
+             "chosen": True, "predicted_ms": 5.0},
+        ]  # fmt: skip
+    document["rows"] += [
+        row("retro_kernels[cpu]", 2.0, operation="encoder-self", workload="encoder-896"),
+        row("retro_kernels[cpu]", 2.0, operation="causal-self"),
+        row("retro_kernels[cpu]", 2.0, option="dropout"),
+        row("retro_kernels[cpu absorb]", 2.0, operation="cca-layer"),
+    ]
+    short, whole = report.readme_markdown(document), report.markdown(document)
+    assert "| retro-7.5b | bf16 | fwd | materialise | **4.00** |" in short
+    for text in ("gqa-8b", "predicted |", "dropout 0.1", "Causal self-attention", "The layer:", "training step"):
+        assert text in whole, text
+        assert text not in short, text
+    for text in ("Chunked cross-attention:", "Encoder self-attention:", "| retro-172m | bf16 | fwd | 2.00 | 6.00 |"):
+        assert text in short, text
+
+
+def test_scratch_memory_is_shown_and_compared_at_the_whole_length(document):
+    """It stands in place of the peak, which older results have alone."""
+    common = {"operation": "cca-projected", "workload": "retro-7.5b", "mode": "forward+backward"}
+    made = {**row("retro_kernels[cpu materialise]", 4.0, memory=9e6, **common), "strategy": "materialise"}
+    absorbed = {**row("retro_kernels[cpu absorb]", 2.0, memory=3e6, **common), "strategy": "absorb"}
+    made["chosen"], absorbed["chosen"] = False, True
+    old = results.section_cells(document, [made, absorbed])
+    shown = dict(zip(old[0], old[1][0]))
+    assert (shown["MB K, V"], shown["MB abs."]) == ("9.00", "3.00")
+    assert not any(name.startswith("scratch") for name in old[0])
+    assert "Scratch" not in results.remark([made, absorbed])
+
+    made |= {"scratch_bytes": 8 * 10**6, "whole_scratch_bytes": 600 * 10**6}
+    absorbed |= {"scratch_bytes": 10**6, "whole_scratch_bytes": 50 * 10**6}
+    new = results.section_cells(document, [made, absorbed])
+    shown = dict(zip(new[0], new[1][0]))
+    assert (shown["scratch K, V"], shown["scratch abs."]) == ("8.00", "1.00")
+    assert not any(name.startswith("MB") for name in new[0])
+    assert "retro-7.5b: bf16 fwd+bwd 600 and 50.0 MB (12.0x)." in results.remark([made, absorbed])
 
 
 def test_a_readme_without_marks_is_refused(document, tmp_path, capsys):

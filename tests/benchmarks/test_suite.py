@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import retro_kernels as rk
-from benchmarks import decoding, layers, peers, suite, timing, verify
+from benchmarks import bench, decoding, layers, peers, suite, timing, verify
 from benchmarks.workloads import (
     ATTENTIONS,
     CAUSAL_SELF,
@@ -18,6 +18,7 @@ from benchmarks.workloads import (
     DROPOUT,
     ENCODER_CROSS,
     ENCODER_SELF,
+    GOALS,
     LAYER,
     MODES,
     OPTIONS,
@@ -361,6 +362,23 @@ def test_peak_memory_counts_what_is_alive_at_once():
     assert timing.peak_extra_bytes(lambda: (x + 1).mul_(2), CPU) == pytest.approx(size, abs=scalars)
 
 
+def test_scratch_memory_leaves_out_what_is_returned_from_when_it_was_allocated():
+    x = torch.randn(256, 1024)
+    size = x.numel() * 4
+    scalars = 64
+    found = timing.memory(lambda: x + 1, CPU)
+    assert (found.peak, found.scratch) == pytest.approx((size, 0), abs=scalars)
+    found = timing.memory(lambda: {"output": ((x + 1).mul_(2) * 3, x)}, CPU)  # an input given back was there before
+    assert (found.peak, found.scratch) == pytest.approx((2 * size, size), abs=scalars)
+
+    def later():
+        (x + 1) * 2  # two at once, before the result is there
+        return x * 3
+
+    found = timing.memory(later, CPU)
+    assert (found.peak, found.scratch) == pytest.approx((2 * size, 2 * size), abs=scalars)
+
+
 def test_what_does_not_fit_into_memory_is_skipped_and_said(monkeypatch):
     monkeypatch.setattr(suite, "available_memory", lambda: 1000.0)
     rows = suite.run([TINY], settings(modes=("forward",)), CEILINGS, Watcher())
@@ -404,6 +422,8 @@ def test_what_is_round_the_attention_is_checked_and_timed(operation):
     for row in rows:
         if row.status == suite.OK:
             assert (row.saved_bytes is not None) == (row.mode != "forward"), row
+            assert 0 <= row.scratch_bytes <= row.peak_extra_bytes, row
+            assert row.whole_scratch_bytes is None, row
             assert (row.cache_bytes is not None) == (operation in (DECODE, STEP)), row
 
 
@@ -460,6 +480,34 @@ def test_a_cpu_gets_fewer_chunks_of_the_same_shape():
         assert smaller.attending_tokens == smaller.num_chunks * smaller.chunk_size
         assert smaller.keys_per_chunk == workload.keys_per_chunk
         assert smaller.flops("forward") < 2 * layers.CPU_FLOPS[workload.operation] or smaller.num_chunks == 1
+
+
+def test_a_short_case_tells_the_memory_of_its_whole_length(monkeypatch):
+    """Both strategies', at TINY's length, of a case with half of its chunks; and the layer at 7.5B has one."""
+    (tiny,) = select(["tiny"], [PROJECTED])
+    half = replace(tiny, sequence_length=17)
+    monkeypatch.setattr(layers, "WHOLE", ("tiny",))
+    monkeypatch.setattr(layers, "WORKLOADS", {"tiny": tiny})
+    assert half.whole() == tiny
+    assert tiny.whole() is None
+    backends = None if rk.backends()["cpu"].available else ["reference"]
+    rows = suite.run([half], settings(modes=("forward",), backends=backends), CEILINGS, Watcher())
+    own = [row for row in rows if row.status == suite.OK and row.variant.startswith("retro_kernels")]
+    assert own
+    for row in own:
+        assert row.whole_scratch_bytes >= row.scratch_bytes, row
+    assert all(row.whole_scratch_bytes is None for row in rows if row not in own)
+    monkeypatch.undo()
+    (layer,) = select(["retro-7.5b"], [LAYER])
+    assert layer.on("cpu").whole() == replace(layer, batch=1)
+
+
+def test_a_limited_run_times_the_cases_of_stated_goals_early():
+    cases = [(case.operation, case.name) for case in bench.Options().resolved().cases()]
+    assert set(cases) >= GOALS
+    for operation in (PROJECTED, LAYER):
+        names = [name for what, name in cases if what == operation]
+        assert "retro-7.5b" in names[:3]
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_input():
