@@ -79,6 +79,11 @@ README_LEAVES_OUT = {
     )
 }
 """By operation, columns of its table that the README does not show."""
+README_LEGENDS = {
+    PROJECTED: "Keys and values of all neighbours are made (K, V), or their projections absorbed; what "
+    '`strategy="auto"` takes is named, its time bold. vs best: how many times faster that is than the fastest '
+    "alternative. MB: most memory alive beyond the inputs; scratch: the same without output and returned gradients."
+}
 
 
 def _heading(document: dict) -> list[str]:
@@ -103,7 +108,8 @@ def _sections(document: dict, sections, left_out: dict[str, tuple[str, ...]] | N
         lines += [f"{text}\n" for text in [results.remark(rows)] if text]
         following = sections[number + 1][1] if number + 1 < len(sections) else None
         if following is None or results.legend(following) != results.legend(rows):
-            lines += [results.legend(rows), ""]
+            shown = README_LEGENDS.get(rows[0]["operation"]) if left_out else None
+            lines += [shown or results.legend(rows), ""]
     return lines
 
 

@@ -116,8 +116,8 @@ def sections(document: dict) -> list[tuple[str, list[dict]]]:
     return [(title, found) for title, found in plain + others + around if found]
 
 
-README_WORKLOADS = ("retro-172m", "retro-425m", "retro-7.5b")
-"""Of the projected operation and of the layer, for a reader in a hurry."""
+README_WORKLOADS = ("retro-172m", "retro-425m", "retro-7.5b", "encoder-896", "encoder-4096")
+"""Whose attentions the README shows."""
 
 
 def readme_sections(document: dict) -> list[tuple[str, list[dict]]]:
@@ -125,13 +125,12 @@ def readme_sections(document: dict) -> list[tuple[str, list[dict]]]:
     at three sizes, and generation."""
     found = []
     for title, rows in sections(document):
-        operation, option = rows[0]["operation"], rows[0]["option"]
-        if operation == PROJECTED:
-            rows = [row for row in rows if row["workload"] in README_WORKLOADS]
-        shown = operation in (PROJECTED, DECODE, STEP) or (
-            option == PLAIN and operation in (CCA, ENCODER_SELF, ENCODER_CROSS)
-        )
-        if rows and shown:
+        operation = rows[0]["operation"]
+        if operation in (CCA, ENCODER_SELF, ENCODER_CROSS, PROJECTED):
+            rows = [row for row in rows if row["option"] == PLAIN and row["workload"] in README_WORKLOADS]
+        elif operation not in (DECODE, STEP):
+            rows = []
+        if rows:
             found.append((title, rows))
     return found
 
