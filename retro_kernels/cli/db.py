@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import db_build, db_exchange, db_neighbours
+from . import db_build, db_exchange, db_neighbours, db_search
 
 if TYPE_CHECKING:
     from retro_kernels.retrieval import Database
@@ -20,6 +20,8 @@ app.command("import")(db_exchange.import_)
 app.command("export")(db_exchange.export)
 app.command("neighbours")(db_neighbours.neighbours)
 app.command("query")(db_neighbours.query)
+app.command("index")(db_search.index)
+app.command("evaluate")(db_search.evaluate)
 Folder = Annotated[Path, typer.Argument(help="The database's folder.", show_default=False)]
 
 
@@ -49,9 +51,17 @@ def info(folder: Folder) -> None:
         "embeddings": embeddings,
         "tokenizer": manifest["tokenizer"],
         "embedder": manifest["embedder"] or "none",
-        "index": manifest["index"] or "none",
+        "index": _index_facts(manifest["index"]),
     }.items():
         typer.echo(f"{name:<11} {value}")
+
+
+def _index_facts(entry: dict | None) -> str:
+    if entry is None:
+        return "none: searches are exact"
+    settings = "".join(f", {name} {value}" for name, value in entry["settings"].items())
+    size = sum(file["bytes"] for file in entry["files"])
+    return f"{entry['spec']}{settings}, {size:,} bytes ({entry['why']})"
 
 
 @app.command()

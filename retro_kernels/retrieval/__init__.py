@@ -3,6 +3,7 @@
 from .builder import Progress, build_database
 from .embedders import Embedder, load_embedder, open_embedder
 from .files import DatabaseError
+from .index import Index, build_index, open_index, replace_index
 from .interchange import export_parquet, import_database
 from .neighbours import TrainingData, open_neighbours, precompute_neighbours
 from .retriever import Retrieved, Retriever
@@ -15,6 +16,7 @@ __all__ = [
     "Database",
     "DatabaseError",
     "Embedder",
+    "Index",
     "Progress",
     "Retrieved",
     "Retriever",
@@ -22,6 +24,7 @@ __all__ = [
     "Source",
     "TrainingData",
     "build_database",
+    "build_index",
     "committed_shard",
     "export_parquet",
     "finish_database",
@@ -29,7 +32,9 @@ __all__ = [
     "load_embedder",
     "load_tokenizer",
     "open_embedder",
+    "open_index",
     "open_neighbours",
     "open_tokenizer",
     "precompute_neighbours",
+    "replace_index",
 ]

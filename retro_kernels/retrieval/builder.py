@@ -22,9 +22,10 @@ from typing import Any
 from .embedders import DEFAULT_EMBEDDER, Embedder, load_embedder
 from .engines import ENGINES, Run, started
 from .files import DatabaseError, canonical, describe, full_disk_named, locked, read_json, write_atomically
+from .index import build_index, remove_parts
 from .readers import Options, Piece, Problem, cut, find
 from .shards import PLAN, WORK, Settings, Worker, finished_counts, json_line, remove_work, summarise, work_file
-from .store import EMBEDDING_DTYPES, INDEX_FOLDER, MANIFEST, Database
+from .store import EMBEDDING_DTYPES, MANIFEST, Database
 from .tokenizers import DEFAULT_TOKENIZER, ChunkTokenizer, load_tokenizer
 from .writer import finish_database, shard_folder
 
@@ -86,7 +87,7 @@ def build_database(
     tokenizer: str | ChunkTokenizer = DEFAULT_TOKENIZER,
     embedder: str | Embedder | None = DEFAULT_EMBEDDER,
     chunk_size: int = 64,
-    index: str | None = None,
+    index: str | None = "auto",
     embedding_dtype: str = "float16",
     format: str | None = None,
     text_field: str = "text",
@@ -111,7 +112,8 @@ def build_database(
         tokenizer: by name, as in `tokenizers.load_tokenizer`; the model's that will read the neighbours.
         embedder: by name, as in `embedders.load_embedder`, or an object; None for a database without keys.
         chunk_size: tokens of a chunk, m.
-        index: "auto", a FAISS factory string, or None for none.
+        index: "auto" (by size, see `index_choice`), "exact", a FAISS factory string, or None for none. By "auto" a
+            database without an embedder has none.
         embedding_dtype: float16 or float32, as they are stored.
         format: text, html, jsonl or parquet for every file; None goes by the file's ending.
         text_field: field of JSON Lines or column of Parquet with the text.
@@ -142,6 +144,8 @@ def build_database(
         )
     if engine == "torchrun" and workers > 1:
         raise ValueError(f"workers: got {workers} with engine 'torchrun'; give torchrun --nproc-per-node instead")
+    if embedder is None and index == "auto":
+        index = None
     root = Path(folder)
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
 
@@ -183,7 +187,7 @@ def build_database(
                 return _finished(root, plan)
             _begin(root, plan)
             _make_shards(root, run, make, shards, left, keep_duplicates, progress)
-            return _finish(root, plan, settings, len(shards), index, progress)
+            return _finish(root, plan, settings, len(shards), index, device, progress)
 
 
 def _make_shards(
@@ -290,6 +294,7 @@ def _finished(root: Path, plan: dict[str, Any]) -> Database:
         raise DatabaseError(
             f"{root} is a finished database of other input or settings, and is never overwritten: name another folder"
         )
+    remove_parts(root, database.manifest["index"])
     remove_work(root)
     return database
 
@@ -326,6 +331,7 @@ def _finish(
     settings: Settings,
     shards: int,
     index: str | None,
+    device: str,
     progress: Report | None,
 ) -> Database:
     left = [{"path": name, "record": None, "reason": reason} for name, reason in plan["left"]]
@@ -347,14 +353,12 @@ def _finish(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, root / SKIPPED)
-        if (root / INDEX_FOLDER).exists():
-            shutil.rmtree(root / INDEX_FOLDER)
     database = finish_database(
         root,
         shards,
         tokenizer=settings.tokenizer,
         embedder=settings.embedder,
-        index=None if index is None else functools.partial(_index, index, progress),
+        index=None if index is None else functools.partial(_index, index, device, progress),
         build={
             "request": _request(plan),
             "skipped": dict(sorted(counts.items())),
@@ -364,16 +368,15 @@ def _finish(
         files=[describe(root, root / SKIPPED)],
         **settings.shape(),
     )
+    remove_parts(root, database.manifest["index"])
     remove_work(root)
     return database
 
 
-def _index(index: str, progress: Report | None, database: Database) -> dict[str, Any]:
-    from .index import build_index
-
+def _index(index: str, device: str, progress: Report | None, database: Database) -> dict[str, Any]:
     meter = Meter("index", len(database), progress)
 
     def step(done: int, total: int) -> None:
         meter(0, done - meter.chunks, done - meter.size)
 
-    return build_index(list(database.embeddings()), database.index_folder, index, progress=step)
+    return build_index(database, index, device="cpu" if device == "auto" else device, progress=step)

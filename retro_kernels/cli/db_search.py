@@ -1,0 +1,96 @@
+"""`retro-kernels db index` and `db evaluate`: the index of a database, and how good it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Folder = Annotated[Path, typer.Argument(help="The database's folder.", show_default=False)]
+
+
+def index(
+    folder: Folder,
+    index: Annotated[str, typer.Option(help='"auto" (by size), exact, or a FAISS factory string.')] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, or cuda: train on the GPUs.")] = "cpu",
+) -> None:
+    """Gives a finished database an index, or another one. The old one serves until the new one is whole; a stopped
+    command goes on when it is run again."""
+    from retro_kernels.retrieval import DatabaseError
+    from retro_kernels.retrieval.builder import Meter
+    from retro_kernels.retrieval.index import replace_index
+
+    from .db_build import progress_shown
+
+    try:
+        with progress_shown() as report:
+            meter: list[Meter] = []
+
+            def step(done: int, total: int) -> None:
+                if not meter:
+                    meter.append(Meter("index", total, report))
+                meter[0](0, done - meter[0].chunks, done - meter[0].size)
+
+            database = replace_index(folder, index, device=device, progress=step)
+    except (DatabaseError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    entry = database.manifest["index"]
+    typer.echo(f"{folder}: {entry['spec']} over {len(database):,} keys ({entry['why']})")
+
+
+def evaluate(
+    folder: Folder,
+    k: Annotated[int, typer.Option(help="Neighbours that are looked for.")] = 2,
+    queries: Annotated[int, typer.Option(help="Chunks of the database to look up, each without itself.")] = 1000,
+    query_file: Annotated[
+        Path | None, typer.Option(help="Instead: a .npy file of embeddings [q, dim] from elsewhere.")
+    ] = None,
+    recall: Annotated[float, typer.Option(help="That the recommended setting reaches.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the choice of chunks.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    plot: Annotated[Path | None, typer.Option(help="Draw recall against speed into this .png or .svg.")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Make the recommended setting the database's own.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compares the index with exact search: recall and queries a second of its settings, and which to take."""
+    import numpy as np
+
+    from retro_kernels.retrieval import Database, DatabaseError
+    from retro_kernels.retrieval.index import save_settings
+    from retro_kernels.retrieval.search_evaluation import evaluate_search
+    from retro_kernels.retrieval.search_evaluation import plot as draw
+
+    try:
+        given = None if query_file is None else np.load(query_file, allow_pickle=False)
+        found = evaluate_search(
+            Database(folder), k=k, num_queries=queries, queries=given, recall=recall, seed=seed, device=device
+        )
+        if plot is not None:
+            draw(found, plot)
+        if save and found.points:
+            save_settings(folder, **found.recommended)
+    except (DatabaseError, ValueError, OSError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=found.description, title_justify="left")
+    names = list(found.points[0].settings) if found.points else []
+    for name in (*names, f"recall@{k}", "queries/s", ""):
+        table.add_column(name, justify="right" if name else "left")
+    for point in found.points:
+        mark = "recommended" if point.settings == found.recommended else ""
+        values = [str(value) for value in point.settings.values()]
+        table.add_row(*values, f"{point.recall:.3f}", f"{point.queries_per_second:,.0f}", mark)
+    table.add_row(*("exact" if i == 0 else "" for i in range(len(names))), "1.000",
+                  f"{found.exact_queries_per_second:,.0f}", "" if names else "exact")  # fmt: skip
+    Console().print(table)
+    typer.echo(f"recommended: {found.reason}" + (" (saved)" if save and found.points else ""))
