@@ -147,11 +147,11 @@ def device_refusal(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def rows_aligned(tensor: torch.Tensor) -> bool:
-    """Whether every row of a 16-bit tensor begins at a multiple of 16 bytes, as far as its strides and (not while
-    torch.compile traces, which cannot tell) its offset say; the binding looks at the address itself."""
+def rows_aligned(tensor: torch.Tensor, numbers: int = 8) -> bool:
+    """Whether every row begins at a multiple of that many numbers (16 bytes of 16-bit ones), as far as its strides and
+    (not while torch.compile traces, which cannot tell) its offset say; the binding looks at the address itself."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return False
     moved = (stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]) if size > 1)
     offset = 0 if torch.compiler.is_compiling() else tensor.storage_offset()
-    return offset % 8 == 0 and all(stride % 8 == 0 for stride in moved)
+    return offset % numbers == 0 and all(stride % numbers == 0 for stride in moved)

@@ -9,6 +9,7 @@
 #include "arguments.h"
 #include "device.h"
 #include "sm80/kernels.h"
+#include "sm90/kernels.h"
 
 namespace retro_kernels {
 namespace {
@@ -108,6 +109,13 @@ void forward(Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTens
   if (lse.numel() == 0) return;
   set_groups(p, false);
   const OnDevice device(query);
+#if defined(RK_HAVE_SM90)
+  if (chosen_kernels() == kSm90) {
+    const char* refused = sm90::forward(p, device.stream());
+    if (refused == nullptr) return;
+    STD_TORCH_CHECK(!kernels_named(), "the kernels \"sm90\" were asked for by name and do not take ", refused);
+  }
+#endif
   sm80::forward(p, device.stream());
 }
 

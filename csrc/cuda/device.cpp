@@ -12,6 +12,30 @@ namespace {
 
 std::atomic<int> named{0};
 
+#if !defined(RK_EMULATED)
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("retro_kernels: ") + what + " failed: " + cudaGetErrorString(status));
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// `find(device)` of the current device, asked for once each.
+template <class Find>
+int remembered(std::atomic<int> (&known)[64], Find find) {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (device >= 64) return find(device);
+  int value = known[device].load(std::memory_order_relaxed);
+  if (value == 0) known[device].store(value = find(device), std::memory_order_relaxed);
+  return value;
+}
+#endif
+
 }  // namespace
 
 int compute_capability() {
@@ -19,18 +43,18 @@ int compute_capability() {
   return 0;
 #else
   static std::atomic<int> known[64];
-  int device = 0;
-  const auto check = [](cudaError_t status, const char* what) {
-    if (status != cudaSuccess)
-      throw std::runtime_error(std::string("retro_kernels: ") + what + " failed: " + cudaGetErrorString(status));
-  };
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  if (device < 64 && known[device].load(std::memory_order_relaxed)) return known[device].load(std::memory_order_relaxed);
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  if (device < 64) known[device].store(10 * major + minor, std::memory_order_relaxed);
-  return 10 * major + minor;
+  return remembered(known, [](int device) {
+    return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  });
+#endif
+}
+
+int multiprocessors() {
+#if defined(RK_EMULATED)
+  return 2;
+#else
+  static std::atomic<int> known[64];
+  return remembered(known, [](int device) { return attribute(cudaDevAttrMultiProcessorCount, device); });
 #endif
 }
 
@@ -40,6 +64,8 @@ Kernels chosen_kernels() {
   // sm_90a code runs on compute capability 9.0 alone; everything newer takes sm_80's through PTX
   return compute_capability() == 90 ? kSm90 : kSm80;
 }
+
+bool kernels_named() { return named.load(std::memory_order_relaxed) != 0; }
 
 void choose_kernels(const std::string& name) {
   const int chosen = name.empty() ? 0 : name == "sm80" ? kSm80 : name == "sm90" ? kSm90 : -1;

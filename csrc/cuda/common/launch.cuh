@@ -16,9 +16,11 @@ inline void check(cudaError_t status, const char* what) {
     throw std::runtime_error(std::string("retro_kernels: ") + what + " failed: " + cudaGetErrorString(status));
 }
 
-// KERNEL is a template argument so that each has a flag of its own.
+// KERNEL is a template argument so that each has a flag of its own. `overlap`: it may start before the kernel before it in
+// the stream has ended (programmatic dependent launch), and waits for that itself.
 template <auto KERNEL, class Argument>
-void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream stream, const Argument& argument) {
+void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream stream, const Argument& argument,
+            bool overlap = false) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
     throw std::runtime_error(std::string("retro_kernels: ") + name + " needs " + std::to_string(blocks) +
@@ -41,15 +43,24 @@ void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, 
     }
   }
   void* arguments[] = {const_cast<Argument*>(&argument)};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(KERNEL), dim3(static_cast<unsigned>(blocks)), dim3(threads),
-                         arguments, shared_bytes, static_cast<cudaStream_t>(stream)),
-        name);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(KERNEL), arguments), name);
 }
 
 #else
 
 template <auto KERNEL, class Argument>
-void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream, const Argument& argument) {
+void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream, const Argument& argument,
+            bool = false) {
   try {
     emulator::launch(blocks, threads, shared_bytes, [&] { KERNEL(argument); });
   } catch (const emulator::Fault& fault) {

@@ -40,6 +40,18 @@ struct Copy {
   int bytes, valid;
 };
 
+// A product of wgmma that has been issued; done where its thread waits for it. See hopper.h.
+struct Product {
+  float* sum;
+  std::function<void()> multiply;
+};
+
+// What the copy engine was asked for by `thread`; done between turns, or where that thread waits for it.
+struct Request {
+  int thread;
+  std::function<void()> move;
+};
+
 struct Fiber {
   int thread = 0;  // index in its block
   bool started = false, done = false;
@@ -48,6 +60,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<Copy> open;                // not committed
+  std::vector<Product> products;
 };
 
 struct Warp {
@@ -93,12 +106,19 @@ class Block {
         }
         for (int lane = 0; lane < kLanes; ++lane) step(*fibers_[warp * kLanes + lane]);
       }
+      // as late as can be; with a seed, at any time
+      if (!engine.empty() && (progress_ == before || (shuffled_ && random_() % 16 == 0))) {
+        engine.front().move();
+        engine.pop_front();
+        ++progress_;
+      }
       if (progress_ != before)
         idle_turns = 0;
       else if (!held && ++idle_turns > 1)
         throw Fault("deadlock in block " + std::to_string(index) + ": " + std::to_string(unfinished_) +
                     " threads wait and none can go on");
     }
+    for (; !engine.empty(); engine.pop_front()) engine.front().move();
     for (char* edge : {base_ - kGuard, base_ + shared_bytes})
       for (size_t i = 0; i < kGuard; ++i)
         if (edge[i] != static_cast<char>(0xa5)) throw Fault("block " + std::to_string(index) + " wrote beside its shared memory");
@@ -156,6 +176,7 @@ class Block {
   Fiber& running() { return *running_; }
   void made_progress() { ++progress_; }
 
+  std::deque<Request> engine;
   const unsigned index;
   const int threads;
   const size_t shared_bytes;

@@ -6,9 +6,9 @@ import torch
 
 from .. import backends as backend_choice
 from ..attention.run import without_autocast
-from . import common, cpu, reference, triton
+from . import common, cpu, cuda, reference, triton
 
-BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton}
+BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 
 
 def run(call: common.DecodeCall, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import emulator
 import pytest
 import torch
 
-from retro_kernels import cuda_extension
 from retro_kernels.ops import common
 
 GUARD = 64  # elements before and after every output
@@ -29,19 +27,3 @@ def guarded(monkeypatch):
     for memory, size in bands:
         outside = torch.cat([memory[:GUARD], memory[GUARD + size :]])
         assert (outside == 123.0).all(), "a kernel wrote outside its output"
-
-
-@pytest.fixture(scope="session")
-def emulator_library():
-    """The CUDA kernels compiled for the emulator."""
-    if emulator.compiler() is None or not emulator.SOURCES.exists():
-        pytest.skip("there is no C++ compiler, or this is not a source tree")
-    return emulator.build()
-
-
-@pytest.fixture
-def emulated(emulator_library):
-    """Within the test backend="cuda" takes CPU tensors."""
-    cuda_extension.emulate(emulator_library)
-    yield
-    cuda_extension.emulate(None)

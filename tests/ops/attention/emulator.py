@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[3]
 SOURCES = ROOT / "csrc" / "cuda"
 FOLDER = ROOT / "build" / "emulator"
 FLAGS = [
-    "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DRK_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-    "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas",
+    "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DRK_EMULATED", "-DRK_HAVE_SM90",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas",
 ]  # fmt: skip
 
 

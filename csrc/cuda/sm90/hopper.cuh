@@ -1,0 +1,141 @@
+// Hopper's own instructions (PTX ISA, sm_90a), one function each. `emulated.h` has the same functions for the host.
+#pragma once
+#include "../common/numbers.cuh"
+#include "problem.h"
+
+#if !defined(__CUDACC__)
+#include "../emulator/hopper.h"
+#else
+
+namespace retro_kernels {
+namespace sm90 {
+
+// ---- mbarriers. A phase ends when all its arrivals and all its bytes have come.
+RK_DEVICE void init_barrier(Shared b, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to the copy engine.
+RK_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+RK_DEVICE void arrive(Shared b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+RK_DEVICE void arrive_expecting(Shared b, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+}
+// Until the phase of this parity has ended.
+RK_DEVICE void wait(Shared b, int parity) {
+  uint32_t done = 0;
+  while (!done)
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(shared_address(b)), "r"(parity)
+        : "memory");
+}
+
+// ---- the copy engine, between global memory and a box of a tensor of five axes, swizzled by 128 bytes
+RK_DEVICE void load_box(const TensorMap& map, Shared to, Shared b, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(b)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+RK_DEVICE void store_box(const TensorMap& map, Shared from, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+               "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
+// Until the stores of this thread have read shared memory.
+RK_DEVICE void wait_for_stores() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+// What ordinary stores wrote to shared memory becomes visible to the copy engine and to wgmma.
+RK_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- warpgroups
+template <int kRegisters>
+RK_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+RK_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+RK_DEVICE void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Until all products of this warpgroup are done; then `sum` may be read.
+template <int kCount>
+RK_DEVICE void wait_for_products(float (&sum)[kCount]) {
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}
+
+#define RK_8(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), \
+                   "+f"(x[i + 6]), "+f"(x[i + 7])
+#define RK_32(x, i) RK_8(x, i), RK_8(x, i + 8), RK_8(x, i + 16), RK_8(x, i + 24)
+#define RK_NAMES_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define RK_NAMES_64 \
+  RK_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// sum[64 x 64] (+)= a[64 x 16] . b[64 x 16]^T, both in shared memory, 16 adjacent numbers a row. `accumulate` 0: = .
+#define RK_DOT(type)                                                                                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                      \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" RK_NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n}\n" \
+               : RK_32(sum, 0)                                                                                   \
+               : "l"(a), "l"(b), "r"(accumulate))
+RK_DEVICE void multiply(BFloat16, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT("bf16"); }
+RK_DEVICE void multiply(Float16, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT("f16"); }
+#undef RK_DOT
+
+// sum[64 x n] += a[64 x 16] . b[16 x n]: a in registers, b in shared memory, n adjacent numbers a row (in panels of 64).
+#define RK_LIST(...) __VA_ARGS__
+#define RK_ADD(type, n, names, a0, a1, a2, a3, d, operands)                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, {" a0 ", " a1 ", " a2 ", " \
+               a3 "}, " d ", 1, 1, 1, 1;\n"                                                                             \
+               : operands                                                                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+RK_DEVICE void multiply_add(BFloat16, float (&sum)[32], const uint32_t (&a)[4], uint64_t b) {
+  RK_ADD("bf16", "64", RK_NAMES_32, "%32", "%33", "%34", "%35", "%36", RK_LIST(RK_32(sum, 0)));
+}
+RK_DEVICE void multiply_add(Float16, float (&sum)[32], const uint32_t (&a)[4], uint64_t b) {
+  RK_ADD("f16", "64", RK_NAMES_32, "%32", "%33", "%34", "%35", "%36", RK_LIST(RK_32(sum, 0)));
+}
+RK_DEVICE void multiply_add(BFloat16, float (&sum)[64], const uint32_t (&a)[4], uint64_t b) {
+  RK_ADD("bf16", "128", RK_NAMES_64, "%64", "%65", "%66", "%67", "%68", RK_LIST(RK_32(sum, 0), RK_32(sum, 32)));
+}
+RK_DEVICE void multiply_add(Float16, float (&sum)[64], const uint32_t (&a)[4], uint64_t b) {
+  RK_ADD("f16", "128", RK_NAMES_64, "%64", "%65", "%66", "%67", "%68", RK_LIST(RK_32(sum, 0), RK_32(sum, 32)));
+}
+#undef RK_ADD
+
+}  // namespace sm90
+}  // namespace retro_kernels
+#endif
+
+namespace retro_kernels {
+namespace sm90 {
+
+// ---- descriptors of a matrix in shared memory: panels of 64 numbers (128 bytes) a row, 8 rows a swizzled block
+constexpr int kPanelRow = 128;  // bytes
+constexpr int kBlock = 8 * kPanelRow;
+
+// Of rows that lie along the product's sum: 16 numbers from `at` on. Blocks of 8 rows follow each other.
+RK_DEVICE uint64_t rows_descriptor(Shared at) {
+  const uint32_t address = shared_address(at);
+  return (uint64_t{1} << 62) | (uint64_t{kBlock >> 4} << 32) | (uint64_t{1} << 16) | ((address & 0x3ffffu) >> 4);
+}
+// Of 16 rows, over which the product sums; `panel`: bytes from a panel of 64 columns to the next.
+RK_DEVICE uint64_t columns_descriptor(Shared at, int panel) {
+  const uint32_t address = shared_address(at);
+  return (uint64_t{1} << 62) | (uint64_t{kBlock >> 4} << 32) | (static_cast<uint64_t>(panel >> 4) << 16) |
+         ((address & 0x3ffffu) >> 4);
+}
+// Where 16 adjacent bytes lie in a panel: `byte` of a row, a multiple of 16.
+RK_DEVICE int swizzled(int row, int byte) { return row * kPanelRow + (byte ^ ((row % 8) * 16)); }
+
+}  // namespace sm90
+}  // namespace retro_kernels

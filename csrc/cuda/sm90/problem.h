@@ -1,0 +1,31 @@
+// What the Hopper kernels are handed, by value as a __grid_constant__: the copy engine reads its maps there.
+#pragma once
+#include "../common/problem.h"
+
+#if defined(__CUDACC__)
+#include <cuda.h>
+#else
+#include "../emulator/tensor_map.h"
+#endif
+
+namespace retro_kernels {
+namespace sm90 {
+
+#if defined(__CUDACC__)
+using TensorMap = CUtensorMap;
+#else
+using TensorMap = emulator::TensorMap;
+#endif
+
+// Axes of the maps, innermost first: (column, head, token, neighbour, sequence and chunk), in boxes of 64 columns of up to
+// 64 tokens. Under kClock the queries' tokens are those of their sequence, and they have neither neighbour nor chunk.
+struct Forward {
+  TensorMap query, key, value, out;
+  Problem p;
+  int box_rows;   // tokens in a box of queries
+  int row_tiles;  // of 64 rows, of a chunk (kClock) or a neighbour
+  int items, blocks;
+};
+
+}  // namespace sm90
+}  // namespace retro_kernels

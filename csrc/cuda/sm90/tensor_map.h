@@ -1,0 +1,58 @@
+// Maps for the copy engine. The driver's encoder is found through the runtime, so that nothing links libcuda.
+#pragma once
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../common/launch.cuh"
+#include "problem.h"
+
+namespace retro_kernels {
+namespace sm90 {
+
+// One axis: how many, and how far apart in elements.
+struct Axis {
+  int64_t size, stride;
+};
+
+// False where the copy engine cannot walk the tensor: an axis that is expanded, or a stride or size beyond its limits.
+inline bool make_map(TensorMap& map, const void* data, Axis axes[5], int box_tokens) {
+  for (int i = 1; i < 5; ++i) {
+    if (axes[i].size < 1 || axes[i].size > INT32_MAX) return false;
+    // the stride of an axis of one may be anything, so it gets the one that it would have in a contiguous tensor
+    if (axes[i].size == 1) axes[i].stride = std::max<int64_t>(axes[i - 1].size * axes[i - 1].stride, 8);
+    if (axes[i].stride <= 0 || axes[i].stride % 8 || axes[i].stride >= int64_t{1} << 39) return false;
+  }
+#if defined(RK_EMULATED)
+  map.data = const_cast<char*>(static_cast<const char*>(data));
+  for (int i = 0; i < 5; ++i) {
+    map.size[i] = axes[i].size, map.stride[i] = 2 * axes[i].stride;
+    map.box[i] = i == 0 ? 64 : i == 2 ? box_tokens : 1;
+  }
+  return true;
+#else
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                              const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static const Encode encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status),
+          "cudaGetDriverEntryPointByVersion");
+    if (status != cudaDriverEntryPointSuccess || !found)
+      throw std::runtime_error("retro_kernels: the driver has no cuTensorMapEncodeTiled; update it to one for CUDA 12 or newer");
+    return reinterpret_cast<Encode>(found);
+  }();
+  cuuint64_t sizes[5], strides[4];
+  cuuint32_t box[5] = {64, 1, static_cast<cuuint32_t>(box_tokens), 1, 1}, steps[5] = {1, 1, 1, 1, 1};
+  for (int i = 0; i < 5; ++i) sizes[i] = axes[i].size;
+  for (int i = 0; i < 4; ++i) strides[i] = 2 * axes[i + 1].stride;
+  // the type only says how what lies beyond the tensor's ends is filled: with zeros, the same for both of 16 bits
+  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, const_cast<void*>(data), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+#endif
+}
+
+}  // namespace sm90
+}  // namespace retro_kernels

@@ -1,0 +1,24 @@
+"""The CUDA kernels in the emulator (csrc/cuda/emulator), for the tests of every operation."""
+
+from __future__ import annotations
+
+import emulator
+import pytest
+
+from retro_kernels import cuda_extension
+
+
+@pytest.fixture(scope="session")
+def emulator_library():
+    """The CUDA kernels compiled for the emulator."""
+    if emulator.compiler() is None or not emulator.SOURCES.exists():
+        pytest.skip("there is no C++ compiler, or this is not a source tree")
+    return emulator.build()
+
+
+@pytest.fixture
+def emulated(emulator_library):
+    """Within the test backend="cuda" takes CPU tensors."""
+    cuda_extension.emulate(emulator_library)
+    yield
+    cuda_extension.emulate(None)
