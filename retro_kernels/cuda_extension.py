@@ -39,7 +39,7 @@ def build_metadata() -> dict[str, Any]:
 def why_not() -> str | None:
     """Loads the library once; why it cannot be used, with the remedy, or None."""
     if not LIBRARY.exists():
-        skipped = extension.read_skipped("_cuda_skipped.txt")
+        skipped = extension.read_skipped("_cuda_skipped.txt", LIBRARY)
         return f"the CUDA extension was not built ({skipped or f'{LIBRARY} is not there'}): {REBUILD}"
     built = build_metadata()
     reason = _refused_torch(built) or _refused_devices(built)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from retro_kernels import extension
+from retro_kernels import cuda_extension, extension
 
 ROOT = Path(__file__).resolve().parent.parent
 built = pytest.mark.skipif(not extension.LIBRARY.exists(), reason="the C++ extension was not built")
@@ -66,6 +67,46 @@ def test_a_library_for_a_newer_torch_is_explained(tmp_path, monkeypatch):
     assert "upgrade torch" in extension.why_not.__wrapped__()
 
 
+CUDA_BUILD = {"torch": "2.12.0", "oldest_torch": "2.11", "cuda": "13.0", "architectures": ["8.0", "9.0a", "8.0+PTX"]}
+
+
+@pytest.mark.parametrize(
+    ("built_for", "found", "sentences"),
+    [
+        ({}, {"cuda": None}, ["for CUDA 13.0", "has no CUDA"]),
+        ({}, {"cuda": "12.8"}, ["built with CUDA 13.0", "CUDA 12.8, another major version", "nvcc of CUDA 12"]),
+        ({}, {"cuda": "13.1", "available": False}, ["no CUDA device is usable", "driver"]),
+        ({}, {"cuda": "13.1", "capability": (7, 5)}, ["compute capability 7.5", "8.0 (Ampere) or newer"]),
+        ({"architectures": ["9.0a"]}, {"cuda": "13.1", "capability": (8, 6)},
+         ["built for 9.0a", "compute capability 8.6", "RETRO_KERNELS_CUDA_ARCHS=8.6"]),
+        ({"oldest_torch": "99.0"}, {"cuda": "13.1"}, ["torch 99.0 or newer", "upgrade torch"]),
+        ({}, {"cuda": "13.1"}, ["does not load", "built against torch 2.12.0 and CUDA 13.0", "and CUDA 13.1"]),
+    ],
+)  # fmt: skip
+def test_a_cuda_library_that_cannot_run_is_explained(tmp_path, monkeypatch, built_for, found, sentences):
+    """One sentence each, which tells what it was built for from what is here."""
+    import torch
+
+    library = tmp_path / "_cuda.abi3.so"
+    library.write_bytes(b"RETRO_KERNELS_BUILD" + json.dumps({**CUDA_BUILD, **built_for}).encode() + b"\0")
+    monkeypatch.setattr(cuda_extension, "LIBRARY", library)
+    monkeypatch.setattr(torch.version, "cuda", found["cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found.get("available", True))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: found.get("capability", (9, 0)))
+    reason = cuda_extension.why_not.__wrapped__()
+    assert "\n" not in reason
+    for part in sentences:
+        assert part in reason, reason
+
+
+def test_a_missing_cuda_library_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_extension, "LIBRARY", tmp_path / "_cuda.abi3.so")
+    assert "RETRO_KERNELS_BUILD_CUDA=1 pip install" in cuda_extension.why_not.__wrapped__()
+    (tmp_path / "_cuda_skipped.txt").write_text("there is no nvcc on the path")
+    assert "was not built (there is no nvcc on the path)" in cuda_extension.why_not.__wrapped__()
+
+
 @built
 def test_an_instruction_set_that_cannot_run_is_explained():
     """In a process of its own, since the choice is made once."""
@@ -96,6 +137,9 @@ def test_what_was_asked_for_and_cannot_be_built_fails():
     result = setup_py({"RETRO_KERNELS_BUILD_CUDA": "1", "CUDA_HOME": "/no/such/place"}, ROOT)
     assert result.returncode != 0
     assert "there is no nvcc in /no/such/place/bin" in result.stderr
+    result = setup_py({"RETRO_KERNELS_CUDA_ARCHS": "7.5", "RETRO_KERNELS_BUILD_CUDA": "1", "CUDA_HOME": ""}, ROOT)
+    assert result.returncode != 0
+    assert "compute capabilities from 8.0 on" in result.stderr or "there is no nvcc" in result.stderr
     result = setup_py({"RETRO_KERNELS_BUILD_CPU": "1", "CXX": "no-such-compiler"}, ROOT)
     assert result.returncode != 0
     assert "no C++ compiler" in result.stderr

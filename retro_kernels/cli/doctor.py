@@ -28,6 +28,7 @@ VARIABLES = {
     "RETRO_KERNELS_BACKEND": "the backend of every call that names none",
     "RETRO_KERNELS_BUILD_CPU": "auto, 1 or 0: whether an install builds the C++ extension",
     "RETRO_KERNELS_BUILD_CUDA": "auto, 1 or 0: whether an install builds the CUDA extension",
+    "RETRO_KERNELS_CUDA_ARCHS": "the compute capabilities that such an install builds for",
     "TRITON_INTERPRET": "1 runs Triton kernels, very slowly, on the CPU",
     "CUDA_HOME": "the CUDA toolkit that a build takes",
     "CUDA_VISIBLE_DEVICES": "which GPUs this process sees",
@@ -177,8 +178,8 @@ def backends() -> tuple[list[Entry], bool]:
 
 
 def extension() -> list[Entry]:
-    """The compiled extension: whether it loads, and what it was built for against what is here."""
-    return guarded("extension", _extension)
+    """The compiled extensions: whether each loads, and what it was built for against what is here."""
+    return guarded("extension", _extension) + guarded("CUDA extension", _cuda_extension)
 
 
 def _extension() -> list[Entry]:
@@ -188,6 +189,24 @@ def _extension() -> list[Entry]:
                      why_not or "")]  # fmt: skip
     entries += guarded("instruction set in use", lambda: _instruction_set(module, why_not))
     return entries + guarded("built for", lambda: _built_for(module))
+
+
+def _cuda_extension() -> list[Entry]:
+    module = importlib.import_module("retro_kernels.cuda_extension")
+    why_not = module.why_not()
+    entries = [Entry("CUDA extension", "loaded" if why_not is None else "not loaded",
+                     OK if why_not is None else NOTE, why_not or "")]  # fmt: skip
+    import torch
+
+    metadata, here = module.build_metadata(), {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    return entries + [
+        Entry(f"CUDA built: {name}", _listed(value) + (f" (found here: {here[name]})" if name in here else ""))
+        for name, value in metadata.items()
+    ]
+
+
+def _listed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _instruction_set(module: Any, why_not: str | None) -> list[Entry]:
@@ -203,10 +222,8 @@ def _built_for(module: Any) -> list[Entry]:
     here = {"torch": torch.__version__, "python": platform.python_version(), "platform": platform.machine()}
     entries = []
     for name, value in dict(metadata).items():
-        if isinstance(value, (list, tuple)):
-            value = " ".join(map(str, value))
         found = here.get(str(name))
-        entries.append(Entry(f"built: {name}", f"{value}" + (f" (found here: {found})" if found else "")))
+        entries.append(Entry(f"built: {name}", _listed(value) + (f" (found here: {found})" if found else "")))
     return entries
 
 

@@ -48,7 +48,7 @@ def test_exit_code_without_a_fused_backend(monkeypatch):
     assert "No fused backend can run here" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["_cpu", "_gpus", "_driver", "_program", "_version", "_extension"])
+@pytest.mark.parametrize("name", ["_cpu", "_gpus", "_driver", "_program", "_version", "_extension", "_cuda_extension"])
 def test_a_probe_that_raises_becomes_a_line(monkeypatch, name):
     """Whatever one probe meets, the others are shown and there is no traceback."""
 
@@ -86,7 +86,7 @@ def test_loaded_is_told_from_installed(monkeypatch):
     assert "0.0.1 is loaded" in entry.value
 
 
-@pytest.mark.parametrize("module", ["torch", "triton", "faiss", "retro_kernels/nn", "retro_kernels/extension"])
+@pytest.mark.parametrize("module", ["torch", "triton", "faiss", "retro_kernels/nn", "retro_kernels/extension", "retro_kernels/cuda_extension"])
 def test_a_broken_package_is_reported(tmp_path, module):
     """In a process of its own where importing one module raises: exit code 0 or 1, a full report, no traceback."""
     hook = (
