@@ -86,7 +86,10 @@ def test_loaded_is_told_from_installed(monkeypatch):
     assert "0.0.1 is loaded" in entry.value
 
 
-@pytest.mark.parametrize("module", ["torch", "triton", "faiss", "retro_kernels/nn", "retro_kernels/extension", "retro_kernels/cuda_extension"])
+@pytest.mark.parametrize(
+    "module",
+    ["torch", "triton", "faiss", "retro_kernels/nn", "retro_kernels/extension", "retro_kernels/cuda_extension"],
+)
 def test_a_broken_package_is_reported(tmp_path, module):
     """In a process of its own where importing one module raises: exit code 0 or 1, a full report, no traceback."""
     hook = (

@@ -5,18 +5,19 @@
 namespace retro_kernels {
 
 // Rows of `COLUMNS` elements, in chunks of 16 bytes. Eight rows' chunks of one column lie in different banks: by
-// exchanging chunks where a row is a multiple of 128 bytes, otherwise by an odd row length.
+// exchanging chunks where a row is a multiple of 128 bytes or half of that, otherwise by an odd row length.
 template <int COLUMNS>
 struct TileLayout {
   static constexpr int kChunks = COLUMNS / 8;
-  static constexpr bool kExchanged = kChunks % 8 == 0;
+  static constexpr bool kExchanged = kChunks % 8 == 0 || kChunks == 4;
   static constexpr int kRowBytes = (kExchanged ? kChunks : kChunks | 1) * 16;
   static_assert(COLUMNS % 8 == 0, "a row is whole chunks of 16 bytes");
 
   RK_HOST_DEVICE static constexpr uint32_t bytes(int rows) { return rows * kRowBytes; }
 
   RK_DEVICE static Shared chunk(Shared tile, int row, int chunk) {
-    return tile + row * kRowBytes + (kExchanged ? chunk ^ (row & 7) : chunk) * 16;
+    const int exchanged = kChunks == 4 ? chunk ^ (row / 2 & 3) : chunk ^ (row & 7);
+    return tile + row * kRowBytes + (kExchanged ? exchanged : chunk) * 16;
   }
 
   RK_DEVICE static Shared pair(Shared tile, int row, int column) {
