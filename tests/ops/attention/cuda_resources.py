@@ -1,7 +1,7 @@
 """What every CUDA kernel costs on every architecture that it is compiled for: registers, spills, stack and shared
 memory, in cuda_resources.json beside this file.
 
-    python tests/ops/attention/cuda_resources.py          compiles everything anew and writes the table (a minute or two)
+    python tests/ops/attention/cuda_resources.py          compiles everything anew, writes the table (minutes)
 
 Registers, spills and stack are what `ptxas -v` says; shared memory is the dynamic memory of a launch at the paper's
 sizes (m = 64, k = 2, r = 128), which cuda_shared.cpp computes from the kernels' own layout, and the static memory that
