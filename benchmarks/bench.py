@@ -267,7 +267,7 @@ def _real_text(options: Options, device, document: dict, progress: Progress, sta
             dtypes=[name for name in options.dtypes if name in ("fp32", "bf16")],
             protocol=timing.Protocol(seconds=8.0 if quick else 60.0, min_rounds=2 if quick else 3, max_rounds=10),
             memory=not quick,
-            embedding_seconds=25.0 if quick else 120.0,
+            characters=60_000 if quick else None,
             step=progress.step,
             report=keep,
             deadline=started + 60 * (options.minutes or float("inf")),

@@ -376,7 +376,7 @@ def real_text(context: Context) -> str:
             length=128 if context.reduced else 2048,
             dtypes=["fp32"] if context.reduced else ["fp32", "bf16"],
             protocol=timing.Protocol(seconds=0.5 if context.reduced else 10.0, min_rounds=2, max_rounds=20),
-            embedding_seconds=2.0 if context.reduced else 30.0,
+            characters=4_000 if context.reduced else None,
             step=context.log,
             configuration=small if context.reduced else None,
             report=keep,

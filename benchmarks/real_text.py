@@ -77,6 +77,8 @@ class Report:
     length: int
     device: str
     description: dict[str, str]
+    retrieval: list[dict] = field(default_factory=list)
+    """How fast the database was built, searched and read: "what", "rate", "unit"."""
     swap: str = ""
     swapped: str = ""
     """What swap replaced, counted."""
@@ -149,7 +151,7 @@ def run(
     length: int,
     dtypes: list[str],
     protocol: Protocol,
-    embedding_seconds: float,
+    characters: int | None,
     step: Callable[[str], None],
     configuration: dict | None = None,
     memory: bool = True,
@@ -157,6 +159,7 @@ def run(
     report: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """`report` is handed the report as soon as it exists; it fills up, so that an interruption keeps what there is.
+    `characters`: of each play, see `text_database.build`.
     After `deadline` (of time.monotonic) nothing more is timed, and what was left out is noted."""
     step("building the model")
     original = load_model(device, configuration)
@@ -164,14 +167,15 @@ def run(
     step("text, embeddings and neighbours")
     corpus = text_database.build(
         vocabulary=vocabulary, chunk_size=chunk_size, length=length, k=2,
-        embedding_seconds=embedding_seconds, device=device,
+        characters=characters, device=device,
     )  # fmt: skip
-    result = Report(MODEL, sum(p.numel() for p in original.parameters()), length, str(device), corpus.description)
+    parameters = sum(p.numel() for p in original.parameters())
+    result = Report(MODEL, parameters, length, str(device), corpus.description, corpus.measured)
     report(result)
     result.notes.append("dropout 0 where none is named: the outputs of the two models are compared")
     swapped, result.swap, result.swapped = swapped_copy(original)
     models = {ORIGINAL: original, SWAPPED: swapped}
-    sequence, retrieved = corpus.sequence(length).to(device), corpus.retrieved().to(device)
+    sequence, retrieved = corpus.sequence.to(device), corpus.retrieved.to(device)
 
     truth, right, costs = None, [], {}
     for dtype in ["fp32", *(name for name in dtypes if name != "fp32")]:

@@ -197,6 +197,9 @@ def _real_text(document: dict) -> list[str]:
     if cells:
         parts += [_table(results.REAL_TEXT_HEAD, cells, left=2), *_plot("swap", document)]
     parts += [f"<p class=dim>{_text(note)}.</p>" for note in report["notes"]]
+    if report.get("retrieval"):
+        rows = [[entry["what"], f"{entry['rate']:,.0f} {entry['unit']}"] for entry in report["retrieval"]]
+        parts += ["<h2>Its retrieval database</h2>", _table(("", "speed"), rows, left=1)]
     if report["swap"]:
         parts.append(f"<details><summary>What rk.swap said</summary><pre>{_text(report['swap'])}</pre></details>")
     return parts

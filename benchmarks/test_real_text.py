@@ -18,9 +18,9 @@ def models():
         pytest.skip(str(error))
     corpus = text_database.build(
         vocabulary=original.token_emb.num_embeddings, chunk_size=original.chunk_size, length=LENGTH, k=2,
-        embedding_seconds=25.0, device=DEVICE,
+        characters=60_000, device=DEVICE,
     )  # fmt: skip
-    data = corpus.sequence(LENGTH).to(DEVICE), corpus.retrieved().to(DEVICE)
+    data = corpus.sequence.to(DEVICE), corpus.retrieved.to(DEVICE)
     results = [real_text._results(model, *data, "fp32") for model in (original, swapped)]
     comparison = real_text.compare(*results, results[0], "fp32")
     assert comparison.passed, comparison.worst

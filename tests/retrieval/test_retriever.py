@@ -247,6 +247,22 @@ def test_a_model_generates_with_it(database: Database):
             other.eval().generate([prompt], retriever=retriever, max_new_tokens=1)
 
 
+def test_the_database_brings_its_own_index(database: Database):
+    """Exact search, where the database has no other: the same distances, whatever the order of equal ones."""
+    chunks = chunks_of(8)
+    with Retriever(database, embedder=Letters(), num_neighbours=5, deduplicate=False) as retriever:
+        found, own = retriever.retrieve(chunks), torch.arange(8) % database.num_documents
+        left_out = retriever.retrieve(chunks, documents=own)
+    wanted = retriever_of(database, num_neighbours=5, deduplicate=False).retrieve(chunks)
+    torch.testing.assert_close(found.distances, wanted.distances)
+    keys = torch.from_numpy(Everything(database).keys)
+    queries = torch.from_numpy(Letters()([bytes(chunk).decode() for chunk in chunks.tolist()]))
+    torch.testing.assert_close(((keys[found.ids] - queries[:, None]) ** 2).sum(-1), found.distances)
+    assert not (database.documents(left_out.ids) == own[:, None]).any()
+    with pytest.raises(ValueError, match="nprobe"):
+        Retriever(database, embedder=Letters(), search={"nprobe": 3})
+
+
 def test_what_it_refuses(database: Database, tmp_path: Path):
     other = Letters()
     other.identity = {**other.identity, "sha256": "1"}

@@ -1,0 +1,96 @@
+"""The tables of docs/retrieval.md, made of the raw results of `retrieval_build`, `retrieval_gather` and `real_text`.
+
+python -m benchmarks.retrieval            rewrite what is between the marks in docs/retrieval.md
+python -m benchmarks.retrieval --check    exit 1 where it is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+
+
+def span(values: list[float], unit: str, digits: int = 0) -> str:
+    """One number, or the least and the largest of several."""
+    low, high = f"{min(values):,.{digits}f}", f"{max(values):,.{digits}f}"
+    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
+
+
+def building(folder: Path) -> list[tuple[str, str]]:
+    path = folder / "retrieval-build.json"
+    if not path.exists():
+        return []
+    groups: dict[tuple, list[dict]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        embedded = "seconds_embedder_alone" in row
+        groups.setdefault((not embedded, row["chunks"], row["every"]), []).append(row)
+    found = []
+    for (given, chunks, _), rows in sorted(groups.items()):
+        megabytes = rows[0]["text_bytes"] / 1e6
+        of = f"{rows[0]['files']:,} files, {megabytes:,.1f} MB, {chunks:,} chunks"
+        runs = "" if len(rows) == 1 else f", {len(rows)} runs"
+        peak = f"peak memory {max(row['peak_bytes'] for row in rows) / 1e9:.2f} GB"
+        speed = span([row["chunks_per_second"] for row in rows], "chunks/s")
+        if given:
+            rate = span([row["megabytes_per_minute"] for row in rows], "MB of text a minute")
+            found.append((f"{of}, embeddings given{runs}", f"{rate}, {speed}, {peak}"))
+        else:
+            share = statistics.median(row["share_of_embedder"] for row in rows)
+            found.append((f"{of}, default embedder{runs}", f"{speed}, {share:.0%} of the embedder's own; {peak}"))
+    return found
+
+
+def gathering(folder: Path) -> list[tuple[str, str]]:
+    path = folder / "retrieval-gather.json"
+    if not path.exists():
+        return []
+    found = []
+    for row in json.loads(path.read_text())["rows"]:
+        place = {"cpu": "from page cache", "cuda": "in GPU memory"}[row["store"]] + ", pinned" * row["pinned"]
+        found.append(
+            (
+                f"gathering {row['rows']:,} random rows of {row['length']} tokens and their masks {place}, of "
+                f"{row['chunks']:,} chunks",
+                f"{row['rows_per_second'] / 1e6:.1f} M rows/s, {row['chunks_per_second'] / 1e6:.1f} M chunks/s",
+            )
+        )
+    return found
+
+
+def block(results: Path) -> str:
+    """What belongs between the marks: a table a device."""
+    parts = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        rows = building(folder) + gathering(folder)
+        if rows:
+            lines = ["| | |", "|---|---|", *(f"| {what} | {found} |" for what, found in rows)]
+            parts.append(f"On `{folder.name}`:\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.retrieval", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 when the page is stale")
+    options = parser.parse_args(arguments)
+    page = ROOT / "docs" / "retrieval.md"
+    old = page.read_text()
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        print(f"{page}: expected one {BEGIN} and after it one {END}", file=sys.stderr)
+        return 2
+    new = old.split(BEGIN)[0] + f"{BEGIN}\n{block(ROOT / 'benchmarks' / 'results')}{END}" + old.split(END)[1]
+    if options.check and old != new:
+        print(f"{page}: stale; run `python -m benchmarks.retrieval`")
+        return 1
+    if old != new:
+        page.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
