@@ -65,11 +65,12 @@ class Index:
     num_lists = 0
 
     def __init__(self, database: Database, device: str, settings: dict[str, int]) -> None:
-        self.keys = exact.tensors(list(database.embeddings(1 << 62)))
+        searched = self.kind == EXACT
+        self.keys = exact.Keys(list(database.embeddings(1 << 62)), device if searched else "cpu")
+        if searched:
+            self.keys.hold()
         self.count, self.dim = len(database), database.dim or 0
         self.device = device
-        if device != "cpu" and self.kind == EXACT:
-            self.keys = [(first, keys.to(device)) for first, keys in self.keys]
         self.settings = self._checked(settings)
         self.description = f"exact search of {self.count:,} keys on {device}"
 
@@ -99,7 +100,7 @@ class Index:
         return distances.cpu(), ids.cpu()
 
     def _search(self, queries: Tensor, k: int, settings: dict[str, int]) -> tuple[Tensor, Tensor]:
-        return exact.search(self.keys, queries, k, self.device)
+        return exact.search(self.keys, queries, k)
 
     def _checked(self, settings: dict[str, int]) -> dict[str, int]:
         known = self.known_settings()
@@ -166,11 +167,7 @@ class _FaissIndex(Index):
             parts = [exact.rescored(self.keys, q, i, k) for q, i in zip(queries.cpu().split(rows), ids.split(rows))]
             if parts:
                 return torch.cat([d for d, _ in parts]), torch.cat([i for _, i in parts])
-        short = k - wanted
-        if short:
-            distances = torch.nn.functional.pad(distances, (0, short), value=torch.inf)
-            ids = torch.nn.functional.pad(ids, (0, short), value=-1)
-        return distances, ids
+        return exact.padded(distances, ids, k)
 
     def _set(self, name: str | None, value: int) -> None:
         space = self.faiss.ParameterSpace() if self.device == "cpu" else self.faiss.GpuParameterSpace()
@@ -185,7 +182,7 @@ def open_index(
     Args:
         device: "cpu", or "cuda": on all GPUs that can be seen (FAISS's GPU code has not been run by this project yet).
         memory_map: leave the index on disk and read what a search touches; None: from 2 GiB on. Exact search on a
-            CPU always maps its embeddings.
+            CPU maps its embeddings unless they are below 1 GiB in fp32.
         shard: on several GPUs, a part of the index on each; otherwise a copy on each.
         settings: `nprobe` (lists that are looked into), `ef_search` (of HNSW), `rerank` (so many times k candidates are
             compared again by their stored embeddings), instead of those in the manifest.

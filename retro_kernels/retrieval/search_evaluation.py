@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import exact
 from .index import Index, open_index
 from .store import Database
 
@@ -80,7 +79,7 @@ def evaluate_search(
         own = torch.from_numpy(
             np.random.default_rng(seed).choice(len(database), min(num_queries, len(database)), replace=False)
         )
-        queries = exact.gather(index.keys, own.to(index.keys[0][1].device) if index.keys else own)
+        queries = index.keys[own].cpu()
     given = torch.as_tensor(queries)
     truth = Index(database, device, {})
     true, seconds = _timed(functools.partial(_found, truth, given, own, k, {}))

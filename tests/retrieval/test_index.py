@@ -98,13 +98,16 @@ def recall(found: torch.Tensor, true: np.ndarray) -> float:
 
 @pytest.mark.parametrize("k", [1, 2, 64, 700])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_exact_search_is_brute_force(keys, queries, k, dtype, monkeypatch):
-    """Through every path: many and few keys a block, a rest beside the groups, several blocks of keys and queries."""
+@pytest.mark.parametrize("held", [True, False])
+def test_exact_search_is_brute_force(keys, queries, k, dtype, held, monkeypatch):
+    """Through every path: many and few keys a block, a rest beside the groups, several blocks of keys and queries;
+    queries that are almost a key, whose distance is a small difference of large numbers."""
+    queries = np.concatenate([queries, keys[:60] + np.float32(1e-4)])
     monkeypatch.setattr(exact, "KEYS", 1500)
     monkeypatch.setattr(exact, "QUERIES", 50)
     stored = keys.astype(dtype)
-    blocks = exact.tensors([(0, stored[:1234]), (1234, stored[1234:])])
-    distances, ids = exact.search(blocks, torch.from_numpy(queries), k)
+    blocks = exact.Keys([(0, stored[:1234]), (1234, stored[1234:])])
+    distances, ids = exact.search(blocks.hold() if held else blocks, torch.from_numpy(queries), k)
     true = brute_force(stored, queries, k)
     np.testing.assert_allclose(distances.numpy(), true[0], rtol=1e-5)
     # Keys whose distances differ by rounding may change places; each is there once, and where its distance says.
