@@ -203,6 +203,41 @@ def projected_cases(reduced: bool) -> list[Case]:
     ]  # fmt: skip
 
 
+CUDA_TAKES = ("mask", "all masked")
+
+
+def cuda_cases(reduced: bool) -> list[Case]:
+    """The same cases as far as the CUDA C++ kernels take them (one head size of 64, 96 or 128): each without the
+    options that they refuse, once. The second one is what determinism, guard bands and strides are tried on."""
+    if reduced:
+        tiny: dict[str, Any] = {"b": 1, "n": 21, "m": 8, "k": 2, "r": 8, "h": 2, "hk": 1, "d": 64}
+        return [
+            Case("plain", **tiny),
+            Case("mask, grouped heads", **tiny, options=("mask",)),
+            Case("encoder self-attention, mask", "self", **tiny, options=("mask",)),
+            Case("encoder cross-attention", "cross", **tiny),
+            Case("packed", **{**tiny, "n": 30}, documents=(11, 3, 16)),
+        ]
+    found: dict[str, Case] = {}
+    for case in cases(reduced):
+        d = 128 if case.d > 96 else 96 if case.d == 72 else 64
+        settings = {name: value for name, value in case.settings.items() if name in ("scale", "stride", "align",
+                    "query_offset", "chunk_offset")}  # fmt: skip
+        options = tuple(option for option in case.options if option in CUDA_TAKES)
+        if not case.settings.get("causal"):
+            taken = replace(case, d=d, d_value=None, options=options, settings=settings)
+            key = repr(replace(taken, name=""))
+            found.setdefault(key, taken)
+    extra = [
+        Case("head size 96, mask", d=96, options=("mask",)),
+        Case("head size 128, grouped heads, mask", d=128, hk=2, options=("mask",)),
+        Case("encoder self-attention, long", "self", b=1, k=1, r=700, h=2, hk=1, options=("mask",)),
+        Case("encoder cross-attention, head size 96", "cross", d=96, options=("mask",)),
+    ]
+    first, *rest = found.values()
+    return [first, extra[1], *rest, extra[0], *extra[2:]]
+
+
 def tensors(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Any], Tensor]:
     """Keyword arguments of the call, and the output's gradient. Values are bf16 numbers in every precision."""
     generator = torch.Generator().manual_seed(SEED)
@@ -381,9 +416,12 @@ def check_strides(dtype: str, device: torch.device, backend: str, case: Case) ->
     expected = call(case, contiguous, grad_out, backend)
     strange = dict(arguments)
     strange["query"] = arguments["query"].transpose(1, 2).contiguous().transpose(1, 2)
-    wide = torch.full((*arguments["value"].shape[1:-1], 2 * case.d + 3), float("nan"), device=device).to(DTYPES[dtype])
-    wide[..., 1 : case.d + 1] = arguments["key"][0]
-    strange["key"] = wide[..., 1 : case.d + 1].expand(arguments["key"].shape)  # an odd offset and an odd row length
+    # An odd offset and an odd row length; of whole 16 bytes where a backend refuses others.
+    offset, more = (8, 24) if backend == "cuda" else (1, 3)
+    wide = torch.full((*arguments["value"].shape[1:-1], 2 * case.d + more), float("nan"), device=device)
+    wide = wide.to(DTYPES[dtype])
+    wide[..., offset : case.d + offset] = arguments["key"][0]
+    strange["key"] = wide[..., offset : case.d + offset].expand(arguments["key"].shape)
     if "neighbour_mask" in strange:
         strange["neighbour_mask"] = arguments["neighbour_mask"].repeat_interleave(2, -1)[..., ::2]
     strange_grad = grad_out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -391,7 +429,7 @@ def check_strides(dtype: str, device: torch.device, backend: str, case: Case) ->
         error = verify.compare(name, value, expected[name])
         if not error.relative <= verify.FLOORS[dtype]:
             raise Wrong(f"{name} differs from the contiguous call's by {error.relative:.2e} at {list(error.worst)}")
-    return "transposed, sliced at odd offsets, expanded"
+    return f"transposed, sliced at an offset of {offset}, expanded"
 
 
 def check_beyond_int32(device: torch.device, backend: str) -> str:
@@ -499,7 +537,7 @@ def check_dropout_mask(case: Case, device: torch.device, backend: str) -> str:
     return f"{kept[0].numel() * neighbours:,} slots, the same kept as by the reference ({share:.3f} of all)"
 
 
-def check_compiled(case: Case, device: torch.device, backend: str, compiler: str) -> str:
+def check_compiled(case: Case, device: torch.device, backend: str, compiler: str, dtype: str = "fp32") -> str:
     """torch.compile(fullgraph=True) with a dynamic length, forward and backward, the encoder's attentions after
     chunked cross-attention."""
     import retro_kernels as rk
@@ -513,7 +551,7 @@ def check_compiled(case: Case, device: torch.device, backend: str, compiler: str
     compiled: Callable[..., Tensor] = torch.compile(attend, fullgraph=True, dynamic=True, backend=compiler)
     lengths = (case.n, case.n + case.m + 3)
     for n in lengths:
-        arguments, grad_out = tensors(replace(case, n=n, options=()), torch.float32, device)
+        arguments, grad_out = tensors(replace(case, n=n, options=()), DTYPES[dtype], device)
         leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
         results = []
         for function in (attend, compiled):
@@ -526,7 +564,9 @@ def check_compiled(case: Case, device: torch.device, backend: str, compiler: str
 
 
 def exercise(device: torch.device, backend: str) -> str:
-    """Every kernel once, forward and backward, on small shapes with every option."""
+    """Every kernel once, forward and backward, on small shapes with every option that the backend takes."""
+    if backend == "cuda":
+        return exercise_cuda(device)
     every = ("mask", "bias", "rotary", "null")
     sizes: dict[str, Any] = {"b": 1, "n": 45, "m": 16, "k": 2, "r": 24, "h": 2, "hk": 1, "d": 32}
     row = {**sizes, "k": 1, "chunks": 1, "r": 70, "hk": 2}
@@ -553,6 +593,45 @@ def exercise(device: torch.device, backend: str) -> str:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return f"{2 * len(planned)} calls, forward and backward; {decoded} decode calls"
+
+
+def exercise_cuda(device: torch.device) -> str:
+    """Every CUDA C++ kernel once, under each name that the device runs (`set_kernels`)."""
+    from retro_kernels import cuda_extension
+
+    sizes: dict[str, Any] = {"b": 1, "n": 45, "m": 16, "k": 2, "r": 24, "h": 2, "hk": 2}
+    planned = [
+        replace(case, d=d)
+        for d in (64, 96, 128)
+        for case in (
+            Case("cca", **sizes, options=("mask",)),
+            Case("cca, grouped, keys of two tiles", **{**sizes, "hk": 1, "r": 40}),
+            Case("cca, packed", **sizes, documents=(20, 5, 20)),
+            Case("cca, rows of two tiles", **{**sizes, "n": 150, "m": 70}),
+            Case("self, two tiles", "self", **{**sizes, "r": 100}, options=("mask",)),
+            Case("self, sweeps", "self", **{**sizes, "r": 150, "k": 1, "hk": 1}),
+            Case("cross", "cross", **sizes, options=("mask",)),
+        )
+    ]
+    names = cuda_kernel_names(device)
+    ops = cuda_extension.ops(torch.empty(0, device=device))
+    for name in names:
+        ops.set_kernels(name)
+        for dtype in ("bf16", "fp16"):
+            for case in planned:
+                arguments, grad_out = tensors(case, DTYPES[dtype], device)
+                call(case, arguments, grad_out, "cuda")
+    ops.set_kernels("")
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return f"{len(names) * 2 * len(planned)} calls, forward and backward ({', '.join(names)})"
+
+
+def cuda_kernel_names(device: torch.device) -> list[str]:
+    """The sets of CUDA C++ kernels that this device runs: "sm80", and on Hopper "sm90"."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        return ["sm80", "sm90"]
+    return ["sm80"]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,11 @@ Writes bench.json (raw numbers and every check), table.md, report.html and log.t
 of its own, so that one which fails, hangs or breaks its CUDA context does not stop the rest; what failed is said at the
 end, and the exit code is then 1. A further part is one function and one entry in STAGES.
 
-`--reduced` (the default without a GPU) runs the same parts on tiny shapes, Triton's kernels in its interpreter.
+`--reduced` (the default without a GPU) runs the same parts on tiny shapes, Triton's kernels in its interpreter and, if
+RETRO_KERNELS_CUDA_EMULATOR names its library, the CUDA C++ kernels in their emulator.
+
+The CUDA C++ extension is the installed one; `--wheel FILE` takes it out of a wheel instead; where there is neither, but
+its sources and an nvcc, it is built first (that time is the suite's own, not the parts').
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +34,10 @@ from pathlib import Path
 LIMIT_SECONDS = 520.0
 REDUCED_LIMIT_SECONDS = 150.0
 OK, FAILED, SKIPPED, INCOMPLETE = "ok", "failed", "skipped", "incomplete"
+
+
+EMULATOR = "RETRO_KERNELS_CUDA_EMULATOR"
+LIBRARY = "RETRO_KERNELS_CUDA_LIBRARY"
 
 
 class Skip(Exception):
@@ -83,14 +92,18 @@ def machine(context: Context) -> str:
     return f"copy {ceilings.copy_bytes_per_second / 1e9:,.0f} GB/s; matrix {rates} TFLOP/s"
 
 
-def backend_of(context: Context) -> str:
+def backend_of(context: Context, name: str = "triton") -> str:
     """The backend whose kernels the checks are for. Skips when it cannot run, with its reason."""
     import retro_kernels as rk
 
-    state = rk.backends()["triton"]
+    if name == "cuda" and context.reduced and os.environ.get(EMULATOR):
+        from retro_kernels import cuda_extension
+
+        cuda_extension.emulate(Path(os.environ[EMULATOR]))
+    state = rk.backends()[name]
     if not state.available:
-        raise Skip(f"the triton backend cannot run here: {state.reason}")
-    return "triton"
+        raise Skip(f"the {name} backend cannot run here: {state.reason}")
+    return name
 
 
 def checks(context: Context, planned: list[tuple[str, Callable[[], str]]]) -> str:
@@ -183,6 +196,66 @@ def execution(context: Context) -> str:
     )
 
 
+def cuda_correctness(dtype: str) -> Callable[[Context], str]:
+    """The CUDA C++ kernels through the same checks as Triton's, in every case that they take."""
+
+    def part(context: Context) -> str:
+        from retro_kernels import cuda_extension
+
+        from . import gpu_checks as c
+
+        backend, device = backend_of(context, "cuda"), context.device
+        cases, trials = c.cuda_cases(context.reduced), 2 if context.reduced else 20
+        ops = cuda_extension.ops(c.torch.empty(0, device=device))
+        full, planned = cases[1], []
+
+        def with_kernels(name: str, check: Callable[..., str], *arguments) -> Callable[[], str]:
+            def run() -> str:
+                ops.set_kernels(name)
+                return check(*arguments)
+
+            return run
+
+        for name in c.cuda_kernel_names(device):
+            checks_of = [
+                (full, "deterministic", c.check_deterministic, (full, dtype, device, backend, trials)),
+                (full, "guard bands", c.check_guard_bands, (full, dtype, device, backend)),
+                (full, "odd strides", c.check_strides, (dtype, device, backend, full)),
+            ]
+            for operation in ("self", "cross"):
+                case = next(case for case in cases if case.operation == operation)
+                checks_of += [
+                    (case, "deterministic", c.check_deterministic, (case, dtype, device, backend, trials)),
+                    (case, "guard bands", c.check_guard_bands, (case, dtype, device, backend)),
+                ]
+            checks_of += [(case, "", c.check_case, (case, dtype, device, backend)) for case in cases]
+            planned += [
+                (f"{name} {dtype} {case.name}{', ' if what else ''}{what}", with_kernels(name, check, *arguments))
+                for case, what, check, arguments in checks_of
+            ]
+        return checks(context, planned)
+
+    return part
+
+
+def cuda_execution(context: Context) -> str:
+    """The CUDA C++ kernels in CUDA graphs, on a second stream, under torch.compile, on more than 2^31 elements."""
+    from . import gpu_checks as c
+
+    backend, device = backend_of(context, "cuda"), context.device
+    case = c.cuda_cases(context.reduced)[1]
+    compiler = "aot_eager" if context.reduced else "inductor"
+    planned = [(f"cuda, torch.compile, {compiler}", lambda: c.check_compiled(case, device, backend, compiler, "bf16"))]
+    if not context.reduced:
+        planned += [
+            ("cuda, CUDA graph", lambda: c.check_cuda_graph(case, device, backend)),
+            ("cuda, second stream", lambda: c.check_second_stream(case, device, backend)),
+        ]
+        if c.torch.cuda.mem_get_info()[0] > 36 << 30:
+            planned.append(("cuda, more than 2^31 elements", lambda: c.check_beyond_int32(device, backend)))
+    return checks(context, planned)
+
+
 def decoding(context: Context) -> str:
     """Both decode operations: all options and caches against the fp64 reference, guard bands, the border, CUDA graphs
     without any synchronisation."""
@@ -241,8 +314,8 @@ def beyond_int32(context: Context) -> str:
     return checks(context, [("more than 2^31 elements", lambda: c.check_beyond_int32(context.device, backend))])
 
 
-def sanitized(tool: str) -> Callable[[Context], str]:
-    """Every kernel once under one tool of NVIDIA's compute-sanitizer."""
+def sanitized(tool: str, name: str = "triton") -> Callable[[Context], str]:
+    """Every kernel of a backend once under one tool of NVIDIA's compute-sanitizer."""
 
     def part(context: Context) -> str:
         if context.reduced:
@@ -252,7 +325,7 @@ def sanitized(tool: str) -> Callable[[Context], str]:
         )
         if program is None:
             raise Skip("compute-sanitizer is not installed (it is part of the CUDA toolkit)")
-        backend = backend_of(context)
+        backend = backend_of(context, name)
         package = __package__ or "benchmarks"
         command = [program, "--tool", tool, "--error-exitcode", "9", "--launch-timeout", "120"]
         if tool == "initcheck":
@@ -268,7 +341,11 @@ def sanitized(tool: str) -> Callable[[Context], str]:
         context.log((done.stdout + done.stderr)[-20_000:])
         summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
         detail = "; ".join(line.strip("= ") for line in summary) or f"exit code {done.returncode}, no summary"
-        entry = {"check": f"compute-sanitizer {tool}", "status": FAILED if done.returncode else OK, "detail": detail}
+        entry = {
+            "check": f"compute-sanitizer {tool}, {backend}",
+            "status": FAILED if done.returncode else OK,
+            "detail": detail,
+        }
         context.add("checks", entry)
         if done.returncode:
             raise RuntimeError(f"{tool}: {detail}: see log.txt")
@@ -344,7 +421,7 @@ def benchmarks(context: Context) -> str:
             protocol=timing.Protocol(seconds=0.3 if context.reduced else 0.8, min_rounds=3, max_rounds=100),
             budget=peers.CompileBudget(compile_seconds * share, 20.0),
             compiled=not context.reduced,
-            backends=["triton"] if not context.reduced else None,
+            backends=["triton", "cuda"] if not context.reduced else None,  # side by side, in the same rounds
         )
         suite.run(in_time(workloads), settings, timing.Ceilings(**ceilings), Keep())
     rows = context.found.get("rows", [])
@@ -400,6 +477,18 @@ class Part:
     name: str
     run: Callable[[Context], str]
     seconds: float
+    absent: Callable[[bool], str | None] = lambda reduced: None
+    """Given `reduced`: why the part has nothing to do, where that is known without starting a process for it."""
+
+
+def _no_device(reduced: bool) -> str | None:
+    return "there is no CUDA device" if reduced else None
+
+
+def _no_kernels(reduced: bool) -> str | None:
+    if reduced and not os.environ.get(EMULATOR):
+        return f"there is no CUDA device, and {EMULATOR} names no library"
+    return None
 
 
 # The parts of one stage run side by side (checks do not mind company); stages run one after another.
@@ -413,9 +502,15 @@ STAGES: tuple[tuple[Part, ...], ...] = (
         Part("decoding", decoding, 120),
         Part("absorbing", absorbing, 150),
         Part("beyond 2^31 elements", beyond_int32, 100),
-        Part("sanitizer memcheck", sanitized("memcheck"), 150),
-        Part("sanitizer racecheck", sanitized("racecheck"), 150),
-        Part("sanitizer initcheck", sanitized("initcheck"), 150),
+        Part("sanitizer memcheck", sanitized("memcheck"), 150, _no_device),
+        Part("sanitizer racecheck", sanitized("racecheck"), 150, _no_device),
+        Part("sanitizer initcheck", sanitized("initcheck"), 150, _no_device),
+        Part("cuda correctness bf16", cuda_correctness("bf16"), 150, _no_kernels),
+        Part("cuda correctness fp16", cuda_correctness("fp16"), 150, _no_kernels),
+        Part("cuda execution", cuda_execution, 120, _no_kernels),
+        Part("cuda sanitizer memcheck", sanitized("memcheck", "cuda"), 150, _no_device),
+        Part("cuda sanitizer racecheck", sanitized("racecheck", "cuda"), 150, _no_device),
+        Part("cuda sanitizer initcheck", sanitized("initcheck", "cuda"), 150, _no_device),
     ),
     (Part("benchmarks", benchmarks, 270),),
     (Part("real text", real_text, 70),),
@@ -470,6 +565,31 @@ def _start(part: Part, work: Path, seconds: float, reduced: bool) -> subprocess.
     )
 
 
+def prepare_extension(wheel: Path | None, folder: Path, reduced: bool, say: Callable[[str], None]) -> None:
+    """Sees to it that the parts find a CUDA C++ extension, if there can be one: see the module's docstring. Raises
+    ValueError for a wheel without one; a build that fails is said and the parts skip with the reason."""
+    from retro_kernels import cuda_extension
+
+    if wheel is not None:
+        with zipfile.ZipFile(wheel) as archive:
+            name = f"retro_kernels/{cuda_extension.LIBRARY.name}"
+            if name not in archive.namelist():
+                raise ValueError(f"{wheel} has no {name}: make it with RETRO_KERNELS_BUILD_CUDA=1")
+            os.environ[LIBRARY] = archive.extract(name, folder)
+        say(f"CUDA extension: from {wheel.name}")
+        return
+    setup = Path(__file__).resolve().parents[1] / "setup.py"
+    if reduced or cuda_extension.LIBRARY.exists() or not setup.exists() or shutil.which("nvcc") is None:
+        return
+    say("CUDA extension: building it")
+    variables = {**os.environ, "RETRO_KERNELS_BUILD_CUDA": "1", "RETRO_KERNELS_BUILD_CPU": "0"}
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, str(setup), "build_ext", "--inplace"], cwd=setup.parent, env=variables,
+                          capture_output=True, text=True)  # fmt: skip
+    took = f"{time.monotonic() - began:.0f} s"
+    say(f"CUDA extension: built in {took}" if done.returncode == 0 else f"CUDA extension: {done.stderr[-2000:]}")
+
+
 def run(out: Path, reduced: bool, only: list[str] | None = None, say: Callable[[str], None] = print) -> int:
     """The whole suite; returns the exit code. `only`: names of the parts to run."""
     from . import report, results
@@ -511,6 +631,11 @@ def run(out: Path, reduced: bool, only: list[str] | None = None, say: Callable[[
 def _run_stage(stage: list[Part], work: Path, end: float, reduced: bool, document: dict, say) -> None:
     running: list[tuple[Part, subprocess.Popen, float]] = []
     for part in stage:
+        if reason := part.absent(reduced):
+            document["parts"].append({"name": part.name, "status": SKIPPED, "detail": reason, "seconds": 0.0})
+            document["skipped"].append({"what": part.name, "reason": reason})
+            say(f"{part.name}: {SKIPPED}: {reason}")
+            continue
         left = end - time.monotonic() - GRACE_SECONDS
         seconds = min(part.seconds / 3 if reduced else part.seconds, left)
         if seconds < 5:
@@ -574,6 +699,7 @@ def main(arguments: list[str] | None = None) -> int:
     size.add_argument("--reduced", action="store_true", help="tiny shapes on the CPU (the default without a GPU)")
     size.add_argument("--full", action="store_true", help="the real thing (the default with a GPU)")
     parser.add_argument("--only", action="append", metavar="PART", help="run this part; may be repeated")
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help="take the CUDA extension out of this wheel")
     parser.add_argument("--list", action="store_true", help="print the names of the parts")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -592,7 +718,12 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         reduced = not torch.cuda.is_available()
-    return run(options.out, reduced, options.only)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            prepare_extension(options.wheel, Path(folder), reduced, print)
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            parser.error(f"--wheel: {error}")
+        return run(options.out, reduced, options.only)
 
 
 if __name__ == "__main__":

@@ -256,7 +256,8 @@ def check(variant: Variant, inputs, mode, truths, budget: CompileBudget, dtype, 
     except torch.OutOfMemoryError:
         return FAILED, "out of memory", []
     except Exception as error:
-        kind = SKIPPED if variant.compiled or variant.name.startswith("sdpa") else FAILED
+        refused = isinstance(error, ValueError) and "cannot run this" in str(error)  # a backend named its reason
+        kind = SKIPPED if variant.compiled or variant.name.startswith("sdpa") or refused else FAILED
         return kind, f"{type(error).__name__}: {_first_line(error)}", []
     eager = None if variant.name == "eager" else eager_errors[variant.workload]
     if undropped is None:

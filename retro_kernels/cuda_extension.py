@@ -12,6 +12,7 @@ backend `cuda` takes CPU tensors: slow, and meant for tests.
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 
 from . import extension
 
-LIBRARY = Path(__file__).with_name("_cuda.abi3.so")
+# RETRO_KERNELS_CUDA_LIBRARY names another file, one out of a wheel, say.
+LIBRARY = Path(os.environ.get("RETRO_KERNELS_CUDA_LIBRARY") or Path(__file__).with_name("_cuda.abi3.so"))
 REBUILD = (
     "run `RETRO_KERNELS_BUILD_CUDA=1 pip install --no-build-isolation .` in the source tree, with torch >= 2.11, nvcc "
     "and ninja"

@@ -29,6 +29,7 @@ VARIABLES = {
     "RETRO_KERNELS_BUILD_CPU": "auto, 1 or 0: whether an install builds the C++ extension",
     "RETRO_KERNELS_BUILD_CUDA": "auto, 1 or 0: whether an install builds the CUDA extension",
     "RETRO_KERNELS_CUDA_ARCHS": "the compute capabilities that such an install builds for",
+    "RETRO_KERNELS_CUDA_LIBRARY": "the file of the CUDA extension, in place of the installed one",
     "TRITON_INTERPRET": "1 runs Triton kernels, very slowly, on the CPU",
     "CUDA_HOME": "the CUDA toolkit that a build takes",
     "CUDA_VISIBLE_DEVICES": "which GPUs this process sees",

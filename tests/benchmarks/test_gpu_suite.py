@@ -2,6 +2,7 @@
 
 import json
 
+import emulator
 import pytest
 import torch
 
@@ -170,7 +171,7 @@ def test_every_kernel_is_exercised_for_the_sanitizer():
 
 def test_a_sanitizer_that_finds_something_fails_its_part(tmp_path, monkeypatch):
     """With a stand-in for the program: its exit code and its summary are what the part reports."""
-    monkeypatch.setattr(gpu_suite, "backend_of", lambda context: "triton")
+    monkeypatch.setattr(gpu_suite, "backend_of", lambda context, name: name)
     monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, path=None: str(tmp_path / name))
     program = tmp_path / "compute-sanitizer"
 
@@ -193,3 +194,37 @@ def test_command_line(capsys):
     assert "benchmarks" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         gpu_suite.main(["--only", "nothing"])
+
+
+def test_the_cuda_parts_run_in_the_emulator(tmp_path, monkeypatch):
+    """What a GPU will run, on tiny shapes: the CUDA C++ kernels' correctness and execution, without a failure."""
+    if emulator.compiler() is None or not emulator.SOURCES.exists():
+        pytest.skip("there is no C++ compiler, or this is not a source tree")
+    monkeypatch.setenv(gpu_suite.EMULATOR, str(emulator.build()))
+    said = []
+    names = ["cuda correctness bf16", "cuda execution"]
+    assert gpu_suite.run(tmp_path / "out", reduced=True, only=names, say=said.append) == 0, said
+    document = results.load(tmp_path / "out" / results.FILE)
+    assert {part["name"]: part["status"] for part in document["parts"]} == dict.fromkeys(names, "ok")
+    assert {entry["status"] for entry in document["checks"]} == {"ok"}
+
+
+def test_the_cuda_cases_are_of_every_kind():
+    cases = gpu_checks.cuda_cases(reduced=False)
+    assert len({case.name for case in cases}) == len(cases) >= 25
+    assert {case.d for case in cases} == {64, 96, 128}
+    assert {case.operation for case in cases} == {"cca", "self", "cross"}
+    for case in cases:
+        assert set(case.options) <= set(gpu_checks.CUDA_TAKES)
+
+
+def test_the_extension_is_taken_out_of_a_wheel(tmp_path, monkeypatch):
+    monkeypatch.setenv(gpu_suite.LIBRARY, "")
+    for name, content in (("good", {"retro_kernels/_cuda.abi3.so": b"library"}), ("bad", {"other": b""})):
+        with gpu_suite.zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as archive:
+            for file, data in content.items():
+                archive.writestr(file, data)
+    gpu_suite.prepare_extension(tmp_path / "good.whl", tmp_path / "out", True, print)
+    assert gpu_suite.Path(gpu_suite.os.environ[gpu_suite.LIBRARY]).read_bytes() == b"library"
+    with pytest.raises(ValueError, match="RETRO_KERNELS_BUILD_CUDA=1"):
+        gpu_suite.prepare_extension(tmp_path / "bad.whl", tmp_path / "out", True, print)
