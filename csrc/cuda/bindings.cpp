@@ -113,10 +113,49 @@ void forward(Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTens
   if (chosen_kernels() == kSm90) {
     const char* refused = sm90::forward(p, device.stream());
     if (refused == nullptr) return;
-    STD_TORCH_CHECK(!kernels_named(), "the kernels \"sm90\" were asked for by name and do not take ", refused);
+    STD_TORCH_CHECK(!only_chosen_kernels(), "the kernels \"sm90 only\" do not take ", refused);
   }
 #endif
   sm80::forward(p, device.stream());
+}
+
+// `key` and `value` are the shapes of what is never made, expanded from one row.
+void absorbed_forward(Tensor query, Tensor key, Tensor value, MaybeTensor mask, double scale, int64_t stride,
+                      int64_t first_token, Tensor encoded, Tensor w_key, Tensor w_value, Tensor out, Tensor lse) {
+#if defined(RK_HAVE_SM90)
+  Problem p = make_problem(query, key, value, mask, std::nullopt, kClock, scale, stride, first_token);
+  set_results(p, query, out, lse);
+  p.out = static_cast<uint16_t*>(output(out, "out"));
+  p.lse = static_cast<float*>(output(lse, "lse"));
+  STD_TORCH_CHECK(encoded.dim() == 5 && w_key.dim() == 3, "encoded must have 5 dimensions and w_key 3");
+  const int width = small(encoded.size(4), "encoded.shape[4]");
+  check_shape(encoded, "encoded", {p.batch, p.chunks, p.neighbours, p.retrieved, width});
+  check_shape(w_key, "w_key", {p.kv_heads, p.dim, width});
+  check_shape(w_value, "w_value", {p.kv_heads, p.dim, width});
+  STD_TORCH_CHECK(width % 8 == 0, "encoded.shape[4] must be a multiple of 8, got ", width);
+  for (const auto& [tensor, name] :
+       {std::pair(&encoded, "encoded"), std::pair(&w_key, "w_key"), std::pair(&w_value, "w_value")}) {
+    check_device(*tensor, name, query);
+    check_rows(*tensor, name);
+    STD_TORCH_CHECK(half_type(*tensor, name) == p.type, name, " must have the query's dtype");
+  }
+  const sm90::States states{width,
+                            address(encoded),
+                            address(w_key),
+                            address(w_value),
+                            strides_of(encoded),
+                            {w_key.stride(0), w_key.stride(1)},
+                            {w_value.stride(0), w_value.stride(1)}};
+  if (lse.numel() == 0) return;
+  set_groups(p, false);
+  const OnDevice device(query);
+  STD_TORCH_CHECK(compute_capability() == 90 || compute_capability() == 0,
+                  "the absorbed kernel runs on compute capability 9.0 only");
+  const char* refused = sm90::absorbed_forward(p, states, device.stream());
+  STD_TORCH_CHECK(refused == nullptr, "the absorbed kernel does not take ", refused);
+#else
+  STD_TORCH_CHECK(false, "this library was built without sm_90a, which the absorbed kernel needs");
+#endif
 }
 
 // With chunk_spans the caller has set grad_query to 0.
@@ -160,12 +199,16 @@ RK_DEFINE(m) {
   m.def("attention_forward(" RK_SLOTS RK_SETTINGS "Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attention_backward(Tensor grad_out, " RK_SLOTS "Tensor out, Tensor lse, " RK_SETTINGS
         "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value) -> ()");
+  m.def(
+      "absorbed_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, int stride, int first_token, "
+      "Tensor encoded, Tensor w_key, Tensor w_value, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("kernels() -> str");
   m.def("set_kernels(str name) -> ()");
 }
 
 RK_IMPLEMENT(m) {
   m.impl("attention_forward", TORCH_BOX(&retro_kernels::forward));
+  m.impl("absorbed_forward", TORCH_BOX(&retro_kernels::absorbed_forward));
   m.impl("attention_backward", TORCH_BOX(&retro_kernels::backward));
 }
 

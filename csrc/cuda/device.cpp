@@ -11,6 +11,7 @@ namespace retro_kernels {
 namespace {
 
 std::atomic<int> named{0};
+std::atomic<bool> only{false};
 
 #if !defined(RK_EMULATED)
 void check(cudaError_t status, const char* what) {
@@ -65,15 +66,17 @@ Kernels chosen_kernels() {
   return compute_capability() == 90 ? kSm90 : kSm80;
 }
 
-bool kernels_named() { return named.load(std::memory_order_relaxed) != 0; }
+bool only_chosen_kernels() { return only.load(std::memory_order_relaxed); }
 
 void choose_kernels(const std::string& name) {
-  const int chosen = name.empty() ? 0 : name == "sm80" ? kSm80 : name == "sm90" ? kSm90 : -1;
-  if (chosen < 0) throw std::runtime_error("retro_kernels: the kernels are \"sm80\" or \"sm90\", got \"" + name + "\"");
+  const int chosen = name.empty() ? 0 : name == "sm80" ? kSm80 : name == "sm90" || name == "sm90 only" ? kSm90 : -1;
+  if (chosen < 0)
+    throw std::runtime_error("retro_kernels: the kernels are \"sm80\", \"sm90\" or \"sm90 only\", got \"" + name + "\"");
   if (chosen == kSm90 && compute_capability() != 90 && compute_capability() != 0)
     throw std::runtime_error("retro_kernels: the kernels \"sm90\" run on compute capability 9.0 only, this GPU has " +
                              std::to_string(compute_capability() / 10) + "." + std::to_string(compute_capability() % 10));
   named.store(chosen, std::memory_order_relaxed);
+  only.store(name == "sm90 only", std::memory_order_relaxed);
 }
 
 }  // namespace retro_kernels

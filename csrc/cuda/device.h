@@ -14,9 +14,9 @@ int compute_capability();
 int multiprocessors();
 // The kernels of the current device: what `choose_kernels` said, else the newest written for it.
 Kernels chosen_kernels();
-// "sm80" or "sm90", or "" for the newest. The emulator's default is "sm80".
+// "sm80" or "sm90", or "" for the newest. The emulator's default is "sm80". What sm90's do not take is sm80's work, but
+// an error with "sm90 only".
 void choose_kernels(const std::string& name);
-// Whether they were chosen by name: what they do not take is then an error, and else the next older kernels' work.
-bool kernels_named();
+bool only_chosen_kernels();
 
 }  // namespace retro_kernels

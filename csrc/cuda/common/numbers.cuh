@@ -1,6 +1,6 @@
 // Single numbers, prefetches and programmatic dependent launch.
 #pragma once
-#include "ptx.cuh"
+#include "softmax.cuh"
 
 namespace retro_kernels {
 
@@ -38,7 +38,6 @@ inline void wait_for_predecessor() {}
 
 #endif
 
-RK_DEVICE float minus_infinity() { return bits_to_float(0xff800000u); }
 RK_DEVICE float not_a_number() { return bits_to_float(0x7fc00000u); }
 RK_DEVICE float larger(float x, float y) { return x > y ? x : y; }  // neither is NaN, or x is not
 

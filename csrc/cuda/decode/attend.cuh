@@ -1,15 +1,16 @@
 // New tokens against the cache of the chunk that each sequence attends to: partial sums of tiles of slots, and their
 // combination.
 //
-// Floor: the bytes of the cache over the memory's bandwidth; every number of it is multiplied once or twice for each row
-// (a token and a query head) that shares it, 1 FLOP a byte with one row and bf16. At 3.35 TB/s, 256 slots and 32 heads of
-// 128 in bf16: 4.2 MB and 1.3 us a sequence. From encoder states, key and value both, which all heads share, it is 0.46
-// MB for 29 MFLOP of fp32 a sequence: from about 8 sequences on the multiply-adds, not the memory, bound the time.
+// Floor: the bytes of the cache over the memory's bandwidth; every number of it is multiplied once or twice for each
+// row (a token and a query head) that shares it, 1 FLOP a byte with one row and bf16. At 3.35 TB/s, 256 slots and 32
+// heads of 128 in bf16: 4.2 MB and 1.3 us a sequence. From encoder states, key and value both, which all heads share,
+// it is 0.46 MB for 29 MFLOP of fp32 a sequence: from about 8 sequences on the multiply-adds, not the memory, bound the
+// time.
 //
 // A block has one tile of up to 64 slots of one (sequence, key/value head) and up to 8 of its rows. All loads of a
 // thread's part of the keys are issued before the first is used, and the values are asked into the L2 cache before the
-// softmax waits for the keys. With few sequences and heads tiles are smaller, so that one sequence fills a GPU; how a call
-// is cut depends on its shapes alone. `combine` adds the tiles' sums in order: no atomics, bitwise reproducible.
+// softmax waits for the keys. With few sequences and heads tiles are smaller, so that one sequence fills a GPU; how a
+// call is cut depends on its shapes alone. `combine` adds the tiles' sums in order: no atomics, bitwise reproducible.
 //
 // Positions and validity are tensors, so a captured graph serves them all. Everything is fp32 between the loads and the
 // result. The kernels may start before their predecessor in the stream has ended (programmatic dependent launch): what
@@ -20,7 +21,6 @@
 namespace retro_kernels {
 namespace decode {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 enum State { kIdle, kAttends, kBeyond };
 
@@ -88,8 +88,8 @@ RK_DEVICE void soften(const Attend& p, AttendShared<kRows>& f, int split, int sl
   }
 }
 
-// Blocks: (sequence, split, key/value head, row tile), the last fastest: blocks that read the same slots are side by side,
-// and so are those whose slots are.
+// Blocks: (sequence, split, key/value head, row tile), the last fastest: blocks that read the same slots are side by
+// side, and so are those whose slots are.
 template <int kRows>
 RK_KERNEL(kThreads, 3) attend_kernel(RK_PARAMETER Attend p) {
   let_successor_start();

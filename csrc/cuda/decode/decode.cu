@@ -12,7 +12,8 @@ constexpr size_t kMostQueryBytes = 64 << 10;  // of a block's rows as fp32, up t
 
 bool overlaps() { return compute_capability() >= 90; }
 
-// Rows of a block: few, or as many as 8 where more would share what it reads. Each is `floats` numbers of shared memory.
+// Rows of a block: few, or as many as 8 where more would share what it reads. Each is `floats` numbers of shared
+// memory.
 int rows_of_block(int rows, int floats) {
   int most = rows <= 1 ? 1 : rows <= 2 ? 2 : rows <= 4 ? 4 : 8;
   while (most > 1 && sizeof(float) * most * floats > kMostQueryBytes) most /= 2;

@@ -1,5 +1,5 @@
-// The two products of decoding, by a block of 128 threads, fp32 throughout: some rows of x with some slots, which are rows
-// of a matrix in memory. A slot whose offset is negative is not read.
+// The two products of decoding, by a block of 128 threads, fp32 throughout: some rows of x with some slots, which are
+// rows of a matrix in memory. A slot whose offset is negative is not read.
 #pragma once
 #include "octets.cuh"
 

@@ -1,7 +1,8 @@
 // The functions of sm90/hopper.cuh for the emulator: mbarriers, the copy engine and wgmma, from the PTX ISA.
 //
-// All that is asynchronous is late: a box lands, and one is read to be stored, when the scheduler comes to it between turns
-// or where the thread waits for it; a product is made where its thread waits for it. Until then what it writes is NaN.
+// All that is asynchronous is late: a box lands, and one is read to be stored, when the scheduler comes to it between
+// turns or where the thread waits for it; a product is made where its thread waits for it. Until then what it writes is
+// NaN.
 #pragma once
 #include "emulator.h"
 #include "tensor_map.h"
@@ -159,15 +160,15 @@ void wait_for_products(float (&)[kCount]) {
 }
 
 template <class T, int kCount>
-void multiply(T type, float (&sum)[kCount], uint64_t a, uint64_t b, int accumulate) {
+void multiply(T type, float (&sum)[kCount], uint64_t a, uint64_t b, bool columns, int accumulate) {
   emulator::current()->collective("wgmma", nullptr, [](void**) {});
   const int first = warp_index() % 4 * 16 + lane_index() / 4;
   put_off(type, sum, [=](int row, int k) { return emulator::widen(type, described(a, first + 8 * row, k, false)); }, b,
-          false, accumulate != 0);
+          columns, accumulate != 0);
 }
 
 template <class T, int kCount>
-void multiply_add(T type, float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b) {
+void add(T type, float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b, bool columns) {
   struct Lane {
     const uint32_t* mine;
     float rows[2][16];
@@ -180,7 +181,24 @@ void multiply_add(T type, float (&sum)[kCount], const uint32_t (&a)[4], uint64_t
           static_cast<Lane*>(lanes[i])->rows[row][k] = emulator::widen(type, static_cast<uint16_t>(pair >> k % 2 * 16));
         }
   });
-  put_off(type, sum, [lane](int row, int k) { return lane.rows[row][k]; }, b, true, true);
+  put_off(type, sum, [lane](int row, int k) { return lane.rows[row][k]; }, b, columns, true);
+}
+
+template <class T, int kCount>
+void multiply_rows(T type, float (&sum)[kCount], uint64_t a, uint64_t b, int accumulate) {
+  multiply(type, sum, a, b, false, accumulate);
+}
+template <class T, int kCount>
+void multiply_columns(T type, float (&sum)[kCount], uint64_t a, uint64_t b, int accumulate) {
+  multiply(type, sum, a, b, true, accumulate);
+}
+template <class T, int kCount>
+void add_rows(T type, float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b) {
+  add(type, sum, a, b, false);
+}
+template <class T, int kCount>
+void add_columns(T type, float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b) {
+  add(type, sum, a, b, true);
 }
 
 }  // namespace sm90

@@ -8,23 +8,6 @@ namespace retro_kernels {
 namespace sm90 {
 namespace {
 
-// Sequences and chunks as one axis; chunks alone where sequences are none.
-bool folds(const Strides& s, int batch, int chunks) {
-  return batch <= 1 || (chunks == 1 ? s.batch > 0 : s.batch == s.chunk * chunks);
-}
-
-Axis folded(const Strides& s, int batch, int chunks) {
-  return {static_cast<int64_t>(batch) * chunks, chunks == 1 ? s.batch : s.chunk};
-}
-
-bool map_queries(TensorMap& map, const Problem& p, const void* data, const Strides& s, int box_rows) {
-  const bool clock = p.grouping == kClock;
-  if (!clock && !folds(s, p.batch, p.chunks)) return false;
-  Axis axes[5] = {{p.dim, 1}, {p.heads, s.head}, {p.tokens, s.token}, {clock ? 1 : p.query_neighbours, s.neighbour},
-                  clock ? Axis{p.batch, s.batch} : folded(s, p.batch, p.chunks)};
-  return make_map(map, data, axes, box_rows);
-}
-
 bool map_keys(TensorMap& map, const Problem& p, const void* data, const Strides& s) {
   if (!folds(s, p.batch, p.chunks)) return false;
   Axis axes[5] = {{p.dim, 1}, {p.kv_heads, s.head}, {p.retrieved, s.token}, {p.neighbours, s.neighbour},

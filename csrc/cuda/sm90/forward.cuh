@@ -3,24 +3,22 @@
 // Floor: the bytes of queries, keys, values and outputs, each moved once, over the memory's bandwidth: at 64 rows x 256
 // slots 51 FLOP a byte, of the 295 that keep an H100 busy.
 //
-// A block is persistent. Each of its consumer warpgroups takes items (group, 64 rows, head) of its own, adjacent heads side
-// by side, and each has a warp of the producer warpgroup, which asks the copy engine for the item's queries and then, into
-// a ring of tiles, for keys and values of 64 slots in turn, as far ahead as the ring reaches: over the ends of items. The
-// queries' buffer, one of two, takes the output at last, and the copy engine brings it to its place. Nothing is copied or
-// shifted before or after: boxes beyond a tensor's ends are zero when read and dropped when written.
+// A block is persistent. Each of its consumer warpgroups takes items (group, 64 rows, head) of its own, adjacent heads
+// side by side, and each has a warp of the producer warpgroup, which asks the copy engine for the item's queries and
+// then, into a ring of tiles, for keys and values of 64 slots in turn, as far ahead as the ring reaches: over the ends
+// of items. The queries' buffer, one of two, takes the output at last, and the copy engine brings it to its place.
+// Nothing is copied or shifted before or after: boxes beyond a tensor's ends are zero when read and dropped when
+// written.
 //
 // A tile never crosses from one neighbour to the next. Softmax is online, in fp32; probabilities are rounded to the
 // query's dtype for their product with the values. Every (group, head) is computed by one warpgroup in one order.
 #pragma once
-#include "hopper.cuh"
+#include "rows.cuh"
 
 namespace retro_kernels {
 namespace sm90 {
 
-constexpr int kRows = 64;   // of an item
 constexpr int kSlots = 64;  // of a tile
-constexpr int kPanel = 64 * kPanelRow;  // bytes: 64 rows of 64 numbers
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Head sizes up to 64 or up to 128; what is beyond a head's size is zero. Shared memory of both is just below 227 KB.
 template <int kDim>
@@ -87,15 +85,6 @@ RK_DEVICE int neighbour_of_tile(const Problem& p, const Item& item, int tile) {
 }
 RK_DEVICE int first_slot(const Problem& p, int tile) { return tile % tiles_of_neighbour(p) * kSlots; }
 
-// Place in a ring of `kLength` buffers and the parity of its phase.
-template <int kLength>
-struct Place {
-  int at = 0, parity = 0;
-  RK_DEVICE void next() {
-    if (++at == kLength) at = 0, parity ^= 1;
-  }
-};
-
 template <int kDim>
 RK_DEVICE void produce(const Forward& f, const Channel<kDim> channel) {
   using S = Shape<kDim>;
@@ -153,13 +142,11 @@ RK_DEVICE void clear_hidden(Shared values, uint64_t visible, int consumer) {
   named_barrier(1 + consumer, 128);
 }
 
-// A warpgroup's thread holds of a product of 64 rows the columns 8 j + 2 (lane % 4) + {0, 1}, of rows 16 warp + lane / 4
-// and 8 below: numbers 4 j + {0, 1} and 4 j + {2, 3}.
 template <class T, int kDim>
 RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
   using S = Shape<kDim>;
   const Problem& p = f.p;
-  const int thread = thread_index() % 128, warp = thread / 32, lane = thread % 32;
+  const int thread = thread_index() % 128, lane = lane_index();
   const float scale = p.scale * kLog2E;
   Place<2> query;
   Place<S::kRing> ring;
@@ -181,8 +168,7 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
 #pragma unroll
       for (int k = 0; k < kDim / 16; ++k) {
         const int at = k / 4 * kPanel + k % 4 * 32;
-        multiply(T(), score, rows_descriptor(query_tile + at),
-                          rows_descriptor(channel.ring(ring.at) + at), k > 0);
+        multiply_rows(T(), score, rows_descriptor(query_tile + at), rows_descriptor(channel.ring(ring.at) + at), k > 0);
       }
       wait_for_products(score);
       if (lane == 0) arrive(channel.empty(ring.at));
@@ -211,7 +197,8 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
         for (int j = 0; j < kDim / 8; ++j) out[4 * j + 2 * r] *= shrink, out[4 * j + 2 * r + 1] *= shrink;
 #pragma unroll
         for (int j = 0; j < kSlots / 8; ++j) {
-          const float first = exp2_fast(score[4 * j + 2 * r] - base), second = exp2_fast(score[4 * j + 2 * r + 1] - base);
+          const float first = exp2_fast(score[4 * j + 2 * r] - base);
+          const float second = exp2_fast(score[4 * j + 2 * r + 1] - base);
           total[r] += first + second;
           weights[j / 2][j % 2 * 2 + r] = pack(T(), first, second);
         }
@@ -223,33 +210,18 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
       fence_products();
 #pragma unroll
       for (int k = 0; k < kSlots / 16; ++k)
-        multiply_add(T(), out, weights[k],
-                              columns_descriptor(values + k * 2 * kBlock, kPanel));
+        add_columns(T(), out, weights[k], columns_descriptor(values + k * 2 * kBlock, kPanel));
       wait_for_products(out);
       if (lane == 0) arrive(channel.empty(ring.at));
       ring.next();
     }
 
-    named_barrier(1 + channel.consumer, 128);  // all have multiplied with the queries, whose place the output takes
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      total[r] += shuffle_xor(total[r], 1);
-      total[r] += shuffle_xor(total[r], 2);
-      const float inverse = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
-      const int row = 16 * warp + lane / 4 + 8 * r;
-#pragma unroll
-      for (int j = 0; j < kDim / 8; ++j)
-        *shared_pointer<uint32_t>(query_tile + j / 8 * kPanel + swizzled(row, j % 8 * 16) + lane % 4 * 4) =
-            pack(T(), out[4 * j + 2 * r] * inverse, out[4 * j + 2 * r + 1] * inverse);
-      const int token = item.token + row;
-      if (lane % 4 == 0 && row < f.box_rows && token >= 0 && token < p.tokens) {
-        const int64_t places = p.grouping == kClock ? 0 : item.chunk * p.lse_stride.chunk + item.neighbour * p.lse_stride.neighbour;
-        p.lse[item.batch * p.lse_stride.batch + places + token * p.lse_stride.token + item.head * p.lse_stride.head] =
-            total[r] == 0.0f ? minus_infinity() : kLn2 * (largest[r] + log2_fast(total[r]));
-      }
-    }
-    fence_async();
-    named_barrier(1 + channel.consumer, 128);
+    finish_rows<T, kDim>(p, query_tile, 1 + channel.consumer, item.token, f.box_rows,
+                         item.batch * p.lse_stride.batch + item.head * p.lse_stride.head +
+                             (p.grouping == kClock ? 0
+                                                   : item.chunk * p.lse_stride.chunk +
+                                                         item.neighbour * p.lse_stride.neighbour),
+                         out, largest, total);
     if (thread == 0) {
       for (int panel = 0; panel < S::kPanels; ++panel)
         store_box(f.out, query_tile + panel * kPanel, 64 * panel, item.head, item.token, item.neighbour, item.sequence);

@@ -81,36 +81,48 @@ RK_DEVICE void wait_for_products(float (&sum)[kCount]) {
   RK_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// sum[64 x 64] (+)= a[64 x 16] . b[64 x 16]^T, both in shared memory, 16 adjacent numbers a row. `accumulate` 0: = .
-#define RK_DOT(type)                                                                                             \
+#define RK_NAMES_128 \
+  RK_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define RK_LIST(...) __VA_ARGS__
+
+// A product's right factor b in shared memory lies by rows (b^T [n x 16], 16 adjacent numbers a row: rows_descriptor)
+// or by columns (b [16 x n], n adjacent numbers a row in panels of 64: columns_descriptor).
+
+// sum[64 x 64] (+)= a[64 x 16] . b, a in shared memory by rows. `accumulate` 0: = .
+#define RK_DOT(type, by_columns)                                                                                 \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                      \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" RK_NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n}\n" \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" RK_NAMES_32 "}, %32, %33, p, 1, 1, 0, " \
+               by_columns ";\n}\n"                                                                               \
                : RK_32(sum, 0)                                                                                   \
                : "l"(a), "l"(b), "r"(accumulate))
-RK_DEVICE void multiply(BFloat16, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT("bf16"); }
-RK_DEVICE void multiply(Float16, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT("f16"); }
-#undef RK_DOT
-
-// sum[64 x n] += a[64 x 16] . b[16 x n]: a in registers, b in shared memory, n adjacent numbers a row (in panels of 64).
-#define RK_LIST(...) __VA_ARGS__
-#define RK_ADD(type, n, names, a0, a1, a2, a3, d, operands)                                                             \
+// sum[64 x n] += a[64 x 16] . b, a in registers.
+#define RK_ADD(type, n, by_columns, names, a0, a1, a2, a3, d, operands)                                                 \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, {" a0 ", " a1 ", " a2 ", " \
-               a3 "}, " d ", 1, 1, 1, 1;\n"                                                                             \
+               a3 "}, " d ", 1, 1, 1, " by_columns ";\n"                                                               \
                : operands                                                                                              \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-RK_DEVICE void multiply_add(BFloat16, float (&sum)[32], const uint32_t (&a)[4], uint64_t b) {
-  RK_ADD("bf16", "64", RK_NAMES_32, "%32", "%33", "%34", "%35", "%36", RK_LIST(RK_32(sum, 0)));
-}
-RK_DEVICE void multiply_add(Float16, float (&sum)[32], const uint32_t (&a)[4], uint64_t b) {
-  RK_ADD("f16", "64", RK_NAMES_32, "%32", "%33", "%34", "%35", "%36", RK_LIST(RK_32(sum, 0)));
-}
-RK_DEVICE void multiply_add(BFloat16, float (&sum)[64], const uint32_t (&a)[4], uint64_t b) {
-  RK_ADD("bf16", "128", RK_NAMES_64, "%64", "%65", "%66", "%67", "%68", RK_LIST(RK_32(sum, 0), RK_32(sum, 32)));
-}
-RK_DEVICE void multiply_add(Float16, float (&sum)[64], const uint32_t (&a)[4], uint64_t b) {
-  RK_ADD("f16", "128", RK_NAMES_64, "%64", "%65", "%66", "%67", "%68", RK_LIST(RK_32(sum, 0), RK_32(sum, 32)));
-}
-#undef RK_ADD
+#define RK_ADD_64(type, by_columns) \
+  RK_ADD(type, "64", by_columns, RK_NAMES_32, "%32", "%33", "%34", "%35", "%36", RK_LIST(RK_32(sum, 0)))
+#define RK_ADD_128(type, by_columns)                                             \
+  RK_ADD(type, "128", by_columns, RK_NAMES_64, "%64", "%65", "%66", "%67", "%68", \
+         RK_LIST(RK_32(sum, 0), RK_32(sum, 32)))
+#define RK_ADD_256(type, by_columns)                                                   \
+  RK_ADD(type, "256", by_columns, RK_NAMES_128, "%128", "%129", "%130", "%131", "%132", \
+         RK_LIST(RK_32(sum, 0), RK_32(sum, 32), RK_32(sum, 64), RK_32(sum, 96)))
+
+#define RK_PRODUCTS(T, type)                                                                             \
+  RK_DEVICE void multiply_rows(T, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT(type, "0"); }    \
+  RK_DEVICE void multiply_columns(T, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT(type, "1"); } \
+  RK_DEVICE void add_rows(T, float (&sum)[32], const uint32_t (&a)[4], uint64_t b) { RK_ADD_64(type, "0"); }          \
+  RK_DEVICE void add_rows(T, float (&sum)[64], const uint32_t (&a)[4], uint64_t b) { RK_ADD_128(type, "0"); }         \
+  RK_DEVICE void add_rows(T, float (&sum)[128], const uint32_t (&a)[4], uint64_t b) { RK_ADD_256(type, "0"); }        \
+  RK_DEVICE void add_columns(T, float (&sum)[32], const uint32_t (&a)[4], uint64_t b) { RK_ADD_64(type, "1"); }       \
+  RK_DEVICE void add_columns(T, float (&sum)[64], const uint32_t (&a)[4], uint64_t b) { RK_ADD_128(type, "1"); }
+RK_PRODUCTS(BFloat16, "bf16")
+RK_PRODUCTS(Float16, "f16")
 
 }  // namespace sm90
 }  // namespace retro_kernels

@@ -17,14 +17,25 @@ using TensorMap = CUtensorMap;
 using TensorMap = emulator::TensorMap;
 #endif
 
-// Axes of the maps, innermost first: (column, head, token, neighbour, sequence and chunk), in boxes of 64 columns of up to
-// 64 tokens. Under kClock the queries' tokens are those of their sequence, and they have neither neighbour nor chunk.
+// Axes of the maps, innermost first: (column, head, token, neighbour, sequence and chunk), in boxes of 64 columns of up
+// to 64 tokens. Under kClock the queries' tokens are those of their sequence, and they have neither neighbour nor
+// chunk.
 struct Forward {
   TensorMap query, key, value, out;
   Problem p;
   int box_rows;   // tokens in a box of queries
   int row_tiles;  // of 64 rows, of a chunk (kClock) or a neighbour
   int items, blocks;
+};
+
+// The absorbed strategy: chunks alone, grouping kClock. The states' axes are (column, -, retrieved token, neighbour,
+// sequence and chunk), in boxes of all tokens of a neighbour; those of the weights [kv head, row, column] are (column,
+// kv head, row).
+struct Absorbed {
+  TensorMap query, encoded, w_key, w_value, out;
+  Problem p;  // without keys and values
+  int width;
+  int box_rows, row_tiles, items, blocks;
 };
 
 }  // namespace sm90

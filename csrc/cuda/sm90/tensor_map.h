@@ -54,5 +54,22 @@ inline bool make_map(TensorMap& map, const void* data, Axis axes[5], int box_tok
 #endif
 }
 
+// Sequences and chunks as one axis; chunks alone where sequences are none.
+inline bool folds(const Strides& s, int batch, int chunks) {
+  return batch <= 1 || (chunks == 1 ? s.batch > 0 : s.batch == s.chunk * chunks);
+}
+
+inline Axis folded(const Strides& s, int batch, int chunks) {
+  return {static_cast<int64_t>(batch) * chunks, chunks == 1 ? s.batch : s.chunk};
+}
+
+inline bool map_queries(TensorMap& map, const Problem& p, const void* data, const Strides& s, int box_rows) {
+  const bool clock = p.grouping == kClock;
+  if (!clock && !folds(s, p.batch, p.chunks)) return false;
+  Axis axes[5] = {{p.dim, 1}, {p.heads, s.head}, {p.tokens, s.token}, {clock ? 1 : p.query_neighbours, s.neighbour},
+                  clock ? Axis{p.batch, s.batch} : folded(s, p.batch, p.chunks)};
+  return make_map(map, data, axes, box_rows);
+}
+
 }  // namespace sm90
 }  // namespace retro_kernels

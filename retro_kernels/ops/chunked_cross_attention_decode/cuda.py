@@ -25,6 +25,7 @@ from .. import common as ops_common
 from . import common
 
 VERIFIED_ON_GPU: tuple[str, ...] = ()  # names of the devices whose GPU suite passed with its results committed
+CHECKED_IN = "the emulator"
 LARGEST_HEAD = 4096  # kMostColumns in csrc/cuda/decode/problem.h
 LARGEST_PROJECTED = 32  # rows of x that share a head's weight
 LARGEST_ADDED = 256  # kMostAdded there

@@ -17,10 +17,10 @@ from ..attention.common import attended_chunks
 from ..attention.run import autocast, without_autocast
 from ..chunked_cross_attention.api import clock
 from ..common import fused
-from . import cost_model, cpu, materialise, reference, triton
+from . import cost_model, cpu, cuda, materialise, reference, triton
 from .common import DIFFERENTIABLE, FLAGS, Call
 
-BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton}
+BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 STRATEGIES = ("auto", "materialise", "absorb")
 RECOMPUTED_SLICES = 16  # with `recompute`: K and V of one slice, and their gradients, are alive at a time
 

@@ -1,7 +1,7 @@
 """What every CUDA kernel costs on every architecture that it is compiled for: registers, spills, stack and shared
 memory, in cuda_resources.json beside this file.
 
-    python tests/ops/attention/cuda_resources.py          compiles everything anew, writes the table (minutes)
+    python tests/ops/attention/cuda_resources.py          compiles what has changed since, writes the table (minutes)
 
 Registers, spills and stack are what `ptxas -v` says; shared memory is the dynamic memory of a launch at the paper's
 sizes (m = 64, k = 2, r = 128), which cuda_shared.cpp computes from the kernels' own layout, and the static memory that
@@ -106,8 +106,12 @@ def main() -> None:
     if shutil.which("nvcc") is None:
         sys.exit("there is no nvcc on the path")
     shared, table = dynamic_shared(), {}
+    known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     for source in sources():
         table[source] = {"hash": source_hash(source)}
+        if known.get(source, {}).get("hash") == table[source]["hash"]:
+            table[source] = known[source]
+            continue
         for architecture in architectures(source):
             print(source, architecture, file=sys.stderr, flush=True)
             table[source][architecture] = measure(source, architecture, shared)

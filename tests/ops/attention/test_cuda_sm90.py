@@ -1,4 +1,4 @@
-"""The Hopper kernels in the emulator, by name, so that what they do not take raises: all three attentions against the
+"""The Hopper kernels in the emulator, alone, so that what they do not take raises: all three attentions against the
 reference, and everything asynchronous (boxes, products, barriers) in a drawn order."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def hopper(emulated):
-    torch.ops.retro_kernels_cuda_emulator.set_kernels("sm90")
+    torch.ops.retro_kernels_cuda_emulator.set_kernels("sm90 only")
     yield
     torch.ops.retro_kernels_cuda_emulator.set_kernels("")
 
@@ -104,12 +104,12 @@ def test_any_order_of_warps_and_boxes_gives_the_same_bits(monkeypatch):
         assert all(torch.equal(x, y) for x, y in zip(first, call()))
 
 
-def test_what_is_not_taken_raises_when_asked_for_by_name():
+def test_what_is_not_taken_is_the_older_kernels_work_and_raises_without_them():
     query, key = draw(torch.float16, 1, 170, 1, 64), draw(torch.float16, 1, 2, 1, 8, 1, 64)
-    with pytest.raises(RuntimeError, match=r'"sm90".*no multiple of 64'):
+    with pytest.raises(RuntimeError, match=r'"sm90 only".*no multiple of 64'):
         rk.chunked_cross_attention(query, key, key, chunk_size=72, backend="cuda")
-    with pytest.raises(RuntimeError, match=r'"sm90".*copy engine'):
+    with pytest.raises(RuntimeError, match=r'"sm90 only".*copy engine'):
         rk.chunked_cross_attention(query, key.expand(1, 2, 2, 8, 1, 64), key.expand(1, 2, 2, 8, 1, 64), chunk_size=64,
                                    backend="cuda")  # fmt: skip
-    torch.ops.retro_kernels_cuda_emulator.set_kernels("")
+    torch.ops.retro_kernels_cuda_emulator.set_kernels("sm90")
     rk.chunked_cross_attention(query, key, key, chunk_size=72, backend="cuda")

@@ -1,0 +1,65 @@
+#include "absorbed.cuh"
+
+#include "../device.h"
+#include "kernels.h"
+#include "tensor_map.h"
+
+namespace retro_kernels {
+namespace sm90 {
+namespace {
+
+bool map_states(TensorMap& map, const Problem& p, const States& s) {
+  if (!folds(s.encoded_stride, p.batch, p.chunks)) return false;
+  Axis axes[5] = {{s.width, 1}, {1, 0}, {p.retrieved, s.encoded_stride.token}, {p.neighbours, s.encoded_stride.neighbour},
+                  folded(s.encoded_stride, p.batch, p.chunks)};
+  return make_map(map, s.encoded, axes, p.retrieved);
+}
+
+bool map_weight(TensorMap& map, const Problem& p, const void* data, const int64_t (&stride)[2], int width) {
+  Axis axes[5] = {{width, 1}, {p.kv_heads, stride[0]}, {p.dim, stride[1]}, {1, 0}, {1, 0}};
+  return make_map(map, data, axes, p.dim <= 64 ? 64 : 128);
+}
+
+template <class T, int kDim, int kStateRows>
+void run(Absorbed f, Stream stream) {
+  using S = AbsorbedShape<kDim, kStateRows>;
+  f.blocks = std::min(f.items, multiprocessors());
+  launch<absorbed_kernel<T, kDim, kStateRows>>("absorbed forward (sm_90a)", f.blocks, S::kThreads, S::kBytes, stream, f);
+}
+
+template <class T>
+void by_size(const Absorbed& f, Stream stream) {
+  const bool few = f.p.neighbours * f.p.retrieved <= 128;
+  if (f.p.dim <= 64)
+    few ? run<T, 64, 128>(f, stream) : run<T, 64, 256>(f, stream);
+  else
+    few ? run<T, 128, 128>(f, stream) : run<T, 128, 256>(f, stream);
+}
+
+}  // namespace
+
+const char* absorbed_forward(const Problem& p, const States& s, Stream stream) {
+  Absorbed f{};
+  f.p = p, f.width = s.width;
+  const int64_t slots = static_cast<int64_t>(p.neighbours) * p.retrieved;
+  if (p.stride > kRows && p.stride % kRows) return "a stride above 64 that is no multiple of 64";
+  if (slots == 0 || p.chunks == 0 || s.width == 0) return "states of no size";
+  if (slots > kMostStates) return "more than 256 states in a chunk";
+  if (p.retrieved % 8) return "neighbours whose tokens are no multiple of 8";
+  f.box_rows = std::min(p.stride, kRows);
+  f.row_tiles = static_cast<int>(ceil_div(p.stride, kRows));
+  const int64_t items = static_cast<int64_t>(p.batch) * p.groups * f.row_tiles * ((p.heads + 1) / 2);
+  if (items > INT32_MAX / 2 || p.first_token < INT32_MIN / 2 || p.first_token > INT32_MAX / 2)
+    return "more than 2^30 tiles of rows, or tokens that far away";
+  f.items = static_cast<int>(items);
+  if (!map_queries(f.query, p, p.query, p.query_stride, f.box_rows) ||
+      !map_queries(f.out, p, p.out, p.out_stride, f.box_rows) || !map_states(f.encoded, p, s) ||
+      !map_weight(f.w_key, p, s.w_key, s.w_key_stride, s.width) ||
+      !map_weight(f.w_value, p, s.w_value, s.w_value_stride, s.width))
+    return "tensors that the copy engine cannot walk: sequences and chunks must lie at one distance, no axis expanded";
+  p.type == kBFloat16 ? by_size<BFloat16>(f, stream) : by_size<Float16>(f, stream);
+  return nullptr;
+}
+
+}  // namespace sm90
+}  // namespace retro_kernels
