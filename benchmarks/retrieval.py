@@ -1,4 +1,5 @@
-"""The tables of docs/retrieval.md, made of the raw results of `retrieval_build`, `retrieval_gather` and `real_text`.
+"""The tables of docs/retrieval.md, made of the raw results of `retrieval_build`, `retrieval_gather` and
+`retrieval_search`.
 
 python -m benchmarks.retrieval            rewrite what is between the marks in docs/retrieval.md
 python -m benchmarks.retrieval --check    exit 1 where it is not what the results say
@@ -63,6 +64,49 @@ def gathering(folder: Path) -> list[tuple[str, str]]:
     return found
 
 
+def searching(folder: Path) -> str:
+    """The tables of searching: a row an index, with the settings that reach at least 0.95, or the best recall."""
+    parts = []
+    for path in sorted(folder.glob("retrieval-search-*.json")):
+        found = json.loads(path.read_text())
+        lines = [
+            f"Search of {found['chunks']:,} embeddings of {found['dim']} numbers ({found['embedder']['name']}), k = 2, "
+            "1,000 queries at once; what each index takes by itself, and what `db evaluate` recommends for a recall of 0.95:",
+            "",
+            "| index | bytes a key | built in | recall@2 (queries/s) at nprobe 4 / 16 / 64 | recommended | recall@2 | "
+            "queries/s |",
+            "|---|---:|---:|---|---|---:|---:|",
+        ]
+        for row in found["rows"]:
+            plain = {
+                point["settings"]["nprobe"]: f"{point['recall']:.3f} ({point['queries_per_second'] / 1e3:.1f}k)"
+                for point in row["points"]
+                if not point["settings"]["rerank"]
+            }
+            best = next(point for point in row["points"] if point["settings"] == row["recommended"])
+            settings = ", ".join(f"{name} {value}" for name, value in row["recommended"].items())
+            lines.append(
+                f"| `{row['spec']}` | {row['bytes'] / found['chunks']:.0f} | {row['build_seconds']:.0f} s | "
+                f"{' / '.join(plain.get(n, '-') for n in (4, 16, 64))} | {settings} | {best['recall']:.3f} | "
+                f"{best['queries_per_second']:,.0f} |"
+            )
+        lines.append(f"| exact | - | - | - | - | 1.000 | {found['rows'][0]['exact_queries_per_second']:,.0f} |")
+        lines += [
+            "",
+            "Exact search, milliseconds, ours / FAISS's IndexFlatL2:",
+            "",
+            "| queries | k = 2 | k = 64 |",
+            "|---:|---:|---:|",
+        ]
+        for batch in sorted({row["batch"] for row in found["exact"]}):
+            cells = [
+                f"{row['ours_ms']:,.1f} / {row['faiss_ms']:,.1f}" for row in found["exact"] if row["batch"] == batch
+            ]
+            lines.append(f"| {batch:,} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
 def block(results: Path) -> str:
     """What belongs between the marks: a table a device."""
     parts = []
@@ -71,6 +115,7 @@ def block(results: Path) -> str:
         if rows:
             lines = ["| | |", "|---|---|", *(f"| {what} | {found} |" for what, found in rows)]
             parts.append(f"On `{folder.name}`:\n\n" + "\n".join(lines) + "\n")
+        parts += [text for text in [searching(folder)] if text]
     return "\n".join(parts)
 
 
