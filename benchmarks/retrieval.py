@@ -71,7 +71,8 @@ def searching(folder: Path) -> str:
         found = json.loads(path.read_text())
         lines = [
             f"Search of {found['chunks']:,} embeddings of {found['dim']} numbers ({found['embedder']['name']}), k = 2, "
-            "1,000 queries at once; what each index takes by itself, and what `db evaluate` recommends for a recall of 0.95:",
+            "1,000 queries at once; what each index finds by itself, and what `db evaluate` recommends for a recall of "
+            "0.95:",
             "",
             "| index | bytes a key | built in | recall@2 (queries/s) at nprobe 4 / 16 / 64 | recommended | recall@2 | "
             "queries/s |",
