@@ -238,6 +238,23 @@ def cuda_cases(reduced: bool) -> list[Case]:
     return [first, extra[1], *rest, extra[0], *extra[2:]]
 
 
+def cuda_projected_cases(reduced: bool) -> list[Case]:
+    """Of `projected_cases` what the absorbed CUDA C++ kernel takes; the second one is what determinism and guard bands
+    are tried on."""
+    if reduced:
+        tiny: dict[str, Any] = {"b": 1, "n": 13, "m": 5, "k": 2, "r": 8, "h": 2, "d": 64, "e": 64}
+        return [
+            Case("absorbed", "projected", **tiny, hk=2),
+            Case("absorbed, mask, grouped heads", "projected", **tiny, hk=1, options=("mask",)),
+        ]
+    first, *rest = (
+        case for case in projected_cases(reduced)
+        if set(case.options) <= set(CUDA_TAKES) and not case.documents and case.settings != DROPOUT
+        and case.d in (64, 128) and case.k * case.r <= 256
+    )  # fmt: skip
+    return [first, Case("absorbed, mask, grouped heads", "projected", d=128, hk=2, options=("mask",)), *rest]
+
+
 def tensors(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Any], Tensor]:
     """Keyword arguments of the call, and the output's gradient. Values are bf16 numbers in every precision."""
     generator = torch.Generator().manual_seed(SEED)
@@ -297,7 +314,8 @@ def tensors(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[
 
 
 def call(case: Case, arguments: dict[str, Any], grad_out: Tensor, backend: str) -> dict[str, Tensor]:
-    """The output, and the gradient of every differentiable argument that is there. Seeded: dropout drops the same."""
+    """The output, and the gradient of every differentiable argument that is there. Seeded: dropout drops the same.
+    (The absorbed CUDA C++ kernel has no gradient: its output alone.)"""
     import retro_kernels as rk
 
     operation: Callable[..., Any] = {
@@ -307,6 +325,9 @@ def call(case: Case, arguments: dict[str, Any], grad_out: Tensor, backend: str) 
         "cross": rk.neighbour_cross_attention,
     }[case.operation]
     arguments = dict(arguments)
+    if backend == "cuda" and case.operation == "projected":
+        with torch.no_grad():
+            return {"output": operation(**arguments, backend=backend)}
     wanted = [name for name in DIFFERENTIABLE if name in arguments]
     for name in wanted:
         arguments[name] = arguments[name].detach().requires_grad_()
@@ -622,9 +643,16 @@ def exercise_cuda(device: torch.device) -> str:
                 arguments, grad_out = tensors(case, DTYPES[dtype], device)
                 call(case, arguments, grad_out, "cuda")
     ops.set_kernels("")
+    if "sm90" in names:
+        for case in cuda_projected_cases(reduced=True):
+            arguments, grad_out = tensors(case, torch.bfloat16, device)
+            call(case, arguments, grad_out, "cuda")
+    from . import gpu_decode
+
+    decoded = gpu_decode.exercise(device, "cuda")
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return f"{len(names) * 2 * len(planned)} calls, forward and backward ({', '.join(names)})"
+    return f"{len(names) * 2 * len(planned)} calls, forward and backward ({', '.join(names)}); {decoded} decode calls"
 
 
 def cuda_kernel_names(device: torch.device) -> list[str]:

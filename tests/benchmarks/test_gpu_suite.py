@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_checks, gpu_suite, results
+from retro_kernels import cuda_extension
 
 CPU = torch.device("cpu")
 
@@ -169,6 +170,17 @@ def test_every_kernel_is_exercised_for_the_sanitizer():
     assert "20 calls" in gpu_checks.exercise(CPU, "reference")
 
 
+def test_every_cuda_kernel_is_exercised_for_the_sanitizer():
+    """In the emulator, forward and backward, every head size, dtype and form of the sm_80 kernels, and decoding."""
+    if emulator.compiler() is None or not emulator.SOURCES.exists():
+        pytest.skip("there is no C++ compiler, or this is not a source tree")
+    cuda_extension.emulate(emulator.build())
+    try:
+        assert "42 calls" in gpu_checks.exercise(CPU, "cuda")
+    finally:
+        cuda_extension.emulate(None)
+
+
 def test_a_sanitizer_that_finds_something_fails_its_part(tmp_path, monkeypatch):
     """With a stand-in for the program: its exit code and its summary are what the part reports."""
     monkeypatch.setattr(gpu_suite, "backend_of", lambda context, name: name)
@@ -202,7 +214,7 @@ def test_the_cuda_parts_run_in_the_emulator(tmp_path, monkeypatch):
         pytest.skip("there is no C++ compiler, or this is not a source tree")
     monkeypatch.setenv(gpu_suite.EMULATOR, str(emulator.build()))
     said = []
-    names = ["cuda correctness bf16", "cuda execution"]
+    names = ["cuda correctness bf16", "cuda execution", "cuda decoding", "cuda absorbing"]
     assert gpu_suite.run(tmp_path / "out", reduced=True, only=names, say=said.append) == 0, said
     document = results.load(tmp_path / "out" / results.FILE)
     assert {part["name"]: part["status"] for part in document["parts"]} == dict.fromkeys(names, "ok")

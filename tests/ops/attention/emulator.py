@@ -5,6 +5,7 @@ The objects stay in build/emulator; only what changed since is compiled again.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -32,10 +33,17 @@ def compiler() -> list[str] | None:
 
 
 def build() -> Path:
-    """The library; AssertionError with the compiler's output when it does not compile."""
+    """The library; AssertionError with the compiler's output when it does not compile. Of several processes (pytest -n)
+    one builds and the others wait."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build()
+
+
+def _build() -> Path:
     command, include = compiler(), Path(torch.__file__).parent / "include"
     assert command is not None, "there is no C++ compiler"
-    FOLDER.mkdir(parents=True, exist_ok=True)
     newest = max(x.stat().st_mtime for pattern in ("*.h", "*.cuh") for x in SOURCES.rglob(pattern))
     running, objects = [], []
     for source in sorted([*SOURCES.rglob("*.cu"), *SOURCES.rglob("*.cpp")]):
@@ -43,13 +51,12 @@ def build() -> Path:
         objects.append(target)
         if target.exists() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
             continue
-        arguments = [*command, *FLAGS, f"-I{include}", "-x", "c++", "-c", str(source), "-o", str(target)]
+        arguments = [*command, *FLAGS, f"-I{include}", "-x", "c++", "-c", str(source), "-o", f"{target}.new"]
         running.append((target, subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
     for target, process in running:
         output = process.communicate()[0].decode(errors="replace")
-        if process.returncode:
-            target.unlink(missing_ok=True)
         assert process.returncode == 0, output
+        Path(f"{target}.new").replace(target)
     library = FOLDER / "libretro_kernels_cuda_emulator.so"
     if running or not library.exists():
         fresh = library.with_suffix(f".{os.getpid()}")
