@@ -27,8 +27,8 @@ OPERATIONS = {
     ENCODER_CROSS: "neighbour_cross_attention",
 }  # fmt: skip
 BACKENDS = ("triton", "cuda")
-REQUIRED = ("cuda correctness bf16", "cuda correctness fp16", "cuda execution", "cuda sanitizer memcheck",
-            "cuda sanitizer racecheck", "cuda sanitizer initcheck")  # fmt: skip
+REQUIRED = ("cuda correctness bf16", "cuda correctness fp16", "cuda execution", "cuda decoding",
+            "cuda sanitizer memcheck", "cuda sanitizer racecheck", "cuda sanitizer initcheck")  # fmt: skip
 
 
 def winners(document: dict) -> dict[str, str] | None:

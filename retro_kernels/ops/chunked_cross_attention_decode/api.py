@@ -68,7 +68,7 @@ def chunked_cross_attention_decode(
         key_scale, value_scale: fp32 [b, k, r]: what a quantised cache is multiplied with.
         return_lse: also return the natural logarithm of the softmax's sum.
         validate: wait for the device and raise for tokens past the border, as a CPU always does.
-        backend: "reference", "cpu" or "triton"; None chooses, RETRO_KERNELS_BACKEND overrides None.
+        backend: "reference", "cpu", "triton" or "cuda"; None chooses, RETRO_KERNELS_BACKEND overrides None.
 
     Returns:
         [b, t, h, d_value] in the query's dtype, and with `return_lse` also [b, t, h] in fp32 (fp64 for fp64; -inf where

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "common/tile.cuh"
+#include "sm90/rows.cuh"
 
 using namespace retro_kernels;
 
@@ -115,6 +116,107 @@ void product(const char* what) {
   expect(same, what);
 }
 
+// A tensor of small integers, [row][column], rows of 72 numbers of which 70 are there.
+struct Numbers {
+  uint16_t data[72 * 72];
+  emulator::TensorMap map;
+
+  explicit Numbers(int rows, int box_rows) {
+    for (int i = 0; i < 72 * 72; ++i) data[i] = emulator::narrow(Float16(), value(i / 72, i % 72));
+    map = {reinterpret_cast<char*>(data), {70, 1, rows, 1, 1}, {2, 144, 144, 10368, 10368}, {64, 1, box_rows, 1, 1}};
+  }
+  static float value(int row, int column) { return static_cast<float>((3 * row + 5 * column) % 7 - 3); }
+};
+
+constexpr Shared kBarrier = 3 * sm90::kPanel;
+constexpr size_t kHopperBytes = kBarrier + 64;
+
+void hopper_faults() {
+  Numbers numbers(70, 64);
+  uint16_t early = 0, late = 0, beyond = 0;
+  emulator::launch(1, 32, kHopperBytes, [&] {
+    if (lane_index() != 0) return;
+    sm90::init_barrier(kBarrier, 1);
+    sm90::arrive_expecting(kBarrier, sm90::kPanel);
+    sm90::load_box(numbers.map, 0, kBarrier, 16, 0, 8, 0, 0);
+    early = *shared_pointer<uint16_t>(sm90::swizzled(3, 0));  // no wait
+    sm90::wait(kBarrier, 0);
+    late = *shared_pointer<uint16_t>(sm90::swizzled(3, 32) + 2);      // row 11, column 33
+    beyond = *shared_pointer<uint16_t>(sm90::swizzled(3, 112) + 14);  // column 79
+  });
+  expect(early == 0xffff, "what is read before the box has landed is NaN");
+  expect(late == emulator::narrow(Float16(), Numbers::value(11, 33)), "a box is where the swizzle says");
+  expect(beyond == 0, "a box is zero beyond the tensor");
+
+  expect(contains(fault(32, kHopperBytes, [] { sm90::wait(kBarrier, 0); }), "not initialised"), "a barrier must be made");
+  expect(contains(fault(32, kHopperBytes, [] {
+           if (lane_index() != 0) return;
+           sm90::init_barrier(kBarrier, 1);
+           sm90::arrive_expecting(kBarrier, 16);  // nothing comes
+           sm90::wait(kBarrier, 0);
+         }), "deadlock"), "bytes that never come are seen");
+  expect(contains(fault(32, kHopperBytes, [&] { sm90::load_box(numbers.map, 128, kBarrier, 0, 0, 0, 0, 0); }), "aligned"),
+         "a box in the middle of a swizzled block is seen");
+
+  for (const bool waits : {false, true}) {
+    Numbers target(70, 64);
+    emulator::launch(1, 32, kHopperBytes, [&] {
+      if (lane_index() != 0) return;
+      std::memset(shared_pointer<char>(0), 0, sm90::kPanel);
+      sm90::store_box(target.map, 0, 0, 0, 0, 0, 0);
+      if (waits) sm90::wait_for_stores();
+      std::memset(shared_pointer<char>(0), 0x11, sm90::kPanel);
+    });
+    expect((target.data[0] == 0) == waits, "what is stored may not be overwritten before the copy engine has read it");
+    expect(target.data[65] == emulator::narrow(Float16(), Numbers::value(0, 65)), "a box ends where it ends");
+  }
+}
+
+// Products of 64 x 64 from boxes of 64 x 64, by every way of reading the right factor and the left one.
+void hopper_products() {
+  Numbers numbers(70, 64);
+  bool same = true, hidden = true;
+  emulator::launch(1, 128, kHopperBytes, [&] {
+    using namespace sm90;
+    if (thread_index() == 0) {
+      init_barrier(kBarrier, 1);
+      arrive_expecting(kBarrier, 2 * kPanel);
+      load_box(numbers.map, 0, kBarrier, 0, 0, 0, 0, 0);
+      load_box(numbers.map, kPanel, kBarrier, 3, 0, 5, 0, 0);
+    }
+    block_barrier();
+    wait(kBarrier, 0);
+    const auto a = [](int row, int k) { return Numbers::value(row, k); };
+    const auto b = [](int row, int column) {
+      return row + 5 < 70 && column + 3 < 70 ? Numbers::value(row + 5, column + 3) : 0.0f;
+    };
+    for (const bool columns : {false, true}) {
+      float direct[32], held[32] = {};
+      for (int k = 0; k < 4; ++k) {
+        const uint64_t left = rows_descriptor(k * 32);
+        const uint64_t right = columns ? columns_descriptor(kPanel + 2 * k * kBlock, 0) : rows_descriptor(kPanel + k * 32);
+        uint32_t registers[4];
+        for (int j = 0; j < 4; ++j) {
+          const int row = warp_index() * 16 + lane_index() / 4 + j % 2 * 8, at = 16 * k + j / 2 * 8 + lane_index() % 4 * 2;
+          registers[j] = pack(Float16(), a(row, at), a(row, at + 1));
+        }
+        columns ? multiply_columns(Float16(), direct, left, right, k > 0) : multiply_rows(Float16(), direct, left, right, k > 0);
+        columns ? add_columns(Float16(), held, registers, right) : add_rows(Float16(), held, registers, right);
+      }
+      hidden = hidden && direct[0] != direct[0] && held[0] != held[0];
+      wait_for_products(direct);
+      for (int i = 0; i < 32; ++i) {
+        const int row = warp_index() * 16 + lane_index() / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
+        float sum = 0.0f;
+        for (int k = 0; k < 64; ++k) sum += a(row, k) * (columns ? b(k, column) : b(column, k));
+        same = same && sum == direct[i] && sum == held[i];
+      }
+    }
+  });
+  expect(hidden, "a product that is not waited for is NaN");
+  expect(same, "wgmma's products by rows and by columns, from shared memory and from registers");
+}
+
 void numbers() {
   for (int bits = 0; bits < 1 << 16; ++bits) {
     const float x = emulator::widen(Float16(), static_cast<uint16_t>(bits));
@@ -138,5 +240,7 @@ int main() {
   product<Float16, 96>("float16 products, rows padded");
   product<BFloat16, 32>("bfloat16 products, short rows");
   numbers();
+  hopper_faults();
+  hopper_products();
   return failures ? 1 : 0;
 }

@@ -236,8 +236,8 @@ def test_the_kernels_are_never_taken_by_default(monkeypatch):
 
 def test_the_emulator_sees_what_it_is_for(tmp_path):
     """Kernels with a fault each (emulator_faults.cpp): a missing wait, a missing barrier, a deadlock, a write beside
-    shared memory, copies left under way, lanes that meet in different instructions; and products of small integers,
-    exact, by every way of loading an operand."""
+    shared memory, copies left under way, lanes that meet in different instructions, boxes and products that are not
+    waited for; and products of small integers, exact, by every way of loading an operand, mma and wgmma."""
     program = tmp_path / "faults"
     source = emulator.ROOT / "tests" / "ops" / "attention" / "emulator_faults.cpp"
     flags = [x for x in emulator.FLAGS if "visibility" not in x]
