@@ -16,6 +16,7 @@ import retro_kernels as rk
 from retro_kernels import cuda_extension
 from retro_kernels.ops import common
 from retro_kernels.ops.attention import cuda
+from retro_kernels.ops.attention.common import CLOCK, SLOTS
 from retro_kernels.ops.attention.run import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -185,6 +186,20 @@ def test_compiles_with_a_full_graph():
     assert torch.equal(compiled, plain)
     for x, y in zip(torch.autograd.grad(compiled, tensors, grad_out), torch.autograd.grad(plain, tensors, grad_out)):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("test", ["test_schema", "test_faketensor"])
+def test_opcheck(test):
+    """The schema tells the truth about mutation and aliasing, and the fake agrees with the kernel."""
+    x = cases.make(Case("", d=64, options=("mask",)), torch.bfloat16)
+    given = {"query": x["query"].detach()[:, None, None], "mask": x["neighbour_mask"]}
+    given |= {name: x[name].detach() for name in ("key", "value")}
+    tensors = [given.get(slot.split()[-1]) for slot in SLOTS.split(", ")]
+    settings = [CLOCK, False, False, 0.3, 0.0, 8, 7]
+    torch.library.opcheck(cuda.forward, [*tensors, *settings], test_utils=test)
+    out, lse = cuda.forward(*tensors, *settings)
+    arguments = [torch.ones_like(out), *tensors, out, lse, *settings, False, False, False]
+    torch.library.opcheck(cuda.backward, arguments, test_utils=test)
 
 
 REFUSED = {
