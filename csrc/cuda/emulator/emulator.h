@@ -94,16 +94,18 @@ class Block {
     for (int i = 0; i < threads; ++i) fibers_[i] = take_fiber(i);
     std::vector<int> order(warps_.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+    std::vector<uint64_t> held_until(warps_.size());
     int idle_turns = 0;
-    while (unfinished_ > 0) {
+    for (uint64_t turn = 0; unfinished_ > 0; ++turn) {
       const uint64_t before = progress_;
       bool held = false;
       if (shuffled_) std::shuffle(order.begin(), order.end(), random_);
       for (int warp : order) {
-        if (shuffled_ && random_() % 4 == 0) {
+        if (shuffled_ && (turn < held_until[warp] || random_() % 4 == 0)) {
           held = true;
           continue;
         }
+        if (shuffled_ && random_() % 128 == 0) held_until[warp] = turn + random_() % 128;  // for long, now and then
         for (int lane = 0; lane < kLanes; ++lane) step(*fibers_[warp * kLanes + lane]);
       }
       // as late as can be; with a seed, at any time
