@@ -128,6 +128,12 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
         128: (_S(64, 64, 4, 2), _S(64, 32, 8, 1)),
         256: (_S(32, 32, 4, 1), _S(16, 16, 8, 1)),
     },
+    # 64 keys spill 48 bytes at 128 wide where causal
+    ("backward_queries", "half", 90): {
+        64: (_S(64, 64, 4, 2), _S(64, 64, 8, 1)),
+        128: (_S(64, 32, 4, 2), _S(64, 32, 8, 1)),
+        256: (_S(32, 32, 4, 1), _S(16, 16, 8, 1)),
+    },
     # without WGMMA half the tile
     ("backward_queries", "half", 80): {
         64: (_S(64, 64, 4, 2), _S(64, 32, 4, 2)),
@@ -233,6 +239,10 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows
         # 64 rows spill without WGMMA, and in the sweeps on sm_100
         largest = 32 if generation == 80 or (generation == 100 and kind == "backward_sweeps") else 64
         fits = precision == "half" and size <= 128
+        if generation == 90:
+            # Plain spills 72 and 56 bytes at 128 wide, options 8 and relative positions 144 at 64: two launches, which
+            # do not. Relative positions at 128 spill in two launches as well.
+            fits = fits and (features == "plain" if size == 64 else features.startswith("relative"))
         return _S(min(largest, power_of_two(rows)), 64, 8, 1) if fits else None
     if kind == "backward_relative":
         # Square, as its diagonals need. Larger tiles spill: 64 x 64 by 304 bytes at 64 wide on sm_90.
@@ -248,6 +258,8 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows
             found = _S(32, 64, 8, 1) if generation >= 90 else found  # 64 rows spill 96 bytes
         elif generation == 100:
             found = _S(64, 64, 8, 1)  # 4 warps spill 32 bytes where causal
+    if kind == "backward_queries" and size == 64 and generation == 90 and features.startswith("relative"):
+        found = _S(64, 32, 8, 1) if precision == "half" else found  # 64 keys spill 56 bytes where causal
     if kind == "backward_queries" and precision == "half" and size == 64 and generation == 100:
         found = _S(64, 64, 8, 1)  # 4 warps spill 8 bytes where causal
     if found is None:
