@@ -253,8 +253,7 @@ class BuildKernels(build_ext):
         say(f"built the CPU kernels ({', '.join(flags)}) against torch {version}")
 
     def build_cuda(self, target: Path) -> None:
-        """The same with nvcc. torch_cuda is not linked: its symbols are there when the library is loaded. The CUDA
-        runtime is linked statically."""
+        """The same with nvcc. The CUDA runtime is linked statically."""
         version, torch = torch_installation()
         command, cuda = nvcc()
         names = architectures()
@@ -281,9 +280,20 @@ class BuildKernels(build_ext):
                 flags = of_torch if source.suffix == ".cpp" else generate_code(chosen)
                 objects.append((source, folder / ("_".join(parts) + ".o"), flags))
         link = [*command, "-shared", "-cudart=static"]
-        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", *self.torch_cuda(command, folder)]
         self.compile("cuda", target, [*command, *CUDA_FLAGS], objects, link, libraries)
         say(f"built the CUDA kernels ({', '.join(names)}) with nvcc {cuda} against torch {version}")
+
+    def torch_cuda(self, command: list[str], folder: Path) -> list[str]:
+        """How to link torch_cuda, which a CPU torch lacks: an empty library stands in for it, so that the extension
+        names it as needed and finds its symbols in the one that Python has loaded."""
+        stand_in = folder / "stand_in" / "libtorch_cuda.so"
+        if not stand_in.exists():
+            source = stand_in.with_suffix(".cpp")
+            write_if_changed(source, "")
+            soname = ["-Xlinker", f"-soname={stand_in.name}"]
+            self.call([*command, "-shared", "-cudart=none", *soname, "-o", str(stand_in), str(source)])
+        return ["-Xlinker", "--no-as-needed", f"-L{stand_in.parent}", "-ltorch_cuda"]
 
     def compile(
         self, kind: str, target: Path, compile_command: list[str], objects: list[tuple[Path, Path, list[str]]],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,14 @@ def test_what_was_asked_for_and_cannot_be_built_fails():
     result = setup_py({"RETRO_KERNELS_BUILD_CPU": "yes"}, ROOT)
     assert result.returncode != 0
     assert "expected auto, 1 or 0" in result.stderr
+
+
+def test_the_cuda_library_names_the_libraries_that_it_needs():
+    """torch_cuda by name (Python keeps its symbols to itself), built here without one; no driver, no CUDA runtime."""
+    library = Path(cuda_extension.__file__).with_name("_cuda.abi3.so")
+    if not library.exists():
+        pytest.skip("the CUDA extension was not built here: make cuda")
+    shown = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\.so", shown))
+    assert {"libtorch_cpu", "libtorch_cuda"} <= needed
+    assert not needed & {"libcuda", "libcudart", "libc10_cuda"}
