@@ -2,10 +2,12 @@
 //
 // What is emulated is what can go wrong between threads: a block barrier, a warp operation or a wait suspends the fiber
 // until the others have come; shared memory starts as NaN; an asynchronous copy lands only where its thread waits for
-// it, and its destination is NaN until then, so that a missing wait is seen. With a seed (RETRO_KERNELS_EMULATOR_SEED)
-// the order of the warps is drawn anew at every turn and warps are held back at random, so that a missing barrier is
-// seen: the results for all seeds must be bitwise the same. What is not emulated: time, caches, bank conflicts, the
-// order of a tensor core's additions, and misuse of PTX that the wrappers of ptx.cuh do not express.
+// it, and its destination is NaN until then, so that a missing wait is seen. With an even seed
+// (RETRO_KERNELS_EMULATOR_SEED) the order of the warps is drawn anew at every turn and warps are held back at random;
+// with an odd one the warps of a block have ranks, and one goes on only when none before it can, so that the last is as
+// late as can be. So a missing barrier is seen: the results for all seeds must be bitwise the same. What is not
+// emulated: time, caches, bank conflicts, the order of a tensor core's additions, and misuse of PTX that the wrappers of
+// ptx.cuh do not express.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -79,7 +81,7 @@ class Block {
  public:
   Block(unsigned index, int threads, size_t shared_bytes, std::function<void()> kernel, uint64_t seed)
       : index(index), threads(threads), shared_bytes(shared_bytes), kernel_(std::move(kernel)), random_(seed + index),
-        shuffled_(seed != 0), shared_(shared_bytes + 2 * kGuard + 1024), warps_((threads + kLanes - 1) / kLanes) {
+        seeded_(seed != 0), ranked_(seed % 2 == 1), shuffled_(seeded_ && !ranked_), shared_(shared_bytes + 2 * kGuard + 1024), warps_((threads + kLanes - 1) / kLanes) {
     if (threads % kLanes) throw Fault("a block must be whole warps");
     std::memset(shared_.data(), 0xff, shared_.size());
     // the guards tell of a write beside shared memory, and the base is aligned as the kernels ask for
@@ -96,6 +98,7 @@ class Block {
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
     std::vector<uint64_t> held_until(warps_.size());
     int idle_turns = 0;
+    if (ranked_) std::shuffle(order.begin(), order.end(), random_);
     for (uint64_t turn = 0; unfinished_ > 0; ++turn) {
       const uint64_t before = progress_;
       bool held = false;
@@ -107,9 +110,10 @@ class Block {
         }
         if (shuffled_ && random_() % 128 == 0) held_until[warp] = turn + random_() % 128;  // for long, now and then
         for (int lane = 0; lane < kLanes; ++lane) step(*fibers_[warp * kLanes + lane]);
+        if (ranked_ && progress_ != before) break;  // the others wait for as long as this one can go on
       }
       // as late as can be; with a seed, at any time
-      if (!engine.empty() && (progress_ == before || (shuffled_ && random_() % 16 == 0))) {
+      if (!engine.empty() && (progress_ == before || (seeded_ && random_() % 16 == 0))) {
         engine.front().move();
         engine.pop_front();
         ++progress_;
@@ -240,7 +244,7 @@ class Block {
 
   std::function<void()> kernel_;
   std::mt19937_64 random_;
-  bool shuffled_;
+  bool seeded_, ranked_, shuffled_;
   std::vector<char> shared_;
   char* base_ = nullptr;
   std::vector<Warp> warps_;
