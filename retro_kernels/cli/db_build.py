@@ -116,7 +116,7 @@ def _facts(at: Progress) -> str:
     if at.seconds_left is not None:
         minutes, seconds = divmod(round(at.seconds_left), 60)
         left = f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
-    if at.stage == "search":
+    if at.stage in ("match", "search"):
         return f"{at.chunks:,} chunks, {at.chunks_per_second:,.0f} chunks/s{left}"
     if at.stage == "read":
         return f"{at.documents:,} documents{left}"

@@ -40,7 +40,8 @@ class Progress:
     """How far a build is."""
 
     stage: str
-    """"read" (planning), "build" (tokenising and embedding), "index", or "search" (for `precompute_neighbours`)."""
+    """"read" (planning), "build" (tokenising and embedding), "index"; of `precompute_neighbours` also "match"
+    (which documents the database has) and "search"."""
     documents: int
     chunks: int
     done: float

@@ -113,7 +113,7 @@ def precompute_neighbours(
         inputs: files, folders and globs, as in `build_database`, tokenised by the database's tokenizer; or the folder
             of a database with this tokenizer and chunk size, which may be the same.
         same_document: let neighbours be of the same document, which is found in the database by its text.
-        progress: as in `build_database`; its last stage is "search".
+        progress: as in `build_database`; its last stages are "match" and "search".
         reading: `format`, `text_field`, `encoding`, `keep_duplicates`, ... of `build_database`.
 
     Raises DatabaseError as `build_database` does; ValueError for a corpus of less than a chunk.
@@ -229,7 +229,7 @@ def _search(
     m = corpus.chunk_size
     tokens = _mapped(root / TOKENS)
     chunks = len(tokens) // m
-    owners = None if same_document else _owners(corpus, retriever.database)
+    owners = None if same_document else Owners(corpus, retriever.database, progress)
     meter = Meter("search", chunks, progress)
     for number, first in enumerate(range(0, chunks, BLOCK)):
         path = _block_file(root, number)
@@ -238,7 +238,7 @@ def _search(
             meter.before(0, count, count)
             continue
         path.parent.mkdir(exist_ok=True)
-        own = None if owners is None else _documents(first * m + m * np.arange(count), 2 * m, starts, owners)
+        own = None if owners is None else owners(first * m + m * np.arange(count), 2 * m, starts)
         part = torch.from_numpy(tokens[first * m : (first + count) * m].astype(np.int64)).view(count, m)
         ids = retriever.retrieve(part, documents=own).ids
         write_atomically(path, ids.numpy().tobytes())
@@ -304,16 +304,34 @@ def _array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[b
     sync_folder(path.parent)
 
 
-def _owners(corpus: Database, database: Database) -> list[np.ndarray]:
-    """For each document of the corpus the documents of the database that have the same tokens."""
-    theirs = _document_hashes(database)
-    mine = theirs if corpus.content_hash() == database.content_hash() else _document_hashes(corpus)
-    order = np.argsort(theirs, kind="stable")
-    begin, end = (np.searchsorted(theirs[order], mine, side=side) for side in ("left", "right"))
-    return [order[a:b] for a, b in zip(begin, end)]
+class Owners:
+    """Which documents of the database have the same tokens as those of the corpus at some place."""
+
+    def __init__(self, corpus: Database, database: Database, progress: Report | None) -> None:
+        same = corpus.content_hash() == database.content_hash()
+        meter = Meter("match", len(database) + (0 if same else len(corpus)), progress)
+        theirs = _document_hashes(database, meter)
+        mine = theirs if same else _document_hashes(corpus, meter)
+        self._order = np.argsort(theirs, kind="stable")
+        ranked = theirs[self._order]
+        self._begin, self._end = (np.searchsorted(ranked, mine, side=side) for side in ("left", "right"))
+
+    def __call__(self, places: np.ndarray, length: int, starts: np.ndarray) -> torch.Tensor:
+        """int64 [places, d]: the database's documents that have tokens in the `length` tokens from each place, -1 for
+        none more. starts: of the corpus's documents."""
+        begin = np.searchsorted(starts, places, side="right") - 1
+        end = np.searchsorted(starts, places + length, side="left")
+        lists = [
+            np.concatenate([self._order[self._begin[d] : self._end[d]] for d in range(a, b)])
+            for a, b in zip(begin.tolist(), end.tolist())
+        ]
+        found = np.full((len(lists), max(map(len, lists))), -1, np.int64)
+        for row, one in zip(found, lists):
+            row[: len(one)] = one
+        return torch.from_numpy(found)
 
 
-def _document_hashes(database: Database) -> np.ndarray:
+def _document_hashes(database: Database, meter: Meter) -> np.ndarray:
     """uint64 [documents]: the sum of all its tokens, each times a number that belongs to its place."""
     hashes = np.zeros(database.num_documents, np.uint64)
     first = np.full(database.num_documents, -1, np.int64)
@@ -327,6 +345,7 @@ def _document_hashes(database: Database) -> np.ndarray:
         chunks = (((tokens.astype(np.uint64) + np.uint64(1)) * mask) * within).sum(-1, dtype=np.uint64)
         np.add.at(hashes, documents, chunks * _mixed(place))
         at += len(documents)
+        meter(0, len(documents), len(documents))
     return hashes
 
 
@@ -336,15 +355,3 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (x ^ (x >> np.uint64(31))) | np.uint64(1)
-
-
-def _documents(places: np.ndarray, length: int, starts: np.ndarray, owners: list[np.ndarray]) -> torch.Tensor:
-    """int64 [places, d]: the database's documents that have tokens in the `length` tokens from each place, -1 for none
-    more."""
-    begin = np.searchsorted(starts, places, side="right") - 1
-    end = np.searchsorted(starts, places + length, side="left")
-    lists = [np.concatenate(owners[a:b]) for a, b in zip(begin, end)]
-    found = np.full((len(lists), max(map(len, lists))), -1, np.int64)
-    for row, one in zip(found, lists):
-        row[: len(one)] = one
-    return torch.from_numpy(found)
