@@ -11,7 +11,8 @@ import typer
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of a model: config.json and safetensors.")],
-    data: Annotated[Path, typer.Argument(help="Folder with tokens.npy, neighbours.npy and data.json.")],
+    data: Annotated[Path, typer.Argument(help="The folder that `retro-kernels db neighbours` wrote.")],
+    db: Annotated[Path | None, typer.Option(help="The database of its neighbours, if that was moved.")] = None,
     retrieval: Annotated[
         list[str] | None, typer.Option(help="'on', 'off' or 'random'; may be repeated. Default: all that can be.")
     ] = None,
@@ -24,27 +25,39 @@ def evaluate(
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Only the first rows of max_length tokens. Default: all.")] = None,
     batch: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw bits per byte by overlap into this file (.svg, .png, .pdf).")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'. Default: the GPU if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Bits per byte with the retrieved neighbours, without any, and with those of another place in the text."""
+    """Bits per byte with the retrieved neighbours, without any, and with those of another place in the text.
+
+    By overlap (--overlap, --plot): of the chunks alone that share at most so much of their tokens, in one piece, with a
+    neighbour. What retrieval gains where little is shared is not copied.
+    """
     import torch
 
     from ..models import Retro
     from ..models.data import TokenStream
-    from ..models.evaluation import MODES
+    from ..models.evaluation import MODES, OVERLAPS, draw_overlaps
     from ..models.evaluation import evaluate as run
+    from ..retrieval import DatabaseError
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         loaded = Retro.from_pretrained(model, device=device)
-        stream = TokenStream(data, loaded.config)
+        stream = TokenStream(data, loaded.config, db)
+        if plot is not None and not overlap:
+            overlap = list(OVERLAPS)
         kinds = retrieval or (MODES if stream.neighbours is not None and loaded.encoder is not None else ("off",))
         results = run(
             loaded, stream, retrieval=kinds, num_neighbours=neighbours, overlaps=overlap or (), batch_size=batch,
             max_rows=rows,
         )  # fmt: skip
-    except (ValueError, FileNotFoundError) as error:
+        if plot is not None:
+            draw_overlaps(results, plot)
+    except (ValueError, FileNotFoundError, DatabaseError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
     if as_json:

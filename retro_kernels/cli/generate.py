@@ -31,6 +31,50 @@ class Printer:
         self.printed = text
 
 
+class DatabaseRetriever:
+    """A `Retriever` on a database whose tokens are the model's, and words for what it found."""
+
+    def __init__(self, folder: Path, model: Path, config: Any, num_neighbours: int | None, device: str) -> None:
+        from ..models.tokenizers import sha256_of
+        from ..retrieval import Database, Retriever
+
+        database = Database(folder)
+        theirs, mine = database.manifest["tokenizer"], sha256_of(model)
+        if theirs["sha256"] != mine:
+            raise ValueError(
+                f"db: {folder} was built with the tokenizer {theirs['name']!r} (SHA-256 {theirs['sha256'][:12]}), "
+                f"expected {config.tokenizer!r} ({mine[:12]}), the model's: its tokens would mean other words"
+            )
+        if database.chunk_size != config.chunk_size:
+            raise ValueError(
+                f"db: {folder} has chunks of {database.chunk_size} tokens, expected {config.chunk_size}, the model's"
+            )
+        self.inner = Retriever(
+            database, num_neighbours=config.num_neighbours if num_neighbours is None else num_neighbours,
+            retrieved_length=config.retrieved_length, device=device,
+        )  # fmt: skip
+
+    def __call__(self, chunks: Any) -> Any:
+        from ..models import Neighbours
+
+        found = self.inner.retrieve(chunks)
+        sources = [
+            [(source, self.inner.decode(tokens[there])) for source, tokens, there in zip(*of) if source is not None]
+            for of in zip(found.sources, found.tokens, found.mask)
+        ]
+        return Neighbours(found.tokens, found.mask, sources)
+
+
+def shown(chunk: str, sources: list[tuple[Any, str]]) -> str:
+    """Which passages informed the tokens after a chunk."""
+    lines = [f"\nAfter {' '.join(chunk.split())!r}:" if sources else f"\nAfter {' '.join(chunk.split())!r}: nothing"]
+    for source, passage in sources:
+        record = "" if source.record is None else f", record {source.record:,}"
+        place = "" if source.offset < 0 else f", character {source.offset:,}"
+        lines += [f"  {source.path}{record}{place}", f"    {' '.join(passage.split())}"]
+    return "\n".join(lines)
+
+
 def retriever_of(name: str) -> Any:
     """`package.module:name`, an object that retrieves. Raises ValueError where there is none."""
     module, _, attribute = name.partition(":")
@@ -48,10 +92,13 @@ def retriever_of(name: str) -> Any:
 def generate(
     model: Annotated[Path, typer.Argument(help="Folder of a model: config.json, safetensors, tokenizer.json.")],
     prompt: Annotated[str, typer.Argument(help="What the text begins with.")],
-    retriever: Annotated[
-        str | None,
-        typer.Option(help="package.module:name of a retriever (see rk.models.generation); without: the decoder alone."),
+    db: Annotated[
+        Path | None, typer.Option(help="Folder of a database to retrieve from; without: the decoder alone.")
     ] = None,
+    retriever: Annotated[
+        str | None, typer.Option(help="Instead: package.module:name of a retriever (see rk.models.generation).")
+    ] = None,
+    neighbours: Annotated[int | None, typer.Option(help="k. Default: the model's.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="Draw tokens, sharpened by it. Default: the best.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many only.")] = None,
@@ -70,12 +117,13 @@ def generate(
 ) -> None:
     """Continues PROMPT, printing each token as it comes.
 
-    With a retriever, every chunk of the text is looked up when it is complete and informs what follows.
+    With a database, every chunk of the text is looked up when it is complete and informs what follows.
     """
     import torch
 
     from ..models import Retro
     from ..models.tokenizers import load_tokenizer
+    from ..retrieval import DatabaseError
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     draws = any(x is not None for x in (temperature, top_k, top_p))
@@ -83,19 +131,33 @@ def generate(
         loaded = Retro.from_pretrained(model, device=device)
         tokenizer = load_tokenizer(model, loaded.config)
         options: dict[str, Any] = {}
-        if retriever is not None:
-            options = {"retriever": retriever_of(retriever), "stale": stale, "retrieval_stride": stride}
-        elif stale or stride is not None or show_neighbours:
-            raise ValueError("stale, stride, show-neighbours: got one without --retriever")
+        if db is not None and retriever is not None:
+            raise ValueError("db, retriever: got both, expected one of them")
+        if db is not None or retriever is not None:
+            found: Any = (
+                DatabaseRetriever(db, model, loaded.config, neighbours, device)
+                if db is not None
+                else retriever_of(str(retriever))
+            )
+            options = {
+                "retriever": found, "stale": stale, "retrieval_stride": stride, "num_neighbours": neighbours,
+            }  # fmt: skip
+        elif stale or stride is not None or show_neighbours or neighbours is not None:
+            raise ValueError("stale, stride, neighbours, show-neighbours: got one without --db or --retriever")
         if draws:
             options |= {"do_sample": True, "top_k": top_k, "top_p": top_p, "temperature": temperature or 1.0}
         made = loaded.generate(
             [tokenizer.encode(prompt)], max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty,
             stop_strings=stop, tokenizer=tokenizer, seed=seed, streamer=Printer(tokenizer), **options,
         )  # fmt: skip
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, DatabaseError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
-    if show_neighbours:
-        for chunk, source in sorted(made.sources[0].items()):
-            typer.echo(f"chunk {chunk}: {source}")
+    if not show_neighbours:
+        return
+    m = loaded.config.chunk_size
+    for chunk, sources in sorted(made.sources[0].items()):
+        if db is None:
+            typer.echo(f"chunk {chunk}: {sources}")
+        else:
+            typer.echo(shown(tokenizer.decode(made.sequences[0, chunk * m : (chunk + 1) * m].tolist()), sources))

@@ -17,8 +17,9 @@ def read(path: Path) -> tuple[Any, Any, Any]:
     import yaml
 
     from ..models import RetroConfig
-    from ..models.data import TokenStream
+    from ..models.data import TokenStream, identity_of
     from ..models.training import TrainingConfig
+    from ..retrieval import open_tokenizer
 
     class Loader(yaml.SafeLoader):
         """Reads 2e-4 as a number, which YAML 1.1 does not."""
@@ -33,9 +34,18 @@ def read(path: Path) -> tuple[Any, Any, Any]:
     if not isinstance(document, dict) or set(document) != set(SECTIONS):
         found = sorted(document) if isinstance(document, dict) else type(document).__name__
         raise ValueError(f"{path}: got {found}, expected the sections {', '.join(SECTIONS)}")
+    data = document["data"] if isinstance(document["data"], dict) else {"folder": document["data"]}
+    if "folder" not in data or set(data) - {"folder", "database"}:
+        raise ValueError(f"{path}: got data with {', '.join(data)}, expected a folder, and at most a database with it")
+    where = {key: path.parent / str(value) for key, value in data.items()}  # absolute paths stay
     model = dict(document["model"])
     model = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
     try:
+        identity = identity_of(where["folder"])
+        if identity is not None:
+            model.setdefault("tokenizer", identity["name"])
+            if "vocab_size" not in model:
+                model["vocab_size"] = open_tokenizer(identity).vocabulary_size
         preset = model.pop("preset", None)
         config = RetroConfig(**model) if preset is None else RetroConfig.preset(preset, **model)
         settings = TrainingConfig(**document["training"])
@@ -43,8 +53,7 @@ def read(path: Path) -> tuple[Any, Any, Any]:
         raise ValueError(
             f"{path}: {str(error).replace('.__init__()', '').replace('keyword argument', 'setting')}"
         ) from error
-    folder = Path(str(document["data"]))
-    return config, TokenStream(folder if folder.is_absolute() else path.parent / folder, config), settings
+    return config, TokenStream(where["folder"], config, where.get("database")), settings
 
 
 def train(
@@ -53,13 +62,15 @@ def train(
 ) -> None:
     """Trains a RETRO, or continues the run in the folder that CONFIG names as its output.
 
-    CONFIG has three sections: `model` (a `preset` and changes, or all fields of RetroConfig), `data` (a folder with
-    tokens.npy, neighbours.npy and data.json) and `training` (fields of TrainingConfig). Under torchrun several
-    processes train together. Ctrl-C loses what came after the last checkpoint.
+    CONFIG has three sections: `model` (a `preset` and changes, or all fields of RetroConfig; tokenizer and vocab_size
+    are by default the data's), `data` (the folder that `retro-kernels db neighbours` wrote, or, if its database was
+    moved, `{folder: ..., database: ...}`) and `training` (fields of TrainingConfig). Under torchrun several processes
+    train together. Ctrl-C loses what came after the last checkpoint.
     """
     import torch
 
     from ..models.training import NonFiniteLoss, Trainer
+    from ..retrieval import DatabaseError
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
@@ -73,7 +84,7 @@ def train(
     except NonFiniteLoss as error:
         typer.echo(f"Stopped: {error}", err=True)
         raise typer.Exit(3) from error
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, DatabaseError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:

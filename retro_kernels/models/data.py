@@ -7,16 +7,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..ops import validate
+from ..retrieval.neighbours import FACTS, IDS, TOKENS, open_neighbours
+from ..retrieval.store import Database
 from .config import RetroConfig
 from .loss import IGNORED
 
-TOKENS, NEIGHBOURS, FACTS = "tokens.npy", "neighbours.npy", "data.json"
+NEIGHBOURS = "neighbours.npy"
 ABSENT = -1
 
 
@@ -43,30 +45,65 @@ class Batch(NamedTuple):
         return Batch(change(self.tokens), change(self.targets), neighbours, mask)
 
 
+class NumberedNeighbours:
+    """Neighbours that are kept as numbers of a database's chunks: indexed like an array of their tokens
+    [chunks, k, length], -1 where one is absent, they are read from the database."""
+
+    def __init__(self, ids: np.ndarray, database: Database, length: int) -> None:
+        self.ids, self.database = ids, database
+        self.shape = (*ids.shape, length)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        tokens, mask = self.database.chunks(np.array(self.ids[index]), self.shape[-1])
+        return tokens.masked_fill_(~mask, ABSENT).numpy()
+
+
 class TokenStream:
-    """A folder of data, cut into rows of the model's `max_length` tokens. Files are mapped, not read.
+    """A folder of data, cut into rows of the model's `max_length` tokens: what `retro-kernels db neighbours` wrote (see
+    `retrieval.neighbours`), whose neighbours are read from their database; or one with the tokens themselves:
 
         tokens.npy       integers [tokens]
         neighbours.npy   integers [chunks, k, r]: what was retrieved for tokens u * m to u * m + m - 1; -1 where a
                          neighbour or a part of it is absent. Without the file there is no retrieval.
         data.json        {"tokenizer": name, "chunk_size": m, "bytes": bytes of text in the stream}, all optional
 
+    Files are mapped, not read.
+
     Args:
         folder: where they are.
         config: of the model that reads them.
+        database: where the neighbours' database is by now, if it was moved.
 
     Attributes:
         bytes: of text, None if not known. num_tokens: of the rows, targets included.
+        tokenizer: what identifies it, where the folder says so (see `retrieval.tokenizers`), else None.
 
-    Raises FileNotFoundError; ValueError for data of another tokenizer, chunk size or shape, and for less than one row.
+    Raises FileNotFoundError; DatabaseError for an unfinished folder and for another database than its neighbours are
+    of; ValueError for data of another tokenizer, chunk size or shape, and for less than one row.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], config: RetroConfig) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        config: RetroConfig,
+        database: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.folder, self.config = Path(folder), config
-        self.tokens = self._mapped(TOKENS, 1)
-        self.neighbours = self._mapped(NEIGHBOURS, 3) if (self.folder / NEIGHBOURS).exists() else None
         path = self.folder / FACTS
-        facts = json.loads(path.read_text()) if path.exists() else {}
+        self.neighbours: np.ndarray | NumberedNeighbours | None = None
+        facts: dict[str, Any]
+        if (self.folder / IDS).exists():
+            data = open_neighbours(self.folder, database)
+            self.tokens, facts = data.tokens, data.facts
+            self.neighbours = NumberedNeighbours(data.ids, data.database, config.retrieved_length or 0)
+        else:
+            if database is not None:
+                raise ValueError(f"database: got one, but {self.folder} has no {IDS}, expected none")
+            self.tokens = self._mapped(TOKENS, 1)
+            if (self.folder / NEIGHBOURS).exists():
+                self.neighbours = self._mapped(NEIGHBOURS, 3)
+            facts = json.loads(path.read_text()) if path.exists() else {}
+        self.tokenizer: dict[str, Any] | None = facts.get("tokenizer_identity")
         self.bytes: int | None = facts.get("bytes")
         for name, mine in (("tokenizer", config.tokenizer), ("chunk_size", config.chunk_size)):
             if facts.get(name) is not None and mine is not None and facts[name] != mine:
@@ -87,7 +124,7 @@ class TokenStream:
             chunks, _, r = self.neighbours.shape
             if chunks < self.rows * n // m or r > (config.retrieved_length or 0):
                 raise ValueError(
-                    f"{self.folder / NEIGHBOURS}: got shape {list(self.neighbours.shape)}, expected [chunks, k, r] "
+                    f"{self.folder}: got neighbours of shape {list(self.neighbours.shape)}, expected [chunks, k, r] "
                     f"with at least {self.rows * n // m} chunks of {m} tokens and r at most {config.retrieved_length}"
                 )
 
@@ -111,7 +148,7 @@ class TokenStream:
         found = np.stack(
             [np.asarray(self.neighbours[row * chunks : (row + 1) * chunks, :k], dtype=np.int64) for row in of]
         )
-        self._check(NEIGHBOURS, found, ABSENT)
+        self._check(NEIGHBOURS if isinstance(self.neighbours, np.ndarray) else IDS, found, ABSENT)
         neighbours = torch.from_numpy(found)
         mask = neighbours != ABSENT
         return Batch(tokens, targets, neighbours.clamp(min=0), mask)
@@ -135,6 +172,12 @@ class TokenStream:
         if found.ndim != dims or found.dtype.kind not in "iu":
             raise ValueError(f"{path}: got {found.dtype} {list(found.shape)}, expected integers of {dims} dimensions")
         return found
+
+
+def identity_of(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What identifies the tokenizer of a folder of data; None where it does not say."""
+    path = Path(folder) / FACTS
+    return json.loads(path.read_text()).get("tokenizer_identity") if path.is_file() else None
 
 
 class Order:
@@ -178,4 +221,4 @@ def prefetched(
             yield waiting.result().to(device)
 
 
-__all__ = ["ABSENT", "IGNORED", "Batch", "Order", "TokenStream", "prefetched"]
+__all__ = ["ABSENT", "IGNORED", "Batch", "Order", "TokenStream", "identity_of", "prefetched"]

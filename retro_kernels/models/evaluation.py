@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from .data import ABSENT, TokenStream
 from .retro import Retro
 
 MODES = ("on", "off", "random")
+OVERLAPS = (0.0625, 0.125, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,42 @@ def evaluate(
             bits = float(kept.double().mean()) / math.log(2) if kept.numel() else math.nan
             results.append(Result(mode, k, limit, kept.numel(), bits, None if per_byte is None else bits * per_byte))
     return results
+
+
+def draw_overlaps(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+    """The paper's picture of leakage (its figure 6): bits per byte (per token, where bytes are not known) of the chunks
+    with at most so much overlap, over the overlap; a line for every kind of retrieval and k.
+
+    Raises ValueError for results without overlaps, for another kind of file, and where matplotlib is not installed.
+    """
+    lines: dict[tuple[str, int], list[Result]] = {}
+    for result in results:
+        if result.max_overlap is not None and result.tokens:
+            lines.setdefault((result.retrieval, result.num_neighbours), []).append(result)
+    if not lines:
+        raise ValueError("plot: got results of no overlap, expected some: give overlaps")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("plot: matplotlib is not installed: pip install matplotlib") from error
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    per_byte = all(x.bits_per_byte is not None for line in lines.values() for x in line)
+    for (mode, k), line in lines.items():
+        line = sorted(line, key=lambda x: x.max_overlap or 0.0)
+        name = "retrieval off" if mode == "off" else f"{'neighbours' if mode == 'on' else 'random neighbours'}, k = {k}"
+        shares = [x.max_overlap or 0.0 for x in line]
+        bits = [(x.bits_per_byte if per_byte else x.bits_per_token) or 0.0 for x in line]
+        axes.plot(shares, bits, {"on": "o-", "off": "s:", "random": "x--"}[mode], label=name)
+    axes.set(xlabel="longest stretch shared with a neighbour, at most (share of the chunk)",
+             ylabel="bits per byte" if per_byte else "bits per token", ylim=(0, None))  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise ValueError(f"plot: got {os.fspath(path)!r}, expected a name that ends in .svg, .png or .pdf") from error
 
 
 def _losses(model: Retro, stream: TokenStream, rows: list[int], k: int, of: list[int] | None) -> torch.Tensor:

@@ -46,6 +46,14 @@ class FileTokenizer:
         return self.inner.decode(list(tokens))
 
 
+def sha256_of(folder: Path) -> str:
+    """What a database's manifest has of the tokenizer of the model in `folder`, by which it is recognised."""
+    from ..retrieval.tokenizers import Bytes, hash_of_file
+
+    path = folder / FILE
+    return hash_of_file(path) if path.is_file() else Bytes().identity["sha256"]
+
+
 def load_tokenizer(folder: Path, config: RetroConfig) -> Tokenizer:
     """The tokenizer of the model in `folder`: that file if it is there, bytes if the config says so.
 

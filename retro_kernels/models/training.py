@@ -31,6 +31,7 @@ from ..ops import validate
 from .config import RetroConfig
 from .data import IGNORED, Batch, Order, TokenStream, prefetched
 from .retro import Retro
+from .tokenizers import FILE
 
 METRICS, STATE, PROGRESS, SETTINGS = "metrics.jsonl", "optimiser.safetensors", "progress.json", "settings.json"
 _STEP = re.compile(r"step-(\d{8})")
@@ -183,6 +184,7 @@ class Trainer:
             raise ValueError(f"micro_batch_size: got {micro}, expected a divisor of {self.share}, a process's rows")
         self.micro = micro
         self.folder = Path(settings.output)
+        self.tokenizer = self._tokenizer()
         torch.manual_seed(settings.seed)
         self.model = Retro(config, backend=settings.backend).to(self.device)
         self.model.activation_checkpointing = settings.activation_checkpointing
@@ -330,6 +332,18 @@ class Trainer:
         if self.world > 1:
             dist.all_reduce(x)
 
+    def _tokenizer(self) -> Path | None:
+        """The tokenizer's file, of which every checkpoint has a copy."""
+        if self.rank or self.stream.tokenizer is None:
+            return None
+        from ..retrieval import DatabaseError, open_tokenizer
+
+        try:
+            return getattr(open_tokenizer(self.stream.tokenizer), "path", None)
+        except DatabaseError as error:
+            self.say(f"Checkpoints will have no {FILE}, which generation needs: {error}")
+            return None
+
     def _tensorboard(self) -> Any:
         if self.rank:
             return None
@@ -369,6 +383,8 @@ class Trainer:
             whole = Retro(self.config, device="meta")
             whole.load_state_dict(weights, assign=True)
             whole.save_pretrained(partial)
+            if self.tokenizer is not None:
+                shutil.copyfile(self.tokenizer, partial / FILE)
             tensors = {
                 f"{name}/{kind}": x.contiguous() for name, own in optimiser["state"].items() for kind, x in own.items()
             }

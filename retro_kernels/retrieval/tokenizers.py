@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..models.tokenizers import BYTES, FILE, ByteTokenizer, FileTokenizer
-from .files import DatabaseError
-from .plugins import OFFLINE, check_identity, hash_of, model_folder
+from .files import DatabaseError, sha256
+from .plugins import OFFLINE, check_identity, model_folder
 
 DEFAULT_TOKENIZER = OFFLINE
 
@@ -80,10 +80,11 @@ class HuggingFaceTokenizer(FileTokenizer):
             ) from None
         except Exception as error:  # the package raises plain Exception for a file that it cannot read
             raise DatabaseError(f"tokenizer: {path} cannot be read ({error})") from error
+        self.path = path
         self.inner.no_truncation()
         self.inner.no_padding()
         self.vocabulary_size = self.inner.get_vocab_size()
-        self.identity = {"name": name, "kind": "tokenizer.json", "sha256": hash_of([path])}
+        self.identity = {"name": name, "kind": "tokenizer.json", "sha256": hash_of_file(path)}
 
     def decode(self, tokens: Sequence[int]) -> str:
         text = super().decode(tokens)
@@ -94,6 +95,11 @@ class HuggingFaceTokenizer(FileTokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         found = self.inner.encode_batch(list(texts), add_special_tokens=False)
         return [Encoded(np.array(one.ids, np.int64), functools.partial(_start, one)) for one in found]
+
+
+def hash_of_file(path: Path) -> str:
+    """What identifies a `tokenizer.json`, whatever the file is called: as `plugins.hash_of` has it under that name."""
+    return hashlib.sha256(f"{FILE} {sha256(path)}\n".encode()).hexdigest()
 
 
 def _start(encoding: Any, number: int) -> int:
