@@ -131,7 +131,8 @@ class TokenStream:
     def batch(
         self, rows: Sequence[int], num_neighbours: int | None = None, neighbours_of: Sequence[int] | None = None
     ) -> Batch:
-        """The rows of these numbers. `num_neighbours`: at most so many of each chunk (0: none); default the config's.
+        """The rows of these numbers. `num_neighbours`: at most so many of each chunk (0: none); default the config's, none for a decoder
+        without chunked cross-attention.
         `neighbours_of`: the rows whose neighbours to take instead.
 
         Raises ValueError for a token outside the vocabulary, with its place.
@@ -140,7 +141,8 @@ class TokenStream:
         stretch = np.stack([np.asarray(self.tokens[row * n : (row + 1) * n + 1], dtype=np.int64) for row in rows])
         self._check(TOKENS, stretch, 0)
         tokens, targets = (torch.from_numpy(np.ascontiguousarray(x)) for x in (stretch[:, :-1], stretch[:, 1:]))
-        k = self.config.num_neighbours if num_neighbours is None else num_neighbours
+        usual = self.config.num_neighbours if self.config.cross_attention_layers else 0
+        k = usual if num_neighbours is None else num_neighbours
         if self.neighbours is None or k == 0:
             return Batch(tokens, targets, None, None)
         chunks = n // m
