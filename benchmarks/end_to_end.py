@@ -62,8 +62,8 @@ def config_of(given: argparse.Namespace, **changes: Any) -> RetroConfig:
 
 @contextlib.contextmanager
 def computed(way: str) -> Iterator[None]:
-    """In the block the models' attentions are `way`: "fused" (this library's, as they are), "sdpa" (PyTorch's, on folded
-    tensors, relative positions as a materialised bias) or "eager"; the latter two are `benchmarks.peers`'."""
+    """In the block the models' attentions are `way`: "fused" (this library's, as they are), "sdpa" (PyTorch's, on
+    folded tensors, relative positions as a materialised bias) or "eager"; the latter two are `benchmarks.peers`'."""
     if way == "fused":
         yield
         return
@@ -235,11 +235,10 @@ def generate(given: argparse.Namespace) -> dict[str, Any]:
     the chunk size, so that each chunk's border has its share."""
     retriever, search = _stored(given), None
     if given.db is not None:
-        from retro_kernels.retrieval import Retriever
+        from retro_kernels.retrieval import Retriever, open_tokenizer
 
         found = Retriever(given.db, cache_size=0)
-        given.vocabulary = found.database.manifest["vocabulary_size"] if "vocabulary_size" in found.database.manifest \
-            else found._tokenizer.vocabulary_size  # fmt: skip
+        given.vocabulary = open_tokenizer(found.database.manifest["tokenizer"]).vocabulary_size
         waits: list[float] = []
 
         def retriever(chunks: torch.Tensor) -> Neighbours:
@@ -376,7 +375,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
 
 def _named(settings: dict[str, Any]) -> str:
     name = "width 384, 6 layers" if settings["preset"] == "small" else settings["preset"]
-    return f"{name}, {settings['batch']} × {settings['length']} tokens"
+    return f"{name}, {settings['batch']} x {settings['length']} tokens"
 
 
 def _train_table(runs: list[dict[str, Any]]) -> list[str]:
@@ -417,7 +416,7 @@ def _parts_table(runs: list[dict[str, Any]]) -> list[str]:
 
 def _generate_table(runs: list[dict[str, Any]]) -> list[str]:
     lines = ["Generation, milliseconds a token, the chunks' borders included:", "",
-             "| model, prompt | database | retrieval off | on | ratio | floor off | floor on | slowest token | search |",
+             "| model, prompt | database | retrieval off | on | ratio | floor off | on | slowest token | search |",
              "|---|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for run in runs:
         result, settings = run["result"], run["settings"]
@@ -426,8 +425,8 @@ def _generate_table(runs: list[dict[str, Any]]) -> list[str]:
         where = "stored neighbours" if found is None else f"{found['chunks']:,} chunks, {found['embedder']}"
         search = "-" if found is None else f"{result['search_milliseconds']['median']:.0f} ms a chunk"
         lines.append(
-            f"| {_named(settings)} | {where} | {off:.1f} | {on:.1f} | {result['time_ratio']:.2f} | {floor['off']:.1f} | "
-            f"{floor['on']:.1f} | {result['slowest_token']['on']:.0f} | {search} |"
+            f"| {_named(settings)} | {where} | {off:.1f} | {on:.1f} | {result['time_ratio']:.2f} | "
+            f"{floor['off']:.1f} | {floor['on']:.1f} | {result['slowest_token']['on']:.0f} | {search} |"
         )
     return [*lines, "", "Floor: the bytes of weights and cache that a token needs, at the measured copy bandwidth."]
 
@@ -440,7 +439,8 @@ def _peer_table(runs: list[dict[str, Any]]) -> list[str]:
         result, settings = run["result"], run["settings"]
         theirs, ours = (result["seconds_a_token"][name]["median"] for name in ("retro-pytorch", "retro_kernels"))
         lines.append(
-            f"| {settings['length']} | {settings['tokens']} | {theirs:.3f} | {ours:.4f} | {result['times_faster']:.1f} |"
+            f"| {settings['length']} | {settings['tokens']} | {theirs:.3f} | {ours:.4f} | "
+            f"{result['times_faster']:.1f} |"
         )
     return lines
 

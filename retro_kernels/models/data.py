@@ -131,8 +131,8 @@ class TokenStream:
     def batch(
         self, rows: Sequence[int], num_neighbours: int | None = None, neighbours_of: Sequence[int] | None = None
     ) -> Batch:
-        """The rows of these numbers. `num_neighbours`: at most so many of each chunk (0: none); default the config's, none for a decoder
-        without chunked cross-attention.
+        """The rows of these numbers. `num_neighbours`: at most so many of each chunk (0: none); default the config's,
+        none for a decoder without chunked cross-attention.
         `neighbours_of`: the rows whose neighbours to take instead.
 
         Raises ValueError for a token outside the vocabulary, with its place.

@@ -73,7 +73,7 @@ def test_wrong_arguments_are_named(folder, tmp_path):
         ((folder, ""), "no prompt, or an empty one"),
         ((folder, PROMPT, "--retriever", "nowhere:at_all"), "expected package.module:name"),
         ((folder, PROMPT, "--retriever", "math:pi"), "expected a function"),
-        ((folder, PROMPT, "--stale"), "without --retriever"),
+        ((folder, PROMPT, "--stale"), "without --db or --retriever"),
         ((folder, PROMPT, "--max-new-tokens", 0), "max_new_tokens: got 0"),
     ):
         result = invoke(*arguments)
