@@ -13,11 +13,13 @@ import torch
 
 from ..nn import common
 from ..ops import validate
-from .data import ABSENT, TokenStream
+from ..retrieval.filters import longest_common_stretch
+from .data import TokenStream
 from .retro import Retro
 
 MODES = ("on", "off", "random")
 OVERLAPS = (0.0625, 0.125, 0.25, 0.5, 1.0)
+CHUNKS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -169,19 +171,10 @@ def _overlaps(stream: TokenStream, rows: int, m: int) -> np.ndarray:
         raise ValueError(f"{stream.folder}: no neighbours to overlap with")
     chunks = rows * stream.config.max_length // m
     found = np.empty(chunks)
-    for u in range(chunks):
-        chunk, neighbours = stream.tokens[u * m : (u + 1) * m], stream.neighbours[u]
-        found[u] = longest_common_stretch(chunk, neighbours) / m
+    for first in range(0, chunks, CHUNKS_AT_ONCE):
+        some = slice(first, min(first + CHUNKS_AT_ONCE, chunks))
+        tokens = np.asarray(stream.tokens[some.start * m : some.stop * m], dtype=np.int64).reshape(-1, m)
+        neighbours = np.asarray(stream.neighbours[some], dtype=np.int64)
+        shared = longest_common_stretch(torch.from_numpy(tokens), torch.from_numpy(neighbours))
+        found[some] = shared.amax(-1).numpy() / m if neighbours.shape[1] else 0.0
     return found
-
-
-def longest_common_stretch(chunk: np.ndarray, neighbours: np.ndarray) -> int:
-    """chunk [m], neighbours [k, r] -> the length of the longest run of tokens that the chunk shares with one of them.
-    Absent tokens are like none."""
-    chunk, neighbours = np.asarray(chunk, dtype=np.int64), np.asarray(neighbours, dtype=np.int64)
-    running = np.zeros((neighbours.shape[0], neighbours.shape[1] + 1), dtype=np.int64)
-    longest = 0
-    for token in chunk:  # running[j, t + 1]: the common run that ends with this token and with token t of neighbour j
-        running[:, 1:] = np.where((neighbours == token) & (neighbours != ABSENT), running[:, :-1] + 1, 0)
-        longest = max(longest, int(running.max(initial=0)))
-    return longest

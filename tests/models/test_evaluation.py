@@ -14,7 +14,7 @@ from training_common import ROWS, M, N, stream_of
 from typer.testing import CliRunner
 
 from retro_kernels.cli import app
-from retro_kernels.models.evaluation import evaluate, longest_common_stretch
+from retro_kernels.models.evaluation import evaluate
 
 
 @pytest.fixture
@@ -41,18 +41,6 @@ def test_bits_are_those_of_the_logits(model, stream):
         assert result.bits_per_token == pytest.approx(nats / math.log(2), rel=1e-5)
     assert len({x.bits_per_token for x in results.values()}) == 5
     assert evaluate(model, stream, max_rows=2, retrieval=["off"])[0].tokens == 2 * N
-
-
-def test_the_longest_common_stretch():
-    neighbours = np.array([[9, 1, 2, 3, 9, -1], [4, 5, 6, 9, 9, -1]])
-    for chunk, expected in (
-        ([1, 2, 3, 4], 3),
-        ([3, 4, 5, 6], 3),
-        ([7, 7, 7, 7], 0),
-        ([2, 1, 3, 9], 2),
-        ([0, 0, 0, -1], 0),
-    ):
-        assert longest_common_stretch(np.array(chunk), neighbours) == expected
 
 
 def test_by_overlap_only_such_chunks_count(model, stream):
