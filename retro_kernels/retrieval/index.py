@@ -198,6 +198,8 @@ def open_index(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if entry is None or entry["kind"] == EXACT:
+        if shard:
+            raise ValueError("shard: exact search holds all keys on one device; expected False")
         return Index(database, device, settings)
     return _FaissIndex(database, device, memory_map, shard, settings)
 

@@ -1,7 +1,7 @@
 """Which index for how many keys, and what becomes of one that has too few.
 
-The sizes follow measurements with real embeddings (docs/retrieval.md) up to 10^6 keys; above, RETRO's and
-InstructRetro's published choices and arithmetic.
+The sizes follow measurements with real embeddings (docs/retrieval.md) up to some 10^5 keys; above, RETRO's and
+InstructRetro's published choices and arithmetic, not measurements of this project.
 """
 
 from __future__ import annotations
