@@ -30,7 +30,9 @@ class RetroConfig:
         gated_feed_forward, activation: w_out(activation(w_gate x) * w_in x) instead of w_out(activation(w_in x)), in
             decoder and encoder; and the activation.
         cross_attention_gate: multiply chunked cross-attention by tanh of a learned number that starts at zero.
-        tied_embeddings: the readout is the decoder's embedding table. (The encoder always has a table of its own.)
+        tied_embeddings: the readout is the decoder's embedding table.
+        shared_embeddings: the encoder reads through the decoder's embedding table too, which needs encoder_dim =
+            model_dim. Otherwise, as in the paper, it has its own.
         dropout, hidden_dropout: on attention probabilities, and on what every part adds; in training only.
         norm_eps: of the RMS norms.
         tokenizer: the name of the tokenizer that made the tokens; checked against a database's where both are known.
@@ -62,6 +64,7 @@ class RetroConfig:
     activation: str = "gelu"
     cross_attention_gate: bool = False
     tied_embeddings: bool = True
+    shared_embeddings: bool = False
     dropout: float = 0.0
     hidden_dropout: float = 0.0
     norm_eps: float = 1e-6
@@ -104,9 +107,14 @@ class RetroConfig:
             common.probability(name, getattr(self, name))
         if validate.number("norm_eps", self.norm_eps) <= 0.0:
             raise ValueError(f"norm_eps: got {self.norm_eps}, expected more than 0")
-        for name in ("gated_feed_forward", "cross_attention_gate", "tied_embeddings"):
+        for name in ("gated_feed_forward", "cross_attention_gate", "tied_embeddings", "shared_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+        if self.shared_embeddings and self.encoder_dim != self.model_dim:
+            raise ValueError(
+                f"encoder_dim: got {self.encoder_dim} with shared_embeddings=True, expected {self.model_dim}, the "
+                "model_dim"
+            )
         if self.eos_token_id is not None:
             validate.integer("eos_token_id", self.eos_token_id, 0, self.vocab_size - 1, "vocab_size - 1")
         if self.tokenizer is not None and not isinstance(self.tokenizer, str):

@@ -34,8 +34,8 @@ class Retro(nn.Module):
         loss = retro.loss(tokens, targets, neighbours)
         retro.generate(tokens, retriever=retriever, max_new_tokens=100)
 
-    Its parts are `embedding`, `blocks`, `final_norm`, with neighbours `encoder_embedding` and `encoder`, and, where the
-    embeddings are not tied, `readout`.
+    Its parts are `embedding`, `blocks`, `final_norm`, with neighbours `encoder` and (unless the embeddings are shared)
+    `encoder_embedding`, and, where the embeddings are not tied, `readout`.
 
     Args:
         config: sizes and options.
@@ -91,7 +91,8 @@ class Retro(nn.Module):
         self.encoder_embedding: nn.Embedding | None = None
         self.encoder: NeighbourEncoder | None = None
         if config.cross_attention_layers:
-            self.encoder_embedding = nn.Embedding(config.vocab_size, config.encoder_dim, **factory)
+            if not config.shared_embeddings:
+                self.encoder_embedding = nn.Embedding(config.vocab_size, config.encoder_dim, **factory)
             self.encoder = NeighbourEncoder(
                 config.encoder_dim,
                 num_heads=config.encoder_heads,
@@ -191,11 +192,12 @@ class Retro(nn.Module):
 
         Raises ValueError for a model without chunked cross-attention.
         """
-        if self.encoder is None or self.encoder_embedding is None:
+        if self.encoder is None:
             raise ValueError(
                 "neighbours: got some, but this model has no chunked cross-attention (cross_attention_layers is empty)"
             )
-        return self.encoder(self.encoder_embedding(neighbours), activations, neighbour_mask, sequence_starts)
+        embedding = self.embedding if self.encoder_embedding is None else self.encoder_embedding
+        return self.encoder(embedding(neighbours), activations, neighbour_mask, sequence_starts)
 
     def loss(
         self,

@@ -102,5 +102,7 @@ def test_wrong_names_and_types_are_named():
         RetroConfig.from_dict({})
     with pytest.raises(TypeError, match="tied_embeddings: got 1"):
         RetroConfig.preset("tiny", tied_embeddings=1)
+    with pytest.raises(ValueError, match="encoder_dim: got 8 with shared_embeddings=True, expected 16, the model_dim"):
+        RetroConfig.preset("tiny", encoder_dim=8, model_dim=16, shared_embeddings=True)
     with pytest.raises(TypeError, match="config: got dict"):
         Retro({})

@@ -55,7 +55,7 @@ def feed_forward(part, x):
 
 def encode(model, neighbour, mask, chunk):
     """One neighbour's tokens [r], which of them there are, and the activations of its chunk [m, d] -> [r, e]."""
-    x = model.encoder_embedding.weight[neighbour]
+    x = (model.embedding if model.config.shared_embeddings else model.encoder_embedding).weight[neighbour]
     for number, layer in enumerate(model.encoder.layers, start=1):
         normed = rms(x, layer.self_norm)
         x = x + attention(layer.self_attention, normed, normed, lambda i, j: mask[j], lambda i, j: i - j)
@@ -94,9 +94,11 @@ def algorithm_1(model, tokens, neighbours, mask):
     return rms(h, model.final_norm) @ model.embedding.weight.T
 
 
-def test_the_model_is_algorithm_1():
-    model = tiny(dtype=torch.float64, backend="reference", chunk_size=3, model_dim=12, encoder_dim=6, vocab_size=16,
-                 encoder_head_dim=4)  # fmt: skip
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_model_is_algorithm_1(shared):
+    model = tiny(dtype=torch.float64, backend="reference", chunk_size=3, model_dim=12, encoder_dim=12 if shared else 6,
+                 vocab_size=16, encoder_head_dim=4, shared_embeddings=shared)  # fmt: skip
+    assert (model.encoder_embedding is None) == shared
     tokens, neighbours, mask = batch(model, b=2, n=11, k=2, r=5)
     mask[1, 2] = False  # nothing retrieved
     with torch.no_grad():
@@ -153,8 +155,9 @@ def test_what_influences_what_by_gradients(preset):
         assert reached == [u < attended for u in range(n // m)]
 
 
-def test_gradients_reach_every_parameter_and_pass_through_the_encoders_conditioning():
-    model = tiny(tied_embeddings=False)
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_reach_every_parameter_and_pass_through_the_encoders_conditioning(shared):
+    model = tiny(tied_embeddings=False, shared_embeddings=shared, **({"encoder_dim": 32} if shared else {}))
     tokens, neighbours, mask = batch(model)
     conditioning = []
     model.encoder.register_forward_pre_hook(lambda module, arguments: conditioning.append(arguments[1]))
