@@ -67,7 +67,8 @@ def _by_size(count: int, dim: int) -> tuple[str, str, dict[str, int]]:
     if count <= 3_000_000:
         # The power of two that is nearest to 16 sqrt(n), unless the keys do not suffice to train so many lists.
         lists = min(1 << round(math.log2(16 * count**0.5)), _power_of_two(count / PER_CENTROID))
-        return f"IVF{lists},SQ8", f"auto: {count:,} keys, a byte for every number", {"nprobe": NPROBE}
+        why = f"auto: {count:,} keys, a byte for every number; candidates are compared again by their embeddings"
+        return f"IVF{lists},SQ8", why, {"nprobe": NPROBE, "rerank": 4}
     if count <= 30_000_000:
         return _coded(48, None, 65_536, dim, count)
     if count <= 300_000_000:

@@ -251,6 +251,7 @@ def test_auto_goes_by_size(count, dim, spec):
     spec = spec or choice.spec  # of an odd width it matters that FAISS takes it
     assert choice.spec == spec
     assert choice.why.startswith("auto: ")
+    assert choice.settings == ({} if spec == EXACT else {"nprobe": 64, "rerank": 4})
     lists = lists_of(spec)
     assert lists is None or choice.sample >= 39 * lists
     if spec != EXACT:
