@@ -183,6 +183,13 @@ void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTens
   gradient(grad_value, "grad_value", p.grad_value, p.grad_value_stride);
   set_groups(p, true);
   const OnDevice device(query);
+#if defined(RK_HAVE_SM90)
+  if (chosen_kernels() == kSm90) {
+    const char* refused = sm90::backward(p, device.stream());
+    if (refused == nullptr) return;
+    STD_TORCH_CHECK(!only_chosen_kernels(), "the kernels \"sm90 only\" do not take ", refused);
+  }
+#endif
   sm80::backward(p, device.stream());
 }
 

@@ -116,6 +116,9 @@ void take_registers() {}
 template <int kRegisters>
 void give_registers() {}
 
+template <int kCount>
+void settle(float (&)[kCount]) {}
+inline void renew(int&) {}
 inline void fence_products() {}
 
 inline uint32_t shared_address(Shared at) { return at; }
@@ -160,11 +163,11 @@ void wait_for_products(float (&)[kCount]) {
 }
 
 template <class T, int kCount>
-void multiply(T type, float (&sum)[kCount], uint64_t a, uint64_t b, bool columns, int accumulate) {
+void multiply(T type, float (&sum)[kCount], uint64_t a, uint64_t b, bool a_columns, bool columns, int accumulate) {
   emulator::current()->collective("wgmma", nullptr, [](void**) {});
   const int first = warp_index() % 4 * 16 + lane_index() / 4;
-  put_off(type, sum, [=](int row, int k) { return emulator::widen(type, described(a, first + 8 * row, k, false)); }, b,
-          columns, accumulate != 0);
+  const auto rows = [=](int row, int k) { return emulator::widen(type, described(a, first + 8 * row, k, a_columns)); };
+  put_off(type, sum, rows, b, columns, accumulate != 0);
 }
 
 template <class T, int kCount>
@@ -186,11 +189,15 @@ void add(T type, float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b, bool 
 
 template <class T, int kCount>
 void multiply_rows(T type, float (&sum)[kCount], uint64_t a, uint64_t b, int accumulate) {
-  multiply(type, sum, a, b, false, accumulate);
+  multiply(type, sum, a, b, false, false, accumulate);
 }
 template <class T, int kCount>
 void multiply_columns(T type, float (&sum)[kCount], uint64_t a, uint64_t b, int accumulate) {
-  multiply(type, sum, a, b, true, accumulate);
+  multiply(type, sum, a, b, false, true, accumulate);
+}
+template <class T, int kCount>
+void multiply_transposed(T type, float (&sum)[kCount], uint64_t a, uint64_t b, int accumulate) {
+  multiply(type, sum, a, b, true, true, accumulate);
 }
 template <class T, int kCount>
 void add_rows(T type, float (&sum)[kCount], const uint32_t (&a)[4], uint64_t b) {

@@ -8,13 +8,6 @@ namespace retro_kernels {
 namespace sm90 {
 namespace {
 
-bool map_keys(TensorMap& map, const Problem& p, const void* data, const Strides& s) {
-  if (!folds(s, p.batch, p.chunks)) return false;
-  Axis axes[5] = {{p.dim, 1}, {p.kv_heads, s.head}, {p.retrieved, s.token}, {p.neighbours, s.neighbour},
-                  folded(s, p.batch, p.chunks)};
-  return make_map(map, data, axes, kSlots);
-}
-
 template <class T, int kDim>
 void run(Forward f, Stream stream) {
   f.blocks = static_cast<int>(std::min<int64_t>(ceil_div(f.items, Shape<kDim>::kConsumers), multiprocessors()));
@@ -28,20 +21,17 @@ const char* forward(const Problem& p, Stream stream) {
   Forward f{};
   f.p = p;
   const int64_t rows = p.grouping == kClock ? p.stride : p.tokens;
-  if (p.chunk_spans) return "packed documents (chunk_spans)";
-  if (p.grouping == kClock && rows > kRows && rows % kRows) return "a stride above 64 that is no multiple of 64";
-  if (p.neighbours * static_cast<int64_t>(p.retrieved) == 0 || p.chunks == 0) return "keys of no size";
+  if (const char* reason = not_taken(p, rows, kRows)) return reason;
   f.box_rows = static_cast<int>(std::min<int64_t>(rows, kRows));
   f.row_tiles = static_cast<int>(ceil_div(rows, kRows));
   const int64_t groups = p.grouping == kClock ? p.groups : static_cast<int64_t>(p.chunks) * p.query_neighbours;
   const int64_t items = p.batch * groups * f.row_tiles * p.heads;
-  if (items > INT32_MAX / 2 || p.first_token < INT32_MIN / 2 || p.first_token > INT32_MAX / 2)
-    return "more than 2^30 tiles of rows, or tokens that far away";
+  if (items > INT32_MAX / 2) return kTooMany;
   f.items = static_cast<int>(items);
   if (!map_queries(f.query, p, p.query, p.query_stride, f.box_rows) ||
-      !map_queries(f.out, p, p.out, p.out_stride, f.box_rows) || !map_keys(f.key, p, p.key, p.key_stride) ||
-      !map_keys(f.value, p, p.value, p.value_stride))
-    return "tensors that the copy engine cannot walk: sequences and chunks must lie at one distance, no axis expanded";
+      !map_queries(f.out, p, p.out, p.out_stride, f.box_rows) ||
+      !map_keys(f.key, p, p.key, p.key_stride, kSlots) || !map_keys(f.value, p, p.value, p.value_stride, kSlots))
+    return kUnwalkable;
   if (p.type == kBFloat16)
     p.dim <= 64 ? run<BFloat16, 64>(f, stream) : run<BFloat16, 128>(f, stream);
   else

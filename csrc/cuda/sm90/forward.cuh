@@ -13,12 +13,10 @@
 // A tile never crosses from one neighbour to the next. Softmax is online, in fp32; probabilities are rounded to the
 // query's dtype for their product with the values. Every (group, head) is computed by one warpgroup in one order.
 #pragma once
-#include "rows.cuh"
+#include "slots.cuh"
 
 namespace retro_kernels {
 namespace sm90 {
-
-constexpr int kSlots = 64;  // of a tile
 
 // Head sizes up to 64 or up to 128; what is beyond a head's size is zero. Shared memory of both is just below 227 KB.
 template <int kDim>
@@ -57,8 +55,6 @@ struct Item {
   int tiles;                               // of slots; none for tokens that attend to nothing
 };
 
-RK_DEVICE int tiles_of_neighbour(const Problem& p) { return (p.retrieved + kSlots - 1) / kSlots; }
-
 RK_DEVICE Item item_of(const Forward& f, int i) {
   const Problem& p = f.p;
   const bool clock = p.grouping == kClock;
@@ -78,12 +74,6 @@ RK_DEVICE Item item_of(const Forward& f, int i) {
   if (item.chunk < 0 || item.chunk >= p.chunks) item.tiles = 0;
   return item;
 }
-
-// A tile is 64 slots, or what is left, of one neighbour.
-RK_DEVICE int neighbour_of_tile(const Problem& p, const Item& item, int tile) {
-  return p.grouping == kClock ? tile / tiles_of_neighbour(p) : p.grouping == kNeighbour ? item.neighbour : 0;
-}
-RK_DEVICE int first_slot(const Problem& p, int tile) { return tile % tiles_of_neighbour(p) * kSlots; }
 
 template <int kDim>
 RK_DEVICE void produce(const Forward& f, const Channel<kDim> channel) {
@@ -106,40 +96,11 @@ RK_DEVICE void produce(const Forward& f, const Channel<kDim> channel) {
         for (int panel = 0; panel < S::kPanels; ++panel)
           load_box(part == 0 ? f.key : f.value, channel.ring(ring.at) + panel * kPanel, channel.full(ring.at),
                    64 * panel, item.head / (p.heads / p.kv_heads), first_slot(p, tile),
-                   neighbour_of_tile(p, item, tile), item.batch * p.chunks + item.chunk);
+                   neighbour_of_tile(p, item.neighbour, tile), item.batch * p.chunks + item.chunk);
         ring.next();
       }
     }
   }
-}
-
-// Which of a tile's 64 slots are visible, the same in every thread.
-RK_DEVICE uint64_t visible_slots(const Problem& p, const Item& item, int tile) {
-  const int first = first_slot(p, tile), lane = lane_index();
-  const uint8_t* mask = p.mask;
-  if (mask)
-    mask += item.batch * p.mask_stride.batch + item.chunk * p.mask_stride.chunk +
-            neighbour_of_tile(p, item, tile) * p.mask_stride.neighbour;
-  uint64_t visible = 0;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int slot = first + 32 * half + lane;
-    const bool here = slot < p.retrieved && (!mask || mask[slot * p.mask_stride.token]);
-    visible |= static_cast<uint64_t>(ballot(here)) << (32 * half);
-  }
-  return visible;
-}
-
-// A masked value may be NaN, and 0 times NaN is NaN: its row becomes 0.
-template <int kDim>
-RK_DEVICE void clear_hidden(Shared values, uint64_t visible, int consumer) {
-  for (int i = thread_index() % 128; i < kSlots * kDim / 8; i += 128) {  // 16 bytes each
-    const int row = i / (kDim / 8), part = i % (kDim / 8);
-    if (!(visible >> row & 1))
-      *shared_pointer<Vector16>(values + part / 8 * kPanel + row * kPanelRow + part % 8 * 16) = Vector16{};
-  }
-  fence_async();
-  named_barrier(1 + consumer, 128);
 }
 
 template <class T, int kDim>
@@ -161,7 +122,7 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
     wait(channel.query_full(query.at), query.parity);
 
     for (int tile = 0; tile < item.tiles; ++tile) {
-      const uint64_t visible = visible_slots(p, item, tile);
+      const uint64_t visible = visible_slots(p, item.batch, item.chunk, item.neighbour, tile);
       float score[kSlots / 2];
       wait(channel.full(ring.at), ring.parity);
       fence_products();
@@ -206,7 +167,7 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
 
       wait(channel.full(ring.at), ring.parity);
       const Shared values = channel.ring(ring.at);
-      if (p.mask) clear_hidden<kDim>(values, visible, channel.consumer);
+      if (p.mask) clear_hidden<kDim, 128>(values, visible, thread, 1 + channel.consumer);
       fence_products();
 #pragma unroll
       for (int k = 0; k < kSlots / 16; ++k)

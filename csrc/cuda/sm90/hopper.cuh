@@ -62,13 +62,20 @@ template <int kRegisters>
 RK_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+// What was written to a sum's registers is there before the fence that follows: the compiler moves it past no further.
+template <int kCount>
+RK_DEVICE void settle(float (&sum)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}
+// A number anew: what depends on it is computed again rather than kept in registers over a loop.
+RK_DEVICE void renew(int& x) { asm volatile("" : "+r"(x)); }
 RK_DEVICE void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Until all products of this warpgroup are done; then `sum` may be read.
 template <int kCount>
 RK_DEVICE void wait_for_products(float (&sum)[kCount]) {
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+  settle(sum);
 }
 
 #define RK_8(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), \
@@ -91,12 +98,13 @@ RK_DEVICE void wait_for_products(float (&sum)[kCount]) {
 // A product's right factor b in shared memory lies by rows (b^T [n x 16], 16 adjacent numbers a row: rows_descriptor)
 // or by columns (b [16 x n], n adjacent numbers a row in panels of 64: columns_descriptor).
 
-// sum[64 x 64] (+)= a[64 x 16] . b, a in shared memory by rows. `accumulate` 0: = .
-#define RK_DOT(type, by_columns)                                                                                 \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                      \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" RK_NAMES_32 "}, %32, %33, p, 1, 1, 0, " \
-               by_columns ";\n}\n"                                                                               \
-               : RK_32(sum, 0)                                                                                   \
+// sum[64 x 64] (+)= a[64 x 16] . b, a in shared memory by rows, or by columns (a^T [16 x 64]: columns_descriptor).
+// `accumulate` 0: = .
+#define RK_DOT(type, a_by_columns, by_columns)                                                              \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                 \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" RK_NAMES_32                  \
+               "}, %32, %33, p, 1, 1, " a_by_columns ", " by_columns ";\n}\n"                               \
+               : RK_32(sum, 0)                                                                              \
                : "l"(a), "l"(b), "r"(accumulate))
 // sum[64 x n] += a[64 x 16] . b, a in registers.
 #define RK_ADD(type, n, by_columns, names, a0, a1, a2, a3, d, operands)                                                 \
@@ -114,8 +122,9 @@ RK_DEVICE void wait_for_products(float (&sum)[kCount]) {
          RK_LIST(RK_32(sum, 0), RK_32(sum, 32), RK_32(sum, 64), RK_32(sum, 96)))
 
 #define RK_PRODUCTS(T, type)                                                                             \
-  RK_DEVICE void multiply_rows(T, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT(type, "0"); }    \
-  RK_DEVICE void multiply_columns(T, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT(type, "1"); } \
+  RK_DEVICE void multiply_rows(T, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT(type, "0", "0"); }    \
+  RK_DEVICE void multiply_columns(T, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT(type, "0", "1"); } \
+  RK_DEVICE void multiply_transposed(T, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT(type, "1", "1"); } \
   RK_DEVICE void add_rows(T, float (&sum)[32], const uint32_t (&a)[4], uint64_t b) { RK_ADD_64(type, "0"); }          \
   RK_DEVICE void add_rows(T, float (&sum)[64], const uint32_t (&a)[4], uint64_t b) { RK_ADD_128(type, "0"); }         \
   RK_DEVICE void add_rows(T, float (&sum)[128], const uint32_t (&a)[4], uint64_t b) { RK_ADD_256(type, "0"); }        \

@@ -8,6 +8,7 @@ namespace sm90 {
 // Pointers and strides must be multiples of 16 bytes, `dim` a multiple of 8 up to 128. What is not taken is not begun,
 // and the reason is returned; else null.
 const char* forward(const Problem& p, Stream stream);
+const char* backward(const Problem& p, Stream stream);
 
 // What the absorbed strategy has in place of keys and values (projected_chunked_cross_attention/common.py), of p's
 // type.

@@ -28,6 +28,15 @@ struct Forward {
   int items, blocks;
 };
 
+// Gradients have the axes of what they are of.
+struct Backward {
+  TensorMap query, out, grad_out, key, value, grad_query, grad_key, grad_value;
+  Problem p;
+  int box_rows, row_tiles;
+  int row_blocks;  // of 64 rows, that see a group's slots: of all query heads of its key/value head
+  int items, blocks;
+};
+
 // The absorbed strategy: chunks alone, grouping kClock. The states' axes are (column, -, retrieved token, neighbour,
 // sequence and chunk), in boxes of all tokens of a neighbour; those of the weights [kv head, row, column] are (column,
 // kv head, row).

@@ -71,5 +71,25 @@ inline bool map_queries(TensorMap& map, const Problem& p, const void* data, cons
   return make_map(map, data, axes, box_rows);
 }
 
+inline bool map_keys(TensorMap& map, const Problem& p, const void* data, const Strides& s, int box_slots) {
+  if (!folds(s, p.batch, p.chunks)) return false;
+  Axis axes[5] = {{p.dim, 1}, {p.kv_heads, s.head}, {p.retrieved, s.token}, {p.neighbours, s.neighbour},
+                  folded(s, p.batch, p.chunks)};
+  return make_map(map, data, axes, box_slots);
+}
+
+// What the copy engine's attention kernels do not take of a problem whose rows (of a chunk or neighbour) come in tiles
+// of `tile`, or null.
+inline const char* not_taken(const Problem& p, int64_t rows, int tile) {
+  if (p.chunk_spans) return "packed documents (chunk_spans)";
+  if (p.grouping == kClock && rows > tile && rows % tile) return "a stride above 64 that is no multiple of 64";
+  if (p.neighbours * static_cast<int64_t>(p.retrieved) == 0 || p.chunks == 0) return "keys of no size";
+  if (p.first_token < INT32_MIN / 2 || p.first_token > INT32_MAX / 2) return "tokens more than 2^30 away";
+  return nullptr;
+}
+constexpr const char* kTooMany = "more than 2^30 tiles of rows";
+constexpr const char* kUnwalkable =
+    "tensors that the copy engine cannot walk: sequences and chunks must lie at one distance, no axis expanded";
+
 }  // namespace sm90
 }  // namespace retro_kernels

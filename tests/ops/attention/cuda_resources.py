@@ -57,7 +57,7 @@ def compile_source(source: str, architecture: str) -> dict[str, dict[str, int]]:
         command = ["nvcc", *FLAGS, f"-gencode=arch=compute_{number},code=sm_{number}", "-Xptxas", "-v", "-cubin", "-o",
                    f"{folder}/kernels.cubin", str(emulator.SOURCES / source)]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    if done.returncode or "wgmma.mma_async instructions are serialized" in done.stderr:
         raise RuntimeError(done.stderr)
     return parse(subprocess.run(["c++filt"], input=done.stderr, capture_output=True, text=True, check=True).stdout)
 

@@ -7,6 +7,7 @@
 #include "sm80/backward.cuh"
 #include "sm80/forward.cuh"
 #include "sm90/absorbed.cuh"
+#include "sm90/backward.cuh"
 #include "sm90/forward.cuh"
 
 using namespace retro_kernels;
@@ -38,6 +39,8 @@ void both() {
 template <int DIM>
 void hopper() {
   std::printf("forward_kernel<%d>\t%zu\n", DIM, sm90::Channel<DIM>::kBytes);
+  for (int passes = 0; passes < 3; ++passes)
+    std::printf("backward_kernel<%d, %d>\t%zu\n", DIM, passes, sm90::BackwardShape<DIM>::kBytes);
   std::printf("absorbed_kernel<%d, 128>\t%zu\n", DIM, sm90::AbsorbedShape<DIM, 128>::kBytes);
   std::printf("absorbed_kernel<%d, 256>\t%zu\n", DIM, sm90::AbsorbedShape<DIM, 256>::kBytes);
 }

@@ -1,9 +1,11 @@
 """The Hopper kernels in the emulator, alone, so that what they do not take raises: all three attentions against the
-reference, and everything asynchronous (boxes, products, barriers) in a drawn order."""
+reference, forward and backward, and everything asynchronous (boxes, products, barriers) in a drawn order."""
 
 from __future__ import annotations
 
+import cases
 import pytest
+import test_cuda
 import torch
 
 import retro_kernels as rk
@@ -102,6 +104,44 @@ def test_any_order_of_warps_and_boxes_gives_the_same_bits(monkeypatch):
     for seed in range(1, 5):
         monkeypatch.setenv("RETRO_KERNELS_EMULATOR_SEED", str(seed))
         assert all(torch.equal(x, y) for x, y in zip(first, call()))
+
+
+# Each way through the backward: one block of rows, one tile of slots, two sweeps; one panel of columns and two.
+GRADIENTS = (
+    "plain", "no token attends", "incomplete chunk", "surplus chunks", "odd sizes", "keys of many tiles", "grouped",
+    "grouped, keys of two tiles", "multi query, mask", "mask, an empty chunk", "scale of zero", "stride", "end",
+    "offset of chunks", "everything", "strided", "self", "self, odd", "self, two tiles", "self, sweeps",
+    "self, grouped", "cross", "cross, odd", "cross, long", "cross, many neighbours", "cross, grouped", "cca",
+    "cca, 128",
+)  # fmt: skip
+ORDERS = ("plain", "grouped, keys of two tiles", "self, two tiles", "cross, odd", "everything")
+BY_NAME = {case.name: case for case in (*test_cuda.CCA, *test_cuda.ENCODER, *test_cuda.PAPER)}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_within_twice_the_error_of_pytorch(name):
+    test_cuda.check(BY_NAME[name], torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_gradients_in_fp16(name):
+    test_cuda.check(BY_NAME[name], torch.float16)
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_any_order_of_warps_and_boxes_gives_the_same_gradients(name, monkeypatch):
+    arguments = test_cuda.make(BY_NAME[name], torch.bfloat16)
+    grad_out = torch.randn(BY_NAME[name].out_shape)
+    expected = cases.run(arguments, "cuda", grad_out)
+    for seed in range(1, 4):
+        monkeypatch.setenv("RETRO_KERNELS_EMULATOR_SEED", str(seed))
+        given = cases.run(arguments, "cuda", grad_out)
+        assert all(torch.equal(given[key], x) for key, x in expected.items())
+
+
+@pytest.mark.parametrize("name", ["masked tokens", "surplus chunks", "tokens before the first chunk"])
+def test_what_is_not_attended_reaches_no_gradient(name):
+    test_cuda.test_what_is_not_attended_reaches_nothing(name, float("nan"))
 
 
 def test_what_is_not_taken_is_the_older_kernels_work_and_raises_without_them():
