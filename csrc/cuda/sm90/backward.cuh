@@ -7,21 +7,21 @@
 // close the kernel comes is unmeasured: it has run in the emulator only.
 //
 // A channel owns items (group, key/value head): all blocks of 64 rows that read its keys and all tiles of 64 slots that
-// they see. A block of rows is three boxes (query, grad_out, out), a tile of slots two (key, value), and each kind has a
-// ring that a producer warp fills as far ahead as it reaches, over the ends of items. What is done with goes back
-// through the same buffers: grad_query in the query's, grad_key and grad_value in the key's and the value's.
+// they see. A block of rows is three boxes (query, grad_out, out), a tile of slots two (key, value); each kind has a
+// ring that a producer warp fills as far ahead as it reaches, over the ends of items. What is done goes back through
+// the same buffers: grad_query in the query's, grad_key and grad_value in the key's and the value's.
 //
 // Head sizes up to 64: one warpgroup a channel, two channels a block. Up to 128: two warpgroups share one channel, each
-// with the gradients of 64 of the columns; both compute the scores of all, which costs two of seven products and saves
-// their exchange.
+// with the gradients of 64 of the columns; both compute the scores of all, which costs two products more than five and
+// saves their exchange.
 //
 // The scores stand as slots x rows, so that weights and their gradients are, in the registers they come in, the left
-// factors of grad_value += weights . grad_out and grad_key += grad_scores . query; for grad_query += grad_scores^T . key
-// they go through shared memory, transposed there by the product.
+// factors of grad_value += weights . grad_out and grad_key += grad_scores . query; on the way to
+// grad_query += grad_scores^T . key they go through shared memory, where the product takes them transposed.
 //
-// One pass does it all where a group has one block of rows (chunked cross-attention) or one tile of slots (the encoder's
-// cross-attention). Otherwise (its self-attention, grouped heads) a first sweep makes grad_query, a second grad_key and
-// grad_value: seven products for five, and everything is read twice, the second time from L2.
+// One pass does it all where a group has one block of rows (chunked cross-attention) or one tile of slots (the
+// encoder's cross-attention). Otherwise (its self-attention, grouped heads) a first sweep makes grad_query, a second
+// grad_key and grad_value: seven products for five, and everything is read twice, the second time from L2.
 #pragma once
 #include "slots.cuh"
 
@@ -233,8 +233,8 @@ RK_DEVICE void clear(float (&sum)[32]) {
 
 enum Sum : int { kNone, kFresh, kAdded };  // not made, begun anew, added to
 
-// A block of rows and a tile of slots, at `rows` and `slots` in their rings: makes `kQuery` of grad_query and `kKeys` of
-// grad_key and grad_value. At the end all warps of this warpgroup have multiplied with both.
+// A block of rows and a tile of slots, at `rows` and `slots` in their rings: makes `kQuery` of grad_query and `kKeys`
+// of grad_key and grad_value. At the end all warps of this warpgroup have multiplied with both.
 template <class T, int kDim, Sum kQuery, Sum kKeys>
 RK_DEVICE void meet_rows_and_slots(const Backward& f, const BackwardChannel<kDim> c, int panel, int rows, int slots,
                                    uint64_t visible, float (&grad_query)[32], float (&grad_key)[32],
@@ -442,7 +442,8 @@ RK_KERNEL(BackwardShape<kDim>::kThreads, 1) backward_kernel(RK_PARAMETER Backwar
   if (thread_index() == 0) {
     for (int channel = 0; channel < S::kChannels; ++channel) {
       const BackwardChannel<kDim> c{channel};
-      for (int j = 0; j < S::kRowStages; ++j) init_barrier(c.rows_full(j), 1), init_barrier(c.rows_empty(j), S::kPanels);
+      for (int j = 0; j < S::kRowStages; ++j)
+        init_barrier(c.rows_full(j), 1), init_barrier(c.rows_empty(j), S::kPanels);
       for (int j = 0; j < S::kSlotStages; ++j)
         init_barrier(c.slots_full(j), 1), init_barrier(c.slots_empty(j), S::kPanels);
     }

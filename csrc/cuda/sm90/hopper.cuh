@@ -124,7 +124,9 @@ RK_DEVICE void wait_for_products(float (&sum)[kCount]) {
 #define RK_PRODUCTS(T, type)                                                                             \
   RK_DEVICE void multiply_rows(T, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT(type, "0", "0"); }    \
   RK_DEVICE void multiply_columns(T, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT(type, "0", "1"); } \
-  RK_DEVICE void multiply_transposed(T, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) { RK_DOT(type, "1", "1"); } \
+  RK_DEVICE void multiply_transposed(T, float (&sum)[32], uint64_t a, uint64_t b, int accumulate) {                   \
+    RK_DOT(type, "1", "1");                                                                                          \
+  }                                                                                                                  \
   RK_DEVICE void add_rows(T, float (&sum)[32], const uint32_t (&a)[4], uint64_t b) { RK_ADD_64(type, "0"); }          \
   RK_DEVICE void add_rows(T, float (&sum)[64], const uint32_t (&a)[4], uint64_t b) { RK_ADD_128(type, "0"); }         \
   RK_DEVICE void add_rows(T, float (&sum)[128], const uint32_t (&a)[4], uint64_t b) { RK_ADD_256(type, "0"); }        \
