@@ -9,6 +9,8 @@
 
 namespace retro_kernels {
 
+constexpr int kMostCluster = 8;  // blocks that every GPU with clusters takes
+
 #if !defined(RK_EMULATED)
 
 inline void check(cudaError_t status, const char* what) {
@@ -16,56 +18,93 @@ inline void check(cudaError_t status, const char* what) {
     throw std::runtime_error(std::string("retro_kernels: ") + what + " failed: " + cudaGetErrorString(status));
 }
 
-// KERNEL is a template argument so that each has a flag of its own. `overlap`: it may start before the kernel before it in
-// the stream has ended (programmatic dependent launch), and waits for that itself.
+// Beyond 48 KiB a kernel must be allowed its shared memory, once per device; what was allowed is remembered.
+template <auto KERNEL>
+void allow_shared(const char* name, size_t bytes) {
+  if (bytes <= 48 << 10) return;
+  static std::atomic<size_t> allowed[64];
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (device < 64 && allowed[device].load(std::memory_order_relaxed) >= bytes) return;
+  int limit = 0;
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  if (static_cast<size_t>(limit) < bytes)
+    throw std::runtime_error(std::string("retro_kernels: ") + name + " needs " + std::to_string(bytes) +
+                             " bytes of shared memory and this GPU has " + std::to_string(limit));
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        "cudaFuncSetAttribute");
+  if (device < 64) allowed[device].store(bytes, std::memory_order_relaxed);
+}
+
+// The blocks of a launch, with room for two attributes.
+struct LaunchConfig {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attributes[2]{};
+
+  LaunchConfig(int64_t blocks, int threads, size_t shared_bytes, Stream stream, bool overlap, int cluster) {
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = attributes;
+    if (overlap) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    }
+  }
+};
+
+// KERNEL is a template argument so that each has a flag of its own. `overlap`: it may start before the kernel before it
+// in the stream has ended (programmatic dependent launch), and waits for that itself. `cluster`: so many adjacent blocks
+// run together.
 template <auto KERNEL, class Argument>
 void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream stream, const Argument& argument,
-            bool overlap = false) {
+            bool overlap = false, int cluster = 1) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
     throw std::runtime_error(std::string("retro_kernels: ") + name + " needs " + std::to_string(blocks) +
                              " blocks, and CUDA takes 2^31 - 1");
-  // Beyond 48 KiB a kernel must be allowed its shared memory, once per device; what was allowed is remembered.
-  if (shared_bytes > 48 << 10) {
-    static std::atomic<size_t> allowed[64];
-    int device = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    if (device >= 64 || allowed[device].load(std::memory_order_relaxed) < shared_bytes) {
-      int limit = 0;
-      check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-      if (static_cast<size_t>(limit) < shared_bytes)
-        throw std::runtime_error(std::string("retro_kernels: ") + name + " needs " + std::to_string(shared_bytes) +
-                                 " bytes of shared memory and this GPU has " + std::to_string(limit));
-      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes)),
-            "cudaFuncSetAttribute");
-      if (device < 64) allowed[device].store(shared_bytes, std::memory_order_relaxed);
-    }
-  }
+  allow_shared<KERNEL>(name, shared_bytes);
   void* arguments[] = {const_cast<Argument*>(&argument)};
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(KERNEL), arguments), name);
+  const LaunchConfig launched(blocks, threads, shared_bytes, stream, overlap, cluster);
+  check(cudaLaunchKernelExC(&launched.config, reinterpret_cast<const void*>(KERNEL), arguments), name);
+}
+
+// How many clusters the device runs at a time; 0 where it runs none so large.
+template <auto KERNEL>
+int clusters_at_a_time(const char* name, int threads, size_t shared_bytes, int cluster) {
+  static std::atomic<int> known[64][kMostCluster + 1];  // that number plus one
+  int device = 0, found = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (device < 64 && (found = known[device][cluster].load(std::memory_order_relaxed)) > 0) return found - 1;
+  allow_shared<KERNEL>(name, shared_bytes);
+  const LaunchConfig launched(cluster, threads, shared_bytes, nullptr, false, cluster);
+  check(cudaOccupancyMaxActiveClusters(&found, reinterpret_cast<const void*>(KERNEL), &launched.config),
+        "cudaOccupancyMaxActiveClusters");
+  if (device < 64) known[device][cluster].store(found + 1, std::memory_order_relaxed);
+  return found;
 }
 
 #else
 
 template <auto KERNEL, class Argument>
 void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream, const Argument& argument,
-            bool = false) {
+            bool = false, int cluster = 1) {
   try {
-    emulator::launch(blocks, threads, shared_bytes, [&] { KERNEL(argument); });
+    emulator::launch(blocks, threads, shared_bytes, [&] { KERNEL(argument); }, cluster);
   } catch (const emulator::Fault& fault) {
     throw std::runtime_error(std::string("retro_kernels: ") + name + " in the emulator: " + fault.what());
   }
+}
+
+template <auto KERNEL>
+int clusters_at_a_time(const char*, int, size_t, int) {
+  return 2;
 }
 
 #endif

@@ -1,4 +1,5 @@
-// A CUDA block on one CPU thread: every CUDA thread is a fiber, so that the kernels' own source is tested without a GPU.
+// The CUDA blocks of a cluster on one CPU thread: every CUDA thread is a fiber, so that the kernels' own source is
+// tested without a GPU.
 //
 // What is emulated is what can go wrong between threads: a block barrier, a warp operation or a wait suspends the fiber
 // until the others have come; shared memory starts as NaN; an asynchronous copy lands only where its thread waits for
@@ -77,11 +78,21 @@ struct Barrier {
   uint64_t generation = 0;
 };
 
+class Block;
+
+// Blocks that run together and reach each other's shared memory.
+struct Cluster {
+  std::vector<Block*> blocks;
+  Barrier barrier;
+};
+
 class Block {
  public:
-  Block(unsigned index, int threads, size_t shared_bytes, std::function<void()> kernel, uint64_t seed)
-      : index(index), threads(threads), shared_bytes(shared_bytes), kernel_(std::move(kernel)), random_(seed + index),
-        seeded_(seed != 0), ranked_(seed % 2 == 1), shuffled_(seeded_ && !ranked_), shared_(shared_bytes + 2 * kGuard + 1024), warps_((threads + kLanes - 1) / kLanes) {
+  Block(unsigned index, int threads, size_t shared_bytes, std::function<void()> kernel, uint64_t seed, Cluster* cluster)
+      : index(index), threads(threads), shared_bytes(shared_bytes), cluster(cluster), kernel_(std::move(kernel)),
+        random_(seed + index), seeded_(seed != 0), ranked_(seed % 2 == 1), shuffled_(seeded_ && !ranked_),
+        shared_(shared_bytes + 2 * kGuard + 1024), warps_((threads + kLanes - 1) / kLanes), order_(warps_.size()),
+        held_until_(warps_.size()) {
     if (threads % kLanes) throw Fault("a block must be whole warps");
     std::memset(shared_.data(), 0xff, shared_.size());
     // the guards tell of a write beside shared memory, and the base is aligned as the kernels ask for
@@ -91,43 +102,47 @@ class Block {
     std::memset(base_ + shared_bytes, 0xa5, kGuard);
   }
 
-  void run() {
+  void begin() {
     fibers_.resize(threads);
     for (int i = 0; i < threads; ++i) fibers_[i] = take_fiber(i);
-    std::vector<int> order(warps_.size());
-    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
-    std::vector<uint64_t> held_until(warps_.size());
-    int idle_turns = 0;
-    if (ranked_) std::shuffle(order.begin(), order.end(), random_);
-    for (uint64_t turn = 0; unfinished_ > 0; ++turn) {
-      const uint64_t before = progress_;
-      bool held = false;
-      if (shuffled_) std::shuffle(order.begin(), order.end(), random_);
-      for (int warp : order) {
-        if (shuffled_ && (turn < held_until[warp] || random_() % 4 == 0)) {
-          held = true;
-          continue;
-        }
-        if (shuffled_ && random_() % 128 == 0) held_until[warp] = turn + random_() % 128;  // for long, now and then
-        for (int lane = 0; lane < kLanes; ++lane) step(*fibers_[warp * kLanes + lane]);
-        if (ranked_ && progress_ != before) break;  // the others wait for as long as this one can go on
+    for (size_t i = 0; i < order_.size(); ++i) order_[i] = static_cast<int>(i);
+    if (ranked_) std::shuffle(order_.begin(), order_.end(), random_);
+  }
+
+  bool ended() const { return unfinished_ == 0; }
+  int unfinished() const { return unfinished_; }
+
+  // Lets every warp go on for as far as it can, or some of them. -> true where nothing went on and nothing was held back
+  bool turn() {
+    const uint64_t before = progress_;
+    bool held = false;
+    if (shuffled_) std::shuffle(order_.begin(), order_.end(), random_);
+    for (int warp : order_) {
+      if (shuffled_ && (turns_ < held_until_[warp] || random_() % 4 == 0)) {
+        held = true;
+        continue;
       }
-      // as late as can be; with a seed, at any time
-      if (!engine.empty() && (progress_ == before || (seeded_ && random_() % 16 == 0))) {
-        engine.front().move();
-        engine.pop_front();
-        ++progress_;
-      }
-      if (progress_ != before)
-        idle_turns = 0;
-      else if (!held && ++idle_turns > 1)
-        throw Fault("deadlock in block " + std::to_string(index) + ": " + std::to_string(unfinished_) +
-                    " threads wait and none can go on");
+      if (shuffled_ && random_() % 128 == 0) held_until_[warp] = turns_ + random_() % 128;  // for long, now and then
+      for (int lane = 0; lane < kLanes; ++lane) step(*fibers_[warp * kLanes + lane]);
+      if (ranked_ && progress_ != before) break;  // the others wait for as long as this one can go on
     }
+    // as late as can be; with a seed, at any time
+    if (!engine.empty() && (progress_ == before || (seeded_ && random_() % 16 == 0))) {
+      const Request request = std::move(engine.front());
+      engine.pop_front();
+      request.move();
+      ++progress_;
+    }
+    ++turns_;
+    return progress_ == before && !held;
+  }
+
+  void end() {
     for (; !engine.empty(); engine.pop_front()) engine.front().move();
     for (char* edge : {base_ - kGuard, base_ + shared_bytes})
       for (size_t i = 0; i < kGuard; ++i)
-        if (edge[i] != static_cast<char>(0xa5)) throw Fault("block " + std::to_string(index) + " wrote beside its shared memory");
+        if (edge[i] != static_cast<char>(0xa5))
+          throw Fault("block " + std::to_string(index) + " wrote beside its shared memory");
     for (auto& fiber : fibers_) pool().push_back(std::move(fiber));
   }
 
@@ -160,8 +175,9 @@ class Block {
   }
 
   // bar.sync: `count` threads meet at barrier `id`.
-  void barrier(int id, int count) {
-    Barrier& barrier = barriers_[id];
+  void barrier(int id, int count) { meet(barriers_[id], count); }
+
+  void meet(Barrier& barrier, int count) {
     ++progress_;
     const uint64_t generation = barrier.generation;
     if (++barrier.arrived == count) {
@@ -186,6 +202,7 @@ class Block {
   const unsigned index;
   const int threads;
   const size_t shared_bytes;
+  Cluster* const cluster;
 
  private:
   static std::vector<std::unique_ptr<Fiber>>& pool() {
@@ -220,14 +237,14 @@ class Block {
       fiber.entry.uc_stack.ss_size = kStack;
       fiber.entry.uc_link = nullptr;
       const auto self = reinterpret_cast<uintptr_t>(this);
-      makecontext(&fiber.entry, reinterpret_cast<void (*)()>(&Block::begin), 2, static_cast<unsigned>(self),
+      makecontext(&fiber.entry, reinterpret_cast<void (*)()>(&Block::enter), 2, static_cast<unsigned>(self),
                   static_cast<unsigned>(self >> 32));
       setcontext(&fiber.entry);
     }
     if (error_) std::rethrow_exception(error_);
   }
 
-  static void begin(unsigned low, unsigned high) {
+  static void enter(unsigned low, unsigned high) {
     Block& block = *reinterpret_cast<Block*>(static_cast<uintptr_t>(low) | static_cast<uintptr_t>(high) << 32);
     try {
       block.kernel_();
@@ -248,6 +265,9 @@ class Block {
   std::vector<char> shared_;
   char* base_ = nullptr;
   std::vector<Warp> warps_;
+  std::vector<int> order_;
+  std::vector<uint64_t> held_until_;
+  uint64_t turns_ = 0;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   Barrier barriers_[kNamedBarriers];
   jmp_buf scheduler_;
@@ -267,18 +287,49 @@ inline uint64_t seed() {
   return given ? std::strtoull(given, nullptr, 10) : 0;
 }
 
-// Runs `blocks` blocks one after the other.
-inline void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  for (int64_t index = 0; index < blocks; ++index) {
-    Block block(static_cast<unsigned>(index), threads, shared_bytes, kernel, seed());
-    Block* outer = std::exchange(current(), &block);
-    try {
-      block.run();
-    } catch (...) {
-      current() = outer;
-      throw;
-    }
+// In the block, `act` is what another block's thread does.
+template <class Act>
+void as(Block* block, Act act) {
+  Block* outer = std::exchange(current(), block);
+  try {
+    act();
+  } catch (...) {
     current() = outer;
+    throw;
+  }
+  current() = outer;
+}
+
+// Runs `blocks` blocks, `cluster` of them at a time.
+inline void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel,
+                   int cluster = 1) {
+  if (blocks % cluster) throw Fault("the blocks of a launch must be whole clusters");
+  for (int64_t first = 0; first < blocks; first += cluster) {
+    Cluster together;
+    std::vector<std::unique_ptr<Block>> owned;
+    for (int i = 0; i < cluster; ++i) {
+      owned.push_back(
+          std::make_unique<Block>(static_cast<unsigned>(first + i), threads, shared_bytes, kernel, seed(), &together));
+      together.blocks.push_back(owned.back().get());
+      owned.back()->begin();
+    }
+    for (int idle_turns = 0; idle_turns < 2;) {
+      bool idle = true, ended = true;
+      for (Block* block : together.blocks) {
+        if (block->ended()) continue;
+        ended = false;
+        as(block, [&] { idle = block->turn() && idle; });
+      }
+      if (ended) break;
+      idle_turns = idle ? idle_turns + 1 : 0;
+      if (idle_turns == 2) {
+        int left = 0;
+        for (const Block* block : together.blocks) left += block->unfinished();
+        throw Fault("deadlock in block " + std::to_string(first) + ": " + std::to_string(left) +
+                    " threads wait and none can go on");
+      }
+    }
+    for (Block* block : together.blocks) as(block, [&] { block->end(); });
   }
 }
 

@@ -48,6 +48,21 @@ inline void arrive_expecting(Shared b, int bytes) {
 }
 inline void arrive(Shared b) { arrive_expecting(b, 0); }
 
+// ---- clusters
+inline emulator::Block* peer(int rank) {
+  emulator::Block* block = emulator::current()->cluster->blocks.at(rank);
+  if (block->ended()) throw emulator::Fault("shared memory is reached of a block that has ended");
+  return block;
+}
+inline void arrive_at(Shared b, int rank) {
+  emulator::as(peer(rank), [=] { arrive(b); });
+  emulator::current()->made_progress();
+}
+inline void cluster_barrier() {
+  emulator::Block* block = emulator::current();
+  block->meet(block->cluster->barrier, block->threads * static_cast<int>(block->cluster->blocks.size()));
+}
+
 inline void wait(Shared b, int parity) {
   emulator::current()->wait([=] { return emulated(b).phase != parity; });
 }
@@ -86,6 +101,27 @@ inline void load_box(const emulator::TensorMap& map, Shared to, Shared b, int c0
     EmulatedBarrier& barrier = emulated(b);
     barrier.bytes -= box_bytes(map);
     end_phase_if_complete(barrier);
+  }});
+}
+
+// Into the same place of every block of `ranks`, each of whose barriers hears of its bytes.
+inline void load_box_into(const emulator::TensorMap& map, Shared to, Shared b, int ranks, int c0, int c1, int c2,
+                          int c3, int c4) {
+  for (int rank = 0; ranks >> rank; ++rank)
+    if (ranks >> rank & 1) {
+      emulator::Block* block = peer(rank);
+      std::memset(block->shared(to, box_bytes(map), 1024), 0xff, box_bytes(map));
+    }
+  const int first[5] = {c0, c1, c2, c3, c4};
+  emulator::current()->engine.push_back({-1, [&map, to, b, ranks, first] {
+    for (int rank = 0; ranks >> rank; ++rank)
+      if (ranks >> rank & 1)
+        emulator::as(peer(rank), [&] {
+          for_box(map, to, first, [](const uint16_t* from, uint16_t* at) { *at = from ? *from : 0; });
+          EmulatedBarrier& barrier = emulated(b);
+          barrier.bytes -= box_bytes(map);
+          end_phase_if_complete(barrier);
+        });
   }});
 }
 

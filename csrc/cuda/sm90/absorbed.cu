@@ -8,11 +8,12 @@ namespace retro_kernels {
 namespace sm90 {
 namespace {
 
-bool map_states(TensorMap& map, const Problem& p, const States& s) {
-  if (!folds(s.encoded_stride, p.batch, p.chunks)) return false;
-  Axis axes[5] = {{s.width, 1}, {1, 0}, {p.retrieved, s.encoded_stride.token}, {p.neighbours, s.encoded_stride.neighbour},
-                  folded(s.encoded_stride, p.batch, p.chunks)};
-  return make_map(map, s.encoded, axes, p.retrieved);
+bool map_states(TensorMap& map, const Problem& p, const States& s, int box_tokens) {
+  const Strides& stride = s.encoded_stride;
+  if (!folds(stride, p.batch, p.chunks)) return false;
+  Axis axes[5] = {{s.width, 1}, {1, 0}, {p.retrieved, stride.token}, {p.neighbours, stride.neighbour},
+                  folded(stride, p.batch, p.chunks)};
+  return make_map(map, s.encoded, axes, box_tokens);
 }
 
 bool map_weight(TensorMap& map, const Problem& p, const void* data, const int64_t (&stride)[2], int width) {
@@ -23,8 +24,15 @@ bool map_weight(TensorMap& map, const Problem& p, const void* data, const int64_
 template <class T, int kDim, int kStateRows>
 void run(Absorbed f, Stream stream) {
   using S = AbsorbedShape<kDim, kStateRows>;
+  constexpr auto kernel = absorbed_kernel<T, kDim, kStateRows>;
+  constexpr const char* name = "absorbed forward (sm_90a)";
   f.blocks = std::min(f.items, multiprocessors());
-  launch<absorbed_kernel<T, kDim, kStateRows>>("absorbed forward (sm_90a)", f.blocks, S::kThreads, S::kBytes, stream, f);
+  if (f.cluster > 1) {  // a cluster more than run at a time would begin when the others have ended
+    const int clusters = clusters_at_a_time<kernel>(name, S::kThreads, S::kBytes, f.cluster);
+    if (clusters == 0) f.cluster = 1;
+    else f.blocks = f.cluster * std::min(f.items / f.cluster, clusters);
+  }
+  launch<kernel>(name, f.blocks, S::kThreads, S::kBytes, stream, f, false, f.cluster);
 }
 
 template <class T>
@@ -34,6 +42,19 @@ void by_size(const Absorbed& f, Stream stream) {
     few ? run<T, 64, 128>(f, stream) : run<T, 64, 256>(f, stream);
   else
     few ? run<T, 128, 128>(f, stream) : run<T, 128, 256>(f, stream);
+}
+
+// As many blocks share a chunk's states as their pairs of heads fill evenly and as there are boxes of whole swizzled
+// blocks of 8 tokens to divide among them.
+void choose_cluster(Absorbed& f) {
+  const Problem& p = f.p;
+  const int pairs = (p.heads + 1) / 2;
+  for (const int cluster : {4, 2, 1})
+    for (const int parts : {1, 2, 4})  // of a neighbour
+      if (pairs % cluster == 0 && p.retrieved % (8 * parts) == 0 && p.neighbours * parts % cluster == 0) {
+        f.cluster = cluster, f.state_box = p.retrieved / parts;
+        return;
+      }
 }
 
 }  // namespace
@@ -52,8 +73,9 @@ const char* absorbed_forward(const Problem& p, const States& s, Stream stream) {
   if (items > INT32_MAX / 2 || p.first_token < INT32_MIN / 2 || p.first_token > INT32_MAX / 2)
     return "more than 2^30 tiles of rows, or tokens that far away";
   f.items = static_cast<int>(items);
+  choose_cluster(f);
   if (!map_queries(f.query, p, p.query, p.query_stride, f.box_rows) ||
-      !map_queries(f.out, p, p.out, p.out_stride, f.box_rows) || !map_states(f.encoded, p, s) ||
+      !map_queries(f.out, p, p.out, p.out_stride, f.box_rows) || !map_states(f.encoded, p, s, f.state_box) ||
       !map_weight(f.w_key, p, s.w_key, s.w_key_stride, s.width) ||
       !map_weight(f.w_value, p, s.w_value, s.w_value_stride, s.width))
     return "tensors that the copy engine cannot walk: sequences and chunks must lie at one distance, no axis expanded";

@@ -3,8 +3,11 @@
 //
 // With m rows, S slots, width e and head size d a (chunk, head) takes 4 m e (d + S) FLOPs, 88 M at 64, 256, 896 and
 // 128, and reads from the L2 cache S e states twice and 2 d e weights: compute-bound, the floor is the FLOPs over the
-// matrix rate. Two heads share a block and its states: 0.92 MB a head in 16 bits instead of 1.38. (Blocks of a cluster
-// do not share states or weights by multicast yet.)
+// matrix rate. How close the kernel comes is unmeasured: it has run in the emulator only.
+//
+// In 16 bits that is 1.38 MB a head: 0.92 of states, 0.46 of weights. Two heads share a block and its states, and the 2
+// or 4 blocks of a cluster, which have further heads of the same rows, share them by multicast: each loads its part of
+// every stage into all. So a head reads 0.57 MB in clusters of 4, 0.69 of 2, 0.92 alone.
 //
 // A block is persistent and takes items (chunk, 64 rows, two heads). A producer thread fills a ring with columns of 64:
 // of the chunk's states, and of the weights of each head. Each of two consumer warpgroups has one head. It goes through
@@ -64,6 +67,8 @@ RK_DEVICE AbsorbedItem absorbed_item(const Absorbed& f, int i) {
 template <class S>
 RK_DEVICE void produce_absorbed(const Absorbed& f) {
   const Problem& p = f.p;
+  const int rows = p.neighbours * p.retrieved / f.cluster;  // of a stage, this block's part
+  const int first_row = block_index() % f.cluster * rows;
   int query_parity = 1;
   Place<S::kRing> ring;
   for (int i = block_index(); i < f.items; i += f.blocks) {
@@ -79,11 +84,17 @@ RK_DEVICE void produce_absorbed(const Absorbed& f) {
     if (!item.attends) continue;
     for (int pass = 0; pass < 2; ++pass) {
       for (int column = 0; column < f.width; column += 64) {
+        // Empty when the consumers of all blocks have done with it: what follows writes to all of them. The bytes of
+        // another block's boxes may come before this block says that it expects them.
         wait(S::empty(ring.at), ring.parity ^ 1);
         arrive_expecting(S::full(ring.at), p.neighbours * p.retrieved * kPanelRow + 2 * S::kWeights);
-        for (int neighbour = 0; neighbour < p.neighbours; ++neighbour)
-          load_box(f.encoded, S::states(ring.at) + neighbour * p.retrieved * kPanelRow, S::full(ring.at), column, 0, 0,
-                   neighbour, item.batch * p.chunks + item.chunk);
+        int neighbour = first_row / p.retrieved, token = first_row % p.retrieved;
+        for (int row = first_row; row < first_row + rows; row += f.state_box) {
+          load_box_into(f.encoded, S::states(ring.at) + row * kPanelRow, S::full(ring.at), (1 << f.cluster) - 1, column,
+                        0, token, neighbour, item.batch * p.chunks + item.chunk);
+          token += f.state_box;
+          if (token == p.retrieved) token = 0, ++neighbour;
+        }
         for (int head = 0; head < 2; ++head) {
           const int there = item.head + head < p.heads ? item.head + head : item.head;
           load_box(pass == 0 ? f.w_key : f.w_value, S::weights(ring.at, head), S::full(ring.at), column,
@@ -92,6 +103,16 @@ RK_DEVICE void produce_absorbed(const Absorbed& f) {
         ring.next();
       }
     }
+  }
+}
+
+// This warp has done with a stage: says so to the producers of all blocks that fill it.
+template <class S>
+RK_DEVICE void give_stage(const Absorbed& f, int stage) {
+  if (f.cluster == 1) {
+    if (lane_index() == 0) arrive(S::empty(stage));
+  } else if (lane_index() < f.cluster) {
+    arrive_at(S::empty(stage), lane_index());
   }
 }
 
@@ -156,7 +177,7 @@ RK_DEVICE void consume_absorbed(const Absorbed& f, int head) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) add_rows(T(), score, left[k], rows_descriptor(S::states(ring.at) + k * 32));
         wait_for_products(score);
-        if (lane == 0) arrive(S::empty(ring.at));
+        give_stage<S>(f, ring.at);
         ring.next();
       }
 #pragma unroll
@@ -210,7 +231,7 @@ RK_DEVICE void consume_absorbed(const Absorbed& f, int head) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) add_rows(T(), out, left[k], rows_descriptor(S::weights(ring.at, head) + k * 32));
         wait_for_products(out);
-        if (lane == 0) arrive(S::empty(ring.at));
+        give_stage<S>(f, ring.at);
         ring.next();
       }
     }
@@ -233,7 +254,7 @@ RK_KERNEL((AbsorbedShape<kDim, kStateRows>::kThreads), 1) absorbed_kernel(RK_PAR
   const int warpgroup = thread_index() / 128;
   if (thread_index() == 0) {
     for (int head = 0; head < 2; ++head) init_barrier(S::query_full(head), 1), init_barrier(S::query_empty(head), 1);
-    for (int i = 0; i < S::kRing; ++i) init_barrier(S::full(i), 1), init_barrier(S::empty(i), 8);  // consumers' warps
+    for (int i = 0; i < S::kRing; ++i) init_barrier(S::full(i), 1), init_barrier(S::empty(i), 8 * f.cluster);  // warps
     fence_barriers();
   }
   // Rows of states that no slot has are never written again: zero, so that weights of zero leave nothing of them.
@@ -241,7 +262,10 @@ RK_KERNEL((AbsorbedShape<kDim, kStateRows>::kThreads), 1) absorbed_kernel(RK_PAR
   for (int i = used + thread_index(); i < kStateRows * 8; i += S::kThreads)
     for (int stage = 0; stage < S::kRing; ++stage) *shared_pointer<Vector16>(S::states(stage) + i * 16) = Vector16{};
   fence_async();
-  block_barrier();
+  if (f.cluster == 1)
+    block_barrier();
+  else
+    cluster_barrier();  // no block reaches another's barriers before they are made
   if (warpgroup == 2) {
     give_registers<40>();
     if (thread_index() == 256) produce_absorbed<S>(f);
@@ -249,6 +273,7 @@ RK_KERNEL((AbsorbedShape<kDim, kStateRows>::kThreads), 1) absorbed_kernel(RK_PAR
     take_registers<232>();
     consume_absorbed<T, kDim, kStateRows>(f, warpgroup);
   }
+  if (f.cluster > 1) cluster_barrier();  // no block ends while another may still reach it
 }
 
 }  // namespace sm90

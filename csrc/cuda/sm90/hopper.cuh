@@ -33,12 +33,36 @@ RK_DEVICE void wait(Shared b, int parity) {
         : "memory");
 }
 
+// ---- clusters: adjacent blocks that run together and reach each other's shared memory at the same addresses
+// At the barrier of the block of this rank.
+RK_DEVICE void arrive_at(Shared b, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(b)),
+      "r"(rank)
+      : "memory");
+}
+// Of all threads of all blocks.
+RK_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // ---- the copy engine, between global memory and a box of a tensor of five axes, swizzled by 128 bytes
 RK_DEVICE void load_box(const TensorMap& map, Shared to, Shared b, int c0, int c1, int c2, int c3, int c4) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
       "[%2];" ::"r"(shared_address(to)),
       "l"(&map), "r"(shared_address(b)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+// Into the same place of every block of `ranks` (a bit each), each of whose barriers hears of its bytes.
+RK_DEVICE void load_box_into(const TensorMap& map, Shared to, Shared b, int ranks, int c0, int c1, int c2, int c3,
+                             int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(b)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
+      "h"(static_cast<uint16_t>(ranks))
       : "memory");
 }
 RK_DEVICE void store_box(const TensorMap& map, Shared from, int c0, int c1, int c2, int c3, int c4) {

@@ -38,13 +38,15 @@ struct Backward {
 };
 
 // The absorbed strategy: chunks alone, grouping kClock. The states' axes are (column, -, retrieved token, neighbour,
-// sequence and chunk), in boxes of all tokens of a neighbour; those of the weights [kv head, row, column] are (column,
+// sequence and chunk), in boxes of `state_box` tokens; those of the weights [kv head, row, column] are (column,
 // kv head, row).
 struct Absorbed {
   TensorMap query, encoded, w_key, w_value, out;
   Problem p;  // without keys and values
   int width;
   int box_rows, row_tiles, items, blocks;
+  int cluster;    // blocks that share a chunk's states
+  int state_box;  // tokens of a neighbour in a box of states
 };
 
 }  // namespace sm90

@@ -19,9 +19,9 @@ void expect(bool right, const char* what) {
   ++failures;
 }
 
-std::string fault(int threads, size_t bytes, const std::function<void()>& kernel) {
+std::string fault(int threads, size_t bytes, const std::function<void()>& kernel, int cluster = 1) {
   try {
-    emulator::launch(1, threads, bytes, kernel);
+    emulator::launch(cluster, threads, bytes, kernel, cluster);
   } catch (const emulator::Fault& found) {
     return found.what();
   }
@@ -172,6 +172,45 @@ void hopper_faults() {
   }
 }
 
+// Two blocks, the first of which loads one box into both.
+void clusters() {
+  Numbers numbers(70, 64);
+  uint16_t early[2] = {}, late[2] = {};
+  const auto share = [&](bool starts_together, bool ends_together) {
+    return [&, starts_together, ends_together] {
+      const int rank = static_cast<int>(block_index());
+      if (lane_index() == 0) {
+        sm90::init_barrier(kBarrier, 1);
+        sm90::init_barrier(kBarrier + 8, 2);
+      }
+      if (starts_together) sm90::cluster_barrier();
+      if (lane_index() == 0) {
+        sm90::arrive_expecting(kBarrier, sm90::kPanel);
+        if (rank == 0) sm90::load_box_into(numbers.map, 0, kBarrier, 3, 0, 0, 8, 0, 0);
+        early[rank] = *shared_pointer<uint16_t>(sm90::swizzled(3, 0));
+        sm90::wait(kBarrier, 0);
+        late[rank] = *shared_pointer<uint16_t>(sm90::swizzled(3, 32) + 2);  // row 11, column 17
+        for (int peer = 0; peer < 2; ++peer) sm90::arrive_at(kBarrier + 8, peer);
+        if (rank == 1) sm90::wait(kBarrier + 8, 0);
+      }
+      if (ends_together) sm90::cluster_barrier();
+    };
+  };
+  bool found_start = false, found_end = false, right = true;
+  for (uint64_t seed = 0; seed <= 20; ++seed) {
+    setenv("RETRO_KERNELS_EMULATOR_SEED", std::to_string(seed).c_str(), 1);
+    right = right && fault(32, kHopperBytes, share(true, true), 2).empty();
+    for (const uint16_t x : late) right = right && x == emulator::narrow(Float16(), Numbers::value(11, 17));
+    if (seed == 0) right = right && early[0] == 0xffff;
+    found_start = found_start || contains(fault(32, kHopperBytes, share(false, true), 2), "not initialised");
+    found_end = found_end || contains(fault(32, kHopperBytes, share(true, false), 2), "has ended");
+  }
+  unsetenv("RETRO_KERNELS_EMULATOR_SEED");
+  expect(right, "a box lands in both blocks of a cluster, and both barriers hear of it");
+  expect(found_start, "a block that reaches a barrier which another has not made yet is seen");
+  expect(found_end, "a block that reaches one that has ended is seen");
+}
+
 // Products of 64 x 64 from boxes of 64 x 64, by every way of reading the right factor and the left one.
 void hopper_products() {
   Numbers numbers(70, 64);
@@ -190,6 +229,17 @@ void hopper_products() {
     const auto b = [](int row, int column) {
       return row + 5 < 70 && column + 3 < 70 ? Numbers::value(row + 5, column + 3) : 0.0f;
     };
+    float turned[32];
+    for (int k = 0; k < 4; ++k)
+      multiply_transposed(Float16(), turned, columns_descriptor(2 * k * kBlock, 0),
+                          columns_descriptor(kPanel + 2 * k * kBlock, 0), k > 0);
+    wait_for_products(turned);
+    for (int i = 0; i < 32; ++i) {
+      const int row = warp_index() * 16 + lane_index() / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
+      float sum = 0.0f;
+      for (int k = 0; k < 64; ++k) sum += a(k, row) * b(k, column);
+      same = same && sum == turned[i];
+    }
     for (const bool columns : {false, true}) {
       float direct[32], held[32] = {};
       for (int k = 0; k < 4; ++k) {
@@ -241,6 +291,7 @@ int main() {
   product<BFloat16, 32>("bfloat16 products, short rows");
   numbers();
   hopper_faults();
+  clusters();
   hopper_products();
   return failures ? 1 : 0;
 }

@@ -64,6 +64,20 @@ def test_the_paper_s_shape():
     agree(make(torch.bfloat16, 1, 130, 2, 2, 64, 2, 2, 128, 64), torch.bfloat16, chunk_size=64)
 
 
+@pytest.mark.parametrize(("h", "k", "r"), [(3, 2, 16), (7, 2, 16), (8, 1, 32), (8, 4, 8)])
+def test_blocks_that_share_states_give_what_each_gives_alone(h, k, r, monkeypatch):
+    """2 blocks share a chunk's states for 3 heads, 4 for 7 and 8, by whole neighbours or parts of them; one block
+    computes 2 heads alone. In any order of blocks, warps and boxes, with masked states that are NaN."""
+    x = make(torch.bfloat16, 2, 40, h, 1, 64, 2, k, r, 72, masked=True)
+    together = agree(x, torch.bfloat16, chunk_size=16)
+    for seed in (1, 2, 3, 4):
+        monkeypatch.setenv("RETRO_KERNELS_EMULATOR_SEED", str(seed))
+        assert all(torch.equal(a, b) for a, b in zip(together, call(x, "cuda", chunk_size=16)))
+    for head in range(0, h, 2):
+        alone = call(x | {"query": x["query"][:, :, head : head + 2]}, "cuda", chunk_size=16)
+        assert all(torch.equal(a[:, :, head : head + 2], b) for a, b in zip(together, alone))
+
+
 def test_strides_offsets_and_alignment():
     x = make(torch.float16, 2, 40, 2, 1, 64, 4, 2, 16, 64, masked=True)
     x["query"] = draw(torch.float16, 2, 2, 40, 64).transpose(1, 2)
