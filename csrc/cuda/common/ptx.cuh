@@ -183,4 +183,17 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 
 #endif
 
+// sum += x . y, of eight numbers each.
+template <class T>
+RK_DEVICE void add_dot(T type, float& sum, const Vector16& x, const Vector16& y) {
+  const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    float a, b, c, d;
+    unpack(type, xs[j], a, b);
+    unpack(type, ys[j], c, d);
+    sum += a * c + b * d;
+  }
+}
+
 }  // namespace retro_kernels

@@ -109,14 +109,7 @@ attention_backward(RK_PARAMETER Problem p) {
         const int chunk = i + thread_index() % kShare;
         const Vector16 x = *reinterpret_cast<const Vector16*>(from + chunk * 8);
         const Vector16 y = *shared_pointer<Vector16>(Shape::Layout::chunk(Shape::kGradOut, row, chunk));
-        const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float a, b, c, d;
-          unpack(T(), xs[j], a, b);
-          unpack(T(), ys[j], c, d);
-          sum += a * c + b * d;
-        }
+        add_dot(T(), sum, x, y);
       }
     }
 #pragma unroll

@@ -193,16 +193,8 @@ RK_DEVICE void take_rows(const Backward& f, const BackwardChannel<kDim> c, int p
 #pragma unroll
     for (int part = half; part < kDim / 8; part += 2) {
       const int place = part / 8 * kPanel + swizzled(row, part % 8 * 16);
-      const Vector16 x = *shared_pointer<Vector16>(c.grad_out(at.at) + place);
-      const Vector16 y = *shared_pointer<Vector16>(c.out(at.at) + place);
-      const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float first, second, of_first, of_second;
-        unpack(T(), xs[j], first, second);
-        unpack(T(), ys[j], of_first, of_second);
-        delta += first * of_first + second * of_second;
-      }
+      add_dot(T(), delta, *shared_pointer<Vector16>(c.grad_out(at.at) + place),
+              *shared_pointer<Vector16>(c.out(at.at) + place));
     }
   }
   delta += shuffle_xor(delta, 1);

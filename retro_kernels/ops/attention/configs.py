@@ -240,17 +240,20 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows
         largest = 32 if generation == 80 or (generation == 100 and kind == "backward_sweeps") else 64
         fits = precision == "half" and size <= 128
         if generation == 90:
-            # Plain spills 72 and 56 bytes at 128 wide, options 8 and relative positions 144 at 64: two launches, which
-            # do not. Relative positions at 128 spill in two launches as well.
-            fits = fits and (features == "plain" if size == 64 else features.startswith("relative"))
+            # Plain spills 72 and 56 bytes at 128 wide, options 8 and relative positions 144 at 64, 712 and 504 at 128:
+            # two launches, which do not.
+            fits = fits and features == "plain" and size == 64
         return _S(min(largest, power_of_two(rows)), 64, 8, 1) if fits else None
     if kind == "backward_relative":
-        # Square, as its diagonals need. Larger tiles spill: 64 x 64 by 304 bytes at 64 wide on sm_90.
-        side = min(32, power_of_two(rows))
+        # Square, as its diagonals need. Larger tiles spill: 32 x 32 by 192 bytes at 64 wide on sm_90, by 720 at 128,
+        # where 16 x 16 still spills 48.
+        side = min(16 if generation == 90 and precision == "half" else 32, power_of_two(rows))
         return _S(side, side, 8, 1)
     if kind == "backward" and 64 < rows <= 128 and precision == "half" and size <= 128:
         # 236 registers at 128 wide on sm_90; with options, or without WGMMA, the sweeps
         return _S(128, 64, 8, 2 if generation == 90 else 1) if generation >= 90 and not options else None
+    if features.startswith("relative") and generation == 90 and precision == "half" and size == 128:
+        return _relative_at_128(kind, rows)
     by_width = _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
     found = by_width.get(size, (None, None))[options]
     if kind == "backward_keys" and precision == "half" and size == 64:
@@ -267,6 +270,21 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows
     return replace(found, block_rows=min(found.block_rows, power_of_two(rows)))
 
 
+def _relative_at_128(kind: str, rows: int) -> LaunchSettings | None:
+    """On sm_90: the run of distances and its products stand beside the tile, so smaller tiles and no backward in one
+    launch (64 x 32 spills 184 bytes). Of the tiles that multiply by WGMMA throughout, 64 x 16 spills 56 bytes for the
+    queries and 16 x 64 spills 32 for the keys; these, which take older instructions, spill nothing."""
+    found = {
+        "forward": _S(64, 32, 8, 2),
+        "backward": None,
+        "backward_queries": _S(32, 64, 8, 1),
+        "backward_keys": _S(32, 32, 8, 1),
+        "backward_bias": _S(16, 64, 8, 1),
+        "backward_null": _S(32, 16, 4, 1),
+    }[kind]
+    return None if found is None else replace(found, block_rows=min(found.block_rows, power_of_two(rows)))
+
+
 def candidates(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows: int) -> list[LaunchSettings]:
     """What tuning tries: the rule's choice first, then its neighbours. Which do not fit is found out by trying."""
     first = rule(kind, sm, dtype, width, features, rows)
@@ -279,6 +297,8 @@ def candidates(kind: str, sm: int, dtype: torch.dtype, width: int, features: str
         for stages in (1, 2, 3)
         if 16 <= keys <= 128
         # Tiles of relative gradients are square, and their sums are read again after a barrier: no prefetching.
-        and (kind != "backward_relative" or (keys == first.block_keys and stages == 1))
+        and (kind != "backward_relative" or (keys <= 32 and stages == 1))
     ]
+    if kind == "backward_relative":
+        others = [replace(settings, block_rows=settings.block_keys) for settings in others]
     return [first, *(settings for settings in others if settings != first)]
