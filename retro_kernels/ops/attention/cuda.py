@@ -8,8 +8,8 @@ What they take: float16 and bfloat16, one head size of 64, 96 or 128 for keys an
 documents and everything that the clock says (stride, alignment, offsets); rows that begin at multiples of 16 bytes.
 `refusal` names what they do not take. Floors, in bytes over bandwidth, are in the kernels' header comments.
 
-On compute capability 9.0 the forward is the Hopper kernels' (csrc/cuda/sm90) where those take the call; what they do
-not take, and the backward, is the work of csrc/cuda/sm80 there too.
+On compute capability 9.0 forward and backward are the Hopper kernels' (csrc/cuda/sm90) where those take the call; what
+they do not take is the work of csrc/cuda/sm80 there too.
 
 The kernels read the inputs where they are and allocate nothing but their outputs. One program computes all of a
 (group, head) in one order, without atomics: results are bitwise reproducible.
