@@ -35,6 +35,8 @@ class RetroConfig:
             model_dim. Otherwise, as in the paper, it has its own.
         dropout, hidden_dropout: on attention probabilities, and on what every part adds; in training only.
         norm_eps: of the RMS norms.
+        initializer_range: the standard deviation of fresh weights (see `Retro.reset_parameters`). 0.02 suits widths of
+            a few thousand; narrow models learn faster with about `model_dim ** -0.5`.
         tokenizer: the name of the tokenizer that made the tokens; checked against a database's where both are known.
         eos_token_id: ends a generated sequence; None if nothing does.
 
@@ -68,6 +70,7 @@ class RetroConfig:
     dropout: float = 0.0
     hidden_dropout: float = 0.0
     norm_eps: float = 1e-6
+    initializer_range: float = 0.02
     tokenizer: str | None = None
     eos_token_id: int | None = None
 
@@ -105,8 +108,9 @@ class RetroConfig:
                 raise ValueError(f'{name}: got {width} with positions="rotary", expected an even number')
         for name in ("dropout", "hidden_dropout"):
             common.probability(name, getattr(self, name))
-        if validate.number("norm_eps", self.norm_eps) <= 0.0:
-            raise ValueError(f"norm_eps: got {self.norm_eps}, expected more than 0")
+        for name in ("norm_eps", "initializer_range"):
+            if validate.number(name, getattr(self, name)) <= 0.0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0")
         for name in ("gated_feed_forward", "cross_attention_gate", "tied_embeddings", "shared_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected True or False")

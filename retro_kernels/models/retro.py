@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .generation import Generated
 
 INTEGERS = (torch.int64, torch.int32)
-INITIAL_STD = 0.02
 
 
 class Retro(nn.Module):
@@ -108,18 +107,19 @@ class Retro(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal weights of deviation 0.02; what adds to a residual stream has it divided by the root of the number of
+        """Normal weights of deviation `initializer_range`; what adds to a residual stream has it divided by the root of the number of
         such parts, so that the stream keeps its size. Norms are 1; u, v and gates 0. (The paper does not say.)"""
+        std = self.config.initializer_range
         encoder_layers = [] if self.encoder is None else list(self.encoder.layers)
         for layers in (list(self.blocks), encoder_layers):
             for layer in layers:
                 for name, module in layer.named_modules():
                     if isinstance(module, nn.Linear):
                         adds = name.endswith("w_out")
-                        nn.init.normal_(module.weight, std=INITIAL_STD / (2 * len(layers)) ** (0.5 * adds))
+                        nn.init.normal_(module.weight, std=std / (2 * len(layers)) ** (0.5 * adds))
         for module in (self.embedding, self.encoder_embedding, self.readout):
             if module is not None:
-                nn.init.normal_(module.weight, std=INITIAL_STD)
+                nn.init.normal_(module.weight, std=std)
 
     def forward(
         self,

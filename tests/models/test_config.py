@@ -83,6 +83,7 @@ def test_a_dictionary_holds_all(name):
         ({"activation": "tanh"}, "activation: got 'tanh'"),
         ({"dropout": 1.0}, "dropout: got 1.0"),
         ({"norm_eps": 0.0}, "norm_eps: got 0.0"),
+        ({"initializer_range": -0.1}, "initializer_range: got -0.1"),
         ({"encoder_dim": 15}, "encoder_dim: got 15"),
         ({"positions": "rotary", "encoder_head_dim": 7}, "encoder_head_dim: got 7"),
         ({"eos_token_id": 64}, "eos_token_id: got 64"),

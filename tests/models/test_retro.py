@@ -251,6 +251,15 @@ def test_the_sliced_loss_is_cross_entropy(monkeypatch, reduction):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_fresh_weights_have_the_deviation_asked_for():
+    torch.manual_seed(0)
+    model = Retro(RetroConfig.preset("tiny", model_dim=64, num_layers=4, initializer_range=0.1))
+    assert abs(float(model.embedding.weight.std()) - 0.1) < 0.005
+    block = model.blocks[-1]
+    assert abs(float(block.self_attention.w_query.weight.std()) - 0.1) < 0.005
+    assert abs(float(block.self_attention.w_out.weight.std()) - 0.1 / 8**0.5) < 0.002
+
+
 def test_wrong_input_is_named():
     model = tiny()
     tokens, neighbours, mask = batch(model)
