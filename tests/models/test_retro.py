@@ -254,10 +254,10 @@ def test_the_sliced_loss_is_cross_entropy(monkeypatch, reduction):
 def test_fresh_weights_have_the_deviation_asked_for():
     torch.manual_seed(0)
     model = Retro(RetroConfig.preset("tiny", model_dim=64, num_layers=4, initializer_range=0.1))
-    assert abs(float(model.embedding.weight.std()) - 0.1) < 0.005
-    block = model.blocks[-1]
-    assert abs(float(block.self_attention.w_query.weight.std()) - 0.1) < 0.005
-    assert abs(float(block.self_attention.w_out.weight.std()) - 0.1 / 8**0.5) < 0.002
+    assert abs(model.embedding.weight.std().item() - 0.1) < 0.005
+    attention = model.blocks[-1].self_attention
+    assert abs(attention.w_query.weight.std().item() - 0.1) < 0.005
+    assert abs(attention.w_out.weight.std().item() - 0.1 / 8**0.5) < 0.002
 
 
 def test_wrong_input_is_named():
