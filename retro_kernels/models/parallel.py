@@ -13,6 +13,7 @@ from ..nn import ChunkedCrossAttention, RelativePositions
 from ..nn.context_parallel import ContextParallel
 from ..nn.neighbour_encoder import FeedForward, NeighbourAttention
 from ..nn.retro_decoder_block import CausalSelfAttention
+from ..ops.attention.dropout import set_stream
 from .retro import Retro
 
 
@@ -36,6 +37,7 @@ def divide_rows(model: Retro, group: dist.ProcessGroup) -> None:
 def divide_projections(model: Retro, mesh: DeviceMesh) -> None:
     """Gives each process of the mesh (one dimension) an equal share of the heads of every attention, of their
     projections and relative positions, and of the inner width of every feed-forward. Embeddings and norms are on all.
+    From then on attention dropout differs between the processes; what else torch's generator decides does not.
 
     Raises ValueError for heads and widths that the processes do not divide.
     """
@@ -54,6 +56,7 @@ def divide_projections(model: Retro, mesh: DeviceMesh) -> None:
         else:
             continue
         parallelize_module(module, mesh, plan)
+    set_stream(mesh.get_local_rank())
 
 
 def _divide_positions(name: str, relative: RelativePositions, mesh: DeviceMesh) -> None:

@@ -107,8 +107,9 @@ class Retro(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal weights of deviation `initializer_range`; what adds to a residual stream has it divided by the root of the number of
-        such parts, so that the stream keeps its size. Norms are 1; u, v and gates 0. (The paper does not say.)"""
+        """Normal weights of deviation `initializer_range`; what adds to a residual stream has it divided by the root of
+        the number of such parts, so that the stream keeps its size. Norms are 1; u, v and gates 0. (The paper does not
+        say.)"""
         std = self.config.initializer_range
         encoder_layers = [] if self.encoder is None else list(self.encoder.layers)
         for layers in (list(self.blocks), encoder_layers):

@@ -19,6 +19,7 @@ from training_common import COMPARABLE, settings, stream_of
 
 from retro_kernels.models.parallel import divide_projections, divide_rows
 from retro_kernels.models.training import Trainer
+from retro_kernels.ops.attention.dropout import draw_seed
 
 RUNS = {
     "ddp": {"parallel": "ddp"},
@@ -77,6 +78,14 @@ def gradients(folder: Path, rank: int) -> None:
                 save_file({key: x.contiguous() for key, x in found.items()}, folder / f"{kind}.{name}.safetensors")
 
 
+def seeds(folder: Path, rank: int) -> None:
+    """What decides attention dropout, and all other, on a process that holds half the heads."""
+    model, _ = example("tiny")
+    divide_projections(model, init_device_mesh("cpu", (2,)))
+    torch.manual_seed(1)
+    save_file({"attention": draw_seed(torch.device("cpu")), "other": torch.rand(1)}, folder / f"seeds.{rank}")
+
+
 def main(rank: int, folder: Path, what: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -84,6 +93,7 @@ def main(rank: int, folder: Path, what: str) -> None:
         train(folder)
     else:
         gradients(folder, rank)
+        seeds(folder, rank)
     dist.destroy_process_group()
 
 

@@ -21,6 +21,7 @@ NULL_COUNTER = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
+_stream = 0
 
 
 def threshold(p: float) -> int:
@@ -35,7 +36,15 @@ def survivor_scale(p: float) -> float:
 def draw_seed(device: torch.device) -> torch.Tensor:
     """int64 [1] from torch's generator of that device: reproducible by manual_seed, replayed by checkpointing, and
     drawn without synchronising."""
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    drawn = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return drawn ^ _stream if _stream else drawn
+
+
+def set_stream(number: int) -> None:
+    """Gives this process its own seeds (0: those drawn), although its torch generator goes the same way as others'.
+    So must processes do that hold different heads of the same activations, whose other dropout has to agree."""
+    global _stream
+    _stream = number * 0x9E3779B97F4A7C15 & (2**63 - 1)
 
 
 def philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
