@@ -68,7 +68,8 @@ def _divide_positions(name: str, relative: RelativePositions, mesh: DeviceMesh) 
     ):
         whole = getattr(module, parameter)
         if whole is not None:
-            setattr(module, parameter, nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)])))
+            divided = distribute_tensor(whole.detach(), mesh, [Shard(0)])
+            setattr(module, parameter, nn.Parameter(divided, requires_grad=whole.requires_grad))
 
 
 def _share(name: str, size: int, count: int) -> int:

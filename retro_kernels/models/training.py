@@ -55,6 +55,9 @@ class TrainingConfig:
         warmup_steps: of the linear rise from 1e-7.
         weight_decay: of matrices (not of norms, u, v and gates). betas, epsilon: of AdamW.
         clip: the largest norm of the gradient; None: any.
+        retrofit: the folder of a trained decoder, a `Retro` without chunked cross-attention. Its weights are taken and
+            stay as they are; only chunked cross-attention and encoder are trained (appendix B.2 of the paper), so that
+            with retrieval off the model remains that decoder. None: all weights are fresh, and trained.
         precision: "fp32", or "bf16" (autocast; the weights stay fp32).
         seed: of the initial weights, dropout and the order of rows.
         save_every, keep: steps between checkpoints, and how many are kept.
@@ -81,6 +84,7 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
     clip: float | None = 1.0
+    retrofit: str | None = None
     precision: str = "fp32"
     seed: int = 0
     save_every: int = 1000
@@ -136,6 +140,29 @@ class LossOf(nn.Module):
         return self.model.loss(batch.tokens, batch.targets, batch.neighbours, batch.neighbour_mask, reduction="sum")
 
 
+def take_decoder(model: Retro, folder: str | os.PathLike[str]) -> None:
+    """Gives the model the weights of the decoder in the folder, and freezes them.
+
+    Raises FileNotFoundError for a folder that is not there; ValueError for a decoder of other sizes, for one that has
+    chunked cross-attention already, and for a model that has none.
+    """
+    decoder = Retro.from_pretrained(folder)
+    if decoder.encoder is not None or model.encoder is None:
+        which = "the decoder has" if decoder.encoder is not None else "the model has no"
+        raise ValueError(f"retrofit: {which} chunked cross-attention, expected a decoder without and a model with it")
+    weights, mine = decoder.state_dict(), model.state_dict()
+    different = [name for name, x in weights.items() if name not in mine or mine[name].shape != x.shape]
+    if different or len(decoder.blocks) != len(model.blocks):
+        raise ValueError(
+            f"retrofit: got a decoder of {len(decoder.blocks)} layers of width {decoder.config.model_dim} in {folder}, "
+            f"expected one of the model's sizes, {len(model.blocks)} layers of width {model.config.model_dim}"
+            + (f"; different: {', '.join(different[:3])}" if different else "")
+        )
+    model.load_state_dict(weights, strict=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in weights)
+
+
 class Trainer:
     """A run: makes the model or takes up the last checkpoint in `settings.output`, then `run()`.
 
@@ -146,7 +173,7 @@ class Trainer:
         device: where to train. say: what to tell the user with.
 
     Raises ValueError when the folder holds a run of another config or other settings (but for `steps` and how often is
-    saved and logged).
+    saved and logged), and for a decoder that the model cannot take (see `take_decoder`).
     """
 
     def __init__(
@@ -188,6 +215,8 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = Retro(config, backend=settings.backend).to(self.device)
         self.model.activation_checkpointing = settings.activation_checkpointing
+        if settings.retrofit is not None:
+            take_decoder(self.model, settings.retrofit)
         self.wrapped = self._wrap()
         groups = []
         for parameters in _by_mesh(self.model.parameters()):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,38 @@ def test_training_learns_to_read_the_neighbours(tmp_path):
     with torch.no_grad():
         run.model.eval()
         assert run.model.loss(*batch) < 0.8 * run.model.loss(*batch[:2])
+
+
+def test_a_retrofitted_decoder_learns_to_read_neighbours_and_stays_what_it_was(tmp_path):
+    stream = stream_of(tmp_path / "data")
+    sizes = dataclasses.replace(stream.config, cross_attention_layers=())
+    decoder = Trainer(sizes, TokenStream(tmp_path / "data", sizes), settings(tmp_path / "decoder"), say=print)
+    decoder.run()
+    given = {"retrofit": str(tmp_path / "decoder" / "step-00000006"), "clip": None}
+    whole = trainer(stream, tmp_path / "whole", steps=120, save_every=60, log_every=60, **given)
+    whole.run()
+    shutil.copytree(tmp_path / "whole" / "step-00000060", tmp_path / "parts" / "step-00000060")
+    trainer(stream, tmp_path / "parts", steps=120, save_every=60, log_every=60, **given).run()
+    expected, got = weights_of(tmp_path / "whole", 120), weights_of(tmp_path / "parts", 120)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    tokens, targets, neighbours, mask = stream.batch(range(ROWS))
+    with torch.no_grad():
+        assert torch.equal(whole.model.eval()(tokens), decoder.model.eval()(tokens))
+        assert whole.model.loss(tokens, targets, neighbours, mask) < whole.model.loss(tokens, targets) - 0.2
+
+
+def test_a_decoder_that_does_not_fit_is_named(tmp_path):
+    stream = stream_of(tmp_path / "data")
+    for config, message in (
+        (stream.config, "the decoder has chunked cross-attention"),
+        (dataclasses.replace(stream.config, cross_attention_layers=(), num_layers=2), "2 layers of width"),
+        (dataclasses.replace(stream.config, cross_attention_layers=(), feed_forward_dim=8), "different: blocks.0"),
+    ):
+        Retro(config).save_pretrained(tmp_path / "decoder")
+        with pytest.raises(ValueError, match=f"retrofit: .*{message}"):
+            trainer(stream, tmp_path / "run", retrofit=str(tmp_path / "decoder"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        trainer(stream, tmp_path / "run", retrofit=str(tmp_path / "nowhere"))
 
 
 def test_accumulated_micro_batches_and_several_processes_equal_one_batch(tmp_path):
