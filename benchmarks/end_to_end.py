@@ -34,14 +34,13 @@ import torch.nn.functional as F
 from retro_kernels.models import Neighbours, Retro, RetroConfig
 from retro_kernels.models.loss import linear_cross_entropy
 
-from . import environment, peers
+from . import environment, peers, report
 from .timing import measure_ceilings
 from .workloads import CAUSAL_SELF, CCA, ENCODER_CROSS, ENCODER_SELF
 
 HERE = Path(__file__).resolve().parent
 FILE = "end-to-end.json"
 DOCUMENT = HERE.parent / "docs" / "retro.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SMALL = {
     "model_dim": 384, "num_layers": 6, "num_heads": 6, "cross_attention_layers": (3, 6), "encoder_dim": 256,
     "encoder_heads": 4,
@@ -445,12 +444,6 @@ def _peer_table(runs: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def documented(text: str, runs: list[dict[str, Any]]) -> str:
-    """docs/retro.md with the tables of these runs."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{tables(runs)}\n{END}{rest.partition(END)[2]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "parts", "generate", "peer", "report"))
@@ -468,7 +461,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "report":
         runs = json.loads(given.out.read_text())
-        DOCUMENT.write_text(documented(DOCUMENT.read_text(), runs))
+        DOCUMENT.write_text(report.with_block(DOCUMENT.read_text(), tables(runs), file=DOCUMENT.name))
         return
     used = {"train": ("preset", "batch", "vocabulary", "ways"), "parts": ("preset", "batch", "vocabulary"),
             "generate": ("preset", "batch", "tokens", "db"), "peer": ("tokens",)}[given.what]  # fmt: skip

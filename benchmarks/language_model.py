@@ -53,7 +53,7 @@ from retro_kernels.models.data import ABSENT, Batch, Order, TokenStream
 from retro_kernels.models.evaluation import OVERLAPS, evaluate
 from retro_kernels.models.training import METRICS, Trainer, TrainingConfig, checkpoints
 
-from . import environment
+from . import environment, report
 
 HELD_OUT_EVERY = 10
 VOCABULARY = 4096
@@ -64,7 +64,6 @@ LEXICAL = "lexical"
 HERE = Path(__file__).resolve().parent
 FILE = "language-model.json"
 DOCUMENT = HERE.parent / "docs" / "retro.md"
-BEGIN, END = "<!-- language-model:begin -->", "<!-- language-model:end -->"
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "model_dim": 192, "num_layers": 4, "num_heads": 3, "encoder_dim": 192,
     "encoder_layers": 2, "encoder_heads": 3, "shared_embeddings": True, "max_length": 512,
@@ -134,7 +133,7 @@ class Primed(TokenStream):
         if batch.neighbours is None or batch.neighbour_mask is None:
             return batch
         m, (_, chunks, _, r) = self.config.chunk_size, batch.neighbours.shape
-        for i, row in enumerate(rows):
+        for i, row in enumerate(rows if neighbours_of is None else neighbours_of):
             random = np.random.default_rng([self.seed, row])
             for u in np.flatnonzero(random.random(chunks) < self.share.get(row, 0.0)):
                 skipped = 0 if random.random() < 0.5 else random.integers(m)
@@ -378,7 +377,7 @@ def block(documents: list[tuple[str, dict[str, Any]]]) -> str:
             f"What there is to be gained: {copying['long_matches']:.1%} of the tokens follow a piece of eight or more "
             f"that stands in a neighbour too, and {copying['of_these_right']:.0%} of these are the token that follows "
             "there. A fixed rule that copies from the neighbours takes the decoder from "
-            f"{copying['off']:.4f} to {copying['copied']:.4f} bits per byte ({COPYING_ROWS} rows all over).", "",
+            f"{copying['off']:.4f} to {copying['copied']:.4f} bits per byte (of {copying['tokens']:,} tokens).", "",
             "![Bits per byte over training, and by overlap]"
             f"(../benchmarks/results/{device}/{FILE.replace('json', 'svg')})",
         ]  # fmt: skip
@@ -386,13 +385,12 @@ def block(documents: list[tuple[str, dict[str, Any]]]) -> str:
     return "\n\n".join(parts)
 
 
-def report(*, check: bool) -> int:
+def document_results(*, check: bool) -> int:
     """Brings docs/retro.md up to date, or only says whether it is."""
     paths = sorted((HERE / "results").glob(f"*/{FILE}"))
     old = DOCUMENT.read_text()
-    before, _, rest = old.partition(BEGIN)
     text = block([(path.parent.name, json.loads(path.read_text())) for path in paths])
-    new = f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
+    new = report.with_block(old, text, name="language-model", file=DOCUMENT.name)
     if check and new != old:
         print(f"{DOCUMENT}: stale; run `python -m benchmarks.language_model --report`")
         return 1
@@ -413,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 when that is stale")
     given = parser.parse_args(arguments)
     if given.report or given.check:
-        return report(check=given.check)
+        return document_results(check=given.check)
     if given.corpus is None or given.work is None:
         parser.error("got no corpus or no --work, expected both, or --report or --check")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -17,7 +17,6 @@ from pathlib import Path
 from . import results
 from .workloads import PROJECTED
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HERE = Path(__file__).resolve().parent
 
 STYLE = """
@@ -307,12 +306,14 @@ def readme_block(folder: Path) -> str:
     return "\n".join(map(readme_markdown, documents))
 
 
-def with_block(readme: str, block: str) -> str:
-    """README text with the block between the marks. Raises ValueError when the marks are not there once, in order."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README.md: expected one {BEGIN} and after it one {END}")
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    return f"{before}{BEGIN}\n{block.rstrip()}\n{END}{after}"
+def with_block(text: str, block: str, *, name: str = "results", file: str = "README.md") -> str:
+    """The file's text with the block between the marks of that name. Raises ValueError when they are not there once, in
+    order."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{file}: expected one {begin} and after it one {end}")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    return f"{before}{begin}\n{block.rstrip()}\n{end}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:

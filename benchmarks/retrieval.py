@@ -13,8 +13,9 @@ import statistics
 import sys
 from pathlib import Path
 
+from . import report
+
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 
 def span(values: list[float], unit: str, digits: int = 0) -> str:
@@ -126,10 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     page = ROOT / "docs" / "retrieval.md"
     old = page.read_text()
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        print(f"{page}: expected one {BEGIN} and after it one {END}", file=sys.stderr)
-        return 2
-    new = old.split(BEGIN)[0] + f"{BEGIN}\n{block(ROOT / 'benchmarks' / 'results')}{END}" + old.split(END)[1]
+    new = report.with_block(old, block(ROOT / "benchmarks" / "results"), name="speed", file=page.name)
     if options.check and old != new:
         print(f"{page}: stale; run `python -m benchmarks.retrieval`")
         return 1

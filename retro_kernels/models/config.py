@@ -35,8 +35,8 @@ class RetroConfig:
             model_dim. Otherwise, as in the paper, it has its own.
         dropout, hidden_dropout: on attention probabilities, and on what every part adds; in training only.
         norm_eps: of the RMS norms.
-        initializer_range: the standard deviation of fresh weights (see `Retro.reset_parameters`). 0.02 suits widths of
-            a few thousand; narrow models learn faster with about `model_dim ** -0.5`.
+        initializer_range: the standard deviation of fresh weights (see `Retro.reset_parameters`). With 0.02 a narrow
+            model's first logits are near zero, its attention all but uniform; `model_dim ** -0.5` keeps their size.
         tokenizer: the name of the tokenizer that made the tokens; checked against a database's where both are known.
         eos_token_id: ends a generated sequence; None if nothing does.
 

@@ -34,6 +34,10 @@ from .retro import Retro
 from .tokenizers import FILE
 
 METRICS, STATE, PROGRESS, SETTINGS = "metrics.jsonl", "optimiser.safetensors", "progress.json", "settings.json"
+OF_DECODER = (
+    "vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "feed_forward_dim", "positions",
+    "gated_feed_forward", "activation", "tied_embeddings", "norm_eps", "tokenizer",
+)  # fmt: skip
 _STEP = re.compile(r"step-(\d{8})")
 
 
@@ -143,21 +147,19 @@ class LossOf(nn.Module):
 def take_decoder(model: Retro, folder: str | os.PathLike[str]) -> None:
     """Gives the model the weights of the decoder in the folder, and freezes them.
 
-    Raises FileNotFoundError for a folder that is not there; ValueError for a decoder of other sizes, for one that has
-    chunked cross-attention already, and for a model that has none.
+    Raises FileNotFoundError for a folder that is not there; ValueError for a decoder that would compute something else
+    in this model (OF_DECODER names what has to agree), for one that has chunked cross-attention already, and for a
+    model that has none.
     """
     decoder = Retro.from_pretrained(folder)
     if decoder.encoder is not None or model.encoder is None:
         which = "the decoder has" if decoder.encoder is not None else "the model has no"
         raise ValueError(f"retrofit: {which} chunked cross-attention, expected a decoder without and a model with it")
-    weights, mine = decoder.state_dict(), model.state_dict()
-    different = [name for name, x in weights.items() if name not in mine or mine[name].shape != x.shape]
-    if different or len(decoder.blocks) != len(model.blocks):
-        raise ValueError(
-            f"retrofit: got a decoder of {len(decoder.blocks)} layers of width {decoder.config.model_dim} in {folder}, "
-            f"expected one of the model's sizes, {len(model.blocks)} layers of width {model.config.model_dim}"
-            + (f"; different: {', '.join(different[:3])}" if different else "")
-        )
+    theirs, mine = decoder.config.to_dict(), model.config.to_dict()
+    different = [f"{name} = {theirs[name]!r}, not {mine[name]!r}" for name in OF_DECODER if theirs[name] != mine[name]]
+    if different:
+        raise ValueError(f"retrofit: the decoder in {folder} has {'; '.join(different)}; expected the model's")
+    weights = decoder.state_dict()
     model.load_state_dict(weights, strict=False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in weights)

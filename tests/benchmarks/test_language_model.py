@@ -3,9 +3,11 @@ docs/retro.md says is what the results say."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
-from benchmarks import language_model
+from benchmarks import end_to_end, language_model
 from benchmarks.language_model import LONGEST_MATCH, Primed, copied, matches
 from retro_kernels.models import RetroConfig
 from retro_kernels.models.data import Order
@@ -14,6 +16,9 @@ from retro_kernels.models.training import TrainingConfig
 
 def test_the_page_is_not_stale():
     assert language_model.main(["--check"]) == 0
+    page = language_model.DOCUMENT.read_text()
+    for path in (language_model.HERE / "results").glob(f"*/{end_to_end.FILE}"):
+        assert end_to_end.tables(json.loads(path.read_text())) in page
 
 
 def test_the_longest_piece_before_a_token_is_found_and_what_followed_it():

@@ -148,7 +148,7 @@ def test_no_figures_without_matplotlib(document, monkeypatch):
 def test_readme_table_is_generated_and_checked(document, tmp_path, capsys):
     results.save(document, tmp_path / "benchmarks" / "results" / "a-cpu" / results.FILE)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\ntyped by hand\n{report.END}\nafter\n")
+    readme.write_text("before\n<!-- results:begin -->\ntyped by hand\n<!-- results:end -->\nafter\n")
     assert report.main(["--check", "--root", str(tmp_path)]) == 1
     assert "stale" in capsys.readouterr().out
     assert report.main(["--readme", "--root", str(tmp_path)]) == 0
@@ -209,7 +209,7 @@ def test_scratch_memory_is_shown_and_compared_at_the_whole_length(document):
 def test_a_readme_without_marks_is_refused(document, tmp_path, capsys):
     (tmp_path / "README.md").write_text("nothing\n")
     assert report.main(["--readme", "--root", str(tmp_path)]) == 2
-    assert report.BEGIN in capsys.readouterr().err
+    assert "<!-- results:begin -->" in capsys.readouterr().err
 
 
 def test_non_finite_numbers_become_text():

@@ -101,8 +101,13 @@ def test_a_decoder_that_does_not_fit_is_named(tmp_path):
     stream = stream_of(tmp_path / "data")
     for config, message in (
         (stream.config, "the decoder has chunked cross-attention"),
-        (dataclasses.replace(stream.config, cross_attention_layers=(), num_layers=2), "2 layers of width"),
-        (dataclasses.replace(stream.config, cross_attention_layers=(), feed_forward_dim=8), "different: blocks.0"),
+        (dataclasses.replace(stream.config, cross_attention_layers=(), num_layers=2), "num_layers = 2, not 3"),
+        (
+            dataclasses.replace(stream.config, cross_attention_layers=(), feed_forward_dim=8),
+            "feed_forward_dim = 8, not",
+        ),
+        # whose weights would fit
+        (dataclasses.replace(stream.config, cross_attention_layers=(), activation="relu"), "activation = 'relu', not"),
     ):
         Retro(config).save_pretrained(tmp_path / "decoder")
         with pytest.raises(ValueError, match=f"retrofit: .*{message}"):
