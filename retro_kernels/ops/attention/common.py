@@ -34,6 +34,21 @@ first_visible[b, i] <= t, and rotary tables are read at i - first_visible[b, i] 
 restart in every document. There is no attention_bias with `first_visible` (with `causal` alone there may be). A row
 always sees itself unless it is masked.
 
+*Log-sum-exp.* lse is a natural logarithm, fp32. Exactly -inf means, and is the only mark of, a row that saw nothing: no
+slot, or -inf logits only. Such a row has output 0 and passes no gradient. A +inf logit gives lse +inf and output NaN, a
+NaN logit both NaN; the gradients that depend on such a row are NaN. The backward recomputes a row's probabilities from
+its lse, which the rounding of lse spoils by |lse| * 1e-7: that is what large logits cost (docs/numerics.md). An
+`attention_bias` may be a mask of large finite numbers, and add -1e30 to a whole row. So where there is one, a backend
+may return lse as [2, b, lq, kq, n, h] (its `register` says so with `remainder`; the backward gets it as it was
+returned). Plane 0 is the lse, plane 1 what its rounding left, in base 2:
+
+    s = the logit in base 2; a finite bias times log2(e) saturates at the largest finite number
+    high = fp32(lse * log2(e)), saturated too        rest = (max(s) - high) + log2(sum of 2^(s - max(s)))
+    the backward's probability is 2^min((s - high) - rest, 0), exact at any magnitude
+
+with `high` rounded in both passes before anything is added to it. Where plane 0 is not finite plane 1 means nothing.
+`plain_lse` gives plane 0 to the user.
+
 *Dropout.* See `dropout.py`: a slot of a row is kept or not by a function of the seed, b * h + head, the row's place in
 query's axes (lq, kq, n), and the slot.
 """
@@ -72,7 +87,7 @@ def forward_schema(backend: str) -> str:
     content_bias, relative_bias, null_key [h, d]; null_value [h, d_value]; cos/sin [M | r, rotary_dim / 2];
     dropout_seed int64 [1], given when dropout_p > 0
     -> out [b, lq, kq, n, h, d_value] in the query's dtype, lse [b, lq, kq, n, h] fp32 (natural logarithm, null slot
-    included, before dropout)."""
+    included, before dropout), or with an attention_bias [2, b, lq, kq, n, h] (see above)."""
     return f"attention_forward_{backend}({SLOTS}, {SETTINGS}) -> (Tensor out, Tensor lse)"
 
 
@@ -87,10 +102,18 @@ def backward_schema(backend: str) -> str:
     )
 
 
-def allocate_forward(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, uninitialised."""
+def allocate_forward(
+    query: torch.Tensor, value: torch.Tensor, attention_bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse, uninitialised; with an `attention_bias` lse has its second plane."""
     out = common.allocate((*query.shape[:-1], value.shape[-1]), query.dtype, query.device)
-    return out, common.allocate(tuple(query.shape[:-1]), torch.float32, query.device)
+    planes = () if attention_bias is None else (2,)
+    return out, common.allocate((*planes, *query.shape[:-1]), torch.float32, query.device)
+
+
+def plain_lse(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """The lse that belongs to `out`, without what its rounding left."""
+    return lse if lse.dim() < out.dim() else lse[0]
 
 
 def allocate_backward(
@@ -121,21 +144,27 @@ def _fake_forward(query, key, value, *_):
     return allocate_forward(query, value)
 
 
+def _fake_forward_with_remainder(query, key, value, mask, attention_bias, *_):
+    return allocate_forward(query, value, attention_bias)
+
+
 def _fake_backward(grad_out, *inputs):
     return allocate_backward(*(inputs[place] for place in DIFFERENTIABLE), *inputs[-3:])
 
 
-def register(backend: str, forward, backward, devices: tuple[str, ...]):
-    """Registers `attention_forward_<backend>` and `attention_backward_<backend>`; returns both callables."""
+def register(backend: str, forward, backward, devices: tuple[str, ...], *, remainder: bool = False):
+    """Registers `attention_forward_<backend>` and `attention_backward_<backend>`; returns both callables. `remainder`:
+    with an attention_bias its lse has the second plane."""
+    fake = _fake_forward_with_remainder if remainder else _fake_forward
     return common.register_pair(
         "attention", backend, schemas=(forward_schema(backend), backward_schema(backend)),
-        implementations=(forward, backward), fakes=(_fake_forward, _fake_backward), devices=devices,
+        implementations=(forward, backward), fakes=(fake, _fake_backward), devices=devices,
     )  # fmt: skip
 
 
 def attended_chunks(n: int, num_chunks: int, stride: int, first_token: int) -> tuple[int, int]:
     """[first, last) chunks that at least one of the n tokens attends to by the clock."""
-    if n <= first_token:
+    if n == 0 or n <= first_token:
         return 0, 0
     return max(0, -first_token // stride), min(num_chunks, (n - 1 - first_token) // stride + 1)
 

@@ -10,7 +10,7 @@ import torch
 from .. import backends as backend_choice
 from ..common import fused
 from . import cpu, cuda, reference, triton
-from .common import DIFFERENTIABLE, FLAGS, Call
+from .common import DIFFERENTIABLE, FLAGS, Call, plain_lse
 
 BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 
@@ -62,4 +62,5 @@ def run(call: Call, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         call.grouping, call.causal, call.rotary_interleaved, call.scale, call.dropout_p, call.stride, call.first_token
     )  # fmt: skip
     module = BACKENDS[chosen]
-    return fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors)
+    out, lse = fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors)
+    return out, plain_lse(out, lse)

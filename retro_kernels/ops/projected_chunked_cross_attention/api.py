@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import backends as backend_choice
 from .. import validate
 from ..attention import arguments
-from ..attention.common import attended_chunks
+from ..attention.common import attended_chunks, plain_lse
 from ..attention.run import autocast, without_autocast
 from ..chunked_cross_attention.api import clock
 from ..common import fused
@@ -315,6 +315,7 @@ def _absorb(given: Given) -> tuple[torch.Tensor, torch.Tensor]:
         settings = (call.scale, call.dropout_p, call.stride, call.first_token)
         module = BACKENDS[chosen]
         out, lse = fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors)
+        lse = plain_lse(out, lse)
     if given.missing is not None:
         out = out.masked_fill(given.missing[..., None, None], float("nan"))
     return out, lse

@@ -46,7 +46,8 @@ def forward_schema(backend: str) -> str:
     """query [b, n, h, d], encoded [b, l, k, r, e], w_key [hk, d, e], w_value [hk, d_value, e], bias_key [hk, d],
     bias_value [hk, d_value], mask bool [b, l, k, r], attention_bias [h, m, r | k * r], relative_key [h, m + r - 1, d],
     content_bias, relative_bias, null_key [h, d], null_value [h, d_value], chunk_spans int32 [b, l, 2],
-    dropout_seed int64 [1] -> out [b, n, h, d_value] in the query's dtype, lse [b, n, h] fp32."""
+    dropout_seed int64 [1] -> out [b, n, h, d_value] in the query's dtype, lse [b, n, h] fp32, or with an attention_bias
+    [2, b, n, h] (`ops/attention/common.py`, log-sum-exp)."""
     return f"absorbed_forward_{backend}({SLOTS}, {SETTINGS}) -> (Tensor out, Tensor lse)"
 
 
@@ -61,11 +62,14 @@ def backward_schema(backend: str) -> str:
     )
 
 
-def allocate_forward(query: torch.Tensor, w_value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, uninitialised."""
+def allocate_forward(
+    query: torch.Tensor, w_value: torch.Tensor, attention_bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse, uninitialised; with an `attention_bias` lse has its second plane."""
     b, n, h, _ = query.shape
     out = common.allocate((b, n, h, w_value.shape[1]), query.dtype, query.device)
-    return out, common.allocate((b, n, h), torch.float32, query.device)
+    planes = () if attention_bias is None else (2,)
+    return out, common.allocate((*planes, b, n, h), torch.float32, query.device)
 
 
 def allocate_backward(
@@ -94,15 +98,21 @@ def _fake_forward(query, encoded, w_key, w_value, *_):
     return allocate_forward(query, w_value)
 
 
+def _fake_forward_with_remainder(query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, *_):
+    return allocate_forward(query, w_value, attention_bias)
+
+
 def _fake_backward(grad_out, *inputs):
     return allocate_backward(*(inputs[place] for place in DIFFERENTIABLE), *inputs[-5:])
 
 
-def register(backend: str, forward, backward, devices: tuple[str, ...]):
-    """Registers `absorbed_forward_<backend>` and `absorbed_backward_<backend>`; returns both callables."""
+def register(backend: str, forward, backward, devices: tuple[str, ...], *, remainder: bool = False):
+    """Registers `absorbed_forward_<backend>` and `absorbed_backward_<backend>`; returns both callables. `remainder`:
+    with an attention_bias its lse has the second plane."""
+    fake = _fake_forward_with_remainder if remainder else _fake_forward
     return common.register_pair(
         "absorbed", backend, schemas=(forward_schema(backend), backward_schema(backend)),
-        implementations=(forward, backward), fakes=(_fake_forward, _fake_backward), devices=devices,
+        implementations=(forward, backward), fakes=(fake, _fake_backward), devices=devices,
     )  # fmt: skip
 
 
