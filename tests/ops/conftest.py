@@ -1,11 +1,11 @@
-"""The CUDA kernels in the emulator (csrc/cuda/emulator), for the tests of every operation."""
+"""For the tests of every operation: the CUDA kernels in the emulator (csrc/cuda/emulator), and guard bands."""
 
 from __future__ import annotations
 
 import emulator
 import pytest
 
-from retro_kernels import cuda_extension
+from retro_kernels import cuda_extension, testing
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +22,10 @@ def emulated(emulator_library):
     cuda_extension.emulate(emulator_library)
     yield
     cuda_extension.emulate(None)
+
+
+@pytest.fixture
+def guarded():
+    """Outputs and scratch are filled with NaN and lie between guard bands, which must be untouched afterwards."""
+    with testing.guard_bands():
+        yield

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_decode import OPTIONS, K, M, close, guarded, make, step  # noqa: F401 - a fixture
+from test_decode import OPTIONS, K, M, close, make, step
 
 import retro_kernels as rk
 from retro_kernels.ops.attention import reference as attention
 from retro_kernels.ops.chunked_cross_attention_decode import common, cuda
 
-pytestmark = pytest.mark.usefixtures("emulated")
+pytestmark = pytest.mark.usefixtures("emulated", "guarded")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
