@@ -80,7 +80,11 @@ class Options:
         modes = [mode for mode in MODES if not self.modes or mode in self.modes]
         seconds = (2.0 if self.quick else 8.0) if self.seconds is None else self.seconds
         minutes = QUICK_MINUTES if self.minutes is None and self.quick else self.minutes
-        length = self.text_length or (256 if self.quick and device.type == "cpu" else 2048)
+        if minutes is not None and not minutes >= 0:
+            raise ValueError(f"minutes: got {minutes}, expected 0 or more")
+        length = self.text_length
+        if length is None:
+            length = 256 if self.quick and device.type == "cpu" else 2048
         if not 64 <= length <= 2048:
             raise ValueError(f"text length: got {length}, expected 64 to 2048 tokens, the model's longest")
         return replace(self, dtypes=dtypes, modes=modes, device=str(device), seconds=seconds, minutes=minutes,
@@ -89,9 +93,13 @@ class Options:
     def cases(self) -> list[Workload]:
         """What is measured, in every dtype and mode. Raises ValueError for what there is not."""
         found = select(self.workloads, self.operations, self.options, QUICK if self.quick else DEFAULT)
-        # What a limited time should not lose comes first: the quick run's, where goals are stated, then the small
-        # before the large. The options of one workload stay together.
+        # What a limited time should not lose comes first: a quick run is in QUICK's order; another begins with what a
+        # quick run has, then where goals are stated, then the small before the large. The options of one workload
+        # stay together.
         quick = {(operation, name) for (operation, _), names in QUICK.items() for name in names}
+        if self.quick:
+            order = {what: place for place, what in enumerate(QUICK)}
+            return sorted(found, key=lambda case: order.get((case.operation, case.option), len(order)))
 
         def place(case: Workload) -> tuple:
             what = case.operation, case.name
@@ -168,7 +176,7 @@ def _core(options: Options, device, ceilings, document: dict, progress: Progress
     for _, operations, share, compiling in parts:
         spent += share / whole
         mine = [case for case in cases if case.operation in operations]
-        deadline = started + 60 * (options.minutes or float("inf")) * spent
+        deadline = started + 60 * (float("inf") if options.minutes is None else options.minutes) * spent
         _part(options, mine, compiling, device, ceilings, document, progress, deadline)
 
 
@@ -201,12 +209,12 @@ def _part(options: Options, cases, compiling: float, device, ceilings, document:
             warm_up=1 if cases[0].operation in ATTENTIONS else 0,  # the others' check is a whole call
         ),
         budget=peers.CompileBudget(
-            total=compiling * (30.0 if quick else 15 * options.minutes if options.minutes else 900.0),
+            total=compiling * (30.0 if quick else 900.0 if options.minutes is None else 15 * options.minutes),
             per_variant=15.0 if quick else 90.0,
         ),
         compiled=options.compiled,
         backends=options.backends,
-        skip=_quick_skip if quick else _limited_skip if options.minutes else on_device,
+        skip=_quick_skip if quick else on_device if options.minutes is None else _limited_skip,
     )
     suite.run(in_time(), settings, ceilings, Keep())
 
@@ -263,14 +271,14 @@ def _real_text(options: Options, device, document: dict, progress: Progress, sta
     try:
         real_text.run(
             device,
-            length=options.text_length or 2048,
+            length=2048 if options.text_length is None else options.text_length,
             dtypes=[name for name in options.dtypes if name in ("fp32", "bf16")],
             protocol=timing.Protocol(seconds=8.0 if quick else 60.0, min_rounds=2 if quick else 3, max_rounds=10),
             memory=not quick,
             characters=60_000 if quick else None,
             step=progress.step,
             report=keep,
-            deadline=started + 60 * (options.minutes or float("inf")),
+            deadline=started + 60 * (float("inf") if options.minutes is None else options.minutes),
         )
     except real_text.Unavailable as error:
         document["skipped"].append({"what": "real text", "reason": str(error)})

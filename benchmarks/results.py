@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from .workloads import (
@@ -166,6 +167,47 @@ def summary(document: dict, rows: list[dict] | None = None) -> list[dict]:
             }
         )
     return result
+
+
+def speedups(document: dict) -> list[dict]:
+    """One entry an (operation, option, workload), in the order they were run. "times" is (dtype, mode) -> how many
+    times faster retro_kernels is than the fastest alternative; "against" names the alternatives that were the fastest."""
+    found: dict[tuple[str, str, str], dict] = {}
+    for entry in summary(document):
+        alternatives = [row for row in (entry["eager"], entry["sdpa"], entry["compiled"]) if row]
+        best = min(alternatives, key=lambda row: row["p50_ms"], default=None)
+        value = ratio(best, entry["ours"])
+        if value is None or best is None:
+            continue
+        place = entry["operation"], entry["option"], entry["workload"]
+        names = dict(zip(("operation", "option", "workload"), place))
+        line = found.setdefault(place, {**names, "times": {}, "against": []})
+        line["times"][entry["dtype"], entry["mode"]] = value
+        if best["variant"] not in line["against"]:
+            line["against"].append(best["variant"])
+    return list(found.values())
+
+
+SPEEDUP_LEGEND = (
+    "Medians of interleaved rounds, each result checked against fp64 in the same run. Against: the fastest of eager "
+    "code, every backend of SDPA, and what was compiled. Below 1.00x is slower. cca: chunked cross-attention; "
+    "retro-kernels bench --help explains the other names."
+)
+SPEEDUP_MODES = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+
+
+def speedup_cells(document: dict) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of `speedups` as a table of text: a column a (dtype, mode) that was timed anywhere."""
+    lines = speedups(document)
+    columns = sorted({column for line in lines for column in line["times"]}, key=lambda x: (x[0] != "fp32", *x))
+    head = ["operation", "workload", *(f"{dtype}\n{SPEEDUP_MODES[mode]}" for dtype, mode in columns), "against"]
+    cells = []
+    for line in lines:
+        name = line["operation"] if line["option"] == PLAIN else f"{line['operation']} {line['option']}"
+        values = [times(line["times"].get(column)) for column in columns]
+        families = dict.fromkeys(re.split(r"[\[ ]", variant)[0] for variant in line["against"])
+        cells.append([name, line["workload"], *values, ", ".join(families)])
+    return head, cells
 
 
 def ratio(other: dict | None, ours: dict | None) -> float | None:

@@ -78,13 +78,16 @@ def bench(
 ) -> None:
     """Times the fused attentions against eager code, folded SDPA, torch.compile and FlexAttention.
 
+    With --quick a few lines say how much faster they are; without, every table is printed too. The report has both,
+    and what was not timed, with the reasons.
+
     Chunked cross-attention, the neighbour encoder's self- and cross-attention and a decoder's causal self-attention,
     each plain, with the paper's relative positions and with dropout; chunked cross-attention with its projections, the
     whole layer, decoding, and a decoder step with retrieval on and off.
 
     Every result is checked against an fp64 reference before it is timed. A retro-pytorch model then runs on real text
-    with and without rk.swap. Prints its tables; writes a report page, a table and the raw numbers. Ctrl-C writes what
-    is there. Compile time is capped and not counted.
+    with and without rk.swap. Writes a report page, a table and the raw numbers. Ctrl-C writes what is there. Compile
+    time is capped and not counted.
     """
     from rich.console import Console
 
@@ -112,9 +115,8 @@ def bench(
     if as_json:
         typer.echo(json.dumps(load("results").finite(document), default=str))
     else:
-        show(document, console)
-    for path in paths:
-        console.print(str(path), style="dim", highlight=False)
+        (show_speedups if quick else show_tables)(document, console)
+        show_end(document, paths, console)
     wrong = [
         row for row in document["rows"] if row["status"] in ("wrong", "failed") and "retro_kernels" in row["variant"]
     ]
@@ -147,8 +149,52 @@ def _run(driver: ModuleType, options: Any, console: Any) -> dict:
         return driver.run(options, Shown())
 
 
-def show(document: dict, console: Any) -> None:
-    """A table a section, the real-text part under them, and what was not timed."""
+def show_speedups(document: dict, console: Any) -> None:
+    """How many times faster than the fastest alternative, a line an operation."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    results = load("results")
+    head, cells = results.speedup_cells(document)
+    if not cells:
+        return
+    title = f"How many times faster than the fastest alternative, {document['environment']['device']}"
+    shown = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0),
+        show_edge=False,
+    )  # fmt: skip
+    for i, name in enumerate(head):
+        shown.add_column(name, justify="left" if i < 2 or i == len(head) - 1 else "right", no_wrap=True)
+    for row in cells:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
+    console.print(results.SPEEDUP_LEGEND, style="dim", highlight=False, markup=False)
+
+
+def show_end(document: dict, paths: list[Path], console: Any) -> None:
+    """Whether a swapped model computes the same, and where everything stands."""
+    report = document["real_text"]
+    for comparison in report["comparisons"] if report else []:
+        verdict = "the same" if comparison["passed"] else f"NOT the same ({comparison['worst']})"
+        console.print(
+            f"rk.swap of {report['model']} on real text, {comparison['dtype']}: logits, loss and "
+            f"{comparison['tensors'] - 2} gradients are {verdict}.",
+            style="green" if comparison["passed"] else "red", highlight=False, markup=False,
+        )  # fmt: skip
+    missing = len(load("results").not_timed(document))
+    page, *others = sorted(paths, key=lambda path: path.suffix != ".html")
+    what = f"tables, plots, and why {missing} things were not timed" if missing else "tables and plots"
+    console.print(
+        f"{page}: {what}. Beside it: {', '.join(path.name for path in others)}. {document['seconds']:.0f} s.",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    if document["interrupted"]:
+        console.print("Interrupted: this is what was finished.", style="bold yellow")
+
+
+def show_tables(document: dict, console: Any) -> None:
+    """A table a section, and the real-text part under them."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -189,24 +235,9 @@ def show(document: dict, console: Any) -> None:
         console.print(f"rk.swap replaced: {report['swapped']}", style="dim", highlight=False, markup=False)
         for line in (f"{name}: {value}" for name, value in report["description"].items()):
             console.print(line, style="dim", highlight=False, markup=False)
-        for comparison in report["comparisons"]:
-            verdict = "the same" if comparison["passed"] else "NOT the same"
-            console.print(
-                f"{comparison['dtype']}: logits, loss and {comparison['tensors'] - 2} gradients are {verdict} "
-                f"({comparison['worst']})",
-                style="green" if comparison["passed"] else "red", highlight=False, markup=False,
-            )  # fmt: skip
         for note in report["notes"]:
             console.print(note, style="dim", highlight=False, markup=False)
         cells = results.real_text_cells(document)
         if cells:
             title = f"{report['model']}, {report['parameters']:,} parameters, {report['length']} tokens of real text"
             table(title, results.REAL_TEXT_HEAD, cells, left=2)
-    missing = results.not_timed(document)
-    if missing:
-        console.print("not timed:", style="bold")
-        for what, why in missing:
-            console.print(f"  {what}: {why}", style="dim", highlight=False, markup=False)
-    if document["interrupted"]:
-        console.print("Interrupted: this is what was finished.", style="bold yellow")
-    console.print(f"{document['seconds']:.0f} s", style="dim")

@@ -100,7 +100,9 @@ def generate(
     ] = None,
     neighbours: Annotated[int | None, typer.Option(help="k. Default: the model's.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="Draw tokens, sharpened by it. Default: the best.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Draw tokens, sharpened by it. 0 and the default: the best.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many only.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest with this probability together.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens that are there.")] = 1.0,
@@ -145,7 +147,8 @@ def generate(
         elif stale or stride is not None or show_neighbours or neighbours is not None:
             raise ValueError("stale, stride, neighbours, show-neighbours: got one without --db or --retriever")
         if draws:
-            options |= {"do_sample": True, "top_k": top_k, "top_p": top_p, "temperature": temperature or 1.0}
+            options |= {"do_sample": True, "top_k": top_k, "top_p": top_p}
+            options |= {} if temperature is None else {"temperature": temperature}
         made = loaded.generate(
             [tokenizer.encode(prompt)], max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty,
             stop_strings=stop, tokenizer=tokenizer, seed=seed, streamer=Printer(tokenizer), **options,

@@ -62,10 +62,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not validate.number("temperature", self.temperature) > 0.0:
-            raise ValueError(
-                f"temperature: got {self.temperature}, expected more than 0 (do_sample=False takes the best)"
-            )
+        if not validate.number("temperature", self.temperature) >= 0.0:
+            raise ValueError(f"temperature: got {self.temperature}, expected 0 (the best token) or more")
         if self.top_k is not None:
             validate.integer("top_k", self.top_k, 1)
         if self.top_p is not None and not 0.0 < validate.number("top_p", self.top_p) <= 1.0:
@@ -73,8 +71,8 @@ class Sampling:
         if not validate.number("repetition_penalty", self.repetition_penalty) > 0.0:
             raise ValueError(f"repetition_penalty: got {self.repetition_penalty}, expected more than 0")
         idle = [
-            name for name, unset in (("temperature", 1.0), ("top_k", None), ("top_p", None))
-            if getattr(self, name) != unset
+            name for name, unset in (("temperature", (0.0, 1.0)), ("top_k", (None,)), ("top_p", (None,)))
+            if getattr(self, name) not in unset
         ]  # fmt: skip
         if idle and not self.do_sample:
             raise ValueError(
@@ -90,7 +88,7 @@ class Sampling:
                 seen = torch.tensor(sorted(set(tokens)), device=logits.device)
                 score = row[seen]
                 row[seen] = torch.where(score > 0, score / self.repetition_penalty, score * self.repetition_penalty)
-        if not self.do_sample:
+        if not self.do_sample or self.temperature == 0.0:
             return logits.argmax(-1).tolist()
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
@@ -143,7 +141,8 @@ def generate(
         retriever: see `Retriever`; None: the decoder alone.
         attention_mask: [b, n], 1 = a token of the prompt, where a tensor of prompts is padded, left or right.
         max_new_tokens: at least 1.
-        do_sample, temperature, top_k, top_p: draw from the distribution, sharpened and cut; otherwise the best token.
+        do_sample, temperature, top_k, top_p: draw from the distribution, sharpened and cut; otherwise, and at
+            temperature 0, the best token.
         repetition_penalty: divides positive and multiplies negative logits of tokens that are there already.
         eos_token_id: one or several that end a sequence; default the config's.
         pad_token_id: fills up shorter sequences in the result.

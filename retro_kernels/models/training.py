@@ -111,10 +111,14 @@ class TrainingConfig:
         validate.integer("seed", self.seed, 0)
         if self.micro_batch_size is not None:
             validate.integer("micro_batch_size", self.micro_batch_size, 1)
-        for name in ("learning_rate", "final_learning_rate", "weight_decay", "epsilon", "clip", "peak_flops"):
+        for name in ("learning_rate", "final_learning_rate", "weight_decay", "epsilon"):
             value = getattr(self, name)
             if value is not None and validate.number(name, value) < 0.0:
                 raise ValueError(f"{name}: got {value}, expected at least 0")
+        for name, none in (("clip", "no limit"), ("peak_flops", "not given")):
+            value = getattr(self, name)
+            if value is not None and not validate.number(name, value) > 0.0:
+                raise ValueError(f"{name}: got {value}, expected more than 0, or None: {none}")
         common.one_of("precision", self.precision, ("fp32", "bf16"))
         common.one_of("parallel", self.parallel, ("ddp", "fsdp"))
         if self.compile and (self.context_parallel > 1 or self.tensor_parallel > 1):
@@ -258,7 +262,7 @@ class Trainer:
                     "gradient_norm": norm, "rows": self.seen, "tokens": self.seen * self.config.max_length,
                     "seconds_a_step": seconds, "tokens_a_second": tokens / seconds,
                 }  # fmt: skip
-                if settings.peak_flops:
+                if settings.peak_flops is not None:
                     line["model_flops_utilisation"] = flops / seconds / (settings.peak_flops * self.world)
                 self._log(line, tensorboard)
             if self.step % settings.save_every == 0 or self.step == settings.steps:

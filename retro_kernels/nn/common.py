@@ -67,7 +67,7 @@ def refuse_idle_options(positions: str | Collection[str], **options: dict[str, A
 def exact(backend: str | None) -> bool:
     """Whether the reference was asked for by name, here or in the environment, outside a compiled graph: a layer then
     projects chunk by chunk (`linear`), and decoding a token gives the bits of the full computation."""
-    name = backend or os.environ.get(ENVIRONMENT_VARIABLE)
+    name = os.environ.get(ENVIRONMENT_VARIABLE) if backend is None else backend
     return name == "reference" and not torch.compiler.is_compiling()
 
 

@@ -238,7 +238,7 @@ def _check(
 def _shards(files: list[Piece], left: list[tuple[str, str]], shard_bytes: int | None) -> list[list[Piece]]:
     """Files, in their order, in shards of about `shard_bytes`. Adds what is no Parquet to `left`."""
     total = sum(piece.size for piece in files)
-    aim = shard_bytes or min(max(total // SHARDS_AIMED_AT, SMALLEST_SHARD), LARGEST_SHARD)
+    aim = min(max(total // SHARDS_AIMED_AT, SMALLEST_SHARD), LARGEST_SHARD) if shard_bytes is None else shard_bytes
 
     def all_pieces() -> Iterator[Piece]:
         for file in files:

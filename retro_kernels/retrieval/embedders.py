@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..ops import validate
 from .files import DatabaseError
 from .plugins import OFFLINE, check_identity, hash_of, model_folder
 
@@ -55,6 +56,8 @@ class HuggingFaceEmbedder:
     def __init__(
         self, name: str, *, device: str = "auto", precision: str = "auto", batch_tokens: int | None = None
     ) -> None:
+        if batch_tokens is not None:
+            validate.integer("batch_tokens", batch_tokens, 1)
         self.device, bf16 = _placed(device, precision)
         folder = model_folder(name, "embedder")
         weights = sorted(folder.glob("*.safetensors"))
@@ -93,7 +96,8 @@ class HuggingFaceEmbedder:
             self.tokenizer.enable_truncation(longest)
         self.dim = int(model.config.hidden_size)
         self.precision = "bf16" if bf16 else "fp32"
-        self.batch_tokens = batch_tokens or (65536 if self.device.type == "cuda" else 4096)
+        default = 65536 if self.device.type == "cuda" else 4096
+        self.batch_tokens = default if batch_tokens is None else batch_tokens
         self.identity = {
             "name": name,
             "kind": "mean of last hidden states",

@@ -91,6 +91,17 @@ def test_summary_takes_the_fastest_that_was_right(document):
     assert (shown["limit"], shown["MB"], shown["SDPA MB"]) == ("50%", "2.00", "4.00")
 
 
+def test_a_speedup_is_over_the_fastest_alternative_of_all(document):
+    (line,) = results.speedups(document)
+    assert line["times"] == {("bf16", "forward"): 3.0}
+    assert line["against"] == ["sdpa[flash]"]
+    document["rows"].append(row("compile[eager]", 1.0))
+    head, (cells,) = results.speedup_cells(document)
+    assert dict(zip(head, cells)) == {
+        "operation": "cca", "workload": cells[1], "bf16\nfwd": "0.50x", "against": "compile",
+    }  # fmt: skip
+
+
 def test_options_have_a_section_that_tells_their_cost(document):
     other = {"operation": "encoder-cross", "option": "relative", "workload": "encoder-896"}
     document["rows"] += [

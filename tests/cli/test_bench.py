@@ -1,5 +1,6 @@
 """`retro-kernels bench` checks its options, prints one table, writes its files, and keeps what an interruption left."""
 
+import html
 import json
 
 import pytest
@@ -30,8 +31,8 @@ def invoke(tmp_path, *arguments):
 def test_writes_table_page_and_raw_numbers(tmp_path):
     result = invoke(tmp_path, "--dtype", "fp32")
     assert result.exit_code == 0, result.output
-    assert "retro_kernels" in result.output
-    assert "not timed" in result.output
+    assert "Chunked cross-attention" in result.output
+    assert "report.html: tables, plots, and why" in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "report.html", "table.md"]
     document = results.load(tmp_path / results.FILE)
     assert {row["mode"] for row in document["rows"]} == {"forward", "forward+backward"}
@@ -41,6 +42,23 @@ def test_writes_table_page_and_raw_numbers(tmp_path):
     assert environment["torch_threads"] >= 1
     assert document["settings"]["seed"]
     assert {"what": "real text", "reason": "switched off for this run (--no-real-text)"} in document["skipped"]
+
+
+def test_a_quick_run_ends_with_a_line_an_operation_and_the_place_of_the_report(tmp_path):
+    """What was compared, how much faster, where the rest stands: no list of what was not timed, which the page has."""
+    result = invoke(tmp_path, "--quick", "--dtype", "fp32", "--mode", "forward")
+    assert result.exit_code == 0, result.output
+    shown = result.output[result.output.index("How many times faster") :].splitlines()
+    (line,) = [line.split() for line in shown if line.startswith("cca ")]
+    assert line[:2] == ["cca", "tiny"]
+    assert float(line[2].removesuffix("x")) > 0
+    assert "report.html" in shown[-1]
+    assert len(shown) <= 12
+    document = results.load(tmp_path / results.FILE)
+    reasons = [why for _, why in results.not_timed(document)]
+    assert reasons
+    page = (tmp_path / "report.html").read_text()
+    assert all(html.escape(why) in page for why in reasons)
 
 
 def test_json_on_standard_output(tmp_path):
@@ -108,7 +126,9 @@ def test_a_wrong_kernel_fails_the_command(tmp_path, monkeypatch):
         (("--mode", "nothing"), "expected forward or forward+backward"),
         (("--dtype", "int8"), "expected fp32, bf16 or fp16"),
         (("--seconds", "-1"), "seconds: got -1.0"),
+        (("--minutes", "-1"), "minutes: got -1.0"),
         (("--text-length", "5000"), "expected 64 to 2048"),
+        (("--text-length", "0"), "text length: got 0"),
         (("--dtype", "fp16"), "on a CPU"),
     ],
 )
@@ -128,6 +148,7 @@ def test_quick_has_every_operation_and_lists_the_rest():
     assert bench._left_out(bench.Options(device="cpu").resolved()) == []
     assert options.dtypes == ["fp32", "bf16"]
     (case, *_) = options.cases()
+    assert (case.operation, case.option) == ("cca", "plain")  # what the library is for comes first, should time run out
     assert bench._quick_skip(case, "fp32", "forward", "flex[folded]")
     assert bench._quick_skip(case, "fp32", "forward", "sdpa[flash]") is None
 
@@ -136,7 +157,7 @@ def test_a_limited_time_drops_the_largest_and_says_so(tmp_path):
     cases = bench.Options(device="cpu").cases()
     sizes = [case.on("cpu").with_option("plain").flops("forward") for case in cases if case.name == "encoder-4096"]
     assert cases[-1].on("cpu").flops("forward") >= max(sizes)
-    result = invoke(tmp_path, "--dtype", "fp32", "--minutes", "1e-9")
+    result = invoke(tmp_path, "--dtype", "fp32", "--minutes", "0")
     assert result.exit_code == 0, result.output
     document = results.load(tmp_path / results.FILE)
     assert document["rows"] == []

@@ -44,6 +44,17 @@ def test_it_prints_the_generated_text_and_its_sources(folder):
     assert result.stdout == text + "\n" + shown
 
 
+@pytest.mark.parametrize("options", [(), ("--top-k", 5), ("--top-p", 0.9)], ids=str)
+def test_temperature_0_takes_the_best_tokens(folder, options):
+    """0 is a value and not the absence of one: it drew at temperature 1 once."""
+    best = invoke(folder, PROMPT, "--max-new-tokens", 30)
+    given = invoke(folder, PROMPT, "--max-new-tokens", 30, "--temperature", 0, "--seed", 3, *options)
+    assert given.exit_code == 0, given.output
+    assert given.stdout == best.stdout
+    drawn = invoke(folder, PROMPT, "--max-new-tokens", 30, "--temperature", 1, "--seed", 3, *options)
+    assert drawn.stdout != best.stdout
+
+
 def test_a_letter_of_several_bytes_is_printed_whole(capsys):
     printer = generate.Printer(ByteTokenizer())
     seen = []

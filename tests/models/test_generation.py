@@ -97,6 +97,8 @@ def test_sampling():
     assert set(draw(do_sample=True, top_p=0.7)) == {0, 1}
     assert set(draw(do_sample=True)) == {0, 1, 2, 3}
     assert set(draw(do_sample=True, temperature=0.01)) == {0}
+    assert set(draw(do_sample=True, temperature=0.0, top_k=3)) == {0}
+    assert set(draw(temperature=0.0)) == {0}
     share = draw(do_sample=True).count(0) / 400
     assert abs(share - float(logits.softmax(-1)[0, 0])) < 0.1
     assert Sampling(repetition_penalty=4.0).choose(logits, [[0, 0]], []) == [1]  # 2 / 4 < 1
@@ -151,7 +153,7 @@ def test_wrong_arguments_are_named():
         ({"input_ids": [[64]]}, ValueError, "input_ids: got token 64"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens: got 0"),
         ({"temperature": 0.5}, ValueError, "temperature: got a value with do_sample=False"),
-        ({"temperature": 0.0, "do_sample": True}, ValueError, "temperature: got 0.0"),
+        ({"temperature": -0.5, "do_sample": True}, ValueError, "temperature: got -0.5"),
         ({"top_p": 1.5, "do_sample": True}, ValueError, "top_p: got 1.5"),
         ({"top_k": 0, "do_sample": True}, ValueError, "top_k: got 0"),
         ({"stop_strings": "x"}, ValueError, "without a tokenizer"),

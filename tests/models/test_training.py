@@ -230,3 +230,10 @@ training: {{output: {tmp_path / "run"}, steps: 2, batch_size: 2, warmup_steps: 1
         result = CliRunner().invoke(app, ["train", str(path)])
         assert result.exit_code == 2
         assert message in result.output
+
+
+@pytest.mark.parametrize("name", ["clip", "peak_flops"])
+def test_zero_is_no_way_of_saying_none(name, tmp_path):
+    """clip: 0 would freeze the model in silence, and None is there for "no limit"."""
+    with pytest.raises(ValueError, match=rf"{name}: got 0, expected more than 0, or None"):
+        TrainingConfig(output=str(tmp_path), steps=1, **{name: 0})
