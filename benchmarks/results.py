@@ -171,7 +171,7 @@ def summary(document: dict, rows: list[dict] | None = None) -> list[dict]:
 
 def speedups(document: dict) -> list[dict]:
     """One entry an (operation, option, workload), in the order they were run. "times" is (dtype, mode) -> how many
-    times faster retro_kernels is than the fastest alternative; "against" names the alternatives that were the fastest."""
+    times faster retro_kernels is than the fastest alternative. "against" names the alternatives that were fastest."""
     found: dict[tuple[str, str, str], dict] = {}
     for entry in summary(document):
         alternatives = [row for row in (entry["eager"], entry["sdpa"], entry["compiled"]) if row]
