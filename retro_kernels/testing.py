@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from .ops import common
+from .ops import common, validate
 from .ops.attention import reference
 
 
@@ -27,8 +27,10 @@ class Wrong(AssertionError):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call. `options` are names that `make` knows; sizes are the letters of design section 1. n, stride, align and
-    the offsets are of chunked cross-attention only, and m is not of neighbour self-attention."""
+    """One call. `options` are names that `make` knows; sizes are the letters of design section 1. The operation is
+    "cca", "projected" (from encoder states), "decode", "projected_decode", "self" or "cross". n, stride, align and the
+    offsets are of the first two only, t and the positions of the decoding ones, and m is not of neighbour
+    self-attention."""
 
     name: str
     operation: str = "cca"
@@ -50,6 +52,11 @@ class Case:
     documents: tuple[int, ...] | None = None  # lengths of the documents packed into each row
     dropout_p: float = 0.0
     scale: float | None = None
+    e: int = 12
+    t: int = 2
+    positions: tuple[int, ...] = (9, 2, 15)  # of each sequence's first new token, over again where b is larger
+    strategy: str | None = None  # of "projected", "materialise" or "absorb"
+    fp32: tuple[str, ...] = ()  # arguments in fp32 beside a query in half precision
     options: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -60,7 +67,7 @@ class Case:
         """l: the chunks given, by default those needed (design section 3, exact conventions)."""
         if self.l is not None:
             return self.l
-        if self.operation != "cca":
+        if self.operation in ("self", "cross"):
             return 3
         if self.align == "end":
             return -(-self.n // self.m)
@@ -73,8 +80,10 @@ class Case:
 
     @property
     def query_shape(self) -> tuple[int, ...]:
-        if self.operation == "cca":
+        if self.operation in ("cca", "projected"):
             return (self.b, self.n, self.h, self.d)
+        if self.operation in ("decode", "projected_decode"):
+            return (self.b, self.t, self.h, self.d)
         return (self.b, self.chunks, self.k, self.r, self.h, self.d)
 
     @property
@@ -84,68 +93,104 @@ class Case:
     @property
     def tables(self) -> tuple[int, int]:
         """Rows and slots of a table of positions."""
-        return {"cca": (self.m, self.r), "self": (self.r, self.r), "cross": (self.r, self.m)}[self.operation]
+        return {"self": (self.r, self.r), "cross": (self.r, self.m)}.get(self.operation, (self.m, self.r))
+
+    @property
+    def slots_shape(self) -> tuple[int, ...]:
+        """Of the mask: the axes of `key` and of `encoded` before the heads and the width."""
+        if self.operation == "cross":
+            return (self.b, self.chunks, self.m)
+        if self.operation in ("decode", "projected_decode"):
+            return (self.b, self.k, self.r)
+        return (self.b, self.chunks, self.k, self.r)
 
 
 def make(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """The keyword arguments of the case's operation, gradients wanted wherever they exist."""
     generator = torch.Generator().manual_seed(seed)
-    d_value, hk, l = case.d_value or case.d, case.hk or case.h, case.chunks
+    d_value, hk = case.d_value or case.d, case.hk or case.h
     rows, slots = case.tables
     on = set(case.options)
 
-    def draw(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
-        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(kind)
+    def draw(*shape: int, kind: torch.dtype = dtype, factor: float = 1.0) -> torch.Tensor:
+        x = (torch.randn(shape, generator=generator, dtype=torch.float64) * factor).to(kind)
         return x.to(device).requires_grad_()
 
-    keys = (case.b, l, case.m) if case.operation == "cross" else (case.b, l, case.k, case.r)
-    arguments: dict[str, Any] = {
-        "query": draw(*case.query_shape),
-        "key": draw(*keys, hk, case.d),
-        "value": draw(*keys, hk, d_value),
-        "scale": case.scale,
-        "dropout_p": case.dropout_p,
-    }
-    if case.operation == "cca":
+    def parameter(name: str, *shape: int) -> torch.Tensor:
+        wide = "fp32_parameters" in on or name in case.fp32
+        return draw(*shape, kind=torch.float32 if wide and dtype != torch.float64 else dtype)
+
+    keys, decoding = case.slots_shape, case.operation in ("decode", "projected_decode")
+    arguments: dict[str, Any] = {"query": draw(*case.query_shape), "scale": case.scale}
+    if case.operation in ("projected", "projected_decode"):
+        arguments["encoded"] = draw(*keys, case.e)
+        arguments["w_key"] = draw(hk, case.d, case.e, factor=max(case.e, 1) ** -0.5)
+        arguments["w_value"] = draw(hk, d_value, case.e, factor=max(case.e, 1) ** -0.5)
+        if "bias_key" in on:
+            arguments["bias_key"] = parameter("bias_key", hk, case.d)
+        if "bias_value" in on:
+            arguments["bias_value"] = parameter("bias_value", hk, d_value)
+    else:
+        arguments |= {"key": draw(*keys, hk, case.d), "value": draw(*keys, hk, d_value)}
+    if not decoding:
+        arguments["dropout_p"] = case.dropout_p
+    if case.operation in ("cca", "projected"):
         arguments |= {name: getattr(case, name) for name in ("stride", "align", "query_offset", "chunk_offset")}
         arguments["chunk_size"] = case.m
+    if case.operation == "projected":
+        arguments["strategy"] = case.strategy
     if case.operation == "self":
         arguments["causal"] = case.causal
-    parameter = torch.float32 if "fp32_parameters" in on and dtype != torch.float64 else dtype
+    if decoding:
+        arguments["chunk_size"] = case.m
+        places = [case.positions[i % len(case.positions)] for i in range(case.b)]
+        arguments["position"] = torch.tensor(places, dtype=torch.int64, device=device)
+        if "valid" in on:  # every other sequence, whose position then may be anything
+            arguments["valid"] = torch.arange(case.b, device=device) % 2 == 0
+            arguments["position"] = torch.where(arguments["valid"], arguments["position"], -7)
+        if "chunk" in on:
+            clock = (arguments["position"] + (case.t - 1) - (case.m - 1)).clamp(min=0)
+            arguments["chunk"] = clock // case.m
+        for quantised in on & {"int8", "float8_e4m3fn"}:
+            for name in ("encoded",) if "encoded" in arguments else ("key", "value"):
+                arguments[name] = (arguments[name].detach().float() * 30).to(getattr(torch, quantised))
+                arguments[f"{name}_scale"] = (torch.rand(keys, generator=generator) / 30).to(device)
     if "mask" in on:
         mask = torch.rand(keys, generator=generator) > 0.3
         if "empty_chunk" in on:
-            mask[:, 0] = False
+            mask[:, :1] = False
         arguments["activation_mask" if case.operation == "cross" else "neighbour_mask"] = mask.to(device)
     if case.documents is not None:
         starts = torch.zeros(case.b, sum(case.documents), dtype=torch.bool)
-        if starts.shape[1] != (case.n if case.operation == "cca" else case.r):
+        if starts.shape[1] != (case.r if case.operation == "self" else case.n):
             raise ValueError(f"documents: got lengths {case.documents}, expected their sum to be the row's length")
         for row, lengths in enumerate([case.documents, case.documents[::-1]][: case.b]):
             starts[row, [sum(lengths[:i]) for i in range(len(lengths))]] = True
         arguments["sequence_starts"] = starts.to(device)
     if "bias" in on:
-        arguments["attention_bias"] = draw(case.h, rows, slots, kind=parameter)
+        arguments["attention_bias"] = parameter("attention_bias", case.h, rows, slots)
     if "bias_per_neighbour" in on:
-        arguments["attention_bias"] = draw(case.h, rows, case.k * slots, kind=parameter)
+        arguments["attention_bias"] = parameter("attention_bias", case.h, rows, case.k * slots)
     if "null" in on:
-        arguments["null_key"] = draw(case.h, case.d, kind=parameter)
-        arguments["null_value"] = draw(case.h, d_value, kind=parameter)
+        arguments["null_key"] = parameter("null_key", case.h, case.d)
+        arguments["null_value"] = parameter("null_value", case.h, d_value)
     if on & {"rotary", "rotary_interleaved", "rotary_partial"}:
         width = case.d // 3 if "rotary_partial" in on else case.d // 2
         rate = 10000.0 ** -(torch.arange(width, dtype=torch.float64) / max(width, 1))
-        kind = torch.float64 if dtype == torch.float64 else torch.float32
-        shift = case.m - 1 if case.operation == "cca" else 0
+        kind = dtype if dtype == torch.float64 or "half_tables" in on else torch.float32
+        shift = 0 if case.operation in ("self", "cross") else case.m - 1
         for name, positions in (("query_rotary", shift + torch.arange(rows)), ("key_rotary", torch.arange(slots))):
             angles = positions[:, None] * rate
             arguments[name] = tuple(x.to(kind).to(device) for x in (angles.cos(), angles.sin()))
         arguments["rotary_interleaved"] = "rotary_interleaved" in on
+        if "turned" in on:  # the cache holds keys that were turned before
+            del arguments["key_rotary"]
     if "relative" in on:
-        arguments["relative_key"] = draw(case.h, rows + slots - 1, case.d, kind=parameter)
+        arguments["relative_key"] = parameter("relative_key", case.h, max(rows + slots - 1, 0), case.d)
     if on & {"relative_biases", "content_bias"}:
-        arguments["content_bias"] = draw(case.h, case.d, kind=parameter)
-    if "relative_biases" in on:
-        arguments["relative_bias"] = draw(case.h, case.d, kind=parameter)
+        arguments["content_bias"] = parameter("content_bias", case.h, case.d)
+    if on & {"relative_biases", "relative_bias"}:
+        arguments["relative_bias"] = parameter("relative_bias", case.h, case.d)
     if "strided" in on:
         arguments = {name: _restride(x) for name, x in arguments.items()}
     if "expanded" in on:  # stride 0: one set of slots for all chunks, one key/value head for all heads
@@ -174,37 +219,60 @@ def differentiable(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def as_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Detached copies in another floating dtype, gradients wanted where they were."""
+    """Detached copies in another floating dtype, gradients wanted where they were; a quantised cache stays as it is."""
 
     def convert(x: Any) -> Any:
         if isinstance(x, tuple):
             return tuple(convert(part) for part in x)
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
+        if isinstance(x, torch.Tensor) and x.dtype in validate.FLOATING:
             return x.detach().to(dtype, copy=True).requires_grad_(x.requires_grad)
         return x
 
-    return {name: convert(x) for name, x in arguments.items()}
+    return {name: x if name.endswith("_scale") else convert(x) for name, x in arguments.items()}
+
+
+def name_of(arguments: dict[str, Any]) -> str:
+    """The public operation that the arguments are for."""
+    if "position" in arguments:
+        return ("projected_" if "encoded" in arguments else "") + "chunked_cross_attention_decode"
+    if "chunk_size" in arguments:
+        return ("projected_" if "encoded" in arguments else "") + "chunked_cross_attention"
+    return "neighbour_self_attention" if "causal" in arguments else "neighbour_cross_attention"
 
 
 def operation(arguments: dict[str, Any]) -> Callable[..., Any]:
     """The public function that the arguments are for."""
     import retro_kernels as rk
 
-    if "chunk_size" in arguments:
-        return rk.chunked_cross_attention
-    return rk.neighbour_self_attention if "causal" in arguments else rk.neighbour_cross_attention
+    return getattr(rk, name_of(arguments))
 
 
 def run(arguments: dict[str, Any], backend: str, grad_out: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """out, lse and, given grad_out, the gradient of every differentiable argument. Dropout always draws the same."""
+    """out, lse and, given grad_out, the gradient of every differentiable argument. Dropout always draws the same. A
+    decoding kernel is called without gradients, which it has not."""
     torch.manual_seed(7)
-    out, lse = operation(arguments)(**arguments, return_lse=True, backend=backend)
-    results = {"out": out.detach(), "lse": lse}
+    without = grad_out is None or ("position" in arguments and backend != "reference")
+    with torch.no_grad() if without else contextlib.nullcontext():
+        out, lse = operation(arguments)(**arguments, return_lse=True, backend=backend)
+    return results(arguments, out, lse, None if without else grad_out)
+
+
+def results(
+    arguments: dict[str, Any], out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """out, lse and, given grad_out, the gradient of every differentiable argument: 0 where the output depends on none
+    of it."""
+    found = {"out": out.detach(), "lse": lse.detach()}
     if grad_out is not None:
         inputs = differentiable(arguments)
-        gradients = torch.autograd.grad(out, list(inputs.values()), grad_out.to(out.dtype))
-        results |= {f"gradient of {name}": g for name, g in zip(inputs, gradients)}
-    return results
+        gradients: Any = [None] * len(inputs)
+        if out.requires_grad:
+            gradients = torch.autograd.grad(out, list(inputs.values()), grad_out.to(out.dtype), allow_unused=True)
+        found |= {
+            f"gradient of {name}": torch.zeros_like(x) if gradient is None else gradient
+            for (name, x), gradient in zip(inputs.items(), gradients)
+        }
+    return found
 
 
 @contextlib.contextmanager
@@ -232,9 +300,9 @@ def error(given: torch.Tensor, expected: torch.Tensor) -> float:
         raise Wrong(f"shape {list(given.shape)}, expected {list(expected.shape)}")
     given, expected = given.double(), expected.double()
     finite = expected.isfinite()
-    same = torch.equal(given.isfinite(), finite) and torch.equal(given[~finite], expected[~finite])
-    if not same:
-        worst = (given.isfinite() != finite).nonzero()[:3].tolist()
+    same = (finite & given.isfinite()) | (expected.isnan() & given.isnan()) | (given == expected)
+    if not same.all():
+        worst = (~same).nonzero()[:3].tolist()
         raise Wrong(f"infinite or NaN where the reference is not (or the reverse), first at {worst}")
     if not finite.any():
         return 0.0

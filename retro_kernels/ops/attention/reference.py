@@ -64,7 +64,7 @@ def _by_clock(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         inside = row < count[..., None]
     token = token.clamp(0, max(n - 1, 0))
 
-    # A row outside the sequence (a slice may begin or end inside a chunk) is a zero query whose result is dropped.
+    # A row outside the sequence (a slice may begin or end inside a chunk) sees nothing, and its result is dropped.
     query = call.query[:, 0, 0]
     batch = torch.arange(b, device=device)[:, None, None].expand_as(token)
     if n > 0:
@@ -79,8 +79,9 @@ def _by_clock(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     key, value = key.flatten(0, 1), value.flatten(0, 1)
     mask = None if call.mask is None else call.mask[:, first:last].flatten(0, 1)
     out, lse = attend(
-        call, rows.flatten(0, 1)[:, None], key, value, mask, batch.flatten(0, 1)[:, None], token.flatten(0, 1)[:, None]
-    )
+        call, rows.flatten(0, 1)[:, None], key, value, mask, batch.flatten(0, 1)[:, None],
+        token.flatten(0, 1)[:, None], inside.flatten(0, 1)[:, None],
+    )  # fmt: skip
 
     # Tokens in no chunk output exactly 0, with nothing to sum. Rows outside go to a row of their own, which is cut off.
     target = torch.where(inside, batch * n + token, b * n).flatten()
@@ -97,24 +98,26 @@ def attend(
     mask: torch.Tensor | None,
     batch: torch.Tensor,
     place: torch.Tensor,
+    attends: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """query [g, jq, i, h, d]; key, value [g, j, t, hk, d | d_value]; mask bool [g, j, t]; batch and place [g, jq, i]
-    (what dropout counts) -> out [g, jq, i, h, d_value], lse [g, jq, i, h]. All rows of a group see all its slots."""
+    (what dropout counts); attends bool [g, jq, i], the rows that are tokens, None: all -> out [g, jq, i, h, d_value],
+    lse [g, jq, i, h]. All rows of a group see all its slots."""
     g, _, rows, h, _ = query.shape
     _, j, r, hk, d_value = value.shape
     compute = accumulation_dtype(call.query.dtype)
     query, key, value = (x.to(compute) for x in (query, key, value))
 
     # Masked tokens are zeroed as well as masked: their keys and values may hold NaN, and 0 * NaN would reach the sums.
-    if mask is not None:
-        key, value = (torch.where(mask[..., None, None], x, 0.0) for x in (key, value))
+    query, key, value = _only(query, attends), _only(key, mask), _only(value, mask)
     if hk != h:  # query head i reads key/value head i // (h / hk)
         key, value = (x.repeat_interleave(h // hk, dim=3) for x in (key, value))
 
     content_query = query
     if call.query_rotary is not None and call.key_rotary is not None:
-        content_query = rotate(query, call.query_rotary, call.rotary_interleaved, call.first_visible)
-        key = rotate(key, call.key_rotary, call.rotary_interleaved, call.first_visible)
+        # zeroed again: a table may hold NaN where no row and no slot turns by it
+        content_query = _only(rotate(query, call.query_rotary, call.rotary_interleaved, call.first_visible), attends)
+        key = _only(rotate(key, call.key_rotary, call.rotary_interleaved, call.first_visible), mask)
     if call.content_bias is not None:
         content_query = query + call.content_bias.to(compute)
 
@@ -122,9 +125,18 @@ def attend(
     i, t = (torch.arange(size, device=query.device) for size in (rows, r))
     if call.relative_key is not None:
         relative_query = query if call.relative_bias is None else query + call.relative_bias.to(compute)
-        by_distance = torch.einsum("gqihd,hxd->gqhix", relative_query, call.relative_key.to(compute))
         # Equation 6 restarts the distance for every neighbour, so one [i, t] table serves all j of them.
-        logits = logits + call.scale * by_distance[..., i[:, None], i[:, None] - t + r - 1][..., None, :]
+        distance = i[:, None] - t + r - 1
+        seen = torch.ones_like(distance) if mask is None else mask.flatten(0, 1).any(0).long().expand(rows, r)
+        if attends is not None:
+            seen = seen * attends.flatten(0, 1).any(0).long()[:, None]
+        if call.causal:
+            seen = seen * (t <= i[:, None])
+        used = torch.zeros_like(call.relative_key[0, :, 0], dtype=torch.int64)
+        used = used.index_put((distance,), seen, accumulate=True) > 0
+        table = torch.where(used[:, None], call.relative_key.to(compute), 0.0)  # the other rows may hold anything
+        by_distance = torch.einsum("gqihd,hxd->gqhix", relative_query, table)
+        logits = logits + call.scale * by_distance[..., i[:, None], distance][..., None, :]
     if call.attention_bias is not None:
         bias = call.attention_bias[:, :rows].to(compute)
         # A [h, M, r] bias is the same for every neighbour; [h, M, j * r] is neighbour-major.
@@ -149,18 +161,25 @@ def attend(
     logits = logits.to(torch.promote_types(compute, torch.float32))
     values = torch.cat([null_value.expand(g, 1, h, d_value), value.flatten(1, 2)], dim=1)
 
-    # A row that sees nothing has no maximum and no sum: it outputs 0 and passes no gradient.
-    maximum = logits.detach().amax(-1, keepdim=True)
-    weights = torch.exp(logits - maximum.masked_fill(maximum == float("-inf"), 0.0))
-    total = weights.sum(-1, keepdim=True)
-    probabilities = weights / total.masked_fill(total == 0, 1.0)
+    # A row that sees nothing, or whose logits are all -inf, outputs 0 and passes no gradient: whatever the slots or the
+    # output's gradient hold, it is cut off before the softmax and after it. NaN and +inf in a logit are no such row.
+    if attends is not None:
+        logits = logits.masked_fill(~attends[:, :, None, :, None], float("-inf"))
+    nothing = (logits == float("-inf")).all(-1, keepdim=True)
+    probabilities = torch.softmax(logits.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
     if call.dropout_seed is not None:
         head = (batch * h)[:, :, None] + torch.arange(h, device=query.device)[:, None]
         kept = dropout.kept(call.dropout_seed, call.dropout_p, head, place[:, :, None], j * r)
         probabilities = torch.where(kept, probabilities * dropout.survivor_scale(call.dropout_p), 0.0)
     out = torch.einsum("gqhis,gshd->gqihd", probabilities.to(compute), values)
-    lse = (maximum + total.log()).detach()[..., 0].transpose(2, 3)
+    out = out.masked_fill(nothing.transpose(2, 3), 0.0)
+    lse = torch.logsumexp(logits.detach(), dim=-1).transpose(2, 3)
     return out, lse
+
+
+def _only(x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """x [g, j, t, h, d] where `seen` [g, j, t], and 0 elsewhere, without gradient."""
+    return x if seen is None else torch.where(seen[..., None, None], x, 0.0)
 
 
 def rotate(

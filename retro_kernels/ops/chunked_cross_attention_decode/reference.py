@@ -31,21 +31,23 @@ def decode(call: common.DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     b, t, h, d = call.query.shape
     m = call.chunk_size
     compute = attention.accumulation_dtype(call.query.dtype)
-    key, value = _keys_and_values(call, compute)
 
-    # Rows of the chunk that no token of this call takes are zero queries whose results are dropped. Tokens that do not
+    # Rows of the chunk that no token of this call takes see nothing, and their results are dropped. Tokens that do not
     # attend share a row of their own, which is cut off.
     state, row = common.states(call), common.rows(call)
     attends = state == common.ATTENDS
+    # What no token sees holds anything: what is masked, and the cache of a sequence that reads none of it.
+    mask = attends.any(1)[:, None, None].expand(call.key.shape[:3])
+    if call.mask is not None:
+        mask = mask & call.mask
+    key, value = _keys_and_values(call, mask, compute)
     place = (torch.where(attends, row, m) + torch.arange(b, device=row.device)[:, None] * (m + 1)).flatten()
     query = torch.where(attends[..., None, None], call.query, 0.0)
     chunk = query.new_zeros(b * (m + 1), h, d).index_copy(0, place, query.reshape(-1, h, d))
     chunk = chunk.view(b, m + 1, h, d)[:, None, :m]
+    taken = torch.zeros(b * (m + 1), dtype=torch.bool, device=row.device).index_fill(0, place, True)
+    taken = taken.view(b, m + 1)[:, None, :m]
 
-    mask = call.mask
-    if call.valid is not None:
-        visible = call.valid[:, None, None].expand(key.shape[:3])
-        mask = visible if mask is None else mask & visible
     query_rotary = call.query_rotary
     if query_rotary is not None and call.key_rotary is None:  # the cache holds keys already turned
         tables = tuple(table.detach().to(compute) for table in query_rotary)
@@ -60,7 +62,7 @@ def decode(call: common.DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         stride=m, first_token=0,
     )  # fmt: skip
     nowhere = torch.zeros(b, 1, m, dtype=torch.int64, device=row.device)
-    out, lse = attention.attend(rows, chunk, key, value, mask, nowhere, nowhere)
+    out, lse = attention.attend(rows, chunk, key, value, mask, nowhere, nowhere, taken)
     out, lse = (torch.cat([x[:, 0], x.new_full((b, 1, *x.shape[3:]), idle)], dim=1).flatten(0, 1)[place]
                 for x, idle in ((out, 0.0), (lse, float("-inf"))))  # fmt: skip
     out, lse = out.view(b, t, h, value.shape[-1]).to(call.query.dtype), lse.view(b, t, h)
@@ -68,19 +70,17 @@ def decode(call: common.DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     return out.masked_fill(beyond[..., None], float("nan")), lse.masked_fill(beyond, float("nan"))
 
 
-def _keys_and_values(call: common.DecodeCall, compute: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """[b, k, r, hk, d | d_value]: dequantised, and projected where the cache holds encoder states."""
+def _keys_and_values(
+    call: common.DecodeCall, seen: torch.Tensor, compute: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[b, k, r, hk, d | d_value]: dequantised, and projected where the cache holds encoder states. `seen`: bool
+    [b, k, r], the tokens that some query sees."""
     key = _dequantised(call.key, call.key_scale, compute)
     value = key if call.projection is not None else _dequantised(call.value, call.value_scale, compute)
     if call.projection is None:
         return key, value
     encoded, projection = key[..., 0, :], call.projection
-    seen = call.mask
-    if call.valid is not None:
-        valid = call.valid[:, None, None].expand(encoded.shape[:3])
-        seen = valid if seen is None else seen & valid
-    if seen is not None:  # NaN of a masked token would reach the gradients of w_key and w_value
-        encoded = torch.where(seen[..., None], encoded, 0.0)
+    encoded = torch.where(seen[..., None], encoded, 0.0)  # NaN would reach the gradients of w_key and w_value
     k, r = encoded.shape[1:3]
 
     def project(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

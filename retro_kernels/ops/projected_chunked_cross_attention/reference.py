@@ -23,9 +23,8 @@ def absorbed(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [b, n, h, d_value] in the query's dtype, lse [b, n, h] fp32 (fp64 for fp64 input), detached."""
     b, n, h, d = call.query.shape
     compute = attention_reference.accumulation_dtype(call.query.dtype)
-    encoded = call.encoded.to(compute)
-    if call.mask is not None:  # what a masked token holds, NaN included, must not reach the gradient of a weight
-        encoded = torch.where(call.mask[..., None], encoded, 0.0)
+    # What no token sees, NaN included, must not reach the gradient of a weight: 0 * NaN in the product's derivative.
+    encoded = torch.where(_seen(call)[..., None], call.encoded.to(compute), 0.0)
 
     def project(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = None if bias is None else bias.to(compute).flatten()
@@ -42,3 +41,16 @@ def absorbed(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     )  # fmt: skip
     out, lse = attention_reference.attention(core)
     return out[:, 0, 0], lse[:, 0, 0]
+
+
+def _seen(call: Call) -> torch.Tensor:
+    """bool [b, l, k, r]: the tokens that are not masked, of the chunks that some token attends to."""
+    n, l, device = call.query.shape[1], call.encoded.shape[1], call.encoded.device
+    if call.chunk_spans is None:
+        first, last = attention_common.attended_chunks(n, l, call.stride, call.first_token)
+        chunk = torch.arange(l, device=device)
+        attended = (chunk >= first) & (chunk < last)
+    else:
+        attended = call.chunk_spans[..., 1] > 0
+    attended = attended[..., None, None].expand(call.encoded.shape[:4])
+    return attended if call.mask is None else attended & call.mask

@@ -1,12 +1,18 @@
 """The cases that every backend must get right. `retro_kernels/testing.py` has what makes them and how their results are
 compared.
 
-The same cases run on the reference (against a per-token loop in fp64) and on every fused backend (against the reference
-in fp64).
+The same cases run on the reference (against the oracle, `tests/ops/oracle.py`) and on every fused backend (against the
+reference in fp64). What runs against the oracle on every backend is in `tests/ops/test_matrix.py` and beside it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import oracle
+import torch
+
+from retro_kernels.ops.attention import dropout
 from retro_kernels.testing import (  # noqa: F401 - what the tests take from here
     Case,
     as_dtype,
@@ -15,7 +21,9 @@ from retro_kernels.testing import (  # noqa: F401 - what the tests take from her
     differentiable,
     error,
     make,
+    name_of,
     operation,
+    results,
     run,
     same_precision,
 )
@@ -186,3 +194,29 @@ EVERY = (*CASES, *SELF, *CROSS)
 
 def by_name(name: str) -> Case:
     return next(case for case in EVERY if case.name == name)
+
+
+def expect(arguments: dict[str, Any], grad_out: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """What `run` must give, in fp64, by the oracle; its gradients also where a decoding kernel has none."""
+    wide = as_dtype({name: x for name, x in arguments.items() if name != "strategy"}, torch.float64)
+    if wide.get("dropout_p"):
+        wide["kept"] = kept(arguments)
+    out, lse = getattr(oracle, name_of(arguments))(**wide)
+    return results(wide, out, lse, None if grad_out is None else grad_out)
+
+
+def kept(arguments: dict[str, Any]) -> torch.Tensor:
+    """bool [*query.shape[:-1], 1 + slots]: the probabilities that `run` keeps, by the rule of ops/attention/dropout.py.
+    The number of a row counts b * h + head, and the row's place in the axes of the query between them."""
+    torch.manual_seed(7)
+    query, h = arguments["query"], arguments["query"].shape[-2]
+    b, places = query.shape[0], query[0, ..., 0, 0].numel() if query.shape[0] else 0
+    seed = dropout.draw_seed(query.device)
+    of = arguments["encoded"] if "encoded" in arguments else arguments["key"][..., 0, 0]
+    if "encoded" in arguments:
+        slots = of.shape[2] * of.shape[3]
+    else:  # of neighbour self-attention, of the cross-attention, and of the chunked one
+        slots = of.shape[-1] if "chunk_size" not in arguments else of.shape[2] * of.shape[3]
+    head = torch.arange(b)[:, None, None] * h + torch.arange(h)
+    stays = dropout.kept(seed, arguments["dropout_p"], head, torch.arange(places)[:, None], slots)
+    return stays.view(*query.shape[:-1], 1 + slots)
