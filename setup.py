@@ -1,51 +1,69 @@
-"""Builds the C++ extension where it can be built; everything else is in pyproject.toml.
+"""Builds the C++ and CUDA kernels; everything else is in pyproject.toml.
 
-`pip install .` builds in an environment without torch: the result is pure Python (and Triton), and complete as such.
-`pip install --no-build-isolation .` (or `-e .`) builds the CPU kernels against the torch that is installed, and the
-CUDA kernels where that torch has CUDA and there is an nvcc of the same major. Neither a GPU nor a torch with CUDA is
-needed to build them: RETRO_KERNELS_BUILD_CUDA=1 asks for them anywhere, so that a wheel can be made on any machine.
+The kernels are compiled against the torch of the environment that pip installs into. It is found, not imported, so that
+build isolation, which hides it (`pip install .`), is no obstacle. What cannot be built here (no torch, no C++ compiler,
+a torch without CUDA, no nvcc of its major) is left out, and the package says why. A compilation that fails fails the
+install. Neither a GPU nor a torch with CUDA is needed to compile the CUDA kernels: RETRO_KERNELS_BUILD_CUDA=1 asks for
+them beside a CPU torch, for a wheel that other machines install.
+
+The version says what a wheel holds, and pip replaces one by another: 0.1.0+cpu, 0.1.0+cpu.cu130, or 0.1.0 without
+kernels. A wheel made from an sdist keeps the sdist's version, because pip compares it with the file's name.
 
 Environment:
   RETRO_KERNELS_BUILD_CPU    auto (default: build if possible, else say why not), 1 (fail if not possible), 0 (do not)
   RETRO_KERNELS_BUILD_CUDA   the same for the CUDA kernels; auto builds them only if torch has CUDA
-  RETRO_KERNELS_CUDA_ARCHS   compute capabilities to build for, default "8.0;9.0a"; PTX of the newest without "a" is
-                             added, which the driver compiles for newer GPUs
-  CUDA_HOME                  the CUDA toolkit; by default that of the nvcc on the path
-  CXX                        the C++ compiler, g++ >= 9 or clang++ >= 11
-  MAX_JOBS                   compilations at once; by default bounded by cores and free memory
+  RETRO_KERNELS_CUDA_ARCHS   compute capabilities to build for, such as the default "8.0;9.0a", "80 90", "8.0+PTX" or
+                             "native" (the GPUs here); without a "+PTX" the PTX of the newest without "a" is added,
+                             which the driver compiles for newer GPUs; 9.0 is built as 9.0a, as every such GPU runs it
+  TORCH_CUDA_ARCH_LIST       taken where RETRO_KERNELS_CUDA_ARCHS is not set, but for what is older than 8.0
+  CUDA_HOME                  the CUDA toolkit; by default the first of torch's major of: nvcc on the path, pip's
+                             (cuda-toolkit[nvcc,nvvm,crt,cudart]), /usr/local/cuda
+  CXX                        the C++ compiler, g++ >= 9 or clang++ >= 11; nvcc takes it too
+  MAX_JOBS                   compilations at once; by default bounded by cores and available memory
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
+import importlib.util
 import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
+VERSION = "0.1.0"
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc" / "cpu"
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
+SKIPPED_FILES = {"CPU": "_skipped.txt", "CUDA": "_cuda_skipped.txt"}
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET = "0x020b000000000000"  # OLDEST_TORCH, as torch's stable ABI spells it
-MEMORY_PER_JOB = {"cpu": 1 << 30, "cuda": 2 << 30}
+MEMORY_PER_JOB = {"CPU": 1 << 30, "CUDA": 2 << 30}
 CUDA_ARCHITECTURES = "8.0;9.0a"
-CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
-CUDA_REMEDY = (
-    "install torch >= 2.11, ninja and a CUDA toolkit with nvcc, then run `RETRO_KERNELS_BUILD_CUDA=1 pip install "
-    "--no-build-isolation .` in the source tree"
-)
-REMEDY = "install torch >= 2.11 and ninja, then run `pip install --no-build-isolation .` in the source tree"
+TOOLKITS = ("/usr/local/cuda", "/usr/local/cuda-*")
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")  # as in CXX="ccache g++"; nvcc must have the compiler itself
+SDIST = (ROOT / "PKG-INFO").exists()
+AGAIN = "run `pip install --no-build-isolation -e .` in the source tree"
+if SDIST:  # pip keeps the wheel that it has made from an archive
+    AGAIN = "install the archive again, `pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps`"
 
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 # GCC before 13 warns about its own AVX-512 headers. The kernels view packed pairs of bf16 as floats.
 KERNEL_FLAGS = ["-fno-strict-aliasing", "-ffp-contract=fast", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
@@ -55,7 +73,21 @@ LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 
 
 
 class CannotBuild(Exception):
-    """Why the extension cannot be built here, in one sentence."""
+    """Why kernels cannot be built here, and what to do about it, in a sentence each."""
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(reason)
+        self.remedy = remedy
+
+
+class Torch(NamedTuple):
+    version: str
+    cuda: str | None  # such as "13.0"
+    folder: Path
+
+
+def say(message: str) -> None:
+    print(f"retro_kernels: {message}", file=sys.stderr, flush=True)
 
 
 def setting(name: str) -> str:
@@ -65,37 +97,42 @@ def setting(name: str) -> str:
     return value
 
 
-def say(message: str) -> None:
-    print(f"retro_kernels: {message}", file=sys.stderr, flush=True)
+def major(version: str) -> str:
+    return version.split(".")[0]
 
 
-def torch_installation() -> tuple[str, Path]:
-    """(version, folder) of the torch to build against."""
-    try:
-        import torch
-    except ImportError as error:
-        raise CannotBuild(
-            f"torch cannot be imported in the build environment ({error}), as always without --no-build-isolation"
-        ) from error
-    version = torch.__version__
+@functools.cache
+def torch_installation() -> Torch:
+    """The torch that Python would import, or that of the environment which an isolated build is for."""
+    site = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    found = importlib.util.find_spec("torch") or PathFinder.find_spec("torch", site)
+    facts = Path(found.origin).with_name("version.py") if found and found.origin else None
+    if facts is None or not facts.exists():
+        where = found.origin if found and found.origin else f"there is none in {site[0]}"
+        raise CannotBuild(f"torch cannot be imported in the build environment ({where})",
+                          f"install torch >= 2.11, then {AGAIN}")  # fmt: skip
+    names = runpy.run_path(str(facts))
+    version = names["__version__"]
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-        raise CannotBuild(f"torch is {version}, and the extension needs 2.11 or newer")
-    return version, Path(torch.__file__).parent
+        raise CannotBuild(f"torch is {version}, and the kernels need 2.11 or newer", f"upgrade torch, then {AGAIN}")
+    return Torch(version, names.get("cuda"), facts.parent)
 
 
+@functools.cache
 def compiler() -> tuple[list[str], str]:
     """(command, first line of its --version)."""
+    remedy = f"install g++ >= 9 or clang++ >= 11, or name it in CXX, then {AGAIN}"
     if platform.system() == "Windows":
-        raise CannotBuild("the kernels need GCC or Clang, which is not supported on Windows")
+        raise CannotBuild("the kernels need GCC or Clang, which is not supported on Windows", "use Linux, or WSL")
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for name in names:
         command = shlex.split(name)
         if command and shutil.which(command[0]):
             if not accepts(command, ["-std=c++17"]):
-                raise CannotBuild(f"{name} does not compile C++17: use g++ >= 9 or clang++ >= 11")
+                raise CannotBuild(f"{name} does not compile C++17", remedy)
             version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
             return command, (version.splitlines() or ["unknown"])[0]
-    raise CannotBuild(f"there is no C++ compiler ({', '.join(names)}): install g++ >= 9 or clang++ >= 11, or set CXX")
+    raise CannotBuild(f"there is no C++ compiler ({', '.join(names)})", remedy)
 
 
 def accepts(command: list[str], flags: list[str]) -> bool:
@@ -113,35 +150,97 @@ def levels(command: list[str]) -> dict[str, list[str]]:
     return {name: flags for name, flags in LEVELS.items() if accepts(command, flags)}
 
 
-def nvcc() -> tuple[list[str], str]:
-    """(command, version such as "13.0")."""
+@functools.cache
+def nvcc() -> tuple[Path, str]:
+    """(path, release such as "13.0") of the first nvcc of torch's CUDA major, or else of the first one."""
+    torch = torch_installation()
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    path = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
-    if path is None:
-        raise CannotBuild(f"there is no nvcc in {home}/bin (CUDA_HOME)" if home else "there is no nvcc on the path")
-    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"release (\d+\.\d+)", text)
-    if found is None:
-        raise CannotBuild(f"{path} --version does not name a release")
-    command = [path]
-    if os.environ.get("CXX"):
-        command += ["-ccbin", shlex.split(os.environ["CXX"])[0]]
-    return command, found[1]
+    if home:
+        places = [Path(home) / "bin" / "nvcc"]
+    else:
+        on_path = shutil.which("nvcc")
+        places = [Path(on_path)] if on_path else []
+        for site in (torch.folder.parent, Path(sysconfig.get_path("purelib"))):
+            places += sorted(site.glob("nvidia/cu*/bin/nvcc"))
+        for pattern in TOOLKITS:
+            places += sorted(Path("/").glob(f"{pattern[1:]}/bin/nvcc"), reverse=True)
+    found: dict[str, Path] = {}
+    for path in filter(Path.exists, places):
+        text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+        release = re.search(r"release (\d+\.\d+)", text)
+        if release:
+            found.setdefault(release[1], path)
+    if not found:
+        where = f"in {home}/bin (CUDA_HOME)" if home else "on the path, among pip's packages or in /usr/local/cuda"
+        raise CannotBuild(f"there is no nvcc {where}", nvcc_remedy(torch.cuda))
+    release = next((name for name in found if torch.cuda and major(name) == major(torch.cuda)), next(iter(found)))
+    return found[release], release
+
+
+def nvcc_remedy(cuda: str | None) -> str:
+    """How to get the nvcc of torch's CUDA. pip has one from CUDA 13 on."""
+    cuda = cuda or "13.0"
+    toolkit = f"install NVIDIA's toolkit of CUDA {major(cuda)} (and set CUDA_HOME)"
+    if int(major(cuda)) >= 13:
+        toolkit = f'`pip install "cuda-toolkit[nvcc,nvvm,crt,cudart]=={cuda}.*"`, or {toolkit}'
+    return f"{toolkit}, then {AGAIN}"
+
+
+def nvcc_command(path: Path) -> list[str]:
+    """nvcc with the host compiler that the CPU kernels have. CannotBuild where the two do not work together."""
+    words = list(compiler()[0])
+    while len(words) > 1 and Path(words[0]).name in LAUNCHERS:
+        words.pop(0)
+    command = [str(path), "-ccbin", words[0], *(f"-Xcompiler={word}" for word in words[1:])]
+    done = subprocess.run([*command, "-x", "cu", "-E", os.devnull, "-o", os.devnull], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, check=False)  # fmt: skip
+    if done.returncode:
+        raise CannotBuild(
+            f"{path} with {words[0]} does not compile an empty file: {' '.join(done.stdout.split())[-500:]}",
+            f"name a compiler that it takes in CXX, or another toolkit in CUDA_HOME, then {AGAIN}",
+        )
+    return command
 
 
 def architectures() -> list[str]:
-    """Compute capabilities such as "8.0" or "9.0a", and "8.0+PTX" last."""
-    given = os.environ.get("RETRO_KERNELS_CUDA_ARCHS") or CUDA_ARCHITECTURES
-    names = [name for name in re.split(r"[;,\s]+", given.strip()) if name]
-    for name in names:
-        if not re.fullmatch(r"([89]|1[0-9])\.[0-9]a?", name):
+    """Compute capabilities such as "8.0" or "9.0a", and what gets PTX, such as "8.0+PTX", last."""
+    variables = ("RETRO_KERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST")
+    variable = next((name for name in variables if os.environ.get(name, "").strip()), variables[0])
+    given = os.environ.get(variable, "").strip() or CUDA_ARCHITECTURES
+    names, portable, ptx = [], [], []
+    for word in re.split(r"[;,\s]+", " ".join(gpus()) if given == "native" else given):
+        parts = re.fullmatch(r"(\d+?)\.?(\d)(a?)(\+PTX)?", word)
+        capability = (int(parts[1]), int(parts[2])) if parts else (0, 0)
+        if parts and capability < (8, 0) and variable == "TORCH_CUDA_ARCH_LIST":
+            say(f"{variable}: {word} is left out, since the CUDA kernels need 8.0 or newer")
+            continue
+        if not (8, 0) <= capability < (20, 0):
             raise SystemExit(
-                f"retro_kernels: RETRO_KERNELS_CUDA_ARCHS is {given!r}; expected compute capabilities from 8.0 on, "
-                f"such as {CUDA_ARCHITECTURES!r}"
+                f"retro_kernels: {variable} is {given!r}; expected compute capabilities from 8.0 on, such as "
+                f"{CUDA_ARCHITECTURES!r} or '8.0+PTX', or 'native'"
             )
-    portable = [name for name in names if not name.endswith("a")]
-    newest = max(portable, key=lambda name: [int(part) for part in name.split(".")], default=None)
-    return [*names, f"{newest}+PTX"] if newest else names
+        names.append(f"{parts[1]}.{parts[2]}{'a' if capability == (9, 0) else parts[3]}")
+        portable += [capability] if not parts[3] else []
+        ptx += [capability] if parts[4] else []
+    if not names:
+        raise SystemExit(f"retro_kernels: {variable} is {given!r}, and the CUDA kernels need 8.0 or newer")
+    ptx = ptx or [max(portable)] if portable else ptx
+    return list(dict.fromkeys([*names, *(f"{a}.{b}+PTX" for a, b in ptx)]))
+
+
+def gpus() -> list[str]:
+    """The compute capabilities of the GPUs here, from the driver, since an isolated build cannot import torch."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        found = []
+    if not found:
+        raise SystemExit(
+            "retro_kernels: the CUDA architectures are to be 'native', but nvidia-smi shows no GPU here: set "
+            f"RETRO_KERNELS_CUDA_ARCHS to its compute capability, such as {CUDA_ARCHITECTURES!r}"
+        )
+    return sorted(set(found))
 
 
 def generate_code(names: list[str]) -> list[str]:
@@ -154,272 +253,274 @@ def generate_code(names: list[str]) -> list[str]:
     return flags
 
 
-def cuda_of_torch() -> str | None:
-    import torch
-
-    return torch.version.cuda
-
-
 def git_commit() -> str | None:
     if not (ROOT / ".git").exists():
         return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        result = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     except OSError:
         return None
-    return result.stdout.strip() or None
 
 
 def jobs(memory: int) -> int:
+    """Compilations at once, each of which takes that much memory. Available memory counts the page cache."""
     if os.environ.get("MAX_JOBS", "").isdigit():
         return max(1, int(os.environ["MAX_JOBS"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return cores
-    return max(1, min(cores, free // memory))
+        available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        available = None
+    return max(1, min(cores, int(available[1]) * 1024 // memory)) if available else cores
 
 
-def ninja_command() -> str | None:
+def run(kind: str, command: list[str]) -> None:
+    """Runs a compiler; CompileError with its last lines, and with the first that names an error."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode == 0:
+        return
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    shown = lines[-25:]
+    first = next((line for line in lines if "error" in line.lower()), None)
+    if first is not None and first not in shown:
+        shown = [first, "...", *shown]
+    killed = done.returncode < 0 or "illed" in done.stdout
+    raise CompileError(
+        f"compiling the {kind} kernels failed, so that nothing is installed. (RETRO_KERNELS_BUILD_{kind}=0 installs "
+        f"without them.){' Memory may have run out: set MAX_JOBS=1.' * killed} `{shlex.join(command)}` ended with "
+        f"status {done.returncode}:\n" + "\n".join(shown)
+    )
+
+
+def make_object(kind: str, command: list[str], source: Path, output: Path) -> None:
+    """Compiles a file, unless this command has made the object from what the file and its headers are now."""
+    command = [*command, "-MMD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
+    stamp, text = Path(f"{output}.command"), shlex.join(command)
     try:
-        import ninja
-    except ImportError:
-        return shutil.which("ninja")
-    return str(Path(ninja.BIN_DIR) / "ninja")
+        headers = shlex.split(Path(f"{output}.d").read_text().partition(": ")[2].replace("\\\n", " "))
+        made = output.stat().st_mtime
+        if stamp.read_text() == text and all(os.stat(name).st_mtime <= made for name in (source, *headers)):
+            return
+    except (OSError, ValueError):
+        pass
+    stamp.unlink(missing_ok=True)
+    say(f"compiling {source.relative_to(ROOT)}")
+    run(kind, command)
+    stamp.write_text(text)
 
 
-def write_if_changed(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+def make_library(kind: str, target: Path, objects: list[tuple[list[str], Path, Path]], link: list[str]) -> None:
+    """From (command, source, object) each and the command that links them."""
+    with concurrent.futures.ThreadPoolExecutor(jobs(MEMORY_PER_JOB[kind])) as pool:
+        futures = [pool.submit(make_object, kind, *each) for each in objects]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    # A process that has the old library mapped must keep its file: replace, do not overwrite.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_suffix(".new")
+    run(kind, [*link, "-o", str(fresh)])
+    fresh.replace(target)
 
 
-def build_info(folder: Path, metadata: dict[str, object]) -> Path:
+def build_info(folder: Path, torch: Torch, metadata: dict[str, object]) -> Path:
     """A source file that carries how the library is built, for `extension.read_metadata`."""
+    metadata |= {
+        "torch": torch.version, "oldest_torch": ".".join(map(str, OLDEST_TORCH)), "machine": platform.machine(),
+        "git_commit": git_commit(),
+    }  # fmt: skip
     embedded = json.dumps("RETRO_KERNELS_BUILD" + json.dumps(metadata, sort_keys=True))
     source = folder / "build_info.cpp"
-    write_if_changed(
-        source,
+    text = (
         "namespace retro_kernels {\nextern const char* const kBuildInfo;\n"
-        f"const char* const kBuildInfo = {embedded};\n}}\n",
+        f"const char* const kBuildInfo = {embedded};\n}}\n"
     )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not source.exists() or source.read_text() != text:
+        source.write_text(text)
     return source
 
 
+def build_cpu(target: Path) -> None:
+    torch, (command, compiler_version) = torch_installation(), compiler()
+    flags = levels(command)
+    folder = ROOT / "build" / "cpu"
+    info = build_info(folder, torch, {
+        "compiler": compiler_version, "levels": list(flags), "flags": " ".join(COMMON_FLAGS + KERNEL_FLAGS)
+    })  # fmt: skip
+    of_torch = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DRK_TORCH_BUILT={torch.version}",
+                f"-I{torch.folder / 'include'}"]  # fmt: skip
+    sources = [
+        *((SOURCES / f"level_{name}.cpp", KERNEL_FLAGS + extra) for name, extra in flags.items()),
+        *((SOURCES / f"{name}.cpp", of_torch) for name in ("bindings", "decode_bindings")),
+        (SOURCES / "dispatch.cpp", [f"-DRK_HAVE_{name.upper()}" for name in flags if name != "portable"]),
+        (info, []),
+    ]
+    objects = [([*command, *COMMON_FLAGS, *extra], source, folder / f"{source.stem}.o") for source, extra in sources]
+    link = [*command, "-shared", *(str(each[-1]) for each in objects), f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
+    make_library("CPU", target, objects, link)
+
+
+def build_cuda(target: Path) -> None:
+    """The same with nvcc. The CUDA runtime is linked statically."""
+    torch, (path, cuda) = torch_installation(), nvcc()
+    command, names = nvcc_command(path), architectures()
+    folder = ROOT / "build" / "cuda"
+    info = build_info(folder, torch, {
+        "cuda": cuda, "compiler": f"nvcc {cuda}", "architectures": names, "flags": " ".join(CUDA_FLAGS)
+    })  # fmt: skip
+    of_torch = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{torch.folder / 'include'}"]
+    sm90 = ["9.0a"] if "9.0a" in names else []
+    if sm90:
+        of_torch.append("-DRK_HAVE_SM90")
+    objects = []
+    for source in sorted([*CUDA_SOURCES.rglob("*.cu"), *CUDA_SOURCES.rglob("*.cpp"), info], key=lambda x: x.suffix):
+        parts = source.relative_to(folder if source == info else CUDA_SOURCES).parts
+        chosen = sm90 if parts[0] == "sm90" else names  # what uses wgmma and TMA exists for sm_90a alone
+        if source.suffix == ".cpp" or chosen:
+            extra = of_torch if source.suffix == ".cpp" else generate_code(chosen)
+            objects.append(([*command, *CUDA_FLAGS, *extra], source, folder / ("_".join(parts) + ".o")))
+    link = [*command, "-shared", "-cudart=static", *(str(each[-1]) for each in objects), f"-L{torch.folder / 'lib'}"]
+    link.append(f"-L{path.resolve().parents[1] / 'lib'}")  # of pip's packages; nvcc knows that of a toolkit
+    make_library("CUDA", target, objects, [*link, "-ltorch_cpu", *torch_cuda(command, folder)])
+
+
+def torch_cuda(command: list[str], folder: Path) -> list[str]:
+    """How to link torch_cuda, which a CPU torch lacks: an empty library stands in for it, so that the extension
+    names it as needed and finds its symbols in the one that Python has loaded."""
+    stand_in = folder / "stand_in" / "libtorch_cuda.so"
+    stand_in.parent.mkdir(parents=True, exist_ok=True)
+    soname = ["-Xlinker", f"-soname={stand_in.name}"]
+    run("CUDA", [*command, "-shared", "-cudart=none", *soname, "-o", str(stand_in), "-x", "c++", os.devnull])
+    return ["-Xlinker", "--no-as-needed", f"-L{stand_in.parent}", "-ltorch_cuda"]
+
+
 class BuildKernels(build_ext):
-    """Compiles csrc/cpu into retro_kernels/_cpu.abi3.so and csrc/cuda into retro_kernels/_cuda.abi3.so, with ninja.
-    Objects stay in build/cpu and build/cuda between builds."""
+    """Compiles csrc/cpu into retro_kernels/_cpu.abi3.so and csrc/cuda into retro_kernels/_cuda.abi3.so. Objects stay in
+    build/cpu and build/cuda between builds."""
 
     def build_extension(self, ext: Extension) -> None:
-        kind = ext.name.rsplit("_", 1)[-1]
+        build = build_cpu if ext.name.endswith("_cpu") else build_cuda
         try:
-            {"cpu": self.build_cpu, "cuda": self.build_cuda}[kind](Path(self.get_ext_fullpath(ext.name)).resolve())
-        except (CannotBuild, subprocess.CalledProcessError, OSError) as error:
-            message = f"building the {NAMES[kind]} kernels failed: {error}"
-            say(message if not ext.optional else f"{message}; going on without them")
-            raise CompileError(message) from error
-
-    def build_cpu(self, target: Path) -> None:
-        version, torch = torch_installation()
-        command, compiler_version = compiler()
-        flags = levels(command)
-        folder = ROOT / "build" / "cpu"
-        metadata = {
-            "torch": version,
-            "oldest_torch": ".".join(map(str, OLDEST_TORCH)),
-            "compiler": compiler_version,
-            "machine": platform.machine(),
-            "levels": list(flags),
-            "flags": " ".join(COMMON_FLAGS + KERNEL_FLAGS),
-            "git_commit": git_commit(),
-        }
-        have = [f"-DRK_HAVE_{name.upper()}" for name in flags if name != "portable"]
-        objects: list[tuple[Path, Path, list[str]]] = [
-            *((SOURCES / f"{name}.cpp", folder / f"{name}.o",
-               [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DRK_TORCH_BUILT={version}", f"-I{torch / 'include'}"])
-              for name in ("bindings", "decode_bindings")),
-            (SOURCES / "dispatch.cpp", folder / "dispatch.o", have),
-            (build_info(folder, metadata), folder / "build_info.o", []),
-        ]  # fmt: skip
-        objects += [
-            (SOURCES / f"level_{name}.cpp", folder / f"level_{name}.o", KERNEL_FLAGS + extra)
-            for name, extra in flags.items()
-        ]
-        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
-        self.compile("cpu", target, [*command, *COMMON_FLAGS], objects, [*command, "-shared"], libraries)
-        say(f"built the CPU kernels ({', '.join(flags)}) against torch {version}")
-
-    def build_cuda(self, target: Path) -> None:
-        """The same with nvcc. The CUDA runtime is linked statically."""
-        version, torch = torch_installation()
-        command, cuda = nvcc()
-        names = architectures()
-        folder = ROOT / "build" / "cuda"
-        metadata = {
-            "torch": version,
-            "oldest_torch": ".".join(map(str, OLDEST_TORCH)),
-            "cuda": cuda,
-            "compiler": f"nvcc {cuda}",
-            "machine": platform.machine(),
-            "architectures": names,
-            "flags": " ".join(CUDA_FLAGS),
-            "git_commit": git_commit(),
-        }
-        of_torch = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{torch / 'include'}"]
-        sm90 = ["9.0a"] if "9.0a" in names else []
-        if sm90:
-            of_torch.append("-DRK_HAVE_SM90")
-        objects = [(build_info(folder, metadata), folder / "build_info.o", [])]
-        for source in sorted([*CUDA_SOURCES.rglob("*.cpp"), *CUDA_SOURCES.rglob("*.cu")]):
-            parts = source.relative_to(CUDA_SOURCES).parts
-            chosen = sm90 if parts[0] == "sm90" else names  # what uses wgmma and TMA exists for sm_90a alone
-            if source.suffix == ".cpp" or chosen:
-                flags = of_torch if source.suffix == ".cpp" else generate_code(chosen)
-                objects.append((source, folder / ("_".join(parts) + ".o"), flags))
-        link = [*command, "-shared", "-cudart=static"]
-        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", *self.torch_cuda(command, folder)]
-        self.compile("cuda", target, [*command, *CUDA_FLAGS], objects, link, libraries)
-        say(f"built the CUDA kernels ({', '.join(names)}) with nvcc {cuda} against torch {version}")
-
-    def torch_cuda(self, command: list[str], folder: Path) -> list[str]:
-        """How to link torch_cuda, which a CPU torch lacks: an empty library stands in for it, so that the extension
-        names it as needed and finds its symbols in the one that Python has loaded."""
-        stand_in = folder / "stand_in" / "libtorch_cuda.so"
-        if not stand_in.exists():
-            source = stand_in.with_suffix(".cpp")
-            write_if_changed(source, "")
-            soname = ["-Xlinker", f"-soname={stand_in.name}"]
-            self.call([*command, "-shared", "-cudart=none", *soname, "-o", str(stand_in), str(source)])
-        return ["-Xlinker", "--no-as-needed", f"-L{stand_in.parent}", "-ltorch_cuda"]
-
-    def compile(
-        self, kind: str, target: Path, compile_command: list[str], objects: list[tuple[Path, Path, list[str]]],
-        link: list[str], libraries: list[str],
-    ) -> None:  # fmt: skip
-        """(source, object, flags of its own) each, then the library, copied to `target`."""
-        folder = ROOT / "build" / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        built = folder / target.name
-        ninja = ninja_command()
-        if ninja is None:
-            say("ninja is not installed: compiling everything, one file after the other")
-            for source, obj, extra in objects:
-                self.call([*compile_command, *extra, "-c", str(source), "-o", str(obj)])
-            self.call([*link, "-o", str(built), *(str(o) for _, o, _ in objects), *libraries])
-        else:
-            lines = [
-                "ninja_required_version = 1.5",
-                "rule compile",
-                f"  command = {ninja_text(shlex.join(compile_command))} $flags -MMD -MF $out.d -c $in -o $out",
-                "  depfile = $out.d",
-                "  deps = gcc",
-                "  description = $in",
-                "rule link",
-                f"  command = {ninja_text(shlex.join(link))} -o $out $in {ninja_text(shlex.join(libraries))}",
-            ]
-            for source, obj, extra in objects:
-                lines += [f"build {ninja_path(obj)}: compile {ninja_path(source)}", f"  flags = {shlex.join(extra)}"]
-            lines.append(f"build {ninja_path(built)}: link {' '.join(ninja_path(o) for _, o, _ in objects)}")
-            write_if_changed(folder / "build.ninja", "\n".join(lines) + "\n")
-            self.call([ninja, "-C", str(folder), "-j", str(jobs(MEMORY_PER_JOB[kind]))])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A process that has the old library mapped must keep its file: replace, do not overwrite.
-        fresh = target.with_suffix(".new")
-        shutil.copyfile(built, fresh)
-        fresh.replace(target)
+            build(Path(self.get_ext_fullpath(ext.name)).resolve())
+        except CannotBuild as error:
+            raise CompileError(f"{error}: {error.remedy}") from error
+        BUILT.append(ext)
 
     def copy_extensions_to_source(self) -> None:
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
             inplace, regular = self._get_inplace_equivalent(build_py, ext)
-            if Path(regular).exists():
-                fresh = Path(inplace).with_suffix(".new")
-                shutil.copyfile(regular, fresh)
-                fresh.replace(inplace)
-
-    def call(self, command: list[str]) -> None:
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if result.returncode:
-            print(result.stdout, file=sys.stderr)
-            raise CannotBuild(f"`{command[0]}` ended with status {result.returncode}; its output is above")
-
-
-def ninja_text(text: str) -> str:
-    return text.replace("$", "$$")
-
-
-def ninja_path(path: Path) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-NAMES = {"cpu": "CPU", "cuda": "CUDA"}
-REMEDIES = {"cpu": REMEDY, "cuda": CUDA_REMEDY}
-SKIPPED_FILES = {"cpu": "_skipped.txt", "cuda": "_cuda_skipped.txt"}
-SKIPPED: dict[str, str] = {}
-
-
-def skip(kind: str, reason: str) -> None:
-    """pip hides what a build prints, so the reason is kept in the package too (see BuildPython)."""
-    SKIPPED[kind] = reason
-    name, remedy = NAMES[kind], REMEDIES[kind]
-    say(f"the {name} kernels are skipped: {reason}. Everything else is installed. To get them, {remedy}.")
+            fresh = Path(inplace).with_suffix(".new")
+            shutil.copyfile(regular, fresh)
+            fresh.replace(inplace)
 
 
 class BuildPython(build_py):
-    """Writes why a library was skipped beside where it would be; `why_not` of its module and the doctor repeat it."""
+    """Begins with an empty folder, so that no module or library of an earlier build is packed, and writes why kernels
+    were left out beside where they would be; `why_not` of their module and the doctor repeat it."""
 
     def run(self) -> None:
+        package = (ROOT if self.editable_mode else Path(self.build_lib).resolve()) / "retro_kernels"
+        if package.parent != ROOT:
+            for stale in (package, *(ROOT / "build").glob("bdist.*")):
+                shutil.rmtree(stale, ignore_errors=True)
         super().run()
-        package = (ROOT if self.editable_mode else Path(self.build_lib)) / "retro_kernels"
-        for kind, reason in SKIPPED.items():
-            package.mkdir(parents=True, exist_ok=True)
-            (package / SKIPPED_FILES[kind]).write_text(reason)
+        for kind, file in SKIPPED_FILES.items():
+            if kind in SKIPPED:
+                package.mkdir(parents=True, exist_ok=True)
+                (package / file).write_text("\n".join(SKIPPED[kind]))
+                (package / f"_{kind.lower()}.abi3.so").unlink(missing_ok=True)
+            else:
+                (package / file).unlink(missing_ok=True)
 
 
-def check_cpu() -> None:
-    torch_installation()
-    compiler()
+BUILT: list[Extension] = []
+SKIPPED: dict[str, tuple[str, str]] = {}  # what is left out, why, and what to do
 
 
-def check_cuda() -> None:
-    """Raises CannotBuild where `auto` would not build the CUDA kernels, or no setting could."""
-    torch_installation()
-    _, cuda = nvcc()
-    architectures()
-    if setting("RETRO_KERNELS_BUILD_CUDA") == "1":
+def check(kind: str, wanted: str) -> None:
+    """CannotBuild for what is to be left out, or cannot be made as asked. SystemExit for what must be mended first."""
+    torch = torch_installation()
+    if kind == "CPU":
+        compiler()
         return
-    of_torch = cuda_of_torch()
-    if of_torch is None:
-        raise CannotBuild("this torch has no CUDA (RETRO_KERNELS_BUILD_CUDA=1 builds them all the same)")
-    if of_torch.split(".")[0] != cuda.split(".")[0]:
-        raise CannotBuild(f"nvcc is of CUDA {cuda} and torch of CUDA {of_torch}, another major version")
+    if torch.cuda is None and wanted == "auto":
+        raise CannotBuild(
+            f"torch {torch.version} is a build without CUDA",
+            f"with a CUDA build of PyTorch, {AGAIN} (RETRO_KERNELS_BUILD_CUDA=1 compiles them now, for other machines)",
+        )
+    path, cuda = nvcc()
+    if torch.cuda is not None and major(torch.cuda) != major(cuda):
+        raise CannotBuild(
+            f"nvcc ({path}) is of CUDA {cuda} and torch of CUDA {torch.cuda}, another major version, so that torch "
+            "cannot load what it compiles", nvcc_remedy(torch.cuda),
+        )  # fmt: skip
+    architectures()
+    try:
+        nvcc_command(path)
+    except CannotBuild as error:  # all but the host compiler is there for a build with CUDA: do not go on without
+        raise SystemExit(
+            f"retro_kernels: the CUDA kernels cannot be built with {path}: {error}. Remedy: {error.remedy}; or set "
+            "RETRO_KERNELS_BUILD_CUDA=0 to install without them."
+        ) from error
 
 
 def extensions() -> list[Extension]:
     found = []
-    for kind, check in (("cpu", check_cpu), ("cuda", check_cuda)):
-        variable = f"RETRO_KERNELS_BUILD_{NAMES[kind]}"
+    for kind in SKIPPED_FILES:
+        variable = f"RETRO_KERNELS_BUILD_{kind}"
         wanted = setting(variable)
-        if wanted == "0":
-            skip(kind, f"{variable} was 0")
-            continue
         try:
-            check()
-        except CannotBuild as reason:
+            if wanted == "0":
+                raise CannotBuild(f"{variable} was 0", f"without that setting, {AGAIN}")
+            check(kind, wanted)
+        except CannotBuild as error:
             if wanted == "1":
-                raise SystemExit(f"retro_kernels: {variable}=1, but {reason}. Remedy: {REMEDIES[kind]}.") from reason
-            skip(kind, str(reason))
-            continue
-        found.append(Extension(f"retro_kernels._{kind}", sources=[], py_limited_api=True, optional=wanted == "auto"))
+                raise SystemExit(f"retro_kernels: {variable}=1, but {error}. Remedy: {error.remedy}.") from error
+            SKIPPED[kind] = (str(error), error.remedy)
+            say(f"the {kind} kernels are skipped: {error}. Everything else is installed. To get them, {error.remedy}.")
+        else:
+            found.append(Extension(f"retro_kernels._{kind.lower()}", sources=[], py_limited_api=True))
     return found
 
 
-MODULES = extensions()
-setup(
-    ext_modules=MODULES,
-    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if MODULES else {},
-)
+def version(modules: list[Extension]) -> str:
+    if SDIST or not modules:
+        return VERSION
+    tags = ["cpu" if ext.name.endswith("_cpu") else f"cu{nvcc()[1].replace('.', '')}" for ext in modules]
+    return f"{VERSION}+{'.'.join(tags)}"
+
+
+def summary(modules: list[Extension]) -> str:
+    """What was built and what was not, in one sentence."""
+    built = " and ".join(f"the {ext.name.rpartition('_')[2].upper()} kernels" for ext in modules) or "no kernels"
+    left_out = "; ".join(f"left out the {kind} kernels ({reason})" for kind, (reason, _) in SKIPPED.items())
+    return f"built {built}" + (f"; {left_out}" if left_out else "")
+
+
+def main() -> None:
+    wheel = {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv)
+    if wheel and not any(map(importlib.util.find_spec, ("setuptools.command.bdist_wheel", "wheel"))):
+        raise SystemExit(
+            f"retro_kernels: setuptools {setuptools.__version__} makes no wheels without the package wheel. Remedy: "
+            "pip install --upgrade setuptools wheel, or pip install without --no-build-isolation."
+        )
+    modules = [] if "sdist" in sys.argv else extensions()
+    setup(
+        version=version(modules),
+        license="Apache-2.0",
+        ext_modules=modules,
+        cmdclass={"build_ext": BuildKernels, "build_py": BuildPython},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
+    )
+    if BUILT or "bdist_wheel" in sys.argv:
+        say(summary(modules))
+
+
+if __name__ == "__main__":
+    main()

@@ -22,10 +22,8 @@ from . import extension
 
 # RETRO_KERNELS_CUDA_LIBRARY names another file, one out of a wheel, say.
 LIBRARY = Path(os.environ.get("RETRO_KERNELS_CUDA_LIBRARY") or Path(__file__).with_name("_cuda.abi3.so"))
-REBUILD = (
-    "run `RETRO_KERNELS_BUILD_CUDA=1 pip install --no-build-isolation .` in the source tree, with torch >= 2.11, nvcc "
-    "and ninja"
-)
+SKIPPED = "_cuda_skipped.txt"
+REBUILD = "run `pip install --no-build-isolation -e .` in the source tree"
 OLDEST_CAPABILITY = (8, 0)
 
 _emulator: list[Path] = []
@@ -41,8 +39,7 @@ def build_metadata() -> dict[str, Any]:
 def why_not() -> str | None:
     """Loads the library once; why it cannot be used, with the remedy, or None."""
     if not LIBRARY.exists():
-        skipped = extension.read_skipped("_cuda_skipped.txt", LIBRARY)
-        return f"the CUDA extension was not built ({skipped or f'{LIBRARY} is not there'}): {REBUILD}"
+        return extension.why_missing("the CUDA extension", LIBRARY, SKIPPED, rebuild())
     built = build_metadata()
     reason = _refused_torch(built) or _refused_devices(built)
     if reason is not None:
@@ -53,9 +50,16 @@ def why_not() -> str | None:
         return (
             f"the CUDA extension {LIBRARY} does not load ({' '.join(str(error).split())}; built against torch "
             f"{built.get('torch', 'unknown')} and CUDA {built.get('cuda', 'unknown')}, found torch {torch.__version__} "
-            f"and CUDA {torch.version.cuda}): {REBUILD}"
+            f"and CUDA {torch.version.cuda}): {rebuild()}"
         )
     return None
+
+
+def rebuild() -> str:
+    """How to get a library for this torch."""
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) has no CUDA: install a CUDA build of PyTorch, then {REBUILD}"
+    return f"{REBUILD}, with an nvcc of CUDA {torch.version.cuda.split('.')[0]}"
 
 
 def _refused_torch(built: dict[str, Any]) -> str | None:
@@ -73,8 +77,7 @@ def _refused_torch(built: dict[str, Any]) -> str | None:
     if cuda.split(".")[0] != torch.version.cuda.split(".")[0]:
         return (
             f"the CUDA extension was built with CUDA {cuda} and this torch ({torch.__version__}) with CUDA "
-            f"{torch.version.cuda}, another major version: {REBUILD}, with the nvcc of CUDA "
-            f"{torch.version.cuda.split('.')[0]}"
+            f"{torch.version.cuda}, another major version: {rebuild()}"
         )
     return None
 
@@ -94,7 +97,7 @@ def _refused_devices(built: dict[str, Any]) -> str | None:
         found = ", ".join(".".join(map(str, capability)) for capability in sorted(capabilities))
         return (
             f"the CUDA extension was built for {' '.join(architectures)} and the GPU has compute capability {found}: "
-            f"set RETRO_KERNELS_CUDA_ARCHS={found.split(', ')[-1]} and {REBUILD}"
+            f"set RETRO_KERNELS_CUDA_ARCHS={found.split(', ')[-1]} and {rebuild()}"
         )
     return None
 

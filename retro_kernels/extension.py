@@ -8,6 +8,7 @@ serves every Python >= 3.10 and every torch from the one it was built for (2.11)
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 
 LIBRARY = Path(__file__).with_name("_cpu.abi3.so")
+SKIPPED = "_skipped.txt"
 MARK = b"RETRO_KERNELS_BUILD"
-REBUILD = "run `pip install --no-build-isolation .` in the source tree, with torch >= 2.11 and a C++ compiler"
+REBUILD = "run `pip install --no-build-isolation -e .` in the source tree, with torch >= 2.11 and a C++ compiler"
 
 
 def build_metadata() -> dict[str, Any]:
@@ -43,12 +45,38 @@ def read_metadata(library: Path) -> dict[str, Any]:
         return {}
 
 
-def read_skipped(name: str, beside: Path = LIBRARY) -> str | None:
-    """Why setup.py skipped a library, which it writes into a file beside where the library would be."""
+def read_skipped(file: Path) -> tuple[str, str] | None:
+    """Why setup.py left a library out and what to do about it, from the file that it writes where the library would be;
+    None where there is none."""
     try:
-        return beside.with_name(name).read_text().strip() or None
+        reason, _, remedy = file.read_text().strip().partition("\n")
     except OSError:
         return None
+    return (reason, remedy) if reason else None
+
+
+def built_copy(library: Path) -> Path | None:
+    """The same library in an installed copy of the package, where this one is a source folder, which hides that copy
+    from a Python that runs there."""
+    if not library.parent.with_name("setup.py").exists():
+        return None
+    for distribution in importlib.metadata.distributions(name="retro_kernels"):
+        found = Path(str(distribution.locate_file(f"retro_kernels/{library.name}")))
+        if found.exists():
+            return found
+    return None
+
+
+def why_missing(what: str, library: Path, skipped: str, rebuild: str) -> str:
+    """Why a library is not there, with the remedy, in one sentence."""
+    copy = built_copy(library)
+    if copy is not None:
+        return (
+            f"{what} was not built in {library.parent}, but in the installed copy {copy.parent}, which the source "
+            "folder hides: run Python in another folder, or `pip install --no-build-isolation -e .` in this one"
+        )
+    reason, remedy = read_skipped(library.with_name(skipped)) or (f"{library} is not there", "")
+    return f"{what} was not built ({reason}): {remedy or rebuild}"
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -59,8 +87,7 @@ def version(text: str) -> tuple[int, ...]:
 def why_not() -> str | None:
     """Loads the library once; why it cannot be used, with the remedy, or None."""
     if not LIBRARY.exists():
-        skipped = read_skipped("_skipped.txt", LIBRARY)
-        return f"the C++ extension was not built ({skipped or f'{LIBRARY} is not there'}): {REBUILD}"
+        return why_missing("the C++ extension", LIBRARY, SKIPPED, REBUILD)
     built = build_metadata()
     oldest = built.get("oldest_torch")
     if oldest and version(torch.__version__) < version(oldest):

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,12 +24,13 @@ PACKAGES = (
     "matplotlib",
 )  # fmt: skip
 IMPORTED = {"torch": "torch", "triton": "triton", "numpy": "numpy", "faiss-cpu": "faiss", "faiss-gpu": "faiss"}
-PROGRAMS = ("g++", "clang++", "nvcc", "ninja")
+PROGRAMS = ("g++", "clang++", "nvcc")
 VARIABLES = {
     "RETRO_KERNELS_BACKEND": "the backend of every call that names none",
     "RETRO_KERNELS_BUILD_CPU": "auto, 1 or 0: whether an install builds the C++ extension",
     "RETRO_KERNELS_BUILD_CUDA": "auto, 1 or 0: whether an install builds the CUDA extension",
     "RETRO_KERNELS_CUDA_ARCHS": "the compute capabilities that such an install builds for",
+    "TORCH_CUDA_ARCH_LIST": "the same, where RETRO_KERNELS_CUDA_ARCHS is not set",
     "RETRO_KERNELS_CUDA_LIBRARY": "the file of the CUDA extension, in place of the installed one",
     "TRITON_INTERPRET": "1 runs Triton kernels, very slowly, on the CPU",
     "CUDA_HOME": "the CUDA toolkit that a build takes",
@@ -150,7 +152,12 @@ def compilers() -> list[Entry]:
 
 
 def _program(name: str) -> Entry:
-    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    folders = [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if name == "nvcc":  # as setup.py looks for it
+        of_pip = sorted(map(str, Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin")))
+        folders = [f"{home}/bin"] if home else [*folders, *of_pip, "/usr/local/cuda/bin"]
+    path = shutil.which(name, path=os.pathsep.join(folders))
     if path is None:
         return Entry(name, "not found")
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
@@ -179,8 +186,22 @@ def backends() -> tuple[list[Entry], bool]:
 
 
 def extension() -> list[Entry]:
-    """The compiled extensions: whether each loads, and what it was built for against what is here."""
-    return guarded("extension", _extension) + guarded("CUDA extension", _cuda_extension)
+    """The compiled extensions: what the install built, whether each loads, what it was built for and what is here."""
+    return guarded("install", built) + guarded("extension", _extension) + guarded("CUDA extension", _cuda_extension)
+
+
+def built() -> Entry:
+    """What the install built and what it left out, in the sentence that setup.py ends with."""
+    from retro_kernels import cuda_extension, extension
+
+    parts = []
+    for kind, module in (("CPU", extension), ("CUDA", cuda_extension)):
+        if module.LIBRARY.exists():
+            parts.append(f"built the {kind} kernels")
+        else:
+            reason, _ = extension.read_skipped(module.LIBRARY.with_name(module.SKIPPED)) or ("nothing says why", "")
+            parts.append(f"left out the {kind} kernels ({reason})")
+    return Entry("install", "; ".join(parts))
 
 
 def _extension() -> list[Entry]:

@@ -48,7 +48,36 @@ def test_exit_code_without_a_fused_backend(monkeypatch):
     assert "No fused backend can run here" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["_cpu", "_gpus", "_driver", "_program", "_version", "_extension", "_cuda_extension"])
+def test_what_the_install_built_is_one_sentence(tmp_path, monkeypatch):
+    from retro_kernels import cuda_extension, extension
+
+    monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_cpu.abi3.so")
+    monkeypatch.setattr(cuda_extension, "LIBRARY", tmp_path / "_cuda.abi3.so")
+    (tmp_path / "_cpu.abi3.so").touch()
+    (tmp_path / "_cuda_skipped.txt").write_text("there is no nvcc on the path\ninstall it")
+    sentence = "built the CPU kernels; left out the CUDA kernels (there is no nvcc on the path)"
+    assert doctor.built().value == sentence
+    assert doctor.extension()[0].value == sentence
+
+
+def test_nvcc_is_looked_for_among_pips_packages(tmp_path, monkeypatch):
+    """Where setup.py looks too."""
+    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
+    nvcc.chmod(0o755)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", "/bin")
+    monkeypatch.setattr(doctor.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert doctor._program("nvcc").value == f"Cuda compilation tools, release 13.0, V13.0.88 ({nvcc})"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    assert doctor._program("nvcc").value == "not found"
+
+
+@pytest.mark.parametrize(
+    "name", ["_cpu", "_gpus", "_driver", "_program", "_version", "built", "_extension", "_cuda_extension"]
+)
 def test_a_probe_that_raises_becomes_a_line(monkeypatch, name):
     """Whatever one probe meets, the others are shown and there is no traceback."""
 
