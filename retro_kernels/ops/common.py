@@ -1,4 +1,5 @@
-"""What all operations and backends share: private op registration and output allocation."""
+"""What all operations and backends share: private ops with their rules under torch.func.vmap, output allocation, and
+the autograd function round the ops."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("retro_kernels", "FRAGMENT")
 
@@ -16,18 +18,93 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def register(schema: str, *, implementation: Callable, fake: Callable, devices: tuple[str, ...]) -> Callable:
-    """Defines a private `retro_kernels::` op with its kernels and its fake; returns the callable overload.
+# Arguments and results of the private ops whose first axis is the batch. The others are the same for all sequences.
+PER_SEQUENCE = frozenset((
+    "query", "key", "value", "encoded", "mask", "chunk_spans", "first_visible", "grad_out", "out", "lse", "x",
+    "logit_bias", "null_logit", "key_scale", "value_scale", "position", "valid", "chunk",
+))  # fmt: skip
+# Arguments under which a call is not that of its sequences one by one: dropout draws by the sequence's number, and a
+# parameter's gradient is the sum over all.
+JOINT = frozenset(("dropout_seed", "weight_gradient", "bias_gradient", "relative_gradient", "null_gradient"))
+
+
+def register(
+    schema: str, *, implementation: Callable, fake: Callable, devices: tuple[str, ...], returns: Sequence[str]
+) -> Callable:
+    """Defines a private `retro_kernels::` op with its kernels, its fake and its rule under vmap; returns the callable
+    overload. `returns` names the results, a gradient by what it is of.
 
     Plain `define`/`impl` costs half of `custom_op` per call. Autograd is not registered here: an
     `autograd.Function` in `api.py` calls these ops with grad mode off.
     """
-    name = schema.split("(", 1)[0]
+    name, arguments = schema.split(" -> ")[0].rstrip(")").split("(", 1)
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in devices:
         LIBRARY.impl(name, implementation, {"cpu": "CPU", "cuda": "CUDA"}[device])
     torch.library.register_fake(f"retro_kernels::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.retro_kernels, name).default
+    op = getattr(torch.ops.retro_kernels, name).default
+    names = tuple(argument.split()[-1] for argument in arguments.split(","))
+
+    def rule(info, in_dims, *given):
+        return _vmapped(op, names, tuple(returns), info.batch_size, in_dims, given)
+
+    torch.library.register_vmap(f"retro_kernels::{name}", rule, lib=LIBRARY)
+    return op
+
+
+def _vmapped(
+    op: Callable, names: tuple[str, ...], returns: tuple[str, ...], size: int, in_dims: Sequence[int | None], given: Any
+) -> tuple[Any, Any]:
+    """`op` under a vmap of `size` samples, `in_dims` their axes in the arguments -> the results and their axes.
+
+    Samples become sequences of one batch where they can: where only arguments per sequence are vmapped over, and
+    nothing joins the sequences. Else the op runs once a sample.
+    """
+    apart = any(
+        (dim is not None and name not in PER_SEQUENCE) or (name in JOINT and x is not None and x is not False)
+        for name, dim, x in zip(names, in_dims, given)
+    )
+    if apart:
+        samples = [
+            op(*(x if dim is None else unit_last_stride(x.select(dim, i)) for x, dim in zip(given, in_dims)))
+            for i in range(size)
+        ]
+        if isinstance(samples[0], torch.Tensor):
+            return torch.stack(samples), 0
+        return tuple(torch.stack(parts) for parts in zip(*samples)), (0,) * len(returns)
+    out_rank = next((_rank(x, dim) for name, dim, x in zip(names, in_dims, given) if name == "out"), None)
+    folded = []
+    for name, dim, x in zip(names, in_dims, given):
+        if isinstance(x, torch.Tensor) and name in PER_SEQUENCE:
+            axis = _batch_axis(name, _rank(x, dim), out_rank)
+            x = (
+                x.unsqueeze(axis).expand(*x.shape[:axis], size, *x.shape[axis:])
+                if dim is None
+                else x.movedim(dim, axis)
+            )
+            x = unit_last_stride(x.flatten(axis, axis + 1))
+        folded.append(x)
+    results = op(*folded)
+    if isinstance(results, torch.Tensor):
+        return results.unflatten(0, (size, results.shape[0] // size)), 0
+    places = [
+        _batch_axis(name, x.dim(), results[0].dim()) if name in PER_SEQUENCE else None
+        for name, x in zip(returns, results)
+    ]
+    unfolded = (
+        x if axis is None else x.unflatten(axis, (size, x.shape[axis] // size)) for x, axis in zip(results, places)
+    )
+    return tuple(unfolded), tuple(places)
+
+
+def _rank(x: torch.Tensor, dim: int | None) -> int:
+    """The number of axes of one sample."""
+    return x.dim() if dim is None else x.dim() - 1
+
+
+def _batch_axis(name: str, rank: int, out_rank: int | None) -> int:
+    """The first, but the second of an lse that has a plane more (`ops/attention/common.py`, log-sum-exp)."""
+    return 1 if name == "lse" and rank == out_rank else 0
 
 
 def register_pair(
@@ -38,21 +115,16 @@ def register_pair(
     implementations: tuple[Callable, Callable],
     fakes: tuple[Callable, Callable],
     devices: tuple[str, ...],
+    differentiable: Sequence[int],
 ) -> tuple[Callable, Callable]:
-    """`<operation>_forward_<backend>` and `<operation>_backward_<backend>`, whose own derivative raises and is not
-    silently zero."""
+    """`<operation>_forward_<backend>` and `<operation>_backward_<backend>`. `differentiable`: the places among the
+    forward's arguments whose gradients the backward returns."""
+    arguments = [argument.split()[-1] for argument in schemas[0].split("(", 1)[1].split(",")]
+    returns = (("out", "lse"), tuple(arguments[place] for place in differentiable))
     forward, backward = (
-        register(schema, implementation=implementation, fake=fake, devices=devices)
-        for schema, implementation, fake in zip(schemas, implementations, fakes)
+        register(schema, implementation=implementation, fake=fake, devices=devices, returns=names)
+        for schema, implementation, fake, names in zip(schemas, implementations, fakes, returns)
     )
-
-    def raise_on_backward(ctx, *gradients):
-        raise RuntimeError(
-            "retro_kernels' fused kernels have no second derivative: the gradient of a gradient was asked for "
-            '(create_graph=True and another backward). Use backend="reference", which PyTorch differentiates twice.'
-        )
-
-    torch.library.register_autograd(f"retro_kernels::{operation}_backward_{backend}", raise_on_backward, lib=LIBRARY)
     return forward, backward
 
 
@@ -61,6 +133,47 @@ def unit_last_stride(x: torch.Tensor | None) -> torch.Tensor | None:
     if x is None or not x.is_floating_point() or x.stride(-1) == 1 or x.shape[-1] <= 1:
         return x
     return x.contiguous()
+
+
+def raise_for_tangents(ctx: Any = None, *grad_inputs: Any) -> Any:
+    """The `jvp` of every function here. (torch.compile traces no function that has one: only those for torch.func.)"""
+    raise RuntimeError(
+        "retro_kernels' fused kernels have no forward-mode derivative (torch.func.jvp, jacfwd and hessian, and "
+        'torch.autograd.forward_ad): use backend="reference", which PyTorch differentiates in both directions, or '
+        "reverse mode (grad, vjp, jacrev)."
+    )
+
+
+class _Gradients(torch.autograd.Function):
+    """`op(*arguments)`, whose own derivative raises and is not silently zero."""
+
+    @staticmethod
+    def forward(ctx, op, *arguments):
+        return op(*arguments)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "retro_kernels' fused kernels have no second derivative: the gradient of a gradient was asked for "
+            '(create_graph=True and another backward). Use backend="reference", which PyTorch differentiates twice.'
+        )
+
+
+class _GradientsInTransform(torch.autograd.Function):
+    """`_Gradients` as torch.func's transforms need it (see `_FusedInTransform`)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op, *arguments):
+        return op(*(unit_last_stride(x) if isinstance(x, torch.Tensor) else x for x in arguments))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = staticmethod(_Gradients.backward)
+    jvp = staticmethod(raise_for_tangents)
 
 
 class _Fused(torch.autograd.Function):
@@ -77,15 +190,61 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, _):
-        *tensors, out, lse = ctx.saved_tensors
         wanted = ctx.needs_input_grad[5:]
-        flags = [any(wanted[place] for place in places) for places in ctx.flags]
-        results = ctx.backward_op(unit_last_stride(grad_out), *tensors, out, lse, *ctx.settings, *flags)
-        gradients = [None] * len(tensors)
-        for place, gradient in zip(ctx.differentiable, results):
-            if wanted[place]:
-                gradients[place] = gradient
-        return None, None, None, None, None, *gradients
+        arguments = (unit_last_stride(grad_out), *ctx.saved_tensors, *ctx.settings, *_wanted_flags(ctx.flags, wanted))
+        refuse_forward_mode(arguments)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            results = _Gradients.apply(ctx.backward_op, *arguments)
+        else:
+            results = ctx.backward_op(*arguments)
+        return None, None, None, None, None, *_by_place(ctx.differentiable, wanted, results)
+
+
+class _FusedInTransform(torch.autograd.Function):
+    """`_Fused` as torch.func's transforms need it. PyTorch looks at the signature of such a function at every call, for
+    longer than a kernel takes, and torch.compile mistakes its arguments where nothing needs a gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(forward_op, backward_op, differentiable, flags, settings, *tensors):
+        return forward_op(*(unit_last_stride(x) for x in tensors), *settings.value)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.backward_op, ctx.differentiable, ctx.flags, ctx.settings, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors, *output)  # which jvp under a vmap looks for before it asks for the tangents
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        wanted = ctx.needs_input_grad[5:]
+        flags = _wanted_flags(ctx.flags.value, wanted)
+        arguments = (grad_out, *ctx.saved_tensors, *ctx.settings.value, *flags)
+        results = _GradientsInTransform.apply(ctx.backward_op, *arguments)
+        return None, None, None, None, None, *_by_place(ctx.differentiable.value, wanted, results)
+
+    jvp = staticmethod(raise_for_tangents)
+
+
+class _Opaque:
+    """What torch.func must not take for a structure of arguments."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _wanted_flags(flags: Sequence[Sequence[int]], wanted: Sequence[bool]) -> list[bool]:
+    return [any(wanted[place] for place in places) for places in flags]
+
+
+def _by_place(differentiable: Sequence[int], wanted: Sequence[bool], results: Sequence[torch.Tensor]) -> list[Any]:
+    gradients: list[Any] = [None] * len(wanted)
+    for place, gradient in zip(differentiable, results):
+        if wanted[place]:
+            gradients[place] = gradient
+    return gradients
 
 
 def fused(
@@ -101,9 +260,61 @@ def fused(
     `differentiable`: which of the tensors have a gradient, in the order in which the backward op returns them. `flags`:
     for each flag that ends the backward op's arguments, the tensors any of whose gradients it asks for.
     """
-    # torch.compile does not trace an autograd.Function that is given one tensor twice, and self-attention's query is
-    # often its key too: every repetition becomes a view of its own.
-    apart: list[Any] = []
+    if torch._C._are_functorch_transforms_active():
+        opaque = (_Opaque(x) for x in (differentiable, flags, settings))
+        return _FusedInTransform.apply(forward_op, backward_op, *opaque, *tensors)
+    refuse_forward_mode(tensors)
+    if not recorded(tensors):
+        return forward_op(*(unit_last_stride(x) for x in tensors), *settings)
+    return _Fused.apply(forward_op, backward_op, differentiable, flags, settings, *apart(tensors))
+
+
+def recorded(tensors: Sequence[Any]) -> bool:
+    """Whether autograd would record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def requires_grad(x: torch.Tensor) -> bool:
+    """Whether a gradient of x is wanted; under torch.func's transforms at any level, which vmap hides."""
+    if x.requires_grad or not torch._C._are_functorch_transforms_active():
+        return x.requires_grad
+    functorch = torch._C._functorch
+    while not x.requires_grad and (functorch.is_batchedtensor(x) or functorch.is_gradtrackingtensor(x)):
+        x = functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
+def apart(tensors: Sequence[Any]) -> Sequence[Any]:
+    """The tensors; while torch.compile traces, every repetition as a view of its own: it does not trace an
+    autograd.Function that is given one tensor twice, and self-attention's query is often its key too."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Any] = []
     for x in tensors:
-        apart.append(x.view_as(x) if x is not None and any(x is other for other in apart) else x)
-    return _Fused.apply(forward_op, backward_op, differentiable, flags, settings, *apart)
+        found.append(x.view_as(x) if x is not None and any(x is other for other in found) else x)
+    return found
+
+
+def refuse_forward_mode(tensors: Sequence[Any]) -> None:
+    """Raises for tensors with a tangent, which a kernel would silently ignore; under torch.func's transforms for all
+    that jvp has seen."""
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(isinstance(x, torch.Tensor) and x.is_floating_point() and _may_have_tangent(x) for x in tensors):
+        raise_for_tangents()
+
+
+def _may_have_tangent(x: torch.Tensor) -> bool:
+    if not torch._C._are_functorch_transforms_active():
+        return forward_ad.unpack_dual(x).tangent is not None
+    functorch = torch._C._functorch
+    forward = {
+        interpreter.level()
+        for interpreter in functorch.get_interpreter_stack() or ()
+        if interpreter.key() == functorch.TransformType.Jvp
+    }
+    while functorch.is_batchedtensor(x) or functorch.is_gradtrackingtensor(x):
+        if functorch.maybe_get_level(x) in forward:
+            return True
+        x = functorch.get_unwrapped(x)
+    return False

@@ -159,6 +159,7 @@ def register(backend: str, forward, backward, devices: tuple[str, ...], *, remai
     return common.register_pair(
         "attention", backend, schemas=(forward_schema(backend), backward_schema(backend)),
         implementations=(forward, backward), fakes=(fake, _fake_backward), devices=devices,
+        differentiable=DIFFERENTIABLE,
     )  # fmt: skip
 
 

@@ -81,7 +81,8 @@ class DecodeCall:
         parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
         if self.projection is not None:
             parts += [getattr(self.projection, field.name) for field in dataclasses.fields(self.projection)]
-        return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in parts)
+        common.refuse_forward_mode(parts)
+        return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and common.requires_grad(x) for x in parts)
 
 
 def decode_schema(backend: str) -> str:
@@ -104,7 +105,9 @@ def _fake(query, key, value, *_):
 
 def register(backend: str, implementation, devices: tuple[str, ...]):
     """Registers `decode_<backend>`; returns the callable."""
-    return common.register(decode_schema(backend), implementation=implementation, fake=_fake, devices=devices)
+    return common.register(
+        decode_schema(backend), implementation=implementation, fake=_fake, devices=devices, returns=("out", "lse")
+    )
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:

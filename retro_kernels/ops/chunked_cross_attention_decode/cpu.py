@@ -87,6 +87,7 @@ def _project(x, weight, transposed):
 _project_few = ops_common.register(
     "decode_project_cpu(Tensor x, Tensor weight, bool transposed) -> Tensor",
     implementation=_project, fake=_allocate_projected, devices=("cpu",),
+    returns=("x",),
 )  # fmt: skip
 
 

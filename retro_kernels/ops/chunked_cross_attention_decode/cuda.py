@@ -107,7 +107,7 @@ def _project(x, weight, transposed):
 
 _project_few = ops_common.register(
     "decode_project_cuda(Tensor x, Tensor weight, bool transposed) -> Tensor",
-    implementation=_project, fake=_allocate_projected, devices=("cpu", "cuda"),
+    implementation=_project, fake=_allocate_projected, devices=("cpu", "cuda"), returns=("x",),
 )  # fmt: skip
 
 

@@ -16,9 +16,12 @@ from ..attention import arguments
 from ..attention.common import attended_chunks, plain_lse
 from ..attention.run import autocast, without_autocast
 from ..chunked_cross_attention.api import clock
-from ..common import fused
-from . import cost_model, cpu, cuda, materialise, reference, triton
+from ..common import fused, requires_grad
+from ..later import import_later
+from . import cost_model, cpu, cuda, materialise, reference
 from .common import DIFFERENTIABLE, FLAGS, Call
+
+triton = import_later(__package__, "triton")
 
 BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 STRATEGIES = ("auto", "materialise", "absorb")
@@ -204,7 +207,7 @@ def work(given: Given, backward: bool | None = None) -> cost_model.Work:
         l, queries = last - first, max(0, n - max(0, call.first_token))
 
     def wanted(*tensors: torch.Tensor | None) -> bool:
-        return any(x is not None and x.requires_grad for x in tensors)
+        return any(x is not None and requires_grad(x) for x in tensors)
 
     encoded, weights = wanted(call.encoded), wanted(call.w_key, call.w_value, call.bias_key, call.bias_value)
     if backward is None:

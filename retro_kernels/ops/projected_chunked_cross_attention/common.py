@@ -113,6 +113,7 @@ def register(backend: str, forward, backward, devices: tuple[str, ...], *, remai
     return common.register_pair(
         "absorbed", backend, schemas=(forward_schema(backend), backward_schema(backend)),
         implementations=(forward, backward), fakes=(fake, _fake_backward), devices=devices,
+        differentiable=DIFFERENTIABLE,
     )  # fmt: skip
 
 

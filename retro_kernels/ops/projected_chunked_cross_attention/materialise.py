@@ -7,7 +7,21 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from .. import common
 from ..chunked_cross_attention import chunked_cross_attention
+
+
+def _products(
+    encoded: torch.Tensor, bias: torch.Tensor | None, weights: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    flat = [weight.flatten(0, 1) for weight in weights]
+    sizes = [weight.shape[0] for weight in flat]
+    if encoded.is_cuda and len(flat) > 1:
+        parts = F.linear(encoded, torch.cat(flat), bias).split(sizes, dim=-1)
+    else:  # a CPU gains nothing by one product, and to lay wide weights side by side costs up to half of it
+        biases = [None] * len(flat) if bias is None else bias.split(sizes)
+        parts = [F.linear(encoded, weight, part) for weight, part in zip(flat, biases)]
+    return tuple(part.unflatten(-1, weight.shape[:2]) for part, weight in zip(parts, weights))
 
 
 class _Project(torch.autograd.Function):
@@ -19,21 +33,10 @@ class _Project(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(encoded, mask, bias, *weights):
-        flat = [weight.flatten(0, 1) for weight in weights]
-        sizes = [weight.shape[0] for weight in flat]
-        if encoded.is_cuda and len(flat) > 1:
-            parts = F.linear(encoded, torch.cat(flat), bias).split(sizes, dim=-1)
-        else:  # a CPU gains nothing by one product, and to lay wide weights side by side costs up to half of it
-            biases = [None] * len(flat) if bias is None else bias.split(sizes)
-            parts = [F.linear(encoded, weight, part) for weight, part in zip(flat, biases)]
-        return tuple(part.unflatten(-1, weight.shape[:2]) for part, weight in zip(parts, weights))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        encoded, mask, bias, *weights = inputs
+    def forward(ctx, encoded, mask, bias, *weights):
         ctx.save_for_backward(encoded, mask, *weights)
         ctx.with_bias = bias is not None
+        return _products(encoded, bias, weights)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -59,6 +62,26 @@ class _Project(torch.autograd.Function):
         return grad_encoded, None, grad_bias, *grad_weights
 
 
+class _ProjectInTransform(torch.autograd.Function):
+    """`_Project` as torch.func's transforms need it (`ops/common.py`, `_FusedInTransform`)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(encoded, mask, bias, *weights):
+        return _products(encoded, bias, weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        encoded, mask, bias, *weights = inputs
+        ctx.save_for_backward(encoded, mask, *weights)
+        ctx.save_for_forward(encoded, mask, *weights)
+        ctx.with_bias = bias is not None
+
+    backward = staticmethod(_Project.backward)
+    jvp = staticmethod(common.raise_for_tangents)
+
+
 def project(
     encoded: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -74,7 +97,12 @@ def project(
             weight.new_zeros(weight.shape[:2]).flatten() if x is None else x.to(weight.dtype).flatten()
             for weight, x in zip(weights, biases)
         ])  # fmt: skip
-    return _Project.apply(encoded, mask, bias, *weights)
+    if torch._C._are_functorch_transforms_active():
+        return _ProjectInTransform.apply(encoded, mask, bias, *weights)
+    common.refuse_forward_mode((encoded, bias, *weights))
+    if not common.recorded((encoded, bias, *weights)):
+        return _products(encoded, bias, weights)
+    return _Project.apply(*common.apart((encoded, mask, bias, *weights)))
 
 
 def attend(
