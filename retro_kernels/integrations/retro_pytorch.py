@@ -29,6 +29,7 @@ from torch import nn
 
 from ..nn import ChunkedCrossAttention, NeighbourEncoder
 from ..ops.chunked_cross_attention import chunked_cross_attention
+from ..ops.compiling import readable
 from ..ops.neighbour_cross_attention import neighbour_cross_attention
 from ..ops.neighbour_self_attention import neighbour_self_attention
 from .base import AS_TRAINED, PAPER, FusedForward, class_names, warn_once
@@ -293,7 +294,7 @@ def _see_something(mask: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tenso
     """mask [B, s] and query [B, 1, n, h, d] under which an entry of the batch with nothing visible gets the mean of all
     its values, as retro-pytorch computes it: all of it is made visible, to queries that are zero."""
     visible = mask.any(-1)
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(visible.all()):
+    if mask.device.type == "cpu" and readable(mask) and bool(visible.all()):
         return mask, query
     return mask | ~visible[:, None], query.masked_fill(~visible[:, None, None, None, None], 0.0)
 
@@ -358,7 +359,7 @@ def _unusual_angles(pos_emb, lengths: tuple[int, int], head_dim: int | None) -> 
         if angles.requires_grad and torch.is_grad_enabled():
             return "pos_emb: got angles that require a gradient, expected fixed ones"
         # On a GPU this comparison would wait for the device at every call; while tracing it has no value.
-        comparable = angles.device.type == "cpu" and not torch.compiler.is_compiling()
+        comparable = angles.device.type == "cpu" and readable(angles)
         if comparable and not torch.equal(angles[..., : width // 2], angles[..., width // 2 :]):
             return "pos_emb: got angles whose two halves differ, expected the same angles twice"
     return None

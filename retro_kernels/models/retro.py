@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..nn import NeighbourEncoder, RetroDecoderBlock
 from ..nn.context_parallel import ContextParallel
 from ..ops import validate
+from ..ops.compiling import readable
 from .config import RetroConfig
 from .loss import linear_cross_entropy
 
@@ -319,7 +320,7 @@ class Retro(nn.Module):
 
     def check_vocabulary(self, name: str, tokens: torch.Tensor) -> None:
         """Raises ValueError for tokens outside the vocabulary, where looking costs nothing: on a CPU, not compiling."""
-        if tokens.device.type != "cpu" or torch.compiler.is_compiling() or tokens.numel() == 0:
+        if tokens.device.type != "cpu" or not readable(tokens) or tokens.numel() == 0:
             return
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= self.config.vocab_size:

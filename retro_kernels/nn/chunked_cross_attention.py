@@ -12,6 +12,7 @@ from torch import nn
 from ..ops import validate
 from ..ops.attention.arguments import document_starts
 from ..ops.chunked_cross_attention import chunked_cross_attention
+from ..ops.compiling import readable
 from ..ops.projected_chunked_cross_attention import materialise
 from . import common
 from .positions import RelativePositions, RotaryPositions, t5_buckets
@@ -568,6 +569,13 @@ def _places(position: torch.Tensor, t: int) -> torch.Tensor:
 def _check_buckets(buckets: Any, num_buckets: int | None, chunk_size: int, num_keys: int) -> tuple[torch.Tensor, int]:
     validate.tensor("bias_buckets", buckets, (torch.int64, torch.int32))
     validate.shape("bias_buckets", buckets, "m, r | k * r", (chunk_size, num_keys))
+    if not readable(buckets):
+        if num_buckets is None:
+            raise ValueError(
+                "num_buckets: got None and bias_buckets without data (a fake or meta tensor), which do not tell how "
+                "many there are, expected an int"
+            )
+        return buckets.to(torch.int64), validate.integer("num_buckets", num_buckets, 1)
     low, high = int(buckets.min()), int(buckets.max())
     num_buckets = high + 1 if num_buckets is None else validate.integer("num_buckets", num_buckets, 1)
     if low < 0 or high >= num_buckets:

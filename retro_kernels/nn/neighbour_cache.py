@@ -11,6 +11,7 @@ from ..ops import validate as checks
 from ..ops.attention.reference import accumulation_dtype, rotate
 from ..ops.chunked_cross_attention_decode import chunked_cross_attention_decode
 from ..ops.chunked_cross_attention_decode.common import QUANTISED
+from ..ops.compiling import readable
 from ..ops.projected_chunked_cross_attention_decode import projected_chunked_cross_attention_decode
 from . import common
 from .chunked_cross_attention import ChunkedCrossAttention, project_neighbours, stack_projections
@@ -265,7 +266,7 @@ class NeighbourCache:
 
     def _target(self, slots: Slots, validate: bool) -> _Target:
         index = self._indices("slots", slots)
-        if self._readable(slots, validate):
+        if self._readable(slots, index, validate):
             given = index.tolist()
             outside = [slot for slot in given if not 0 <= slot < self.num_slots]
             if outside:
@@ -279,7 +280,7 @@ class NeighbourCache:
         index = self._indices("chunk", chunk)
         if index.shape[0] not in (1, count):
             raise ValueError(f"chunk: got {index.shape[0]}, expected 1 or {count}, as many as slots")
-        if self._readable(chunk, validate) and bool((index < 0).any()):
+        if self._readable(chunk, index, validate) and bool((index < 0).any()):
             raise ValueError(f"chunk: got {int(index.min())}, expected at least 0")
         return index.to(self.device, non_blocking=True).expand(count)
 
@@ -297,11 +298,9 @@ class NeighbourCache:
         return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
     @staticmethod
-    def _readable(given: Slots, validate: bool) -> bool:
-        """Whether the numbers may be looked at: not on a GPU, which would be waited for, nor while compiling."""
-        if not isinstance(given, torch.Tensor):
-            return True
-        return not torch.compiler.is_compiling() and (validate or given.device.type == "cpu")
+    def _readable(given: Slots, index: torch.Tensor, validate: bool) -> bool:
+        """Whether the numbers may be looked at: not on a GPU, which would be waited for, nor where there are none."""
+        return (validate or not isinstance(given, torch.Tensor) or given.device.type == "cpu") and readable(index)
 
     def __repr__(self) -> str:
         return (

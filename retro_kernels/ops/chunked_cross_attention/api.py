@@ -9,6 +9,7 @@ from .. import validate
 from ..attention import arguments
 from ..attention.common import CLOCK, Call
 from ..attention.run import autocast, run
+from ..compiling import readable
 
 
 def chunked_cross_attention(
@@ -191,7 +192,7 @@ def _spans(
     clock = token - starts - (m - 1)
     begins = (clock >= 0) & (clock % stride == 0)
     chunk = begins.cumsum(1) - 1
-    synchronous = starts.device.type == "cpu" and not torch.compiler.is_compiling()
+    synchronous = starts.device.type == "cpu" and readable(starts)
     if synchronous and n > 0 and b > 0:
         needed = chunk[:, -1] + 1
         if int(needed.max()) > num_chunks:
@@ -205,7 +206,7 @@ def _spans(
     target = torch.where(begins & (chunk < num_chunks), chunk, num_chunks)
     attending = (clock >= 0) & (chunk < num_chunks)
     count = starts.new_zeros(b, num_chunks + 1)
-    count.scatter_add_(1, torch.where(attending, chunk, num_chunks), torch.ones_like(chunk))
+    count = count.scatter_add(1, torch.where(attending, chunk, num_chunks), torch.ones_like(chunk))
     first = starts.new_zeros(b, num_chunks + 1).scatter(1, target, token)
     spans = torch.stack([first, count], dim=-1)[:, :num_chunks].to(torch.int32).contiguous()
     return spans, None if synchronous else (clock >= 0) & (chunk >= num_chunks)

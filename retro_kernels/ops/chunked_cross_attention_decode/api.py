@@ -9,6 +9,7 @@ import torch
 from .. import validate
 from ..attention import arguments
 from ..attention.run import autocast
+from ..compiling import readable
 from .common import QUANTISED, DecodeCall
 from .run import run
 
@@ -182,7 +183,7 @@ def decode(
         chunk=None if chunk is None else chunk.contiguous(), chunk_size=m,
         scale=arguments.checked_scale(scale, query),
     )  # fmt: skip
-    if not torch.compiler.is_compiling() and (synchronise or query.device.type == "cpu"):
+    if (synchronise or query.device.type == "cpu") and readable(call.position, call.chunk, call.valid):
         _check_border(call, t)
     out, lse = run(call, backend)
     return (out, lse) if return_lse else out
