@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import evidence
+from .compiling import constant
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RETRO_KERNELS_BACKEND"
@@ -108,7 +109,7 @@ def unverified(module: ModuleType, name: str) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result  # what can run does not change under a compiled graph
+@constant  # what can run does not change under a compiled graph
 def _unavailable(modules: dict[str, ModuleType], name: str) -> str | None:
     if name not in modules:
         return "this version of retro_kernels does not have it"

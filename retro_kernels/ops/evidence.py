@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .compiling import constant
+
 TABLE = Path(__file__).with_name("evidence.json")
 
 
@@ -35,15 +37,20 @@ def key(operation: str, dtype: str, head_dim: int) -> str:
 
 def order(call: Any, default: tuple[str, ...]) -> tuple[str, ...]:
     """The backends in the order in which they are asked for this call."""
-    if call.query.device.type != "cuda" or not table():
+    query = call.query
+    if query.device.type != "cuda":
         return default
-    of_device = table().get(_device_name(call.query.device), {})
-    dtype = str(call.query.dtype).removeprefix("torch.")
-    winner = of_device.get(key(call.operation, dtype, int(call.query.shape[-1])))
+    winner = _winner(call.operation, query.device, query.dtype, int(query.shape[-1]))
     return default if winner is None else (winner, *(name for name in default if name != winner))
 
 
-@torch.compiler.assume_constant_result
+@constant  # a compiled graph has no file to read
+def _winner(operation: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if not table():
+        return None
+    return table().get(_device_name(device), {}).get(key(operation, str(dtype).removeprefix("torch."), head_dim))
+
+
 @functools.lru_cache(maxsize=64)
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)

@@ -9,8 +9,12 @@ import torch
 
 from .. import backends as backend_choice
 from ..common import fused
-from . import cpu, cuda, reference, triton
+from ..compiling import constant
+from ..later import import_later
+from . import cpu, cuda, reference
 from .common import DIFFERENTIABLE, FLAGS, Call, plain_lse
+
+triton = import_later(__package__, "triton")
 
 BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 
@@ -20,7 +24,7 @@ def backends() -> dict[str, backend_choice.BackendStatus]:
     return backend_choice.status(BACKENDS)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's compiler does not trace the question
+@constant  # torch 2.11's compiler does not trace the question
 def has_autocast(device: str) -> bool:
     """Whether this type of device knows autocast."""
     return torch.amp.is_autocast_available(device)

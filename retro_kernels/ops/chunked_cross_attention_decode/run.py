@@ -6,7 +6,10 @@ import torch
 
 from .. import backends as backend_choice
 from ..attention.run import without_autocast
-from . import common, cpu, cuda, reference, triton
+from ..later import import_later
+from . import common, cpu, cuda, reference
+
+triton = import_later(__package__, "triton")
 
 BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 

@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..compiling import constant
+
 CONSTANTS = Path(__file__).with_name("constants.json")
 STRATEGIES = ("materialise", "absorb")
 KINDS = (
@@ -236,7 +238,7 @@ def faster(device: torch.device, dtype: torch.dtype, work: Work) -> str:
     return _constant(str(device), dtype, *work)
 
 
-@torch.compiler.assume_constant_result  # sizes in, a name out: a compiled graph has nothing to trace here
+@constant  # sizes in, a name out: a compiled graph has nothing to trace here
 def _constant(device: str, dtype: torch.dtype, *sizes: int) -> str:
     found = torch.device(device)
     return _faster(found, dtype, Work._make(sizes), device_name(found))
