@@ -355,9 +355,13 @@ def _code() -> str:
     return tuning.source_hash(__file__, configs.__file__, *SOURCES)
 
 
+# Asked once: torch.compile, which traces the choice of a backend, refuses to ask a kernel for its type.
+_INTERPRETING = triton is not None and not isinstance(KERNELS[0], triton.JITFunction)
+
+
 def interpreting() -> bool:
     """Whether the kernels were made for Triton's interpreter (TRITON_INTERPRET=1 when this module was imported)."""
-    return triton is not None and not isinstance(KERNELS[0], triton.JITFunction)
+    return _INTERPRETING
 
 
 def _interpretable(x: Any) -> Any:
