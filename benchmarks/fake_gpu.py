@@ -6,8 +6,8 @@ and its ptxas, and Triton's refusal of more shared memory or threads than the GP
 outputs keep what they were filled with. TRITON_INTERPRET must not be set when retro_kernels is imported.
 
 `fake_tensors` is PyTorch's FakeTensorMode with a CUDA device that torch believes in: the dispatcher, the choice of a
-backend and torch.compile take their GPU branches on tensors without data. Nothing may need a gradient: autograd asks the
-CUDA runtime for a stream.
+backend and torch.compile take their GPU branches on tensors without data. Nothing may need a gradient: autograd asks
+the CUDA runtime for a stream.
 """
 
 from __future__ import annotations
@@ -106,6 +106,11 @@ class FakeDriver(DriverBase):
         return launch
 
 
+def _always(answer: Any) -> Any:
+    """A function of anything. (torch.compile traces it, as it would not a mock.)"""
+    return lambda *_, **__: answer
+
+
 @contextlib.contextmanager
 def fake_driver(capability: int) -> Iterator[FakeDriver]:
     """Within it backend="triton" takes CPU tensors and compiles for a GPU of that compute capability."""
@@ -120,9 +125,9 @@ def fake_driver(capability: int) -> Iterator[FakeDriver]:
         for module in (attention, decode, absorbed):
             for name in ("unavailable", "refusal"):
                 if hasattr(module, name):
-                    stack.enter_context(mock.patch.object(module, name, lambda *_: None))
+                    stack.enter_context(mock.patch.object(module, name, _always(None)))
             if hasattr(module, "_compute_capability"):
-                stack.enter_context(mock.patch.object(module, "_compute_capability", lambda *_: capability))
+                stack.enter_context(mock.patch.object(module, "_compute_capability", _always(capability)))
         # Triton's own way back, `reset_active`, looks for a real driver.
         stack.enter_context(mock.patch.object(driver, "_active", made))
         yield made
@@ -142,10 +147,10 @@ def fake_tensors(capability: int, name: str = "a GPU that is not there") -> Iter
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for function, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, function, lambda *_, answer=answer, **__: answer))
-        stack.enter_context(mock.patch.object(torch.accelerator, "is_available", lambda: False))
+            stack.enter_context(mock.patch.object(torch.cuda, function, _always(answer)))
+        stack.enter_context(mock.patch.object(torch.accelerator, "is_available", _always(False)))
         if hasattr(fake_tensor, "init_gpu_context"):
-            stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda *_: None))
+            stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", _always(None)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(fake_tensor.FakeTensorMode())
         yield

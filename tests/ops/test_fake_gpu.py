@@ -20,13 +20,14 @@ COMMON = """
     from retro_kernels import testing
 
     small = dict(b=1, n=130, m=64, k=2, r=128, h=2, d=64)
+    token = dict(small, b=3, t=1, positions=(70, 71, 72))
     CASES = [
         testing.Case("cca", **small),
         testing.Case("cca dropout", **small, dropout_p=0.1),
         testing.Case("projected absorb", "projected", **small, e=64, strategy="absorb"),
         testing.Case("projected materialise", "projected", **small, e=64, strategy="materialise"),
-        testing.Case("decode", "decode", **small | dict(b=3, n=0), t=1, positions=(70, 71, 72)),
-        testing.Case("projected decode", "projected_decode", **small | dict(b=3, n=0), e=64, t=1, positions=(70, 71, 72)),
+        testing.Case("decode", "decode", **token),
+        testing.Case("projected decode", "projected_decode", **token, e=64),
         testing.Case("self", "self", **small),
         testing.Case("cross", "cross", **small),
     ]
