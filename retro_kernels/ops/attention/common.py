@@ -38,16 +38,16 @@ always sees itself unless it is masked.
 slot, or -inf logits only. Such a row has output 0 and passes no gradient. A +inf logit gives lse +inf and output NaN, a
 NaN logit both NaN; the gradients that depend on such a row are NaN. The backward recomputes a row's probabilities from
 its lse, which the rounding of lse spoils by |lse| * 1e-7: that is what large logits cost (docs/numerics.md). An
-`attention_bias` may be a mask of large finite numbers, and add -1e30 to a whole row. So where there is one, a backend
-may return lse as [2, b, lq, kq, n, h] (its `register` says so with `remainder`; the backward gets it as it was
-returned). Plane 0 is the lse, plane 1 what its rounding left, in base 2:
+`attention_bias` may be a mask of large finite numbers, and add -1e30 to a whole row, beside which the logarithm of the
+sum is lost. So where there is one, a backend may return lse as two planes [2, b, lq, kq, n, h] (its `register` says so
+with `two_planes`; the backward gets them as they were returned), in base 2:
 
-    s = the logit in base 2; a finite bias times log2(e) saturates at the largest finite number
-    high = fp32(lse * log2(e)), saturated too        rest = (max(s) - high) + log2(sum of 2^(s - max(s)))
-    the backward's probability is 2^min((s - high) - rest, 0), exact at any magnitude
+    s = the logit * log2(e); a finite bias times log2(e) saturates at the largest finite number
+    plane 0 = max(s)        plane 1 = log2(sum of 2^(s - max(s)))
+    the backward's probability is 2^min((s - plane 0) - plane 1, 0), exact at any magnitude
 
-with `high` rounded in both passes before anything is added to it. Where plane 0 is not finite plane 1 means nothing.
-`plain_lse` gives plane 0 to the user.
+Plane 0 is exactly -inf for a row that saw nothing, +inf and NaN where the lse is, with 0 in plane 1. `plain_lse` makes
+the lse of both.
 
 *Dropout.* See `dropout.py`: a slot of a row is kept or not by a function of the seed, b * h + head, the row's place in
 query's axes (lq, kq, n), and the slot.
@@ -56,6 +56,7 @@ query's axes (lq, kq, n), and the slot.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -87,7 +88,7 @@ def forward_schema(backend: str) -> str:
     content_bias, relative_bias, null_key [h, d]; null_value [h, d_value]; cos/sin [M | r, rotary_dim / 2];
     dropout_seed int64 [1], given when dropout_p > 0
     -> out [b, lq, kq, n, h, d_value] in the query's dtype, lse [b, lq, kq, n, h] fp32 (natural logarithm, null slot
-    included, before dropout), or with an attention_bias [2, b, lq, kq, n, h] (see above)."""
+    included, before dropout), or with an attention_bias two planes of it (see above)."""
     return f"attention_forward_{backend}({SLOTS}, {SETTINGS}) -> (Tensor out, Tensor lse)"
 
 
@@ -105,15 +106,15 @@ def backward_schema(backend: str) -> str:
 def allocate_forward(
     query: torch.Tensor, value: torch.Tensor, attention_bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, uninitialised; with an `attention_bias` lse has its second plane."""
+    """out and lse, uninitialised; with an `attention_bias` lse has two planes."""
     out = common.allocate((*query.shape[:-1], value.shape[-1]), query.dtype, query.device)
     planes = () if attention_bias is None else (2,)
     return out, common.allocate((*planes, *query.shape[:-1]), torch.float32, query.device)
 
 
 def plain_lse(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """The lse that belongs to `out`, without what its rounding left."""
-    return lse if lse.dim() < out.dim() else lse[0]
+    """The natural log-sum-exp, of one plane or two."""
+    return lse if lse.dim() < out.dim() else (lse[0] + lse[1]) * math.log(2)
 
 
 def allocate_backward(
@@ -144,7 +145,7 @@ def _fake_forward(query, key, value, *_):
     return allocate_forward(query, value)
 
 
-def _fake_forward_with_remainder(query, key, value, mask, attention_bias, *_):
+def _fake_forward_of_two_planes(query, key, value, mask, attention_bias, *_):
     return allocate_forward(query, value, attention_bias)
 
 
@@ -152,10 +153,10 @@ def _fake_backward(grad_out, *inputs):
     return allocate_backward(*(inputs[place] for place in DIFFERENTIABLE), *inputs[-3:])
 
 
-def register(backend: str, forward, backward, devices: tuple[str, ...], *, remainder: bool = False):
-    """Registers `attention_forward_<backend>` and `attention_backward_<backend>`; returns both callables. `remainder`:
-    with an attention_bias its lse has the second plane."""
-    fake = _fake_forward_with_remainder if remainder else _fake_forward
+def register(backend: str, forward, backward, devices: tuple[str, ...], *, two_planes: bool = False):
+    """Registers `attention_forward_<backend>` and `attention_backward_<backend>`; returns both callables. `two_planes`:
+    so is its lse with an attention_bias."""
+    fake = _fake_forward_of_two_planes if two_planes else _fake_forward
     return common.register_pair(
         "attention", backend, schemas=(forward_schema(backend), backward_schema(backend)),
         implementations=(forward, backward), fakes=(fake, _fake_backward), devices=devices,

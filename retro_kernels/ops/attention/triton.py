@@ -72,9 +72,16 @@ class Launch:
 
     def __call__(self) -> None:
         if self.programs > 0:
-            self.kernel[(self.programs,)](
-                **self.arguments, num_warps=self.settings.num_warps, num_stages=self.settings.num_stages
-            )
+            self.kernel[(self.programs,)](**self.arguments, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told. Triton 3.10 ends the fusion of multiplications with additions by default, and the
+        registers of the settings were counted with it."""
+        return {
+            "num_warps": self.settings.num_warps,
+            "num_stages": self.settings.num_stages,
+            "enable_fp_fusion": True,
+        }
 
 
 def _strides(name: str, tensor: torch.Tensor | None, axes: str) -> dict[str, int]:
@@ -156,6 +163,21 @@ def _shared_arguments(call: Arguments, grad_out: torch.Tensor | None = None) -> 
     }  # fmt: skip
 
 
+def _planes(lse: torch.Tensor, call: Arguments) -> dict[str, torch.Tensor | None]:
+    """The log-sum-exp, where there is a bias in two planes (common.py)."""
+    return {"lse": lse, "log_sum": None} if call.attention_bias is None else {"lse": lse[0], "log_sum": lse[1]}
+
+
+def _fill_with_nothing(out: torch.Tensor, lse: torch.Tensor) -> None:
+    """What rows have that see nothing."""
+    out.zero_()
+    if lse.dim() == out.dim():  # with a bias: two planes
+        lse[0].fill_(float("-inf"))
+        lse[1].zero_()
+    else:
+        lse.fill_(float("-inf"))
+
+
 def _tile_arguments(settings: configs.LaunchSettings) -> dict[str, Any]:
     return {
         "BLOCK_ROWS": settings.block_rows,
@@ -215,8 +237,8 @@ def plan_forward(out, lse, call: Arguments, settings: configs.LaunchSettings | N
     first_group, num_groups = _groups(call, attended=True)
     row_tiles = _row_tiles(call, settings)
     arguments = {
-        **_shared_arguments(call), "out": out, "lse": lse, "first_group": first_group, "num_groups": num_groups,
-        "row_tiles": row_tiles, **_key_tiles(call, settings, call.relative_key is not None),
+        **_shared_arguments(call), "out": out, **_planes(lse, call), "first_group": first_group,
+        "num_groups": num_groups, "row_tiles": row_tiles, **_key_tiles(call, settings, call.relative_key is not None),
         **_tile_arguments(settings),
     }  # fmt: skip
     programs = call.query.shape[0] * num_groups * row_tiles * call.query.shape[4]
@@ -252,7 +274,7 @@ def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, call: Arg
     strides = _strides("grad_out", grad_out, "blknh")
     if call.grouping == CLOCK:
         strides |= {"grad_out_l": 0, "grad_out_k": 0}
-    shared = {**_shared_arguments(call, grad_out), "grad_out": grad_out, **strides, "out": out, "lse": lse}
+    shared = {**_shared_arguments(call, grad_out), "grad_out": grad_out, **strides, "out": out, **_planes(lse, call)}
 
     launches = []
     for kind in backward_kinds(call):
@@ -375,12 +397,11 @@ def _on_device_of(tensor: torch.Tensor):
 
 def _forward(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
     call = Arguments(*inputs)
-    out, lse = common.allocate_forward(call.query, call.value)
+    out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
     with _on_device_of(out):
         nothing = out.numel() == 0 or _groups(call, attended=True)[1] == 0
         if nothing or call.chunk_spans is not None:  # tokens in no span belong to no program
-            out.zero_()
-            lse.fill_(float("-inf"))
+            _fill_with_nothing(out, lse)
         if nothing:
             return out, lse
         if interpreting() and call.query.dtype == torch.bfloat16:
@@ -497,4 +518,4 @@ def refusal(call) -> str | None:
     return None
 
 
-forward, backward = common.register("triton", _forward, _backward, devices=("cpu", "cuda"))
+forward, backward = common.register("triton", _forward, _backward, devices=("cpu", "cuda"), two_planes=True)

@@ -45,7 +45,7 @@ if tiles.triton is not None:
 @jit
 def backward_kernel(
     grad_out, query, key, value, mask, attention_bias, relative_key, content_bias, relative_bias, query_cos, query_sin,
-    key_cos, key_sin, null_key, null_value, chunk_spans, first_visible, dropout_seed, out, lse,
+    key_cos, key_sin, null_key, null_value, chunk_spans, first_visible, dropout_seed, out, lse, log_sum,
     grad_query, grad_key, grad_value,
     scale, threshold, survivor_scale, num_tokens, num_places, place_l, place_k, num_neighbours, retrieved_length,
     query_neighbours, num_heads, heads_per_key, num_chunks, first_group, num_groups, row_tiles, key_tiles, stride,
@@ -124,9 +124,10 @@ def backward_kernel(
             row, inside = rows_of(first_row, start, count, num_tokens, BLOCK_ROWS)
             first_place = group_place + row_neighbour * place_k
             at = (batch * num_places + first_place) * num_heads + head
-            alive, lse_log2, do, delta = load_results(
+            alive, lse_log2, rest, do, delta = load_results(
                 grad_out + row_neighbour.to(tl.int64) * grad_out_k + head * grad_out_h, out + at * VALUE_DIM, lse + at,
-                row, inside, grad_out_n, num_heads, VALUE_DIM, LONG, BLOCK_VALUE,
+                log_sum + at if log_sum is not None else None, row, inside, grad_out_n, num_heads,
+                VALUE_DIM, LONG, BLOCK_VALUE,
             )  # fmt: skip
             position = row
             document = None
@@ -145,8 +146,8 @@ def backward_kernel(
             dq = zeros_split(BLOCK_ROWS, BLOCK_PAIR, BLOCK_REST)
             if null_key is not None:
                 null, _, d_logit = null_slot(
-                    content, do, delta, lse_log2, scale_log2, null_key + head * null_key_h,
-                    null_value + head * null_value_h,
+                    content, do, delta, lse_log2, rest if log_sum is not None else None, scale_log2,
+                    null_key + head * null_key_h, null_value + head * null_value_h,
                     kept_null(seed, threshold, drawn, place) if dropout_seed is not None else None, survivor_scale,
                     DIM, VALUE_DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST, BLOCK_VALUE,
                 )  # fmt: skip
@@ -187,8 +188,8 @@ def backward_kernel(
                         seed, threshold, drawn, place, slot, first_slot, False, LOTS, BLOCK_ROWS, BLOCK_KEYS
                     )
                 weights, d_logits = weights_and_gradient(
-                    logits, seen(visible, row, token, document, False, CAUSAL), do, v, delta, lse_log2, kept,
-                    survivor_scale, False, PRECISION,
+                    logits, seen(visible, row, token, document, False, CAUSAL), do, v, delta, lse_log2,
+                    rest if log_sum is not None else None, kept, survivor_scale, False, PRECISION,
                 )  # fmt: skip
                 d_logits = d_logits.to(content[2].dtype)
                 dq = add_product(dq, d_logits, k, DIM, WIDTH, PRECISION)
@@ -257,9 +258,10 @@ def backward_kernel(
                 row, inside = rows_of(first_row, start, count, num_tokens, BLOCK_ROWS)
                 first_place = group_place + row_neighbour * place_k
                 at = (batch * num_places + first_place) * num_heads + head
-                alive, lse_log2, do, delta = load_results(
+                alive, lse_log2, rest, do, delta = load_results(
                     grad_out + row_neighbour.to(tl.int64) * grad_out_k + head * grad_out_h, out + at * VALUE_DIM,
-                    lse + at, row, inside, grad_out_n, num_heads, VALUE_DIM, LONG, BLOCK_VALUE,
+                    lse + at, log_sum + at if log_sum is not None else None, row, inside, grad_out_n, num_heads,
+                    VALUE_DIM, LONG, BLOCK_VALUE,
                 )  # fmt: skip
                 position = row
                 document = None
@@ -294,8 +296,8 @@ def backward_kernel(
                         seed, threshold, drawn, place, slot, first_slot, True, LOTS, BLOCK_ROWS, BLOCK_KEYS
                     )
                 weights, d_logits = weights_and_gradient(
-                    logits, seen(visible, row, token, document, True, CAUSAL), do, v, delta, lse_log2, kept,
-                    survivor_scale, True, PRECISION,
+                    logits, seen(visible, row, token, document, True, CAUSAL), do, v, delta, lse_log2,
+                    rest if log_sum is not None else None, kept, survivor_scale, True, PRECISION,
                 )  # fmt: skip
                 d_logits = d_logits.to(content[2].dtype)
                 dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -309,8 +311,8 @@ def backward_kernel(
                         dq = dq[0], dq[1], tl.dot(tl.trans(d_distances), run, dq[2], input_precision=PRECISION)
                     if null_key is not None:
                         null, _, d_logit = null_slot(
-                            content, do, delta, lse_log2, scale_log2, null_key + head * null_key_h,
-                            null_value + head * null_value_h,
+                            content, do, delta, lse_log2, rest if log_sum is not None else None, scale_log2,
+                            null_key + head * null_key_h, null_value + head * null_value_h,
                             kept_null(seed, threshold, drawn, place) if dropout_seed is not None else None,
                             survivor_scale,
                             DIM, VALUE_DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST, BLOCK_VALUE,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from . import triton_tiles as tiles
 from .triton_tiles import (
+    finite,
     group_of,
+    inverse,
     jit,
     kept_null,
     kept_slots,
@@ -17,18 +19,19 @@ from .triton_tiles import (
     rows_of,
     seen,
     slots_of,
+    store_lse,
     vector_product,
     wide,
 )
 
 if tiles.triton is not None:
-    from .triton_tiles import CLOCK, LN_2, LOG2_E, NEIGHBOUR, constexpr, tl
+    from .triton_tiles import CLOCK, LOG2_E, NEIGHBOUR, constexpr, tl
 
 
 @jit
 def forward_kernel(
     query, key, value, mask, attention_bias, relative_key, content_bias, relative_bias, query_cos, query_sin,
-    key_cos, key_sin, null_key, null_value, chunk_spans, first_visible, dropout_seed, out, lse,
+    key_cos, key_sin, null_key, null_value, chunk_spans, first_visible, dropout_seed, out, lse, log_sum,
     scale, threshold, survivor_scale, num_tokens, num_places, place_l, place_k, num_neighbours, retrieved_length,
     query_neighbours, num_heads, heads_per_key, num_chunks, first_group, num_groups, row_tiles, key_tiles, stride,
     first_token, num_distances,
@@ -64,7 +67,8 @@ def forward_kernel(
                 tl.store(out + (at * VALUE_DIM)[:, None] + value_column[None, :],
                          tl.zeros([BLOCK_ROWS, BLOCK_VALUE], out.dtype.element_ty),
                          mask=(leading < first_token)[:, None] & value_there[None, :])  # fmt: skip
-                tl.store(lse + at, tl.full([BLOCK_ROWS], float("-inf"), tl.float32), mask=leading < first_token)
+                nothing = tl.zeros([BLOCK_ROWS], tl.float32)
+                store_lse(lse, log_sum, at, nothing, nothing, leading < first_token)
 
     chunk, neighbour, start, count = group_of(
         group, batch, chunk_spans, num_chunks, query_neighbours, stride, first_token, GROUPING
@@ -146,10 +150,9 @@ def forward_kernel(
         )  # fmt: skip
         logits = tl.where(seen(visible, row, token, document, False, CAUSAL), logits, float("-inf"))
         larger = tl.maximum(largest, tl.max(logits, axis=1))
-        # A row that has seen nothing yet has the maximum -inf, and -inf - -inf would be NaN.
-        finite = tl.where(larger == float("-inf"), 0.0, larger)
-        weights = tl.exp2(logits - finite[:, None])
-        shrink = tl.exp2(largest - finite)
+        base = finite(larger)
+        weights = tl.exp2(logits - base[:, None])
+        shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(weights, axis=1)
         if dropout_seed is not None:
             kept = kept_slots(seed, threshold, drawn, place, slot, first_slot, False, LOTS, BLOCK_ROWS, BLOCK_KEYS)
@@ -157,13 +160,17 @@ def forward_kernel(
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator * shrink[:, None], input_precision=PRECISION)
         largest = larger
 
-    nothing = total == 0.0
-    factor = 1.0 / tl.where(nothing, 1.0, total)
+    if null_key is not None:
+        # Where there are no slots the null slot's logit, which may be infinite or NaN, has met no other.
+        exists = tl.exp2(largest - finite(largest))
+        total *= exists
+        factor = inverse(total) * exists
+    else:
+        factor = inverse(total)
     if dropout_seed is not None:
         factor *= survivor_scale
     accumulator = accumulator * factor[:, None]
     at = (batch * num_places + first_place) * num_heads + head
     tl.store(out + at * VALUE_DIM + (wide(row, LONG) * (num_heads * VALUE_DIM))[:, None] + value_column[None, :],
              accumulator.to(out.dtype.element_ty), mask=inside[:, None] & value_there[None, :])  # fmt: skip
-    natural = tl.where(nothing, float("-inf"), (largest + tl.log2(total)) * LN_2)
-    tl.store(lse + at + wide(row, LONG) * num_heads, natural, mask=inside)
+    store_lse(lse, log_sum, at + wide(row, LONG) * num_heads, largest, total, inside)

@@ -39,7 +39,7 @@ if tiles.triton is not None:
 @jit
 def parameters_kernel(
     grad_out, query, key, value, mask, attention_bias, relative_key, content_bias, relative_bias, query_cos, query_sin,
-    key_cos, key_sin, null_key, null_value, chunk_spans, first_visible, dropout_seed, out, lse,
+    key_cos, key_sin, null_key, null_value, chunk_spans, first_visible, dropout_seed, out, lse, log_sum,
     bias_copies, relative_key_copies, content_bias_copies, relative_bias_copies, null_key_copies, null_value_copies,
     scale, threshold, survivor_scale, num_tokens, num_places, place_l, place_k, num_neighbours, retrieved_length,
     query_neighbours, num_heads, heads_per_key, num_chunks, first_group, num_groups, row_tiles, key_tiles, stride,
@@ -140,10 +140,11 @@ def parameters_kernel(
                 row, inside = rows_of(first_row, start, count, num_tokens, BLOCK_ROWS)
                 first_place = chunk64 * place_l + neighbour * place_k + start
                 at = (batch * num_places + first_place) * num_heads + head
-                alive, lse_log2, do, delta = load_results(
+                alive, lse_log2, rest, do, delta = load_results(
                     grad_out + batch * grad_out_b + chunk64 * grad_out_l + neighbour * grad_out_k
                     + start64 * grad_out_n + head * grad_out_h,
-                    out + at * VALUE_DIM, lse + at, row, inside, grad_out_n, num_heads, VALUE_DIM, LONG, BLOCK_VALUE,
+                    out + at * VALUE_DIM, lse + at, log_sum + at if log_sum is not None else None, row, inside,
+                    grad_out_n, num_heads, VALUE_DIM, LONG, BLOCK_VALUE,
                 )  # fmt: skip
                 begins = None
                 document = None
@@ -162,7 +163,8 @@ def parameters_kernel(
                 drawn = (batch * num_heads + head).to(tl.int32)
                 if WHAT == NULL:
                     _, weight, d_logit = null_slot(
-                        content, do, delta, lse_log2, scale_log2, null_key, null_value,
+                        content, do, delta, lse_log2, rest if log_sum is not None else None, scale_log2, null_key,
+                        null_value,
                         kept_null(seed, threshold, drawn, place) if dropout_seed is not None else None,
                         survivor_scale,
                         DIM, VALUE_DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST, BLOCK_VALUE,
@@ -208,9 +210,11 @@ def parameters_kernel(
                         kept = kept_slots(
                             seed, threshold, drawn, place, slot, first_slot, False, LOTS, BLOCK_ROWS, BLOCK_KEYS
                         )
+                    # A row that is no token of this group must not bring a key that is NaN to the sums of its place.
+                    see = seen(visible, row, token, document, False, CAUSAL) & alive[:, None]
                     _, d_logits = weights_and_gradient(
-                        logits, seen(visible, row, token, document, False, CAUSAL), do, v, delta, lse_log2, kept,
-                        survivor_scale, False, PRECISION,
+                        logits, see, do, v, delta, lse_log2,
+                        rest if log_sum is not None else None, kept, survivor_scale, False, PRECISION,
                     )  # fmt: skip
                     if WHAT == BIAS:
                         d_bias += d_logits

@@ -27,6 +27,7 @@ else:
     CHUNK = constexpr(common.CHUNK)
     LOG2_E = constexpr(1.4426950408889634)
     LN_2 = constexpr(0.6931471805599453)
+    LARGEST = constexpr(3.4028234663852886e38)  # of fp32's finite numbers
 
 # Never specialised: a kernel is not compiled again for another batch, length or number of neighbours.
 LENGTHS = (
@@ -47,6 +48,62 @@ def jit(function: Callable) -> Any:
 def wide(index, LONG: constexpr):
     """An index about to be multiplied by a stride: 64-bit where some offset inside a group needs it."""
     return index.to(tl.int64) if LONG else index
+
+
+@jit
+def finite(x):
+    """x, an infinity as the largest finite number of its sign. What a softmax subtracts is finite, since inf - inf is
+    NaN: so the weights of a row that has seen nothing yet sum to 0, and those of a row with a logit of +inf to +inf,
+    which no other row's do. Of NaN it means nothing: `tl.max` may drop a NaN, but its row's sum is NaN all the same."""
+    return tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+
+
+@jit
+def inverse(total):
+    """One over a row's sum of weights: 1 where it saw nothing, and NaN beside a logit of +inf, as in PyTorch."""
+    return tl.where(total == float("inf"), float("nan"), 1.0 / tl.where(total == 0.0, 1.0, total))
+
+
+@jit
+def at_most_one(exponent):
+    """2 to the power of a logit less its row's log-sum-exp. The difference may exceed 0, by the rounding of the
+    log-sum-exp and of what is contracted with the subtraction: by any amount where logits are large. NaN passes."""
+    return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@jit
+def bias_in_bits(bias):
+    """A finite bias saturates: as a mask, finfo.min is no -inf. NaN and infinities pass."""
+    bias = bias.to(tl.float32)
+    bits = tl.maximum(bias * LOG2_E, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    bits = tl.minimum(bits, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(tl.abs(bias) == float("inf"), bias, bits)
+
+
+@jit
+def store_lse(lse, log_sum, at, largest, total, inside):
+    """The log-sum-exp of rows, exactly -inf where nothing was seen; with a bias the two planes of common.py."""
+    logarithm = tl.log2(total)
+    if log_sum is None:
+        tl.store(lse + at, tl.where(total == 0.0, float("-inf"), (largest + logarithm) * LN_2), mask=inside)
+    else:
+        highest = tl.where(total == 0.0, float("-inf"), tl.where(total == total, largest, total))
+        tl.store(lse + at, highest, mask=inside)
+        tl.store(log_sum + at, tl.where((total > 0.0) & (total < float("inf")), logarithm, 0.0), mask=inside)
+
+
+@jit
+def load_lse(lse, log_sum, at, inside):
+    """Which rows pass a gradient, and their log-sum-exp in bits, with a bias in two parts: +inf where nothing was seen,
+    which has weights of 0, and NaN beside a logit of +inf, which has none but NaN."""
+    stored = tl.load(lse + at, mask=inside, other=float("-inf"))
+    alive = stored != float("-inf")
+    bits = tl.where(stored == float("inf"), float("nan"), stored if log_sum is not None else stored * LOG2_E)
+    bits = tl.where(alive, bits, float("inf"))
+    rest = bits  # without a bias it is not used
+    if log_sum is not None:
+        rest = tl.load(log_sum + at, mask=alive, other=0.0)
+    return alive, bits, rest
 
 
 @jit
@@ -392,18 +449,18 @@ def load_query(query, query_cos, query_sin, content_bias, relative_bias, positio
 
 
 @jit
-def load_results(grad_out, out, lse, row, inside, grad_out_n, num_heads,
+def load_results(grad_out, out, lse, log_sum, row, inside, grad_out_n, num_heads,
                  VALUE_DIM: constexpr, LONG: constexpr, BLOCK_VALUE: constexpr):  # fmt: skip
-    """What the backward needs of a tile of rows: which pass a gradient, the log-sum-exp in bits, grad_out, and
-    delta = grad_out . out. Rows that saw nothing have lse -inf: neither their query nor grad_out is read."""
+    """What the backward needs of a tile of rows: which pass a gradient, the log-sum-exp in bits and its second
+    part (`load_lse`), grad_out, and delta = grad_out . out. Of rows that saw nothing neither their query nor grad_out
+    is read."""
     column = tl.arange(0, BLOCK_VALUE)
-    natural = tl.load(lse + wide(row, LONG) * num_heads, mask=inside, other=float("-inf"))
-    alive = natural != float("-inf")
+    alive, lse_log2, rest = load_lse(lse, log_sum, wide(row, LONG) * num_heads, inside)
     there = alive[:, None] & (column < VALUE_DIM)[None, :]
     do = tl.load(grad_out + (wide(row, LONG) * grad_out_n)[:, None] + column[None, :], mask=there, other=0.0)
     o = tl.load(out + (wide(row, LONG) * (num_heads * VALUE_DIM))[:, None] + column[None, :], mask=there, other=0.0)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
-    return alive, tl.where(alive, natural * LOG2_E, float("inf")), do, delta
+    return alive, lse_log2, rest, do, delta
 
 
 @jit
@@ -457,7 +514,7 @@ def logits_of(content, relative, k, run, attention_bias, scale_log2, row, rows_t
         else:
             at = rows[:, None] + column[None, :]
             there = rows_there[:, None] & visible[None, :]
-        logits += tl.load(attention_bias + at, mask=there, other=0.0).to(tl.float32) * LOG2_E
+        logits += bias_in_bits(tl.load(attention_bias + at, mask=there, other=0.0))
     return logits
 
 
@@ -480,15 +537,21 @@ def seen(visible, row, token, first_visible, TRANSPOSED: constexpr, CAUSAL: cons
 
 
 @jit
-def weights_and_gradient(logits, see, do, v, delta, lse_log2, kept, survivor_scale,
+def weights_and_gradient(logits, see, do, v, delta, lse_log2, rest, kept, survivor_scale,
                          TRANSPOSED: constexpr, PRECISION: constexpr):  # fmt: skip
-    """A tile's attention weights as they multiplied the values, and the gradient of its logits, both fp32."""
+    """A tile's attention weights as they multiplied the values, and the gradient of its logits, both fp32. A slot that
+    is not seen has exactly 0 beside a row that is NaN."""
     if TRANSPOSED:
-        weights = tl.where(see, tl.exp2(logits - lse_log2[None, :]), 0.0)
+        exponent = logits - lse_log2[None, :]
+        if rest is not None:
+            exponent -= rest[None, :]
         d_weights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     else:
-        weights = tl.where(see, tl.exp2(logits - lse_log2[:, None]), 0.0)
+        exponent = logits - lse_log2[:, None]
+        if rest is not None:
+            exponent -= rest[:, None]
         d_weights = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    weights = tl.where(see, at_most_one(exponent), 0.0)
     dropped = weights
     if kept is not None:
         d_weights = tl.where(kept, d_weights * survivor_scale, 0.0)
@@ -501,12 +564,15 @@ def weights_and_gradient(logits, see, do, v, delta, lse_log2, kept, survivor_sca
 
 
 @jit
-def null_slot(content, do, delta, lse_log2, scale_log2, null_key, null_value, kept, survivor_scale,
+def null_slot(content, do, delta, lse_log2, rest, scale_log2, null_key, null_value, kept, survivor_scale,
               DIM: constexpr, VALUE_DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr,
               BLOCK_PAIR: constexpr, BLOCK_REST: constexpr, BLOCK_VALUE: constexpr):  # fmt: skip
     """The null key, its weight as it multiplied the null value, and the gradient of its logit, of a tile of rows."""
     null = load_vector(null_key, DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST)
-    weight = tl.exp2(scale_log2 * vector_product(content, null, DIM, WIDTH) - lse_log2)
+    exponent = scale_log2 * vector_product(content, null, DIM, WIDTH) - lse_log2
+    if rest is not None:
+        exponent -= rest
+    weight = tl.where(lse_log2 == float("inf"), 0.0, at_most_one(exponent))
     column = tl.arange(0, BLOCK_VALUE)
     nulls = tl.load(null_value + column, mask=column < VALUE_DIM, other=0.0).to(tl.float32)
     d_weight = tl.sum(do.to(tl.float32) * nulls[None, :], axis=1)

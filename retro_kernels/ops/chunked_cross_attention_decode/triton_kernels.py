@@ -8,7 +8,7 @@ from typing import Any
 from ..attention.triton_tiles import triton
 
 if triton is not None:
-    from ..attention.triton_tiles import LN_2, LOG2_E, constexpr, tl
+    from ..attention.triton_tiles import LOG2_E, bias_in_bits, constexpr, finite, inverse, store_lse, tl
 
 # Never specialised: a kernel is not compiled again for another batch, length or number of neighbours.
 LENGTHS = (
@@ -168,11 +168,10 @@ def attend_kernel(
         rows = logit_bias + at * (num_slots if BIAS_PER_SLOT else retrieved_length)
         there = inside[:, None] & visible[None, :]
         at_slot = slot if BIAS_PER_SLOT else place
-        scores += tl.load(rows[:, None] + at_slot[None, :], mask=there, other=0.0) * LOG2_E
+        scores += bias_in_bits(tl.load(rows[:, None] + at_slot[None, :], mask=there, other=0.0))
     scores = tl.where(visible[None, :], scores, float("-inf"))
     largest = tl.max(scores, axis=1)
-    # A row that sees nothing has the maximum -inf, and -inf - -inf would be NaN.
-    weights = tl.exp2(scores - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
+    weights = tl.exp2(scores - finite(largest)[:, None])
     tl.store(statistics + tile.to(tl.int64) * num_rows + at, largest, mask=inside)
     tl.store(statistics + (key_tiles + tile).to(tl.int64) * num_rows + at, tl.sum(weights, axis=1), mask=inside)
 
@@ -226,18 +225,18 @@ def combine_kernel(
         part_total = tl.load(statistics + (key_tiles + tile) * num_rows + at, mask=there, other=0.0)
         part = load_part(sums + (tile * num_rows + at) * VALUE_DIM, there, column, inside)
         larger = tl.maximum(largest, tl.max(of_tile, axis=0))
-        finite = tl.where(larger == float("-inf"), 0.0, larger)
-        shrink = tl.exp2(largest - finite)
-        weight = tl.exp2(of_tile - finite)
+        base = finite(larger)
+        shrink = tl.exp2(largest - base)
+        weight = tl.exp2(of_tile - base)
         total = total * shrink + tl.sum(weight * part_total, axis=0)
         accumulator = accumulator * shrink + tl.sum(weight[:, None] * part, axis=0)
         largest = larger
     if null_logit is not None:
         logit = tl.load(null_logit + at) * LOG2_E
         larger = tl.maximum(largest, logit)
-        finite = tl.where(larger == float("-inf"), 0.0, larger)
-        shrink = tl.exp2(largest - finite)
-        weight = tl.exp2(logit - finite)
+        base = finite(larger)
+        shrink = tl.exp2(largest - base)
+        weight = tl.exp2(logit - base)
         total = total * shrink + weight
         accumulator = accumulator * shrink
         if null_value is not None:
@@ -245,10 +244,7 @@ def combine_kernel(
             accumulator += weight * x.to(tl.float32)
         largest = larger
 
-    nothing = total == 0.0
-    accumulator = accumulator / tl.where(nothing, 1.0, total)
-    natural = tl.where(nothing, float("-inf"), (largest + tl.log2(total)) * LN_2)
-    accumulator = tl.where(attends, accumulator, tl.where(idle, 0.0, float("nan")))
-    natural = tl.where(attends, natural, tl.where(idle, float("-inf"), float("nan")))
+    accumulator = tl.where(attends, accumulator * inverse(total), tl.where(idle, 0.0, float("nan")))
     tl.store(out + at * VALUE_DIM + column, accumulator.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + at, natural, mask=block == 0)
+    total = tl.where(attends, total, tl.where(idle, 0.0, float("nan")))
+    store_lse(lse, None, at, largest, total, block == 0)

@@ -47,7 +47,7 @@ def forward_schema(backend: str) -> str:
     bias_value [hk, d_value], mask bool [b, l, k, r], attention_bias [h, m, r | k * r], relative_key [h, m + r - 1, d],
     content_bias, relative_bias, null_key [h, d], null_value [h, d_value], chunk_spans int32 [b, l, 2],
     dropout_seed int64 [1] -> out [b, n, h, d_value] in the query's dtype, lse [b, n, h] fp32, or with an attention_bias
-    [2, b, n, h] (`ops/attention/common.py`, log-sum-exp)."""
+    [2, b, n, h], two planes of it (`ops/attention/common.py`)."""
     return f"absorbed_forward_{backend}({SLOTS}, {SETTINGS}) -> (Tensor out, Tensor lse)"
 
 
@@ -65,7 +65,7 @@ def backward_schema(backend: str) -> str:
 def allocate_forward(
     query: torch.Tensor, w_value: torch.Tensor, attention_bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse, uninitialised; with an `attention_bias` lse has its second plane."""
+    """out and lse, uninitialised; with an `attention_bias` lse has two planes."""
     b, n, h, _ = query.shape
     out = common.allocate((b, n, h, w_value.shape[1]), query.dtype, query.device)
     planes = () if attention_bias is None else (2,)
@@ -98,7 +98,7 @@ def _fake_forward(query, encoded, w_key, w_value, *_):
     return allocate_forward(query, w_value)
 
 
-def _fake_forward_with_remainder(query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, *_):
+def _fake_forward_of_two_planes(query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, *_):
     return allocate_forward(query, w_value, attention_bias)
 
 
@@ -106,10 +106,10 @@ def _fake_backward(grad_out, *inputs):
     return allocate_backward(*(inputs[place] for place in DIFFERENTIABLE), *inputs[-5:])
 
 
-def register(backend: str, forward, backward, devices: tuple[str, ...], *, remainder: bool = False):
-    """Registers `absorbed_forward_<backend>` and `absorbed_backward_<backend>`; returns both callables. `remainder`:
-    with an attention_bias its lse has the second plane."""
-    fake = _fake_forward_with_remainder if remainder else _fake_forward
+def register(backend: str, forward, backward, devices: tuple[str, ...], *, two_planes: bool = False):
+    """Registers `absorbed_forward_<backend>` and `absorbed_backward_<backend>`; returns both callables. `two_planes`:
+    so is its lse with an attention_bias."""
+    fake = _fake_forward_of_two_planes if two_planes else _fake_forward
     return common.register_pair(
         "absorbed", backend, schemas=(forward_schema(backend), backward_schema(backend)),
         implementations=(forward, backward), fakes=(fake, _fake_backward), devices=devices,

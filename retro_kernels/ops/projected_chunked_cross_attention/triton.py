@@ -32,8 +32,10 @@ from ..attention.configs import power_of_two
 from ..attention.triton import (
     Launch,
     _compute_capability,
+    _fill_with_nothing,
     _interpretable,
     _on_device_of,
+    _planes,
     _strides,
     interpreting,
     unavailable,  # noqa: F401 - what ops/backends.py asks
@@ -98,7 +100,7 @@ def _arguments(kind: str, call: Arguments, out, lse, grad_out=None) -> tuple[con
     if call.mask is not None:  # as bytes: Triton's interpreter cannot use a bool that was loaded as a mask
         tensors["mask"] = call.mask.view(torch.uint8)
     return settings, {
-        **tensors, "out": out, "lse": lse,
+        **tensors, "out": out, **_planes(lse, call),
         "scale": float(call.scale), "threshold": dropout.threshold(call.dropout_p),
         "survivor_scale": dropout.survivor_scale(call.dropout_p) if call.dropout_seed is not None else 1.0,
         "num_tokens": n, "num_neighbours": k, "retrieved_length": r, "num_heads": h, "heads_per_key": h // hk,
@@ -175,12 +177,11 @@ def plan_states(grad_out, out, lse, grad_encoded, call: Arguments) -> Launch:
 
 def _forward(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
     call = Arguments(*inputs)
-    out, lse = common.allocate_forward(call.query, call.w_value)
+    out, lse = common.allocate_forward(call.query, call.w_value, call.attention_bias)
     with _on_device_of(out):
         nothing = out.numel() == 0 or _groups(call)[1] == 0
         if nothing or call.chunk_spans is not None:  # tokens in no span belong to no program
-            out.zero_()
-            lse.fill_(float("-inf"))
+            _fill_with_nothing(out, lse)
         if nothing:
             return out, lse
         if interpreting() and call.query.dtype == torch.bfloat16:
@@ -258,4 +259,4 @@ def refusal(call) -> str | None:
     return None
 
 
-forward, backward = common.register("triton", _forward, _backward, devices=("cpu", "cuda"))
+forward, backward = common.register("triton", _forward, _backward, devices=("cpu", "cuda"), two_planes=True)

@@ -4,7 +4,7 @@ slots (gradient of the states)."""
 from __future__ import annotations
 
 from ..attention import triton_tiles as tiles
-from ..attention.triton_tiles import group_of, jit, kept_null, load_results, load_run, rows_of, wide
+from ..attention.triton_tiles import at_most_one, group_of, jit, kept_null, load_results, load_run, rows_of, wide
 from .triton_tiles import (
     by_distance,
     load_rows,
@@ -25,7 +25,7 @@ if tiles.triton is not None:
 @jit
 def backward_heads_kernel(
     grad_out, query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, relative_key, content_bias,
-    relative_bias, null_key, null_value, chunk_spans, dropout_seed, out, lse,
+    relative_bias, null_key, null_value, chunk_spans, dropout_seed, out, lse, log_sum,
     grad_query, w_key_copies, w_value_copies, bias_key_copies, bias_value_copies, bias_copies, relative_key_copies,
     content_bias_copies, relative_bias_copies, null_key_copies, null_value_copies,
     scale, threshold, survivor_scale, num_tokens, num_neighbours, retrieved_length, num_heads, heads_per_key,
@@ -93,9 +93,10 @@ def backward_heads_kernel(
             row, inside = rows_of(first_row, start, count, num_tokens, BLOCK_ROWS)
             place = start + row
             at = (batch * num_tokens + start64) * num_heads + head
-            alive, lse_log2, do, delta = load_results(
+            alive, lse_log2, rest, do, delta = load_results(
                 grad_out + batch * grad_out_b + start64 * grad_out_n + head * grad_out_h, out + at * VALUE_DIM,
-                lse + at, row, inside, grad_out_n, num_heads, VALUE_DIM, LONG, BLOCK_VALUE,
+                lse + at, log_sum + at if log_sum is not None else None, row, inside, grad_out_n, num_heads,
+                VALUE_DIM, LONG, BLOCK_VALUE,
             )  # fmt: skip
             rows = query + batch * query_b + start64 * query_n + head * query_h
             content = load_rows(
@@ -119,7 +120,10 @@ def backward_heads_kernel(
             if null_key is not None:
                 null = tl.load(null_key + head * null_key_h + column, mask=column < DIM, other=0.0).to(tl.float32)
                 logit = scale_log2 * tl.sum(content.to(tl.float32) * null[None, :], axis=1)
-                null_weight = tl.exp2(logit - lse_log2)
+                exponent = logit - lse_log2
+                if log_sum is not None:
+                    exponent -= rest
+                null_weight = tl.where(alive, at_most_one(exponent), 0.0)
                 d_null_weight = times_vector(do, null_value + head * null_value_h, VALUE_DIM, BLOCK_VALUE)
                 dropped_null = null_weight
                 if dropout_seed is not None:
@@ -151,7 +155,8 @@ def backward_heads_kernel(
                     encoded_r, mask_k, mask_r, BLOCK_SLOTS, WITHIN, FLAT, LONG,
                 )  # fmt: skip
                 dropped, d_logits = weights_and_gradient(
-                    content, relative, do, constant, value_constant, delta, lse_log2, w_key, w_value, states_of_chunk,
+                    content, relative, do, constant, value_constant, delta, lse_log2,
+                    rest if log_sum is not None else None, w_key, w_value, states_of_chunk,
                     attention_bias + head * bias_h if attention_bias is not None else None,
                     relative_key + head * relative_h if relative_key is not None else None,
                     seed, scale, threshold, survivor_scale, drawn, place, row, alive, slot, token, visible, offsets,
@@ -253,7 +258,8 @@ def backward_heads_kernel(
 @jit
 def backward_states_kernel(
     grad_out, query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, relative_key, content_bias,
-    relative_bias, null_key, null_value, chunk_spans, dropout_seed, out, lse, grad_encoded, sums,
+    relative_bias, null_key, null_value, chunk_spans, dropout_seed, out, lse, log_sum, grad_encoded,
+    sums,
     scale, threshold, survivor_scale, num_tokens, num_neighbours, retrieved_length, num_heads, heads_per_key,
     num_chunks, first_group, num_groups, row_tiles, key_tiles, stride, first_token, num_distances, num_items,
     num_copies,
@@ -312,9 +318,10 @@ def backward_states_kernel(
             row, inside = rows_of(first_row, start, count, num_tokens, BLOCK_ROWS)
             place = start + row
             at = (batch * num_tokens + start64) * num_heads + head
-            alive, lse_log2, do, delta = load_results(
+            alive, lse_log2, rest, do, delta = load_results(
                 grad_out + batch * grad_out_b + start64 * grad_out_n + head * grad_out_h, out + at * VALUE_DIM,
-                lse + at, row, inside, grad_out_n, num_heads, VALUE_DIM, LONG, BLOCK_VALUE,
+                lse + at, log_sum + at if log_sum is not None else None, row, inside, grad_out_n, num_heads,
+                VALUE_DIM, LONG, BLOCK_VALUE,
             )  # fmt: skip
             rows = query + batch * query_b + start64 * query_n + head * query_h
             content = load_rows(
@@ -336,8 +343,9 @@ def backward_states_kernel(
             w_key_of_head = w_key + kv_head * w_key_h
             w_value_of_head = w_value + kv_head * w_value_h
             dropped, d_logits = weights_and_gradient(
-                content, relative, do, constant, value_constant, delta, lse_log2, w_key_of_head, w_value_of_head,
-                states_of_chunk, attention_bias + head * bias_h if attention_bias is not None else None,
+                content, relative, do, constant, value_constant, delta, lse_log2,
+                rest if log_sum is not None else None, w_key_of_head, w_value_of_head, states_of_chunk,
+                attention_bias + head * bias_h if attention_bias is not None else None,
                 relative_key + head * relative_h if relative_key is not None else None,
                 seed, scale, threshold, survivor_scale, drawn, place, row, alive, slot, token, visible, offsets,
                 first_row, first_slot, token0, retrieved_length, num_distances, w_key_d, w_value_d, bias_m, relative_x,
@@ -361,12 +369,13 @@ def backward_states_kernel(
                 weight = weights(w_key_of_head, w_key_d, at_column, DIM, ENCODER_DIM, BLOCK_DIM, BLOCK_ENCODER, LONG)
                 projected = (scale * tl.dot(content, weight, input_precision=PRECISION)).to(content.dtype)
                 total += tl.dot(d_logits, projected, input_precision=PRECISION)
-                tl.store(totals + column[None, :], total, mask=there)
+                # A masked token's gradient is 0 even beside a query that is NaN.
+                tl.store(totals + column[None, :], tl.where(visible[:, None], total, 0.0), mask=there)
             # The next head adds to the same sums, perhaps from other threads.
             tl.debug_barrier()
 
         if sums is None:
-            # A masked token's gradient is 0 already, since its weights are; where nothing was added it is stored here.
+            # Where nothing was added 0 is stored here.
             if works == 0:
                 for at_column in range(0, ENCODER_DIM, BLOCK_ENCODER):
                     column = at_column + tl.arange(0, BLOCK_ENCODER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..attention import triton_tiles as tiles
-from ..attention.triton_tiles import group_of, jit, kept_null, kept_slots, rows_of, wide
+from ..attention.triton_tiles import finite, group_of, inverse, jit, kept_null, kept_slots, rows_of, store_lse, wide
 from .triton_tiles import (
     add_scores,
     add_values,
@@ -17,7 +17,7 @@ from .triton_tiles import (
 )
 
 if tiles.triton is not None:
-    from ..attention.triton_tiles import CLOCK, LN_2, LOG2_E, constexpr, tl
+    from ..attention.triton_tiles import CLOCK, LOG2_E, constexpr, tl
 
 
 @jit
@@ -65,13 +65,13 @@ def _softmax(
     products with the values are still to be added to the accumulator. Normalised at once, no sum of states exceeds the
     largest of them: an unnormalised one could leave fp16's range."""
     logits = logits_of(scores, constant, attention_bias, scale_log2, row, inside, column, visible, bias_m, LONG)
+    logits = tl.where(visible[None, :], logits, float("-inf"))
     larger = tl.maximum(largest, tl.max(logits, axis=1))
-    # A row that has seen nothing yet has the maximum -inf, and -inf - -inf would be NaN.
-    finite = tl.where(larger == float("-inf"), 0.0, larger)
-    probabilities = tl.exp2(logits - finite[:, None])
-    before = total * tl.exp2(largest - finite)
+    base = finite(larger)
+    probabilities = tl.exp2(logits - base[:, None])
+    before = total * tl.exp2(largest - base)
     total = before + tl.sum(probabilities, axis=1)
-    factor = 1.0 / tl.where(total == 0.0, 1.0, total)
+    factor = inverse(total)
     probabilities *= factor[:, None]
     if seed is not None:
         kept = kept_slots(seed, threshold, drawn, place, slot, first_slot, False, LOTS, BLOCK_ROWS, BLOCK_SLOTS)
@@ -83,23 +83,28 @@ def _softmax(
 
 @jit
 def _finish(
-    out, lse, bias_value, largest, total, share, accumulator, survivor_scale, row, inside, head, kv_head, num_heads,
-    bias_value_h, VALUE_DIM: constexpr, LONG: constexpr, BLOCK_VALUE: constexpr,
+    out, lse, log_sum, null_key, bias_value, largest, total, share, accumulator, survivor_scale, row, inside, head,
+    kv_head, num_heads, bias_value_h, VALUE_DIM: constexpr, LONG: constexpr, BLOCK_VALUE: constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_VALUE)
     if bias_value is not None:
         added = tl.load(bias_value + kv_head * bias_value_h + column, mask=column < VALUE_DIM, other=0.0)
         accumulator += share[:, None] * added.to(tl.float32)[None, :]
+    if null_key is not None:
+        # Where there are no slots the null slot's logit, which may be infinite or NaN, has met no other.
+        exists = tl.exp2(largest - finite(largest))
+        total *= exists
+        accumulator *= (inverse(exists) * exists)[:, None]
     at = head + wide(row, LONG) * num_heads
     tl.store(out + (at * VALUE_DIM)[:, None] + column[None, :], (accumulator * survivor_scale).to(out.dtype.element_ty),
              mask=inside[:, None] & (column < VALUE_DIM)[None, :])  # fmt: skip
-    tl.store(lse + at, tl.where(total == 0.0, float("-inf"), (largest + tl.log2(total)) * LN_2), mask=inside)
+    store_lse(lse, log_sum, at, largest, total, inside)
 
 
 @jit
 def forward_kernel(
     query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, relative_key, content_bias,
-    relative_bias, null_key, null_value, chunk_spans, dropout_seed, out, lse,
+    relative_bias, null_key, null_value, chunk_spans, dropout_seed, out, lse, log_sum,
     scale, threshold, survivor_scale, num_tokens, num_neighbours, retrieved_length, num_heads, heads_per_key,
     num_chunks, first_group, num_groups, row_tiles, key_tiles, stride, first_token, num_distances,
     query_b, query_n, query_h, encoded_b, encoded_l, encoded_k, encoded_r, w_key_h, w_key_d, w_value_h, w_value_d,
@@ -136,7 +141,8 @@ def forward_kernel(
                 tl.store(out + (at * VALUE_DIM)[:, None] + column[None, :],
                          tl.zeros([BLOCK_ROWS, BLOCK_VALUE], out.dtype.element_ty),
                          mask=there[:, None] & (column < VALUE_DIM)[None, :])  # fmt: skip
-                tl.store(lse + at, tl.full([BLOCK_ROWS], float("-inf"), tl.float32), mask=there)
+                nothing = tl.zeros([BLOCK_ROWS], tl.float32)
+                store_lse(lse, log_sum, at, nothing, nothing, there)
 
     _, _, start, count = group_of(group, batch, chunk_spans, num_chunks, 1, stride, first_token, CLOCK)
     first_row = row_tile * BLOCK_ROWS
@@ -222,8 +228,10 @@ def forward_kernel(
     first_place += start.to(tl.int64) * num_heads
     out += first_place * VALUE_DIM
     lse += first_place
-    _finish(out, lse, bias_value, largest, total, share, accumulator, survivor_scale, row, inside, head, kv_head,
-            num_heads, bias_value_h, VALUE_DIM, LONG, BLOCK_VALUE)  # fmt: skip
+    if log_sum is not None:
+        log_sum += first_place
+    _finish(out, lse, log_sum, null_key, bias_value, largest, total, share, accumulator, survivor_scale, row, inside,
+            head, kv_head, num_heads, bias_value_h, VALUE_DIM, LONG, BLOCK_VALUE)  # fmt: skip
     if HEADS == 2:
-        _finish(out, lse, bias_value, largest_1, total_1, share_1, accumulator_1, survivor_scale, row, inside, head + 1,
-                kv_head_1, num_heads, bias_value_h, VALUE_DIM, LONG, BLOCK_VALUE)  # fmt: skip
+        _finish(out, lse, log_sum, null_key, bias_value, largest_1, total_1, share_1, accumulator_1, survivor_scale,
+                row, inside, head + 1, kv_head_1, num_heads, bias_value_h, VALUE_DIM, LONG, BLOCK_VALUE)  # fmt: skip

@@ -8,7 +8,7 @@ A tile of logits is [BLOCK_ROWS, BLOCK_SLOTS]. The encoder's width is walked in 
 from __future__ import annotations
 
 from ..attention import triton_tiles as tiles
-from ..attention.triton_tiles import jit, kept_slots, load_run, slot_offsets, slots_of, wide
+from ..attention.triton_tiles import at_most_one, bias_in_bits, jit, kept_slots, load_run, slot_offsets, slots_of, wide
 
 if tiles.triton is not None:
     from ..attention.triton_tiles import CLOCK, LOG2_E, constexpr, tl
@@ -162,18 +162,18 @@ def by_distance(d_logits, start, begin, span, first_slot, first_neighbour, last_
 @jit
 def logits_of(scores, constant, attention_bias, scale_log2, row, rows_there, column, visible, bias_m,
               LONG: constexpr):  # fmt: skip
-    """A tile's logits in bits (times log2 e); -inf where a slot is not visible. `constant`: what bias_key adds."""
+    """A tile's logits in bits (times log2 e), not yet masked. `constant`: what bias_key adds."""
     logits = (scores + constant[:, None]) * scale_log2
     if attention_bias is not None:
         at = (wide(row, LONG) * bias_m)[:, None] + column[None, :]
         there = rows_there[:, None] & visible[None, :]
-        logits += tl.load(attention_bias + at, mask=there, other=0.0).to(tl.float32) * LOG2_E
-    return tl.where(visible[None, :], logits, float("-inf"))
+        logits += bias_in_bits(tl.load(attention_bias + at, mask=there, other=0.0))
+    return logits
 
 
 @jit
 def weights_and_gradient(
-    content, relative, do, constant, value_constant, delta, lse_log2, w_key, w_value, encoded, attention_bias,
+    content, relative, do, constant, value_constant, delta, lse_log2, rest, w_key, w_value, encoded, attention_bias,
     relative_key, seed, scale, threshold, survivor_scale, drawn, place, row, alive, slot, token, visible, offsets,
     first_row, first_slot, first_token, retrieved_length, num_distances, w_key_d, w_value_d, bias_m, relative_x,
     DIM: constexpr, VALUE_DIM: constexpr, ENCODER_DIM: constexpr, BIAS_PER_SLOT: constexpr, WITHIN: constexpr,
@@ -181,7 +181,7 @@ def weights_and_gradient(
     BLOCK_RUN: constexpr, BLOCK_DIM: constexpr, BLOCK_VALUE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Of one head's tile, in fp32: the attention weights as they multiplied the values, and the gradient of the logits.
-    Pointers are the head's and the chunk's own."""
+    Pointers are the head's and the chunk's own. A slot that is not visible has exactly 0 beside a row that is NaN."""
     if relative_key is not None:
         scores = relative_scores(
             relative, relative_key, relative_x, num_distances, first_row, token, first_token, retrieved_length,
@@ -200,11 +200,14 @@ def weights_and_gradient(
         scores, constant, attention_bias, scale * LOG2_E, row, alive, slot if BIAS_PER_SLOT else token, visible, bias_m,
         LONG,
     )  # fmt: skip
-    probabilities = tl.exp2(logits - lse_log2[:, None])
+    exponent = logits - lse_log2[:, None]
+    if rest is not None:
+        exponent -= rest[:, None]
+    probabilities = tl.where(visible[None, :], at_most_one(exponent), 0.0)
     d_weights += value_constant[:, None]
     dropped = probabilities
     if seed is not None:
         kept = kept_slots(seed, threshold, drawn, place, slot, first_slot, False, LOTS, BLOCK_ROWS, BLOCK_SLOTS)
         d_weights = tl.where(kept, d_weights * survivor_scale, 0.0)
         dropped = tl.where(kept, probabilities * survivor_scale, 0.0)
-    return dropped, probabilities * (d_weights - delta[:, None])
+    return dropped, tl.where(visible[None, :], probabilities * (d_weights - delta[:, None]), 0.0)

@@ -151,7 +151,7 @@ def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -
         dropout_p=0.1 if features.endswith("dropout") else 0.0, stride=stride,
         first_token=m - 1 if grouping == common.CLOCK else 0,
     )  # fmt: skip
-    out, lse = empty(*query), empty(*query[:-1], dtype=torch.float32)
+    out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
     settings = settings or settings_of(identifier)
     name = "backward" if kind == "backward_rows" else kind
     parameters = ("backward_bias", "backward_relative", "backward_null")
@@ -204,11 +204,10 @@ def machine_code(sm: int, launch: backend.Launch) -> dict[str, object]:
             signature[name] = "fp32" if isinstance(x, float) else "i32"
         if isinstance(x, torch.Tensor) or (specialised and isinstance(x, int) and x % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    settings = launch.settings
     compiled = triton.compile(
         ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", sm, 32),
-        options={"num_warps": settings.num_warps, "num_stages": settings.num_stages},
+        options=launch.options(),
     )
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -6,6 +6,7 @@ every loop of the kernels in the interpreter.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ import cases
 import pytest
 import torch
 
+import retro_kernels as rk
 from retro_kernels.ops import tuning
 from retro_kernels.ops.attention import common, configs, triton_tiles
 from retro_kernels.ops.attention import triton as backend
@@ -119,6 +121,113 @@ def test_every_form_of_the_backward(case, tile, passes, relative, monkeypatch):
     with small_tiles(*tile, relative=16):
         agree(dataclasses.replace(case, dropout_p=0.3, options=options))
     assert launched == ["forward", *passes, *(["backward_relative"] if relative else [])]
+
+
+M, SCALE = 4, 0.5
+
+
+def chunk_by_chunk(x):
+    """Chunked cross-attention as PyTorch's softmax has it, in fp64, of the visible slots of one chunk and head at a
+    time, so that nothing reaches what does not depend on it. A row whose logits are all -inf gives 0."""
+    (b, n, h, _), num_chunks = x["query"].shape, x["key"].shape[1]
+    outs, lses = x["query"].new_zeros(b, n, h, x["value"].shape[-1]), x["query"].new_full((b, n, h), float("-inf"))
+    places, parts = [], []
+    for sequence in range(b):
+        for chunk in range(num_chunks):
+            tokens = [i for i in range(n) if i >= M - 1 and min((i - M + 1) // M, num_chunks - 1) == chunk]
+            seen = x["neighbour_mask"][sequence, chunk].flatten()
+            for head in range(h):
+                key, value = (x[name][sequence, chunk, :, :, head].flatten(0, 1)[seen] for name in ("key", "value"))
+                rows = torch.tensor([(i - M + 1) % M for i in tokens])
+                bias = x["attention_bias"][head][rows].repeat(1, x["key"].shape[2])[:, seen]
+                query = x["query"][sequence, tokens, head]
+                logits = SCALE * (query[:, None] * key).sum(-1) + bias
+                if "null_key" in x:
+                    null = SCALE * (query * x["null_key"][head]).sum(-1, keepdim=True)
+                    logits = torch.cat([null, logits], dim=1)
+                    value = torch.cat([x["null_value"][head][None], value])
+                nothing = (logits == float("-inf")).all(1, keepdim=True)
+                weights = torch.softmax(torch.where(nothing, 0.0, logits), dim=1)
+                parts.append(torch.where(nothing, 0.0, (weights[..., None] * value).sum(1)))
+                places.append((sequence, tokens, head))
+                lses[sequence, tokens, head] = torch.logsumexp(logits.detach(), dim=1)
+    for (sequence, tokens, head), part in zip(places, parts):
+        outs[sequence, tokens, head] = part
+    return outs, lses
+
+
+NAN, INF, LOWEST = float("nan"), float("inf"), torch.finfo(torch.float32).min
+POISON = {
+    "NaN in a query": [("query", (0, 5, 1, 2), NAN)],
+    "NaN in a key": [("key", (0, 1, 0, 2, 0, 1), NAN)],
+    "NaN in a value": [("value", (0, 0, 1, 0, 1, 3), NAN)],
+    "NaN in a bias": [("attention_bias", (1, 2, 1), NAN)],
+    "+inf in a bias": [("attention_bias", (0, 1, 2), INF)],
+    "+inf and NaN in one row": [("attention_bias", (0, 1, 2), INF), ("attention_bias", (0, 1, 1), NAN)],
+    "a row of -inf": [("attention_bias", (1, 2), -INF)],
+    "a row of -1e30": [("attention_bias", (1, 2), -1e30)],
+    "rows of the lowest number": [("attention_bias", (1, 2), LOWEST), ("attention_bias", (0, 0), LOWEST)],
+    "NaN in the null key": [("null_key", (1, 0), NAN)],
+    "+inf in the null key": [("null_key", (0, 3), INF)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("two_passes", [False, True], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("name", POISON)
+def test_what_is_not_finite_reaches_all_that_depends_on_it_and_nothing_else(name, two_passes):
+    """As in PyTorch. The masked slots hold NaN, and so do the queries before the first chunk; rows that saw nothing
+    have the log-sum-exp -inf, and no others have."""
+    torch.manual_seed(1)
+    b, n, k, r, h, d = 1, 10, 2, 3, 2, 4
+    x = {
+        "query": torch.randn(b, n, h, d), "key": torch.randn(b, 2, k, r, h, d), "value": torch.randn(b, 2, k, r, h, d),
+        "attention_bias": torch.randn(h, M, r),
+    }  # fmt: skip
+    if "null" in name:
+        x |= {"null_key": torch.randn(h, d), "null_value": torch.randn(h, d)}
+    mask = torch.ones(b, 2, k, r, dtype=torch.bool)
+    mask[0, 0, 1, 2] = mask[0, 1, 0, 0] = False
+    x["key"][~mask], x["value"][~mask], x["query"][:, : M - 1] = NAN, NAN, NAN
+    for target, place, value in POISON[name]:
+        x[target][place] = value
+    x = {name: tensor.to(DEVICE).requires_grad_() for name, tensor in x.items()}
+    grad_out = torch.randn(b, n, h, d)
+    doubles = {name: tensor.detach().cpu().double().requires_grad_() for name, tensor in x.items()}
+    out, lse = chunk_by_chunk({**doubles, "neighbour_mask": mask})
+    expected = dict(zip(x, torch.autograd.grad(out, list(doubles.values()), grad_out.double())), out=out, lse=lse)
+
+    with small_tiles() if two_passes else contextlib.nullcontext():
+        out, lse = rk.chunked_cross_attention(
+            **x, neighbour_mask=mask.to(DEVICE), chunk_size=M, scale=SCALE, return_lse=True, backend="triton"
+        )
+        given = dict(zip(x, torch.autograd.grad(out, list(x.values()), grad_out.to(DEVICE))), out=out, lse=lse)
+    for what, tensor in expected.items():
+        if what == "lse" and "lowest" in name:  # in base 2 it saturates: the weights are right, the number is not
+            continue
+        torch.testing.assert_close(given[what].cpu().float(), tensor.float(), rtol=2e-5, atol=2e-5, equal_nan=True,
+                                   msg=lambda text, what=what: f"{what}: {text}")  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_probabilities_of_large_logits_are_at_most_one(bias):
+    """Logits of 1e11, whose log-sum-exp is rounded to a multiple of 8192, give weights of 0 and 1."""
+    torch.manual_seed(0)
+    x = {name: torch.randn(1, *shape, device=DEVICE) for name, shape in
+         {"query": (5, 1, 4), "key": (1, 1, 5, 1, 4), "value": (1, 1, 5, 1, 4)}.items()}  # fmt: skip
+    x["query"] *= 1e11
+    if bias:
+        x["attention_bias"] = torch.randn(1, M, 5, device=DEVICE)
+    x = {name: tensor.requires_grad_() for name, tensor in x.items()}
+    out = rk.chunked_cross_attention(**x, chunk_size=M, backend="triton")
+    wide = {name: tensor.detach().double() for name, tensor in x.items()}
+    expected = rk.chunked_cross_attention(**wide, chunk_size=M, backend="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    grad_out = torch.ones_like(out)
+    (of_value,) = torch.autograd.grad(out, x["value"], grad_out, retain_graph=True)
+    assert of_value.isfinite().all()
+    assert of_value.max() <= 2 + 1e-5, "there are two rows, and no weight exceeds 1"
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out, list(x.values()), grad_out))
 
 
 def test_bitwise_deterministic_in_two_passes():

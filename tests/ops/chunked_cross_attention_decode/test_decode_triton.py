@@ -120,6 +120,58 @@ def test_what_is_not_read():
     assert not again[0][1:].any()
 
 
+NAN, INF, LOWEST = float("nan"), float("inf"), torch.finfo(torch.float32).min
+NOT_FINITE = {
+    "NaN in a query": ("query", (0, 0, 1, 2), NAN),
+    "NaN in a key": ("key", (1, 0, 17, 0, 1), NAN),
+    "NaN in a value": ("value", (1, 1, 0, 0, 3), NAN),
+    "+inf in a bias": ("attention_bias", (0, 2, 5), INF),
+    "NaN in a bias": ("attention_bias", (1, 2, 36), NAN),
+    "a row of -inf": ("attention_bias", (1, 2), -INF),
+    "a row of the lowest number": ("attention_bias", (1, 2), LOWEST),
+    "NaN in the null key": ("null_key", (1, 0), NAN),
+    "+inf in the null key": ("null_key", (0,), INF),
+}
+
+
+@runs
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("heads", [(2, 2), (2, 1)], ids=["one row", "rows"])
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_what_is_not_finite_reaches_its_row_and_no_other(name, heads):
+    """As in PyTorch: the softmax over the visible slots and the null slot, of one sequence and head at a time."""
+    torch.manual_seed(1)
+    h, hk, d, m = *heads, 16, 8
+    x = call(b=2, h=h, hk=hk)
+    if "null" not in name:
+        del x["null_key"], x["null_value"]
+    mask = x["neighbour_mask"]
+    mask[1, 0, 17] = mask[1, 1, 0] = mask[:, 0, 5] = mask[:, 1, 17] = True
+    x["key"][~mask] = x["value"][~mask] = NAN
+    target, place, value = NOT_FINITE[name]
+    x[target][place] = value
+    given, lse = rk.chunked_cross_attention_decode(**x, return_lse=True, backend="triton")
+    for sequence in range(2):
+        seen = mask[sequence].flatten()
+        for head in range(h):
+            key, value = (x[name][sequence, :, :, head * hk // h].flatten(0, 1)[seen].double() for name in
+                          ("key", "value"))  # fmt: skip
+            query = x["query"][sequence, 0, head].double()
+            row = (9 - (m - 1)) % m
+            logits = d**-0.5 * (query * key).sum(-1) + x["attention_bias"][head, row].double()[seen]
+            if "null_key" in x:
+                logits = torch.cat([d**-0.5 * (query * x["null_key"][head]).sum()[None], logits])
+                value = torch.cat([x["null_value"][head][None].double(), value])
+            nothing = (logits == -INF).all()
+            expected = torch.zeros(d).double() if nothing else (torch.softmax(logits, 0)[:, None] * value).sum(0)
+            torch.testing.assert_close(
+                given[sequence, 0, head].double(), expected, rtol=2e-5, atol=2e-5, equal_nan=True
+            )
+            if "lowest" not in name:  # in base 2 it saturates: the weights are right, the number is not
+                torch.testing.assert_close(lse[sequence, 0, head].double(), logits.logsumexp(0), rtol=2e-5, atol=2e-5,
+                                           equal_nan=True)  # fmt: skip
+
+
 @runs
 def test_refusals():
     x = call()

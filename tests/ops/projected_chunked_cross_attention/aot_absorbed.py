@@ -23,7 +23,7 @@ import aot
 
 from retro_kernels.ops.attention import triton_tiles
 from retro_kernels.ops.attention.triton import Launch
-from retro_kernels.ops.projected_chunked_cross_attention import configs
+from retro_kernels.ops.projected_chunked_cross_attention import common, configs
 from retro_kernels.ops.projected_chunked_cross_attention import triton as backend
 
 TABLE = Path(__file__).with_name("compiled_settings.json")
@@ -81,7 +81,7 @@ def launch_of(identifier: str) -> tuple[int, Launch]:
         maybe(h, d), maybe(h, d), maybe(h, d), maybe(h, d), None, maybe(1, dtype=torch.int64),
         d**-0.5, 0.1 if everything else 0.0, m, m - 1,
     )  # fmt: skip
-    out, lse = empty(b, n, h, d), empty(b, n, h, dtype=torch.float32)
+    out, lse = common.allocate_forward(call.query, call.w_value, call.attention_bias)
     settings = configs.overrides.get(kind) or configs.rule(kind, sm, dtype, m, k * r, e, everything)
     parameters = [call[place] for place in backend.common.DIFFERENTIABLE[2:]]
     copies = tuple(None if x is None else empty(4, *x.shape, dtype=torch.float32) for x in parameters)

@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 
 import aot_absorbed
 from test_projected import OPTIONS, arguments, by_hand, run
+from test_triton import INF, NAN, SCALE, M, chunk_by_chunk
 
 runs = pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,6 +120,54 @@ def test_what_is_not_attended_reaches_nothing_and_results_are_bitwise_reproducib
         assert torch.equal(given[name], expected), name
     assert first["gradient of encoded"].any()
     assert not first["gradient of encoded"][~x["neighbour_mask"]].any()
+
+
+NOT_FINITE = {
+    "NaN in a query": ("query", (0, 5, 1, 2), NAN),
+    "NaN in a state": ("encoded", (0, 1, 0, 2, 1), NAN),
+    "+inf in a bias": ("attention_bias", (0, 1, 2), INF),
+    "a row of -inf": ("attention_bias", (1, 2), -INF),
+    "a row of -1e30": ("attention_bias", (1, 2), -1e30),
+    "NaN in the null key": ("null_key", (1, 0), NAN),
+    "NaN in a query, without a bias": ("query", (0, 5, 1, 2), NAN),
+}
+
+
+@runs
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_what_is_not_finite_reaches_all_that_depends_on_it_and_nothing_else(name):
+    """As in PyTorch; masked tokens hold NaN, and their gradient is exactly 0 beside a query that is NaN."""
+    torch.manual_seed(1)
+    b, n, l, k, r, h, d, e = 1, 10, 2, 2, 3, 2, 4, 6
+    x = {"query": torch.randn(b, n, h, d), "encoded": torch.randn(b, l, k, r, e),
+         "w_key": torch.randn(h, d, e), "w_value": torch.randn(h, d, e)}  # fmt: skip
+    if "without" not in name:
+        x["attention_bias"] = torch.randn(h, M, r)
+    if "null" in name:
+        x |= {"null_key": torch.randn(h, d), "null_value": torch.randn(h, d)}
+    mask = torch.ones(b, l, k, r, dtype=torch.bool)
+    mask[0, 0, 1, 2] = mask[0, 1, 0, 0] = False
+    x["encoded"][~mask], x["query"][:, : M - 1] = NAN, NAN
+    target, place, value = NOT_FINITE[name]
+    x[target][place] = value
+    x = on_device({name: tensor.requires_grad_() for name, tensor in x.items()})
+    grad_out = torch.randn(b, n, h, d)
+    wide = {name: tensor.detach().cpu().double().requires_grad_() for name, tensor in x.items()}
+    visible = torch.where(mask[..., None], wide["encoded"], 0.0)
+    made = {name: torch.einsum("blkre,hde->blkrhd", visible, wide[f"w_{name}"]) for name in ("key", "value")}
+    bias = wide.get("attention_bias", torch.zeros(h, M, r, dtype=torch.float64))
+    out, lse = chunk_by_chunk({**wide, **made, "attention_bias": bias, "neighbour_mask": mask})
+    expected = dict(zip(x, torch.autograd.grad(out, list(wide.values()), grad_out.double())), out=out, lse=lse)
+
+    with under(LaunchSettings(16, 16, 16, 4, 1, block_run=16)):
+        out, lse = rk.projected_chunked_cross_attention(
+            **x, neighbour_mask=mask.to(DEVICE), chunk_size=M, scale=SCALE, return_lse=True, **ABSORB
+        )
+        given = dict(zip(x, torch.autograd.grad(out, list(x.values()), grad_out.to(DEVICE))), out=out, lse=lse)
+    for what, tensor in expected.items():
+        torch.testing.assert_close(given[what].cpu().float(), tensor.float(), rtol=2e-5, atol=2e-5, equal_nan=True,
+                                   msg=lambda text, what=what: f"{what}: {text}")  # fmt: skip
 
 
 @runs
