@@ -94,8 +94,6 @@ def expect(case: Case, place: str, value: float):
 FAILS_TODAY = {
     "cpu": ("query nan", "query inf", "query -inf", "key nan", "key inf", "key -inf", "bias +inf", "bias NaN",
             "bias -1e30 on a row", "bias the least number on a row"),
-    "triton": ("query nan", "key nan", "key inf", "grad_out nan", "bias +inf", "bias -1e30 on a row",
-               "bias the least number on a row"),
 }  # fmt: skip
 
 
