@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -20,9 +20,16 @@ import torch
 from .ops import common, validate
 from .ops.attention import reference
 
+if TYPE_CHECKING:
+    from .ops.call_classes import Class
+
 
 class Wrong(AssertionError):
     """A result that is not right; the message says which and by how much."""
+
+
+class Refused(Exception):
+    """A backend takes no problem of a class."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,6 +353,7 @@ class Bands:
 
     def __init__(self) -> None:
         self.memory: list[tuple[torch.Tensor, int]] = []
+        self.inputs: list[tuple[torch.Tensor, int]] = []
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """As `ops.common.allocate`, but filled with NaN (an integer with its least value)."""
@@ -357,8 +365,22 @@ class Bands:
             self.memory.append((memory, size))
         return memory[GUARD : GUARD + size].view(shape)
 
+    def around(self, x: Any) -> Any:
+        """A copy of a floating tensor with NaN round it, which must stay there and reach no result; else x itself."""
+        if isinstance(x, tuple):
+            return tuple(self.around(part) for part in x)
+        if not isinstance(x, torch.Tensor) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return x
+        memory = torch.full((x.numel() + 2 * GUARD,), float("nan"), dtype=x.dtype, device=x.device)
+        self.inputs.append((memory, x.numel()))
+        inside = memory[GUARD : GUARD + x.numel()].view(x.shape)
+        return inside.copy_(x.detach()).requires_grad_(x.requires_grad)
+
     def check(self) -> None:
         """Raises Wrong when a band was written to."""
+        for memory, size in self.inputs:
+            if not bool(torch.cat([memory[:GUARD], memory[GUARD + size :]]).isnan().all()):
+                raise Wrong("a kernel wrote outside its output, beside an input")
         for memory, size in self.memory:
             outside = torch.cat([memory[:GUARD], memory[GUARD + size :]])
             if not bool((outside == UNTOUCHED).all()):
@@ -373,3 +395,129 @@ def guard_bands() -> Iterator[Bands]:
     with mock.patch.object(common, "allocate", bands.allocate):
         yield bands
     bands.check()
+
+
+# What the self-check of a class of calls runs: `Class` and its words are those of `ops/call_classes.py`.
+
+ODD_ROWS = {16: 13, 32: 29, 64: 57, 128: 101, 512: 150, 1024: 530}
+EVEN_ROWS = {16: 16, 32: 32, 64: 64, 128: 128, 512: 192, 1024: 576}
+ODD_SLOTS = {16: (1, 8), 32: (3, 8), 64: (3, 16), 128: (3, 32), 512: (3, 72), 1024: (3, 200)}  # (k, r)
+EVEN_SLOTS = {16: (2, 8), 32: (2, 16), 64: (2, 32), 128: (2, 64), 512: (2, 128), 1024: (2, 320)}
+SHORT_NAMES = {
+    "chunked_cross_attention": "cca", "projected_chunked_cross_attention": "projected",
+    "neighbour_self_attention": "self", "neighbour_cross_attention": "cross",
+    "chunked_cross_attention_decode": "decode", "projected_chunked_cross_attention_decode": "projected_decode",
+}  # fmt: skip
+
+
+def class_case(wanted: Class, odd: bool) -> Case:
+    """The case of a class: odd sizes with a mask, or even sizes without."""
+    on = set(wanted.options) - {"grouped", "causal", "packed", "dropout", "unlike_caches"}
+    if "projection_biases" in on:
+        on = on - {"projection_biases"} | {"bias_key", "bias_value"}
+    operation = SHORT_NAMES[wanted.operation]
+    sizes: dict[str, Any] = {"b": 2, "h": 4 if "grouped" in wanted.options else 2, "hk": 2}
+    if operation.endswith("decode"):
+        sizes |= _decode_sizes(wanted, odd)
+        if on & {"rotary", "rotary_partial"} and "key_rotary" not in on:
+            on.add("turned")
+        on -= {"key_rotary"}
+        on |= {"mask", "valid", "chunk"} if odd else set()
+        return Case(str(wanted), operation, d=wanted.head_dim, d_value=wanted.value_dim, options=tuple(on), **sizes)
+    rows = (ODD_ROWS if odd else EVEN_ROWS)[wanted.rows]
+    k, r = (3, 23) if odd else (2, 32)
+    sizes |= {"k": k, "r": r, "m": rows, "n": 2 * rows + rows // 2 + 3 if odd else 3 * rows}
+    documents = (rows + 3, sizes["n"] - rows - 3)
+    if operation == "projected":
+        k, r = (ODD_SLOTS if odd else EVEN_SLOTS)[wanted.slots]
+        sizes |= {"k": k, "r": r, "e": wanted.encoder_dim, "strategy": "absorb"}
+    elif operation == "self":
+        sizes |= {"k": 2, "r": rows, "l": 2}
+        if "causal" in wanted.options:
+            sizes |= {"k": 1, "l": 1}
+        documents = (rows // 3, rows - rows // 3)
+    elif operation == "cross":
+        sizes |= {"r": rows, "l": 2, "m": wanted.slots - (7 if odd else 0)}
+    if odd:
+        on |= {"mask"} if sizes.get("l") == 1 else {"mask", "empty_chunk"}
+    return Case(
+        str(wanted), operation, d=wanted.head_dim, d_value=wanted.value_dim, causal="causal" in wanted.options,
+        documents=documents if "packed" in wanted.options else None,
+        dropout_p=0.25 if "dropout" in wanted.options else 0.0, options=tuple(on), **sizes,
+    )  # fmt: skip
+
+
+def _decode_sizes(wanted: Class, odd: bool) -> dict[str, Any]:
+    """Odd: every other sequence is not valid, one begins just at its first chunk, one is before it. Even: so many
+    sequences that tiles of slots are whole."""
+    e = wanted.encoder_dim
+    hk = 1 if e and wanted.rows == 1 else 4
+    m = 29 if odd else 32
+    return {
+        "b": 5 if odd else 64, "m": m, "k": 3 if odd else 2, "r": 23 if odd else 32, "hk": hk,
+        "h": 2 * hk if "grouped" in wanted.options else hk, "e": e,
+        # rows are those that share a cache's row: of all heads, where it holds encoder states
+        "t": {1: 1, 16: 1 if e else 3, 32: 20}[wanted.rows],
+        "positions": (2 * m + 3, 0, m - 1, 0, 0) if odd else (2 * m + 1, m + 2, 2 * m + 5),
+    }  # fmt: skip
+
+
+def class_problem(wanted: Class, odd: bool, device: str = "cpu") -> dict[str, Any]:
+    """The arguments of one problem of a class, in its dtype."""
+    case, dtype = class_case(wanted, odd), getattr(torch, wanted.dtype)
+    arguments = make(case, dtype, device)
+    if "unlike_caches" in wanted.options:  # the value's is another than the key's
+        quantised = {"int8", "float8_e4m3fn"} & set(case.options)
+        others = tuple(set(case.options) - quantised) if quantised else (*case.options, "int8")
+        other = make(dataclasses.replace(case, options=others), dtype, device)
+        arguments = {name: x for name, x in arguments.items() if name != "value_scale"}
+        arguments |= {name: other[name] for name in ("value", "value_scale") if name in other}
+    if "valid" in arguments:  # what is not read holds NaN
+        for name in ("key", "value", "encoded"):
+            if name in arguments and arguments[name].dtype in validate.FLOATING:
+                cache = arguments[name].detach().clone()
+                cache[~arguments["valid"]] = float("nan")
+                arguments[name] = cache
+    return arguments
+
+
+def check_class(wanted: Class, backend: str, device: torch.device) -> str:
+    """Runs the two problems of a class on a backend -> what was found. Raises Wrong, or whatever the kernels raise, or
+    Refused where the backend takes neither."""
+    found, refusals = [], []
+    for odd in (True, False):
+        try:
+            found.append(_check_problem(wanted, odd, backend, device))
+        except ValueError as error:
+            if "cannot run this" not in str(error):
+                raise
+            refusals.append(str(error))
+    if not found:
+        raise Refused(refusals[0])
+    return f"largest error {max(found):.1e}"
+
+
+def _check_problem(wanted: Class, odd: bool, backend: str, device: torch.device) -> float:
+    arguments, dtype = class_problem(wanted, odd, str(device)), getattr(torch, wanted.dtype)
+    # Decoding has no gradient, nor have the absorbed CUDA C++ kernels.
+    gradients = "position" not in arguments and not ("encoded" in arguments and backend == "cuda")
+    grad_out = None
+    if gradients:
+        shape = (*arguments["query"].shape[:-1], wanted.value_dim)
+        generator = torch.Generator().manual_seed(3)
+        grad_out = torch.randn(shape, generator=generator, dtype=torch.float64).to(device).to(dtype)
+    with guard_bands() as bands:
+        around = {name: bands.around(x) for name, x in arguments.items()}
+        given = run(around, backend, grad_out)
+        again = run(around, backend, grad_out)
+    expected = run(as_dtype(arguments, torch.float64), "reference", grad_out)
+    if dtype == torch.float32:
+        largest = assert_close(given, expected)
+    else:
+        with plain_precision():
+            plain = run(arguments, "reference", grad_out)
+        largest = assert_twice(given, plain, expected, dtype)
+    for name, x in given.items():
+        if not torch.equal(x, again[name]):
+            raise Wrong(f"{name}: two runs of one problem give other bits")
+    return largest

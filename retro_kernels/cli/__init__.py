@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, db, doctor, evaluate, generate, train
+from . import bench, db, doctor, evaluate, generate, train, verify
 
 app = typer.Typer(
     name="retro-kernels",
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command("doctor")(doctor.doctor)
+app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)

@@ -167,22 +167,28 @@ def _program(name: str) -> Entry:
 
 
 def backends() -> tuple[list[Entry], bool]:
-    """Every backend of the attentions; and whether one besides the reference can run."""
+    """Every backend of the attentions, what is the default on each device, and whether that is a fused one on the GPU,
+    or without a GPU on the CPU."""
     try:
         import retro_kernels as rk
+        from retro_kernels.ops import backends as choice
+        from retro_kernels.ops import verification
+        from retro_kernels.ops.attention.run import BACKENDS
 
         states = rk.backends()
+        defaults = {verification.describe(device): choice.outlook(BACKENDS, device) for device in choice.devices()}
     except Exception as error:
         entry = Entry("retro_kernels", f"importing it fails: {_described(error)}", PROBLEM, "see the versions above")
         return [entry], False
-    entries, fused = [], False
+    entries = []
     for name, state in states.items():
         if state.available:
-            entries.append(Entry(name, "can run", OK))
-            fused = fused or name != "reference"
+            entries.append(Entry(name, "can run", OK, state.default))
         else:
             entries.append(Entry(name, "cannot run", NOTE, str(state.reason)))
-    return entries, fused
+    for device, (name, why) in defaults.items():
+        entries.append(Entry(f"default on {device}", name, PROBLEM if name == "reference" else OK, why))
+    return entries, [name for name, _ in defaults.values()][-1] != "reference"
 
 
 def extension() -> list[Entry]:
@@ -256,7 +262,7 @@ def variables() -> list[Entry]:
 
 
 def collect() -> tuple[dict[str, list[Entry]], bool]:
-    """All sections, and whether a fused backend can run."""
+    """All sections, and whether fused kernels are the default on the GPU (without one, on the CPU)."""
     states, fused = backends()
     sections = {
         "versions": guarded("versions", versions),
@@ -274,8 +280,8 @@ def doctor(
 ) -> None:
     """Says what is installed and built, which backends can run, and why the others cannot.
 
-    Works when the package is half broken: each probe that fails says so in its own line. Exit code 0 when a backend
-    besides the reference can run, otherwise 1.
+    Works when the package is half broken: each probe that fails says so in its own line. Exit code 0 when fused kernels
+    are the default on the GPU (without one, on the CPU), otherwise 1.
     """
     sections, fused = collect()
     if as_json:
@@ -310,9 +316,12 @@ def show(sections: dict[str, list[Entry]], fused: bool) -> None:
             table.add_row(Text(entry.name), value)
         console.print(table, "")
     if fused:
-        console.print(Text("Fused attention can run here.", style="bold green"))
+        console.print(Text("Fused attention can run here and is the default.", style="bold green"))
+        return
+    slow = [entry.name.removeprefix("default on ") for entry in sections.get("backends", [])
+            if entry.name.startswith("default on ") and entry.value == "reference"]  # fmt: skip
+    if slow:
+        text = f"On {' and '.join(slow)} calls go to the slow pure-PyTorch reference by default."
     else:
-        console.print(
-            Text("No fused backend can run here: calls go to the slow pure-PyTorch reference.", style="bold yellow"),
-            Text("The reasons are under 'backends'.", style="dim"),
-        )
+        text = "No fused backend can run here: calls go to the slow pure-PyTorch reference."
+    console.print(Text(text, style="bold yellow"), Text("The reasons are under 'backends'.", style="dim"))

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..ops.call_classes import Class
+
 AS_TRAINED, PAPER = "as_trained", "paper"
 
 _warned: set[str] = set()
@@ -41,6 +43,9 @@ class Integration(Protocol):
 
     def note(self, module: nn.Module) -> str | None:
         """What the user should know about the swapped module, or None."""
+
+    def likely_class(self, module: nn.Module) -> Class:
+        """The class of calls that the fused module makes, as far as the module tells."""
 
     def fused_forward(self, module: nn.Module, positions: str) -> FusedForward:
         """The forward to put on the instance."""

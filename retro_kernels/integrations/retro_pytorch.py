@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..nn import ChunkedCrossAttention, NeighbourEncoder
+from ..ops.call_classes import Class, tile
 from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_cross_attention import neighbour_cross_attention
@@ -77,6 +78,25 @@ def note(module: nn.Module) -> str | None:
     attention: Any = getattr(module, "cross_attn", module)
     p = attention.dropout.p
     return f"its attention dropout {p:g} is fused: the same distribution, other random numbers" if p > 0 else None
+
+
+def likely_class(module: Any) -> Class:
+    """Of the calls that it will make. (How many tokens an encoder's neighbours have, 128 in the paper, and whether it
+    is the encoder's self- or cross-attention, only a call tells.)"""
+    attention: Any = getattr(module, "cross_attn", module)
+    weight = next(attention.parameters())
+    inner = getattr(attention.to_q, "out_features", None)  # unknown where an adapter has taken the layer's place
+    head_dim = 64 if inner is None else inner // attention.heads
+    rotary = "rotary" if head_dim <= 32 else "rotary_partial"
+    device = weight.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dropout = ("dropout",) if attention.dropout.training and attention.dropout.p > 0 else ()
+    if module is not attention:
+        given = (dtype, head_dim, head_dim, tile(module.chunk_size), 0, 0, ("null", rotary, *dropout))
+        return Class.of("chunked_cross_attention", given)
+    causal = ("causal",) if attention.causal else ()
+    given = (dtype, head_dim, head_dim, 1024 if causal else 128, 0, 0, (rotary, *causal, *dropout))
+    return Class.of("neighbour_self_attention", given)
 
 
 def fused_forward(module: nn.Module, positions: str) -> FusedForward:

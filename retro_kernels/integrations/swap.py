@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..ops.attention.run import backends
+from ..ops import backends as backend_choice
+from ..ops import verification
+from ..ops.attention.run import BACKENDS
 from . import retro_pytorch
 from .base import AS_TRAINED, PAPER, FusedForward, Integration
 
@@ -21,19 +25,21 @@ class SwapReport:
         replaced: names of the modules that now run fused, as `named_modules` calls them ("" is the model itself).
         skipped: name -> why a module that was looked at was left alone.
         notes: name -> what to know about a replaced module, where there is something.
-        backend_note: why nothing gets faster, where no fused backend can run at all; otherwise None.
+        backend_note: what the replaced modules' calls take on their device, where that is a GPU, or why nothing gets
+            faster, where no fused backend can run at all; otherwise None.
 
     `print(report)` shows it all, `rich.print(report)` as a table. `undo()` takes the replacements back.
     """
 
     def __init__(
-        self, replaced: dict[str, FusedForward], skipped: dict[str, str], notes: dict[str, str], positions: str
-    ) -> None:
+        self, replaced: dict[str, FusedForward], skipped: dict[str, str], notes: dict[str, str], positions: str,
+        backend_note: str | None = None,
+    ) -> None:  # fmt: skip
         self.replaced = list(replaced)
         self.skipped = dict(skipped)
         self.notes = dict(notes)
         self.positions = positions
-        self.backend_note = _backend_note()
+        self.backend_note = backend_note
         self._forwards = dict(replaced)
 
     def undo(self) -> None:
@@ -80,7 +86,7 @@ class SwapReport:
         return table
 
 
-def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED) -> SwapReport:
+def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, force: bool = False) -> SwapReport:
     """Puts fused attention under a RETRO that already exists, in place and instance by instance.
 
     Looks for retro-pytorch 0.3.9's attentions in `model` (which may be one of them, any part of a model, or a wrapper
@@ -95,10 +101,16 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED) 
     bypass, a mask in causal attention) runs the module's own code, and a warning says so once. Attention dropout is
     fused: in training it has the same distribution as the module's own, but drops other probabilities.
 
+    On a GPU the fused kernels that a module's calls need are checked there first, once (`retro-kernels verify` does it
+    ahead). Where its calls would run as the slow reference, because no fused backend can run or none has passed its
+    check, the module is left as it is, the report says why, and so does a warning.
+
     Args:
         model: the module to search.
         strict: raise when nothing could be replaced. A model that is already swapped with the same `positions` is what
-            was asked for: it does not raise, and the report lists its modules as skipped.
+            was asked for: it does not raise, and the report lists its modules as skipped; nor does one that is left as
+            it is because it would only get slower.
+        force: on a GPU, swap also where calls would run as the reference.
         positions: of chunked cross-attention. "as_trained" computes what the model computed before, including
             retro-pytorch's doubly shifted rotary query positions (2m - 2, 0, ..., 0), because trained weights embody
             them. "paper" gives the positions that were meant, m - 1 ... 2m - 2: for training from scratch.
@@ -113,7 +125,8 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED) 
     replaced: dict[str, FusedForward] = {}
     skipped: dict[str, str] = {}
     notes: dict[str, str] = {}
-    already = conflicts = 0
+    taken: dict[str, str] = {}  # on GPUs: a default backend and its reason -> its first module
+    already = conflicts = slower = 0
     for name, module in model.named_modules():
         for integration in INTEGRATIONS:
             if not integration.recognises(module):
@@ -131,14 +144,30 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED) 
             if reason is not None:
                 skipped[name] = reason
                 continue
+            device = next((x.device for x in module.parameters()), torch.device("cpu"))
+            if verification.needs_proof(device):
+                backend, why = backend_choice.default_of(BACKENDS, integration.likely_class(module), device)
+                where = verification.describe(device)
+                if backend == "reference" and not force:
+                    skipped[name] = f"left as it is: on {where} its calls would run as the slow reference ({why})"
+                    slower += 1
+                    continue
+                taken[f"on {where} calls take {backend} by default"] = why
             forward = integration.fused_forward(module, positions)
             module.forward = forward  # type: ignore[method-assign]
             replaced[name] = forward
             remark = integration.note(module)
             if remark is not None:
                 notes[name] = remark
-    report = SwapReport(replaced, skipped, notes, positions)
-    if strict and not replaced and (conflicts or not already):
+    note = "; ".join(f"{what}: {why}" for what, why in taken.items()) or _backend_note(bool(slower))
+    report = SwapReport(replaced, skipped, notes, positions, note)
+    if slower:
+        why = next(reason for reason in skipped.values() if reason.startswith("left as it is"))
+        warnings.warn(
+            f"retro_kernels.swap: {slower} modules are {why}. force=True swaps them all the same",
+            stacklevel=2,
+        )
+    if strict and not replaced and (conflicts or not (already or slower)):
         raise ValueError(_nothing_to_replace(model, report))
     return report
 
@@ -163,8 +192,8 @@ def _already(present: str | None, asked: str) -> str:
     )
 
 
-def _backend_note() -> str | None:
-    if any(state.available for name, state in backends().items() if name != "reference"):
+def _backend_note(slower: bool) -> str | None:
+    if slower or any(state.available for name, state in backend_choice.status(BACKENDS).items() if name != "reference"):
         return None
     return "No fused backend can run here, so calls run as the pure-PyTorch reference: see `retro-kernels doctor`"
 

@@ -2,8 +2,8 @@
 
 A backend of an operation is a module with `unavailable() -> str | None` (why it cannot run in this process) and
 `refusal(call) -> str | None` (why it cannot run this call). A backend asked for by name runs or raises with that
-reason. Without a name the first of the device's order that can run is taken; when that is only the reference, a
-warning says why, once for each reason.
+reason. Without a name the first of the device's order is taken that can run and, on a GPU, has proved itself there
+(`verification.py`); when that is only the reference, a warning says why, once for each reason.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 
-from . import evidence
+from . import call_classes, evidence, verification
 from .compiling import constant
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "RETRO_KERNELS_BACKEND"
 
-# Which is asked first, unless `evidence` has measured that another is faster. A kernel that no GPU has verified yet is
-# passed over on a GPU (see `unverified`).
+# Which is asked first, unless `evidence` has measured that another is faster.
 DEFAULT_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
 _warned: set[str] = set()
@@ -31,15 +30,58 @@ _warned: set[str] = set()
 
 @dataclasses.dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can run in this process, and if not, why and what to do."""
+    """Whether a backend can run in this process, and if not, why and what to do. `default`: what calls that name no
+    backend do with it on this machine's devices, and why."""
 
     available: bool
     reason: str | None = None
+    default: str = ""
 
 
 def status(modules: dict[str, ModuleType]) -> dict[str, BackendStatus]:
-    """The status of every backend of one operation, by name."""
-    return {name: BackendStatus(reason is None, reason) for name in NAMES for reason in [_unavailable(modules, name)]}
+    """The status of every backend of one operation, by name. Checks nothing: it says what is known."""
+    found = {}
+    for name in NAMES:
+        reason = _unavailable(modules, name)
+        found[name] = BackendStatus(reason is None, reason, "" if reason is not None else _default_words(modules, name))
+    return found
+
+
+def _default_words(modules: dict[str, ModuleType], name: str) -> str:
+    if name == "reference":
+        return "taken where no fused backend is, and a warning says why"
+    words = []
+    for device in devices():
+        if name in DEFAULT_ORDER[device.type]:
+            first, why = outlook(modules, device)
+            where = f"on {verification.describe(device)}"
+            if name == first:
+                words.append(f"the default {where}: {why}")
+            else:
+                words.append(f"asked after {first} {where}; {verification.summary(name, device)[1]}")
+    return "; ".join(words) or "taken by name only: it is the default of no device here"
+
+
+def devices() -> list[torch.device]:
+    """One device of each kind that is here."""
+    cuda = [torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else []
+    return [device for device in (torch.device("cpu"), *cuda) if device.type in DEFAULT_ORDER]
+
+
+def outlook(modules: dict[str, ModuleType], device: torch.device) -> tuple[str, str]:
+    """The backend that calls on a device take when none is named, as far as is known, and why. Checks nothing."""
+    reasons = []
+    for name in DEFAULT_ORDER.get(device.type, ()):
+        reason = _unavailable(modules, name)
+        if reason is None:
+            if not verification.needs_proof(device):
+                return name, "it can run"
+            hopeful, why = verification.summary(name, device)
+            if hopeful:
+                return name, why
+            reason = why
+        reasons.append(f"{name}: {reason}")
+    return "reference", "; ".join(reasons) or f"no fused kernel exists for device type {device.type!r}"
 
 
 def choose(operation: str, modules: dict[str, ModuleType], call: Any, requested: str | None) -> str:
@@ -61,8 +103,7 @@ def choose(operation: str, modules: dict[str, ModuleType], call: Any, requested:
     name, reasons = first_fused(modules, call)
     if name is not None:
         return name
-    if not torch.compiler.is_compiling():
-        _warn_once(operation, call.query.device.type, reasons)
+    _warn_of_reference(operation, call.query.device.type, tuple(reasons))
     return "reference"
 
 
@@ -79,34 +120,47 @@ def named(requested: str | None) -> tuple[str | None, str]:
 
 
 def first_fused(modules: dict[str, ModuleType], call: Any) -> tuple[str | None, list[str]]:
-    """The fused backend that runs `call` when none is named, or None with every one's reason."""
-    reasons = []
-    for name in evidence.order(call, DEFAULT_ORDER.get(call.query.device.type, ())):
-        reason = why_not(modules, name, call)
+    """The fused backend that runs `call` when none is named, or None, and the reasons of those that were passed over.
+    On a GPU a class of calls that has not been checked yet is checked here."""
+    device = call.query.device
+    names, given = DEFAULT_ORDER.get(device.type, ()), None
+    if verification.needs_proof(device):
+        given = call_classes.features(call)
+        names = evidence.order(call, names)
+    reasons: list[str] = []
+    unproved: list[str] = []
+    for name in names:
+        reason = _unavailable(modules, name) or modules[name].refusal(call)
+        if reason is None and given is not None:
+            proved, why = verification.verified(call.operation, name, device, given)
+            if not proved:
+                reason = why
+                unproved.append(f"{name}: {why}")
         if reason is None:
-            return name, []
+            if unproved:
+                _warn_of_another(call.operation, name, tuple(unproved))
+            return name, reasons
         reasons.append(f"{name}: {reason}")
     return None, reasons
 
 
-def why_not(modules: dict[str, ModuleType], name: str, call: Any, by_name: bool = False) -> str | None:
-    """Why this backend does not run `call`, or None. `by_name`: asked for by name, so unverified ones do."""
-    reason = _unavailable(modules, name)
-    if reason is None and not by_name:
-        reason = unverified(modules[name], name)
-    return reason or modules[name].refusal(call)
+def why_not(modules: dict[str, ModuleType], name: str, call: Any) -> str | None:
+    """Why this backend does not run `call` when it is asked for by name, or None."""
+    return _unavailable(modules, name) or modules[name].refusal(call)
 
 
-def unverified(module: ModuleType, name: str) -> str | None:
-    """Why a GPU backend that can run is still not taken by default: no GPU has run its checks yet."""
-    if getattr(module, "VERIFIED_ON_GPU", True):
-        return None
-    checked_in = getattr(module, "CHECKED_IN", "the interpreter")
-    return (
-        f"its kernels have passed their checks in {checked_in} and compile ahead of time, but no GPU has run them yet; "
-        f"take them by name with backend={name!r} or {ENVIRONMENT_VARIABLE}={name}, and check them with "
-        "`python -m benchmarks.gpu_suite`"
-    )
+def default_of(modules: dict[str, ModuleType], wanted: call_classes.Class, device: torch.device) -> tuple[str, str]:
+    """The backend that calls of a class on a GPU take when none is named, and why. Checks what is not known yet."""
+    reasons = []
+    names = DEFAULT_ORDER.get(device.type, ())
+    for name in evidence.order_of(wanted.operation, device, getattr(torch, wanted.dtype), wanted.head_dim, names):
+        reason = _unavailable(modules, name)
+        if reason is None:
+            proved, reason = verification.verified_class(wanted, name, device)
+            if proved:
+                return name, reason
+        reasons.append(f"{name}: {reason}")
+    return "reference", "; ".join(reasons) or f"no fused kernel exists for device type {device.type!r}"
 
 
 @constant  # what can run does not change under a compiled graph
@@ -116,12 +170,24 @@ def _unavailable(modules: dict[str, ModuleType], name: str) -> str | None:
     return modules[name].unavailable()
 
 
-def _warn_once(operation: str, device: str, reasons: list[str]) -> None:
+# Both are constants of a compiled graph, so that they warn while it is traced.
+@constant
+def _warn_of_reference(operation: str, device: str, reasons: tuple[str, ...]) -> None:
     why = "; ".join(reasons) or f"no fused kernel exists for device type {device!r}"
+    _warn_once(
+        why,
+        f"retro_kernels: {operation} runs as the slow pure-PyTorch reference. {why}. "
+        f'`retro-kernels doctor` tells more; backend="reference" silences this.',
+    )
+
+
+@constant
+def _warn_of_another(operation: str, name: str, reasons: tuple[str, ...]) -> None:
+    why = "; ".join(reasons)
+    _warn_once(why, f"retro_kernels: {operation} runs on {name}, because what comes before it was not proved. {why}.")
+
+
+def _warn_once(why: str, text: str) -> None:
     if why not in _warned:
         _warned.add(why)
-        warnings.warn(
-            f"retro_kernels: {operation} runs as the slow pure-PyTorch reference. {why}. "
-            f'`retro-kernels doctor` tells more; backend="reference" silences this.',
-            stacklevel=4,
-        )
+        warnings.warn(text, stacklevel=5)

@@ -1,8 +1,9 @@
-"""Which GPU backend is the faster one, by measurement: evidence.json beside this file, generated from the results of
-the GPU suite by `python -m benchmarks.evidence`. It is empty as long as no GPU has run the suite.
+"""Which GPU backend is the faster one, by measurement, and what is verified: evidence.json beside this file.
 
-A device is in the table when every check of the CUDA C++ kernels passed on it; then it says for each operation, dtype
-and head size that was timed which backend took less time. Where it says nothing, Triton comes before CUDA C++.
+`python -m benchmarks.evidence` makes it from the results of the GPU suite; it is empty as long as no GPU has run that.
+"devices": a device whose run was whole and right -> for each operation, dtype and head size that was timed the backend
+that took less time. Where it says nothing, Triton comes before CUDA C++. "verified": the verdicts of those runs
+(`verified_file.py`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,6 @@ def table() -> dict[str, dict[str, str]]:
     return json.loads(TABLE.read_text(encoding="utf-8"))["devices"]
 
 
-def verified() -> tuple[str, ...]:
-    """The devices on which every check of the CUDA C++ kernels has passed."""
-    return tuple(table())
-
-
 def key(operation: str, dtype: str, head_dim: int) -> str:
     """`operation` is the public function's name, `dtype` torch's without "torch."."""
     return f"{operation} {dtype} {head_dim}"
@@ -40,13 +36,20 @@ def order(call: Any, default: tuple[str, ...]) -> tuple[str, ...]:
     query = call.query
     if query.device.type != "cuda":
         return default
-    winner = _winner(call.operation, query.device, query.dtype, int(query.shape[-1]))
+    return order_of(call.operation, query.device, query.dtype, int(query.shape[-1]), default)
+
+
+def order_of(
+    operation: str, device: torch.device, dtype: torch.dtype, head_dim: int, default: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The same for calls of a kind on a GPU."""
+    winner = _winner(operation, device, dtype, head_dim)
     return default if winner is None else (winner, *(name for name in default if name != winner))
 
 
 @constant  # a compiled graph has no file to read
 def _winner(operation: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if not table():
+    if device.type != "cuda" or not table():
         return None
     return table().get(_device_name(device), {}).get(key(operation, str(dtype).removeprefix("torch."), head_dim))
 

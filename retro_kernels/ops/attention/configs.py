@@ -14,10 +14,6 @@ KINDS = (
     "backward_relative", "backward_null",
 )  # fmt: skip
 
-# Names of the devices whose GPU suite passed with its results committed. While it is empty the Triton kernels have
-# never run on a GPU, and no GPU call takes them unless they are asked for by name.
-VERIFIED_ON_GPU: tuple[str, ...] = ()
-
 
 @dataclass(frozen=True)
 class LaunchSettings:

@@ -1,8 +1,8 @@
 """Attention within groups in CUDA C++ (csrc/cuda): for NVIDIA GPUs from compute capability 8.0 on.
 
 State: the kernels compile for every architecture they are built for and pass their checks in the emulator
-(csrc/cuda/emulator, every CUDA thread a fiber of the CPU). No GPU has run them, so no call takes them unless they are
-asked for by name.
+(csrc/cuda/emulator, every CUDA thread a fiber of the CPU). No GPU has run them yet. A GPU takes them by default after
+Triton's, once it has proved them right (`ops/verification.py`).
 
 What they take: float16 and bfloat16, one head size of 64, 96 or 128 for keys and values, a mask, grouped heads, packed
 documents and everything that the clock says (stride, alignment, offsets); rows that begin at multiples of 16 bytes.
@@ -20,11 +20,8 @@ from __future__ import annotations
 import torch
 
 from ... import cuda_extension
-from .. import evidence
 from . import common
 
-VERIFIED_ON_GPU = evidence.verified()  # the devices whose GPU suite passed with its results committed
-CHECKED_IN = "the emulator"
 HEAD_DIMS = (64, 96, 128)
 MOST_SLOTS = 32768  # of a group; kMostSlots in csrc/cuda/common/problem.h
 

@@ -1,7 +1,7 @@
 """Attention within groups in Triton, forward and backward, for NVIDIA GPUs from compute capability 8.0 on.
 
 State: these kernels have run in Triton's interpreter and compile ahead of time for sm_80, sm_90 and sm_100; no GPU has
-run them (`configs.VERIFIED_ON_GPU` is empty), so no call takes them unless they are asked for by name. What was
+run them yet. A GPU takes them by default once it has proved them right (`ops/verification.py`). What was
 compiled and which settings spill is in tests/ops/attention/aot.py: mostly the backward with relative positions.
 
 Floor. A group of Lq rows and Lk slots takes 4 Lq Lk d FLOPs a head forward and moves 2 d (Lq + Lk) elements; a
@@ -47,7 +47,6 @@ from .. import common as ops_common
 from .. import tuning
 from . import common, configs, dropout, triton_backward, triton_forward, triton_parameters, triton_tiles
 from .common import CHUNK, CLOCK, NEIGHBOUR
-from .configs import VERIFIED_ON_GPU  # noqa: F401 - read by ops/backends.py
 from .triton_tiles import triton
 
 _MARGIN = 256  # masked lanes of a tile lie at most this far beyond the last row or slot

@@ -10,10 +10,6 @@ import torch
 
 from ..attention.configs import power_of_two
 
-# Names of the devices whose GPU suite passed with its results committed: none, so no call takes these kernels unless
-# they are asked for by name.
-VERIFIED_ON_GPU: tuple[str, ...] = ()
-
 PROGRAMS = 256  # wanted, two for each multiprocessor of an H100: with fewer sequences and heads, tiles get smaller
 FEWEST_KEYS = 16
 

@@ -1,7 +1,8 @@
 """Decoding in CUDA C++ (csrc/cuda/decode): for NVIDIA GPUs from compute capability 8.0 on.
 
 State: the kernels compile for every architecture they are built for and pass their checks in the emulator
-(csrc/cuda/emulator). No GPU has run them, so no call takes them unless they are asked for by name.
+(csrc/cuda/emulator). No GPU has run them yet. A GPU takes them by default after Triton's, once it has proved
+them right (`ops/verification.py`).
 
 What they take: float32, float16 and bfloat16, caches of the same dtype or quantised, every option but keys to be
 turned; rows of a multiple of 8 numbers that begin at multiples of 16 bytes (8 where a number has one byte). `refusal`
@@ -24,8 +25,6 @@ from ... import cuda_extension
 from .. import common as ops_common
 from . import common
 
-VERIFIED_ON_GPU: tuple[str, ...] = ()  # names of the devices whose GPU suite passed with its results committed
-CHECKED_IN = "the emulator"
 LARGEST_HEAD = 4096  # kMostColumns in csrc/cuda/decode/problem.h
 LARGEST_PROJECTED = 32  # rows of x that share a head's weight
 LARGEST_ADDED = 256  # kMostAdded there

@@ -1,8 +1,7 @@
 """Decoding in Triton, for NVIDIA GPUs from compute capability 8.0 on.
 
 State: these kernels have run in Triton's interpreter and compile ahead of time for sm_80, sm_90 and sm_100 without a
-spill; no GPU has run them (`configs.VERIFIED_ON_GPU` is empty), so no call takes them unless they are asked for by
-name.
+spill; no GPU has run them yet. A GPU takes them by default once it has proved them right (`ops/verification.py`).
 
 Floor. Every number of the cache is multiplied once for each row (a token and a query head) that shares it: in bf16 1
 FLOP a byte with one row, and 2 h = 64 of encoder states, which are key and value both, against the 295 that keep an
@@ -52,7 +51,6 @@ from ..attention.triton import (
     unavailable,  # noqa: F401 - what ops/backends.py asks
 )
 from . import common, configs, triton_kernels
-from .configs import VERIFIED_ON_GPU  # noqa: F401 - read by ops/backends.py
 
 LARGEST_HEAD = 4096
 LARGEST_TURNED = 256  # a key that is turned is held whole

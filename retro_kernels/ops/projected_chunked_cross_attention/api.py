@@ -100,10 +100,10 @@ def projected_chunked_cross_attention(
         chunk_offset=chunk_offset, sequence_starts=sequence_starts, backend=backend,
     )  # fmt: skip
     if strategy == "auto":
-        strategy = "materialise"
-        if absorb_refusal(given) is None:
-            call = given.call
-            strategy = cost_model.faster(call.query.device, call.query.dtype, work(given))
+        # Whether absorbing is refused is asked last: on a GPU it may take a check of the kernels.
+        strategy = cost_model.faster(given.call.query.device, given.call.query.dtype, work(given))
+        if strategy == "absorb" and absorb_refusal(given) is not None:
+            strategy = "materialise"
     out, lse = _absorb(given) if strategy == "absorb" else _materialise(given)
     return (out, lse) if return_lse else out
 
@@ -186,7 +186,7 @@ def absorb_refusal(given: Given) -> str | None:
     if name == "reference":
         return "the reference makes keys and values either way"
     if name is not None:
-        return backend_choice.why_not(BACKENDS, name, given.call, by_name=True)
+        return backend_choice.why_not(BACKENDS, name, given.call)
     name, reasons = backend_choice.first_fused(BACKENDS, given.call)
     return None if name else "no fused kernel can absorb this call: " + ("; ".join(reasons) or "none on this device")
 

@@ -13,10 +13,6 @@ from ..attention.configs import power_of_two
 
 KINDS = ("forward", "backward_heads", "backward_states")
 
-# Names of the devices whose GPU suite passed with its results committed: none, so no call takes these kernels unless
-# they are asked for by name.
-VERIFIED_ON_GPU: tuple[str, ...] = ()
-
 STATE_PROGRAMS = 128  # each keeps one tile of sums in fp32: at most so many tiles of scratch
 
 

@@ -202,7 +202,7 @@ def _backend(modules: dict, call: Any, requested: str | None) -> tuple[str | Non
     """The backend that would run the call, or why the one asked for by name does not."""
     name, source = backend_choice.named(requested)
     if name is not None:
-        reason = backend_choice.why_not(modules, name, call, by_name=True)
+        reason = backend_choice.why_not(modules, name, call)
         return (name, None) if reason is None else (None, f"{source}={name!r}: {reason}")
     return backend_choice.first_fused(modules, call)[0] or "reference", None
 

@@ -1,7 +1,7 @@
 """The absorbed strategy in Triton, forward and backward: the projections are inside, keys and values never exist.
 
 State: these kernels have run in Triton's interpreter and compile ahead of time for sm_80, sm_90 and sm_100; no GPU has
-run them (`configs.VERIFIED_ON_GPU` is empty), so no call takes them unless they are asked for by name. What was
+run them yet. A GPU takes them by default once it has proved them right (`ops/verification.py`). What was
 compiled and which settings spill is in tests/ops/projected_chunked_cross_attention/aot_absorbed.py. No speed has been
 measured.
 
@@ -41,7 +41,6 @@ from ..attention.triton import (
     unavailable,  # noqa: F401 - what ops/backends.py asks
 )
 from . import common, configs, triton_backward, triton_forward, triton_tiles
-from .configs import VERIFIED_ON_GPU  # noqa: F401 - read by ops/backends.py
 
 _MARGIN = 512  # masked lanes of a tile lie at most this far beyond the last row or slot
 _TENSORS = common.SLOTS.count("Tensor")

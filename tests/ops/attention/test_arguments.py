@@ -213,15 +213,6 @@ def test_the_default_warns_once_when_only_the_reference_is_left(monkeypatch):
         rk.chunked_cross_attention(**arguments())
 
 
-def test_a_kernel_that_no_gpu_has_run_is_not_the_default(monkeypatch):
-    """It is taken by name, and the warning of the default says so."""
-    triton = BACKENDS["triton"]
-    monkeypatch.setattr(triton, "VERIFIED_ON_GPU", ())
-    assert "no GPU has run" in backend_choice.unverified(triton, "triton")
-    monkeypatch.setattr(triton, "VERIFIED_ON_GPU", ("NVIDIA H100",))
-    assert backend_choice.unverified(triton, "triton") is None
-
-
 def test_autocast_casts_every_floating_input():
     case = cases.Case("", options=("bias", "null", "rotary"))
     x = cases.make(case, torch.float32)

@@ -17,7 +17,6 @@ from retro_kernels import cuda_extension
 from retro_kernels.ops import common
 from retro_kernels.ops.attention import cuda
 from retro_kernels.ops.attention.common import CLOCK, SLOTS
-from retro_kernels.ops.attention.run import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("emulated")
 Case = cases.Case
@@ -241,14 +240,6 @@ def test_a_pointer_that_is_not_aligned_is_refused_before_the_launch():
     with pytest.raises((RuntimeError, ValueError), match="16 bytes"):
         rk.chunked_cross_attention(query, arguments["key"].detach(), arguments["value"].detach(), chunk_size=8,
                                    backend="cuda")  # fmt: skip
-
-
-def test_the_kernels_are_never_taken_by_default(monkeypatch):
-    """No GPU has verified them: the default order passes them over and says so."""
-    assert cuda.VERIFIED_ON_GPU == ()
-    reason = rk.ops.backends.unverified(BACKENDS["cuda"], "cuda")
-    assert "no GPU has run them yet" in reason
-    assert "the emulator" in reason
 
 
 def test_the_emulator_sees_what_it_is_for(tmp_path):
