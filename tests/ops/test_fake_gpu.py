@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,11 @@ pytest.importorskip("triton")
 
 COMMON = """
     import json
+    from unittest import mock
+
     import torch
+
+    import retro_kernels
     from benchmarks.fake_gpu import fake_driver, fake_tensors
     from retro_kernels import testing
 
@@ -34,8 +39,8 @@ COMMON = """
 """
 
 
-def in_a_process(code: str) -> dict:
-    """Runs the code, which prints one JSON object, without Triton's interpreter."""
+def in_a_process(code: str) -> Any:
+    """Runs the code, which prints JSON in its last line, without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(COMMON) + textwrap.dedent(code)],
@@ -72,6 +77,28 @@ def test_triton_is_traced_whole_on_a_cuda_device():
     """)
     for name, ops in found.items():
         assert any(op.endswith("_triton.default") for op in ops), f"{name}: {ops}"
+
+
+def test_the_default_call_is_traced_whole_on_a_cuda_device():
+    """With no backend named, by what was found out about this device before: no file and no lock is traced."""
+    found = in_a_process("""
+        from retro_kernels.ops import self_check, verification
+
+        passed = self_check.Verdict(self_check.PASSED, "", 0.0, "here")
+        with fake_tensors(90), mock.patch.object(verification, "_decided", lambda *_: passed):
+            query = torch.empty(1, 130, 2, 64, dtype=torch.bfloat16, device="cuda")
+            key = torch.empty(1, 2, 2, 128, 2, 64, dtype=torch.bfloat16, device="cuda")
+            ops = []
+
+            def keep(graph, _):
+                ops.extend(str(node.target) for node in graph.graph.nodes if "retro_kernels" in str(node.target))
+                return graph.forward
+
+            call = lambda query, key: retro_kernels.chunked_cross_attention(query, key, key, chunk_size=64)
+            torch.compile(call, fullgraph=True, backend=keep)(query, key)
+        print(json.dumps(ops))
+    """)
+    assert found == ["retro_kernels.attention_forward_triton.default"]
 
 
 def test_every_operation_is_planned_compiled_and_launched_for_sm_90():
