@@ -250,7 +250,7 @@ static void absorbed_items(const Absorbed& a, int64_t first_item, int64_t last_i
         const float* q = f.raw + i * z.ld;
         if (kPairs) widen_row((const bfloat_t*)q, p.dim, f.wide, z.dim), q = f.wide;
         f.highest[i] = g.null_logit[i] = dot(q, f.null_key, z.dim) * factor;
-        f.sum[i] = 1.0f;
+        f.sum[i] = f.highest[i] == -infinity() ? 0.0f : 1.0f;
       }
 
       bool seen = false;
@@ -303,9 +303,8 @@ static void absorbed_items(const Absorbed& a, int64_t first_item, int64_t last_i
       } else {
         __builtin_memset(f.out, 0, (size_t)(kRows * z.dim_value) * 4);
       }
-      float* const lse = f.rescale;
-      for (int64_t i = 0; i < rows.padded; i += kLanes)
-        store(lse + i, (load(f.highest + i) + log2(load(f.sum + i))) * kLn2);
+      float *const lse = f.rescale, *const log_sum = p.log_sum ? f.log_sum : nullptr;
+      log_sum_exp(rows.padded, f.highest, f.sum, lse, log_sum);
       for (int64_t i = 0; i < rows.count; ++i) {
         const int64_t position = rows.position[i];
         T* out = (T*)p.out + position * p.dim_value;
@@ -313,14 +312,16 @@ static void absorbed_items(const Absorbed& a, int64_t first_item, int64_t last_i
         if ((!seen && !null_slot) || sum == 0.0f) {
           __builtin_memset((void*)out, 0, (size_t)p.dim_value * sizeof(T));
           p.lse[position] = -infinity();
+          if (log_sum) p.log_sum[position] = 0.0f;
           continue;
         }
         if (null_slot && (null_kept >> i & 1)) {
           widen_operand(p.null_value, rows.head[i] * p.null_value.stride0, p.dim_value, f.null_value);
           add_scaled(f.out + i * z.dim_value, exp2(splat(g.null_logit[i] - f.highest[i]))[0], f.null_value, p.dim_value);
         }
-        narrow_row(f.out + i * z.dim_value, p.dim_value, (p.dropout ? p.survivor : 1.0f) / sum, out);
+        narrow_row(f.out + i * z.dim_value, p.dim_value, normaliser(p, f.highest[i], sum), out);
         p.lse[position] = lse[i];
+        if (log_sum) p.log_sum[position] = log_sum[i];
       }
     }
   }

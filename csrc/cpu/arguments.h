@@ -62,7 +62,9 @@ inline void check_shape(const Tensor& t, const char* name, std::initializer_list
 }
 
 inline void check_last_stride(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name, ".stride(-1) must be 1");
+  // a tensor without elements has any strides, and no copy gives it others
+  STD_TORCH_CHECK(t.numel() == 0 || t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1, name,
+                  ".stride(-1) must be 1");
 }
 
 inline const int32_t* integers(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {

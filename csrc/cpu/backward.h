@@ -17,7 +17,7 @@ struct BackwardBuffers {
   float *p_down, *ds_down, *ds_across;  // pairs along the rows, along the rows, along the keys
   float* p_across = nullptr;            // pairs along the keys, where it is wanted
   float *grad_query, *grad_key, *grad_value;
-  float *lse, *delta, *null_key, *null_value, *wide, *wide_grad;
+  float *lse, *log_sum, *delta, *null_key, *null_value, *wide, *wide_grad;
   // relative positions: the rows that meet the table, as above, and their gradients
   float *query_relative, *query_relative_panels, *query_relative_across, *grad_query_relative;
   float *content_bias, *relative_bias;
@@ -44,6 +44,7 @@ struct BackwardBuffers {
     grad_key = arena->take(z.keys * z.dim);
     grad_value = arena->take(z.keys * z.dim_value);
     lse = arena->take(kRows);
+    log_sum = arena->take(p.bias.data ? kRows : 0);
     delta = arena->take(kRows);
     null_key = arena->take(kMaxDim);
     null_value = arena->take(kMaxDim);
@@ -62,8 +63,10 @@ struct BackwardBuffers {
   }
 };
 
-// Packs queries and output gradients of a row block; lse (base 2) and delta; the null slot's share of all gradients.
-// Rows that saw nothing are packed as zeros with lse +inf, whatever they hold.
+// Packs queries and output gradients of a row block; lse (base 2; with a bias its two planes) and delta; the null slot's
+// share of all gradients.
+// Rows that saw nothing, whatever they hold, and those that pad the block are packed as zeros with lse +inf: that is
+// their mark in here. A row whose logits hold NaN or +inf has lse NaN.
 template <class T, bool kPairs>
 static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& z, const BackwardBuffers& f,
                                const Rows& rows, bool grad_query, bool parameters, int64_t copy) {
@@ -83,7 +86,8 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
       __builtin_memset(query, 0, (size_t)(z.ld - 16) * 4);
       if (apart) __builtin_memset(f.query_relative + i * z.ld, 0, (size_t)(z.ld - 16) * 4);
       __builtin_memset(grad, 0, (size_t)(z.ld_value - 16) * 4);
-      f.lse[i] = i < rows.count ? infinity() : 0.0f;
+      f.lse[i] = infinity();
+      if (p.bias.data) f.log_sum[i] = 0.0f;
       f.delta[i] = 0.0f;
       continue;
     }
@@ -95,7 +99,9 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
                           relative_bias);
     const T* grad_row = (const T*)p.grad_out + row_offset(p.grad_out_stride, item, rows, i);
     pack_row<T, kPairs>(grad_row, p.dim_value, nullptr, nullptr, 0, 0, false, grad, z.ld_value - 16);
-    f.lse[i] = p.lse[position] * kLog2e;
+    f.lse[i] = p.bias.data ? p.lse[position] : in_base_2(p.lse[position]);
+    if (f.lse[i] == infinity()) f.lse[i] = __builtin_nanf("");
+    if (p.bias.data) f.log_sum[i] = p.log_sum[position];
     f.delta[i] = dot(grad_row, (const T*)p.out + position * p.dim_value, p.dim_value);
     if (!p.null_key.data) continue;
 
@@ -110,7 +116,8 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
     const float* wide_query = query;
     if (kPairs) widen_row((const bfloat_t*)query, p.dim, f.wide, z.dim), wide_query = f.wide;
     const float logit = dot(wide_query, f.null_key, z.dim) * (p.scale * kLog2e);
-    const float probability = exp2(splat(logit - f.lse[i]))[0];
+    const float below = (logit - f.lse[i]) - (p.bias.data ? f.log_sum[i] : 0.0f);
+    const float probability = exp2(smaller(vfloat{}, splat(below)))[0];
     const float kept = null_kept >> i & 1 ? survivor : 0.0f;
     const float ds = probability * (kept * dot(wide_grad, f.null_value, z.dim_value) - f.delta[i]);
     if (grad_query)
@@ -131,14 +138,18 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
   interleave_rows<kPairs>(f.grad, z.ld_value, rows.padded, z.dim_value, f.grad_across, z.dim_value);
 }
 
-// scores, grad_scores [key][row] -> probabilities and dS, as the three products want them.
+// scores, grad_scores [key][row] -> probabilities and dS, as the three products want them. Both are 0 in rows that saw
+// nothing, NaN or not. With large logits a score may be above the log-sum-exp, by their rounding.
 template <bool kPairs, bool kKeepWide, bool kDrop>
 static void differentiate_block(const Keys& keys, int64_t padded_rows, float factor, const float* bias,
                                 float survivor, const BackwardBuffers& f) {
   const auto terms = [&](int64_t at, int64_t i, vfloat* p, vfloat* ds) __attribute__((always_inline)) {
-    vfloat x = load(f.scores + at) * factor - load(f.lse + i);
-    if (bias) x = (load(f.scores + at) * factor + load(bias + at)) - load(f.lse + i);
-    *p = exp2(x);
+    const vfloat lse = load(f.lse + i);
+    const vint nothing = lse == splat(infinity());
+    vfloat x = load(f.scores + at) * factor - lse;
+    if (bias) x = ((load(f.scores + at) * factor + load(bias + at)) - lse) - load(f.log_sum + i);
+    *p = exp2(smaller(vfloat{}, x));
+    *p = nothing ? vfloat{} : *p;
     if constexpr (kDrop) {
       const uint64_t bits = f.kept[at / kRows] >> i;
       *ds = *p * (keep_lanes(load(f.grad_scores + at) * survivor, bits) - load(f.delta + i));
@@ -146,6 +157,7 @@ static void differentiate_block(const Keys& keys, int64_t padded_rows, float fac
     } else {
       *ds = *p * (load(f.grad_scores + at) - load(f.delta + i));
     }
+    *ds = nothing ? vfloat{} : *ds;
     if (kKeepWide) store(f.grad_scores + at, *ds);
   };
 #if RK_LEVEL >= 3

@@ -177,8 +177,30 @@ Problem make_problem(RK_ARGUMENTS, RK_SETTINGS) {
   return p;
 }
 
+int64_t bytes_of(Type type) { return type == kFloat32 ? 4 : 2; }
+
+// The log-sum-exp, of two planes where there is a bias.
+void set_lse(Problem& p, const Tensor& lse, bool written) {
+  if (p.bias.data)
+    check_shape(lse, "lse", {2, p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads});
+  else
+    check_shape(lse, "lse", {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads});
+  STD_TORCH_CHECK(type_of(lse, "lse") == kFloat32 && lse.is_contiguous(), "lse must be float32 and contiguous");
+  if (lse.numel() == 0) return;
+  p.lse = static_cast<float*>(written ? lse.mutable_data_ptr() : const_cast<void*>(lse.const_data_ptr()));
+  if (p.bias.data) p.log_sum = p.lse + lse.numel() / 2;
+}
+
+// out and lse of a forward.
+void set_outputs(Problem& p, const Tensor& out, const Tensor& lse) {
+  check_shape(out, "out", {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim_value});
+  STD_TORCH_CHECK(type_of(out, "out") == p.type, "out must have the query's dtype");
+  p.out = output(out, "out");
+  set_lse(p, lse, true);
+}
+
 // Zeroes `rows` (and sets lse, if any, to -inf) of the tokens that attend to no chunk.
-void clear_idle_tokens(const Problem& p, void* rows, int64_t row_bytes, float* lse) {
+void clear_idle_tokens(const Problem& p, void* rows, int64_t row_bytes, float* lse, float* log_sum) {
   if (p.grouping != kClock) return;
   int64_t start = std::min(std::max<int64_t>(p.first_token, 0), p.tokens);
   int64_t end = std::max(start, std::min(p.first_token + p.chunks * p.stride, p.tokens));
@@ -188,6 +210,7 @@ void clear_idle_tokens(const Problem& p, void* rows, int64_t row_bytes, float* l
     const int64_t at = (b * p.tokens + first) * p.heads, count = (last - first) * p.heads;
     std::memset(static_cast<char*>(rows) + at * row_bytes, 0, count * row_bytes);
     if (lse) std::fill(lse + at, lse + at + count, -INFINITY);
+    if (log_sum) std::fill(log_sum + at, log_sum + at + count, 0.0f);
   };
   for (int64_t b = 0; b < p.batch; ++b) {
     clear(b, 0, start);
@@ -204,14 +227,9 @@ void pack_relative(const Problem& p, const Level& chosen) {
 
 void forward(RK_ARGUMENTS, RK_SETTINGS, Tensor out, Tensor lse) {
   Problem p = make_problem(RK_ALL);
-  check_shape(out, "out", {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim_value});
-  check_shape(lse, "lse", {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads});
-  STD_TORCH_CHECK(type_of(out, "out") == p.type && type_of(lse, "lse") == kFloat32,
-                  "out must have the query's dtype and lse float32");
-  p.out = output(out, "out");
-  p.lse = static_cast<float*>(output(lse, "lse"));
+  set_outputs(p, out, lse);
   if (lse.numel() == 0) return;
-  clear_idle_tokens(p, p.out, p.dim_value * (p.type == kFloat32 ? 4 : 2), p.lse);
+  clear_idle_tokens(p, p.out, p.dim_value * bytes_of(p.type), p.lse, p.log_sum);
   const Level& chosen = level();
   pack_relative(p, chosen);
   const size_t bytes = chosen.scratch_bytes(p, false);
@@ -253,14 +271,9 @@ void absorbed_forward(RK_ARGUMENTS, RK_SETTINGS, Tensor encoded, Tensor w_key, T
                       MaybeTensor bias_value, Tensor out, Tensor lse) {
   Absorbed a = make_absorbed(make_problem(RK_ALL), encoded, w_key, w_value, bias_key, bias_value);
   Problem& p = a.p;
-  check_shape(out, "out", {p.batch, 1, 1, p.tokens, p.heads, p.dim_value});
-  check_shape(lse, "lse", {p.batch, 1, 1, p.tokens, p.heads});
-  STD_TORCH_CHECK(type_of(out, "out") == p.type && type_of(lse, "lse") == kFloat32,
-                  "out must have the query's dtype and lse float32");
-  p.out = output(out, "out");
-  p.lse = static_cast<float*>(output(lse, "lse"));
+  set_outputs(p, out, lse);
   if (lse.numel() == 0) return;
-  clear_idle_tokens(p, p.out, p.dim_value * (p.type == kFloat32 ? 4 : 2), p.lse);
+  clear_idle_tokens(p, p.out, p.dim_value * bytes_of(p.type), p.lse, p.log_sum);
   const Level& chosen = level();
   pack_relative(p, chosen);
   const size_t bytes = chosen.absorbed_scratch_bytes(a);
@@ -269,23 +282,34 @@ void absorbed_forward(RK_ARGUMENTS, RK_SETTINGS, Tensor encoded, Tensor w_key, T
   });
 }
 
+// Writes numbers into a contiguous tensor of its own dtype, which need not be that of any other.
+struct Writer {
+  Type type;
+  void* out;
+
+  Writer(const Tensor& t, const char* name) : type(type_of(t, name)), out(output(t, name)) {}
+
+  void put(int64_t at, float x) const {
+    if (type == kFloat32)
+      static_cast<float*>(out)[at] = x;
+    else if (type == kFloat16)
+      static_cast<torch::headeronly::Half*>(out)[at] = torch::headeronly::Half(x);
+    else
+      static_cast<torch::headeronly::BFloat16*>(out)[at] = torch::headeronly::BFloat16(x);
+  }
+};
+
 // Sums the partial copies in their order and rounds to the gradient's dtype.
 void reduce_copies(const float* partial, int64_t copies, const MaybeTensor& given, const char* name) {
   if (!partial) return;
   const Tensor& total = *given;
   const int64_t n = total.numel();
-  const Type type = type_of(total, name);
-  void* out = output(total, name);
+  const Writer out(total, name);
   torch::stable::parallel_for(0, n, 8192, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       float sum = 0.0f;
       for (int64_t c = 0; c < copies; ++c) sum += partial[c * n + i];
-      if (type == kFloat32)
-        static_cast<float*>(out)[i] = sum;
-      else if (type == kFloat16)
-        static_cast<torch::headeronly::Half*>(out)[i] = torch::headeronly::Half(sum);
-      else
-        static_cast<torch::headeronly::BFloat16*>(out)[i] = torch::headeronly::BFloat16(sum);
+      out.put(i, sum);
     }
   });
 }
@@ -294,24 +318,14 @@ void reduce_copies(const float* partial, int64_t copies, const MaybeTensor& give
 void reduce_relative(const Problem& p, const MaybeTensor& given) {
   if (!p.relative_partial) return;
   const int64_t width = (p.dim + 15) / 16 * 16, each = p.heads * p.distances * width;
-  const Type type = type_of(*given, "grad_relative_key");
-  void* out = output(*given, "grad_relative_key");
+  const Writer out(*given, "grad_relative_key");
   torch::stable::parallel_for(0, p.heads * p.distances, 64, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const float* from = p.relative_partial + row * width;
       float sum[256] = {};
       for (int64_t c = 0; c < p.copies; ++c)
         for (int64_t i = 0; i < p.dim; ++i) sum[i] += from[c * each + i];
-      for (int64_t i = 0; i < p.dim; ++i) {
-        const int64_t at = row * p.dim + i;
-        const float x = sum[i] * p.scale;
-        if (type == kFloat32)
-          static_cast<float*>(out)[at] = x;
-        else if (type == kFloat16)
-          static_cast<torch::headeronly::Half*>(out)[at] = torch::headeronly::Half(x);
-        else
-          static_cast<torch::headeronly::BFloat16*>(out)[at] = torch::headeronly::BFloat16(x);
-      }
+      for (int64_t i = 0; i < p.dim; ++i) out.put(row * p.dim + i, sum[i] * p.scale);
     }
   });
 }
@@ -335,11 +349,9 @@ void set_gradients(Problem& p, const Tensor& grad_out, const Tensor& out, const 
   const auto rows = {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim_value};
   check_shape(grad_out, "grad_out", rows);
   check_shape(out, "out", rows);
-  check_shape(lse, "lse", {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads});
   check_last_stride(grad_out, "grad_out");
-  STD_TORCH_CHECK(type_of(grad_out, "grad_out") == p.type && type_of(out, "out") == p.type &&
-                      type_of(lse, "lse") == kFloat32,
-                  "grad_out and out must have the query's dtype and lse float32");
+  STD_TORCH_CHECK(type_of(grad_out, "grad_out") == p.type && type_of(out, "out") == p.type,
+                  "grad_out and out must have the query's dtype");
   check_shape(grad_query, "grad_query",
               {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim});
   STD_TORCH_CHECK(type_of(grad_query, "grad_query") == p.type, "grad_query must have the query's dtype");
@@ -354,8 +366,8 @@ void set_gradients(Problem& p, const Tensor& grad_out, const Tensor& out, const 
     check_shape(*grad_null_value, "grad_null_value", {p.heads, p.dim_value});
   }
   p.out = const_cast<void*>(out.numel() ? out.const_data_ptr() : nullptr);
-  p.lse = const_cast<float*>(static_cast<const float*>(lse.numel() ? lse.const_data_ptr() : nullptr));
-  STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous(), "out and lse must be contiguous");
+  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
+  set_lse(p, lse, false);
   p.grad_out = grad_out.numel() ? grad_out.const_data_ptr() : nullptr;
   for (int i = 0; i < 5; ++i) p.grad_out_stride[i] = grad_out.stride(i);
   p.grad_query = output(grad_query, "grad_query");
@@ -383,7 +395,7 @@ void set_gradients(Problem& p, const Tensor& grad_out, const Tensor& out, const 
   p.null_key_partial = partial_sums(null_key_partial, grad_null_key, &p.copies, "grad_null_key");
   p.null_value_partial = partial_sums(null_value_partial, grad_null_value, &p.copies, "grad_null_value");
 
-  if (p.grad_query) clear_idle_tokens(p, p.grad_query, p.dim * (p.type == kFloat32 ? 4 : 2), nullptr);
+  if (p.grad_query) clear_idle_tokens(p, p.grad_query, p.dim * bytes_of(p.type), nullptr, nullptr);
 }
 
 // Zeroes a copy's partial sums of the heads [first, last).
@@ -420,7 +432,7 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
                   "gradients must have the dtype of query, key and value");
   p.grad_key = output(grad_key, "grad_key");
   p.grad_value = output(grad_value, "grad_value");
-  p.stream_gradients = (grad_key.numel() + grad_value.numel()) * (p.type == kFloat32 ? 4 : 2) > (8 << 20);
+  p.stream_gradients = (grad_key.numel() + grad_value.numel()) * bytes_of(p.type) > (8 << 20);
   const Level& chosen = level();
   pack_relative(p, chosen);
   const size_t bytes = chosen.scratch_bytes(p, true);
@@ -455,25 +467,17 @@ void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS
 // The gradient of a projection's weight [kv, rows, e], and of its bias [kv, rows] where wanted, from their transposed
 // sum.
 void write_weight(const Absorbed& a, const float* total, int64_t rows, float factor, const MaybeTensor& weight,
-                  const MaybeTensor& bias, const char* name) {
+                  const MaybeTensor& bias, const char* name, const char* bias_name) {
   if (!total) return;
   const int64_t ld = (rows + 15) / 16 * 16, padded = (absorbed_columns(a) + 15) / 16 * 16;
-  const Type type = type_of(*weight, name);
-  void* out = output(*weight, name);
-  void* out_bias = bias ? output(*bias, name) : nullptr;
-  const auto put = [&](void* to, int64_t at, float x) {
-    if (type == kFloat32)
-      static_cast<float*>(to)[at] = x;
-    else if (type == kFloat16)
-      static_cast<torch::headeronly::Half*>(to)[at] = torch::headeronly::Half(x);
-    else
-      static_cast<torch::headeronly::BFloat16*>(to)[at] = torch::headeronly::BFloat16(x);
-  };
+  const Writer out(*weight, name);
+  std::optional<Writer> out_bias;
+  if (bias) out_bias.emplace(*bias, bias_name);
   torch::stable::parallel_for(0, a.p.kv_heads * rows, 4, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const float* from = total + row / rows * padded * ld + row % rows;
-      for (int64_t w = 0; w < a.width; ++w) put(out, row * a.width + w, from[w * ld] * factor);
-      if (out_bias) put(out_bias, row, from[a.width * ld] * factor);
+      for (int64_t w = 0; w < a.width; ++w) out.put(row * a.width + w, from[w * ld] * factor);
+      if (out_bias) out_bias->put(row, from[a.width * ld] * factor);
     }
   });
 }
@@ -503,13 +507,14 @@ void absorbed_backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK
     STD_TORCH_CHECK(type_of(*states_total, "states_total") == kFloat32, "states_total must be float32");
     a.grad_states = static_cast<float*>(output(*states_total, "states_total"));
     a.grad_encoded = output(*grad_encoded, "grad_encoded");
-    if (a.grad_encoded) std::memset(a.grad_encoded, 0, grad_encoded->numel() * (p.type == kFloat32 ? 4 : 2));
+    if (a.grad_encoded) std::memset(a.grad_encoded, 0, grad_encoded->numel() * bytes_of(p.type));
   }
   STD_TORCH_CHECK(!grad_w_key == !w_key_total && !grad_w_value == !w_value_total && !grad_w_key == !grad_w_value,
                   "the weights' gradients and their sums must come together");
   if (grad_w_key) {
     check_shape(*grad_w_key, "grad_w_key", {p.kv_heads, p.dim, a.width});
     check_shape(*grad_w_value, "grad_w_value", {p.kv_heads, p.dim_value, a.width});
+    STD_TORCH_CHECK(!grad_bias_value || bias_value, "grad_bias_value without bias_value");
     if (grad_bias_value) check_shape(*grad_bias_value, "grad_bias_value", {p.kv_heads, p.dim_value});
     check_shape(*w_key_total, "w_key_total", {p.kv_heads, padded, (p.dim + 15) / 16 * 16});
     check_shape(*w_value_total, "w_value_total", {p.kv_heads, padded, (p.dim_value + 15) / 16 * 16});
@@ -559,8 +564,9 @@ void absorbed_backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK
       begin = end;
       if (slots == 0) break;
     }
-  write_weight(a, a.w_key_total, p.dim, p.scale, grad_w_key, std::nullopt, "grad_w_key");
-  write_weight(a, a.w_value_total, p.dim_value, 1.0f, grad_w_value, grad_bias_value, "grad_w_value");
+  write_weight(a, a.w_key_total, p.dim, p.scale, grad_w_key, std::nullopt, "grad_w_key", "");
+  write_weight(a, a.w_value_total, p.dim_value, 1.0f, grad_w_value, grad_bias_value, "grad_w_value",
+               "grad_bias_value");
   if (p.copies) reduce_parameters(p, RK_ALL_PARAMETERS);
 }
 

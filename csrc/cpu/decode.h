@@ -370,6 +370,13 @@ static void tile_values(const DecodeProblem& p, int64_t b, const Tile& tile, int
     }
 }
 
+// Whether there is a NaN among the scores that have this maximum and this sum of weights. A maximum does not see NaN, the
+// sum does; but beside a maximum of +inf it is NaN in any case, so that the maximum is then made NaN for it: lse is +inf
+// with a score of +inf, and NaN with one of NaN.
+RK_INLINE bool nan_before(float highest, float total) {
+  return highest != highest || (total != total && highest != infinity());
+}
+
 // One row's products of a tile -> its weights relative to the running maximum, times the values' scales.
 static void tile_softmax(const DecodeProblem& p, const Tile& tile, const float* key_scale, const float* value_scale,
                          const float* bias, float* scores, float* highest, float* total, float* sums, int64_t ld) {
@@ -378,11 +385,16 @@ static void tile_softmax(const DecodeProblem& p, const Tile& tile, const float* 
   for (int64_t i = 0; i < n; ++i) scores[i] *= key_scale ? factor * key_scale[i] : factor;
   if (bias) {
     const bool per_slot = p.bias_slots != p.retrieved;
-    for (int64_t i = 0; i < n; ++i) scores[i] += bias[per_slot ? tile.slot[i] : tile.token[i]] * kLog2e;
+    for (int64_t i = 0; i < n; ++i) scores[i] += in_base_2(bias[per_slot ? tile.slot[i] : tile.token[i]]);
   }
   for (int64_t i = n; i < padded; ++i) scores[i] = -infinity();
   float high = *highest;
   for (int64_t i = 0; i < n; ++i) high = scores[i] > high ? scores[i] : high;
+  if (high == infinity()) {
+    bool nan = nan_before(*highest, *total);
+    for (int64_t i = 0; i < n; ++i) nan |= scores[i] != scores[i];
+    if (nan) high = __builtin_nanf("");
+  }
   const float reference = high == -infinity() ? 0.0f : high;
   const float shrink = exp2(splat(*highest - reference))[0];
   vfloat sum = {};
@@ -410,14 +422,17 @@ RK_INLINE void write_out(const DecodeProblem& p, int64_t row, const float* sums,
     narrow_row(sums, p.dim_value, factor, (half_t*)p.out + row * p.dim_value);
   else
     narrow_row(sums, p.dim_value, factor, (bfloat_t*)p.out + row * p.dim_value);
-  p.lse[row] = nothing ? -infinity() : (highest + __builtin_log2f(total)) * kLn2;
+  p.lse[row] = nothing                  ? -infinity()
+               : highest == infinity() ? highest
+                                       : (highest + __builtin_log2f(total)) * kLn2;
 }
 
 // The null slot is added last, to sums relative to `highest`.
 RK_INLINE void add_null(const DecodeProblem& p, int64_t row, float* sums, float* wide, float* highest, float* total) {
   if (!p.null_logit) return;
-  const float logit = p.null_logit[row] * kLog2e;
-  const float high = *highest > logit ? *highest : logit;
+  const float logit = in_base_2(p.null_logit[row]);
+  float high = *highest > logit ? *highest : logit;
+  if (high == infinity() && (nan_before(*highest, *total) || logit != logit)) high = __builtin_nanf("");
   const float reference = high == -infinity() ? 0.0f : high;
   const float shrink = exp2(splat(*highest - reference))[0], weight = exp2(splat(logit - reference))[0];
   *total = *total * shrink + weight;
@@ -512,10 +527,13 @@ static void decode_combine(const DecodeProblem& p, int64_t first, int64_t last, 
     if (!p.attends[row / p.heads]) continue;
     const float* from = p.partial + row * (p.dim_value + 2);
     float highest = -infinity(), total = 0.0f;
+    bool nan = false;
     for (int64_t s = 0; s < p.splits; ++s) {
       const float x = from[s * step + p.dim_value];
       highest = x > highest ? x : highest;
+      nan |= nan_before(x, from[s * step + p.dim_value + 1]);
     }
+    if (nan) highest = __builtin_nanf("");
     const float reference = highest == -infinity() ? 0.0f : highest;
     __builtin_memset(f.sums, 0, (size_t)f.ld_value * 4);
     for (int64_t s = 0; s < p.splits; ++s) {

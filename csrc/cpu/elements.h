@@ -10,6 +10,7 @@ namespace {
 constexpr int kMaxDim = 256;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kMost = 3.40282347e38f;  // the largest finite number
 
 // dst[0, padded) fp32, zero beyond n
 template <class T>
@@ -77,6 +78,28 @@ static void rotate(float* x, const Operand& cosine, const Operand& sine, int64_t
       x[j + width] = b * c[j] + a * t;
     }
   }
+}
+
+// The rows' log-sum-exp from the maximum and the sum of their scores in base 2: +inf where a logit is, NaN where one is
+// NaN; not of rows whose sum is 0. Without `log_sum` the natural one; with it the maximum and the logarithm of the sum in
+// base 2, see retro_kernels/ops/attention/common.py.
+static void log_sum_exp(int64_t padded_rows, const float* highest, const float* sum, float* lse, float* log_sum) {
+  for (int64_t i = 0; i < padded_rows; i += kLanes) {
+    const vfloat high = load(highest + i), log = log2(load(sum + i));
+    const vint unbounded = high == splat(infinity()), nan = log != log;
+    if (log_sum) {
+      store(lse + i, unbounded ? high : nan ? log : high);
+      store(log_sum + i, unbounded | nan ? vfloat{} : log);
+    } else {
+      store(lse + i, unbounded ? high : (high + log) * kLn2);
+    }
+  }
+}
+
+// What is finite stays finite.
+RK_INLINE float in_base_2(float x) {
+  const float y = x * kLog2e;
+  return x - x != 0.0f ? x : y > kMost ? kMost : y < -kMost ? -kMost : y;
 }
 
 RK_INLINE void add_scaled(float* x, float factor, const float* y, int64_t n) {

@@ -9,7 +9,7 @@ namespace {
 
 struct ForwardBuffers {
   float *keys, *values, *raw, *rows, *scores, *probabilities, *bias, *out;
-  float *highest, *sum, *rescale;
+  float *highest, *sum, *rescale, *log_sum;
   float *null_value, *null_key, *wide;
   float *rows_relative, *content_bias, *relative_bias;  // rows_relative: the rows that meet the table of distances
   RelativeBuffers relative;
@@ -27,6 +27,7 @@ struct ForwardBuffers {
     highest = arena->take(kRows);
     sum = arena->take(kRows);
     rescale = arena->take(kRows);
+    log_sum = arena->take(kRows);
     null_key = arena->take(kMaxDim);
     null_value = arena->take(kMaxDim);
     wide = arena->take(kMaxDim);
@@ -37,8 +38,20 @@ struct ForwardBuffers {
   }
 };
 
+// The rows' maximum where it may be +inf: NaN where a logit is NaN as well. `before` and `sum` are those of the keys
+// before, `scores` has this block's.
+RK_INLINE vfloat unless_nan(const Keys& keys, const float* scores, vfloat before, vfloat sum, vfloat high) {
+  const vint unbounded = high == splat(infinity());
+  if (!any_lane(unbounded)) return high;
+  vint nan = (sum != sum) & (before != splat(infinity()));
+  for (int64_t k = 0; k < keys.count; ++k) nan |= load(scores + k * kRows) != load(scores + k * kRows);
+  return unbounded & nan ? splat(__builtin_nanf("")) : high;
+}
+
 // Scores [key][row] -> unnormalised probabilities relative to the running maximum, which this updates with the sum;
-// with kDrop zero where a key is not kept, which the sum does not see.
+// with kDrop zero where a key is not kept, which the sum does not see. The scores in base 2 are stored, rounded, before
+// the maximum is subtracted: it is one of them, so that no difference is above 0 and one is 0, however large they are.
+// A NaN score is not seen by the maximum, and makes the sum NaN.
 template <bool kPairs, bool kDrop>
 static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, const float* bias, float* scores,
                           float* probabilities, float* highest, float* sum, float* rescale, const uint64_t* kept) {
@@ -47,7 +60,6 @@ static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, c
     float* s = scores + i;
     vfloat high = load(highest + i), high1 = high;
     const vfloat before = high;
-    float scale = factor;
     int64_t k = 0;
     if (bias) {
       for (; k < n; ++k) {
@@ -55,15 +67,22 @@ static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, c
         store(s + k * kRows, x);
         high = larger(x, high);
       }
-      scale = 1.0f;
     } else {
       for (; k + 2 <= n; k += 2) {
-        high = larger(load(s + k * kRows) * factor, high);
-        high1 = larger(load(s + (k + 1) * kRows) * factor, high1);
+        const vfloat x = load(s + k * kRows) * factor, y = load(s + (k + 1) * kRows) * factor;
+        store(s + k * kRows, x);
+        store(s + (k + 1) * kRows, y);
+        high = larger(x, high);
+        high1 = larger(y, high1);
       }
-      for (; k < n; ++k) high = larger(load(s + k * kRows) * factor, high);
+      if (k < n) {
+        const vfloat x = load(s + k * kRows) * factor;
+        store(s + k * kRows, x);
+        high = larger(x, high);
+      }
       high = larger(high1, high);
     }
+    high = unless_nan(keys, s, before, load(sum + i), high);
     store(highest + i, high);
     const vint nothing = high == splat(-infinity());
     const vfloat reference = nothing ? vfloat{} : high;
@@ -72,8 +91,8 @@ static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, c
     vfloat total = {}, total1 = {};
     k = 0;
     for (; k + 2 <= n; k += 2) {
-      vfloat a = exp2(load(s + k * kRows) * scale - reference);
-      vfloat b = exp2(load(s + (k + 1) * kRows) * scale - reference);
+      vfloat a = exp2(load(s + k * kRows) - reference);
+      vfloat b = exp2(load(s + (k + 1) * kRows) - reference);
       total += a;
       total1 += b;
       if constexpr (kDrop) a = keep_lanes(a, kept[k] >> i), b = keep_lanes(b, kept[k + 1] >> i);
@@ -87,7 +106,7 @@ static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, c
       store(probabilities + (k + 1) * kRows + i, b);
     }
     if (k < n) {
-      vfloat a = exp2(load(s + k * kRows) * scale - reference);
+      vfloat a = exp2(load(s + k * kRows) - reference);
       total += a;
       if constexpr (kDrop) a = keep_lanes(a, kept[k] >> i);
 #if RK_LEVEL >= 3
@@ -99,6 +118,11 @@ static void softmax_block(const Keys& keys, int64_t padded_rows, float factor, c
     }
     store(sum + i, load(sum + i) * alpha + (total + total1));
   }
+}
+
+// What a row's weighted sum is multiplied by: NaN where a logit is NaN or +inf.
+RK_INLINE float normaliser(const Problem& p, float highest, float sum) {
+  return (p.dropout ? p.survivor : 1.0f) / sum + (highest - highest);
 }
 
 // The rows of a block into `f.rows`, and into `f.rows_relative` where those differ. With a null slot also, one row after
@@ -187,7 +211,7 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
         const float* q = f.raw + i * z.ld;
         if (kPairs) widen_row((const bfloat_t*)q, p.dim, f.wide, z.dim), q = f.wide;
         f.highest[i] = dot(q, f.null_key, z.dim) * factor;
-        f.sum[i] = 1.0f;
+        f.sum[i] = f.highest[i] == -infinity() ? 0.0f : 1.0f;
         if (null_kept >> i & 1)
           __builtin_memcpy(out, f.null_value, (size_t)z.dim_value * 4);
         else
@@ -242,9 +266,8 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
         started = true;
       } while (cursor < end);
 
-      float* const lse = f.rescale;
-      for (int64_t i = 0; i < rows.padded; i += kLanes)
-        store(lse + i, (load(f.highest + i) + log2(load(f.sum + i))) * kLn2);
+      float *const lse = f.rescale, *const log_sum = p.log_sum ? f.log_sum : nullptr;
+      log_sum_exp(rows.padded, f.highest, f.sum, lse, log_sum);
       for (int64_t i = 0; i < rows.count; ++i) {
         const int64_t position = rows.position[i];
         T* out = (T*)p.out + position * p.dim_value;
@@ -252,9 +275,11 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
         if (!started || sum == 0.0f) {
           __builtin_memset((void*)out, 0, (size_t)p.dim_value * sizeof(T));
           p.lse[position] = -infinity();
+          if (log_sum) p.log_sum[position] = 0.0f;
         } else {
-          narrow_row(f.out + i * z.dim_value, p.dim_value, (p.dropout ? p.survivor : 1.0f) / sum, out);
+          narrow_row(f.out + i * z.dim_value, p.dim_value, normaliser(p, f.highest[i], sum), out);
           p.lse[position] = lse[i];
+          if (log_sum) p.log_sum[position] = log_sum[i];
         }
       }
     }

@@ -182,7 +182,7 @@ RK_INLINE void next_keys(const Problem& p, const Item& item, int64_t limit, int6
   if (p.mask)
     mask = p.mask + item.b * p.mask_stride[0] + item.chunk * p.mask_stride[1] + item.neighbour * p.mask_stride[2];
   const bool part = p.relative_key.data && p.retrieved > limit;
-  if (p.relative_key.data && !part) limit = limit / p.retrieved * p.retrieved;
+  if (p.relative_key.data && !part && p.retrieved > 0) limit = limit / p.retrieved * p.retrieved;
   while (n == 0 && s < end) {
     const int64_t stop = part ? least(end, least(s + limit, (s / p.retrieved + 1) * p.retrieved)) : end;
     if (!mask)

@@ -149,6 +149,16 @@ static void interleave_values(const Problem& p, const Item& item, const Sizes& z
 #endif
 }
 
+// x[0, n) * log2(e), where what is finite stays finite: a mask of the largest finite numbers is not one of infinities.
+// Works on whole vectors.
+static void scale_bias(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const vfloat given = load(x + i), scaled = given * kLog2e, bound = smaller(splat(kMost), larger(splat(-kMost), scaled));
+    const vint infinite = (given == splat(infinity())) | (given == splat(-infinity()));
+    store(x + i, infinite ? given : bound);
+  }
+}
+
 // bias[key][row] * log2(e)
 static void gather_bias(const Problem& p, const Rows& rows, const Keys& keys, float* bias) {
   float line[kMostKeys + 16] __attribute__((aligned(64)));
@@ -168,7 +178,8 @@ static void gather_bias(const Problem& p, const Rows& rows, const Keys& keys, fl
         int64_t n = 1;
         while (k + n < keys.count && keys.slot[k + n] == keys.slot[k] + n && start + n < p.bias_slots) ++n;
         widen_operand(p.bias, offset + start, n, line);
-        for (int64_t j = 0; j < n; ++j) dst[k + j] = line[j] * kLog2e;
+        scale_bias(line, n);
+        __builtin_memcpy(dst + k, line, (size_t)n * 4);
         k += n;
       }
       for (; k < kMostKeys && k < round_up(padded, kLanes); ++k) dst[k] = 0.0f;

@@ -63,7 +63,7 @@ struct Problem {
 
   // forward: written; backward: read. Contiguous.
   void* out;
-  float* lse;
+  float *lse, *log_sum;  // with a bias two planes in base 2: the maximum and the logarithm of the sum
 
   // backward only
   const void* grad_out;

@@ -46,7 +46,7 @@ RK_INLINE vfloat load(const float* p) {
 RK_INLINE void store(float* p, vfloat v) { __builtin_memcpy(p, &v, sizeof v); }
 RK_INLINE vfloat splat(float x) { return x - vfloat{}; }
 
-// a > b ? a : b, so that b is returned when a is NaN
+// a > b ? a : b, so that b is returned when a or b is NaN
 RK_INLINE vfloat larger(vfloat a, vfloat b) {
 #if RK_LEVEL >= 2
   return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
@@ -54,6 +54,28 @@ RK_INLINE vfloat larger(vfloat a, vfloat b) {
   return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+// a < b ? a : b, so that b is returned when a or b is NaN
+RK_INLINE vfloat smaller(vfloat a, vfloat b) {
+#if RK_LEVEL >= 2
+  return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
+#elif RK_LEVEL == 1
+  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Whether some lane of a comparison holds.
+RK_INLINE bool any_lane(vint v) {
+#if RK_LEVEL >= 2
+  return _mm512_movepi32_mask((__m512i)v) != 0;
+#elif RK_LEVEL == 1
+  return _mm256_movemask_ps((__m256)v) != 0;
+#else
+  return (v[0] | v[1] | v[2] | v[3]) != 0;
 #endif
 }
 
@@ -69,7 +91,9 @@ RK_INLINE float sum_lanes(vfloat v) {
 #endif
 }
 
-// 2^x to 1e-7 before rounding; 0 below 2^-126.5 (and for -inf); NaN stays NaN. x must be below 128.
+// 2^x to 1e-7 before rounding; 0 below 2^-126.5 (and for -inf); NaN stays NaN. x must be below 128. That is for the
+// caller to see to: with large logits even the difference to a maximum can be anything once it is contracted to a
+// multiply-add, whose product, unlike the maximum's, is not rounded.
 RK_INLINE vfloat exp2(vfloat x) {
   const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   x = larger(splat(-127.0f), x);     // whose power of two has no bits set: 0
@@ -85,7 +109,7 @@ RK_INLINE vfloat exp2(vfloat x) {
   return p * (vfloat)power;
 }
 
-// log2(x) to 1e-7 or so for normal x > 0: log2 m = 2 / ln 2 atanh((m - 1) / (m + 1)) for the mantissa m, 0.71 to 1.41
+// log2(x) to 1e-7 or so for normal x > 0; NaN stays NaN: log2 m = 2 / ln 2 atanh((m - 1) / (m + 1)) for the mantissa m, 0.71 to 1.41
 RK_INLINE vfloat log2(vfloat x) {
   const vint bits = (vint)x - 0x3f3504f3;  // of sqrt(1/2)
   const vint power = bits >> 23;
@@ -96,7 +120,7 @@ RK_INLINE vfloat log2(vfloat x) {
   p = p * s + 0.577078016f;
   p = p * s + 0.961796694f;
   p = p * s + 2.885390082f;
-  return p * t + __builtin_convertvector(power, vfloat);
+  return x == x ? p * t + __builtin_convertvector(power, vfloat) : x;
 }
 
 RK_INLINE float bits_to_float(uint32_t u) {

@@ -145,23 +145,8 @@ def in_the_interpreter(case: Case) -> Case | None:
 TOLERANCE = {"reference": 1e-11, "cpu": 2e-5, "triton": 2e-5}
 
 
-def known(backend: str, case: Case):
-    """The mark of a case that fails today, with who mends it."""
-    slots = case.m if case.operation == "cross" else case.r
-    decoding = case.operation in ("decode", "projected_decode")
-    if backend == "cpu" and not decoding and "relative" in case.options and slots == 0:
-        return pytest.mark.xfail(run=False, reason="helper cpu: SIGFPE, which ends the process (layout.h next_keys)")
-    if backend == "cpu" and 0 in case.out_shape and (case.operation in ("self", "cross") or case.strategy == "absorb"):
-        return pytest.mark.xfail(strict=True, reason="helper cpu: grad_out.stride(-1) must be 1")
-    if backend != "reference" and decoding and case.name.endswith("all, k = 0"):
-        return pytest.mark.xfail(strict=True, reason="helper cpu: k = 0 with a wide bias and relative positions")
-    if backend == "triton" and case.operation == "projected_decode" and case.b * case.t == 0:
-        return pytest.mark.xfail(strict=True, reason="helper cpu: decode/common.py project of no tokens")
-    return ()
-
-
 CHECKS = [
-    pytest.param(backend, case, marks=known(backend, case))
+    (backend, case)
     for backend in TOLERANCE
     for case in (CASES if backend != "triton" else filter(None, map(in_the_interpreter, CASES)))
 ]

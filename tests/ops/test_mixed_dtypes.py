@@ -37,16 +37,9 @@ CASES = (
 )  # fmt: skip
 
 
-def known(backend: str, case: Case):
-    """The mark of what fails today, with who mends it."""
-    if backend == "cpu" and case.strategy == "absorb":
-        return pytest.mark.xfail(strict=True, reason="helper cpu: bias_value's gradient is written in w_value's dtype")
-    return ()
-
-
 # The interpreter is slow: there in bf16, with everything in fp32, one operation of each kernel.
 CHECKS = [
-    pytest.param(backend, case, names, dtype, marks=known(backend, case))
+    (backend, case, names, dtype)
     for backend in ("reference", "cpu", "triton")
     for case, names in CASES
     for dtype in (torch.bfloat16, torch.float16)

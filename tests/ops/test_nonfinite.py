@@ -91,19 +91,6 @@ def expect(case: Case, place: str, value: float):
     return cases.expect(*poisoned(case, place, value))
 
 
-FAILS_TODAY = {
-    "cpu": ("query nan", "query inf", "query -inf", "key nan", "key inf", "key -inf", "bias +inf", "bias NaN",
-            "bias -1e30 on a row", "bias the least number on a row"),
-}  # fmt: skip
-
-
-def known(backend: str, place: str, value: float | str):
-    """The mark of what fails today, with who mends it."""
-    if f"{place} {value}" in FAILS_TODAY.get(backend, ()):
-        return [pytest.mark.xfail(strict=True, reason=f"helper {backend}: strike it out of FAILS_TODAY")]
-    return []
-
-
 def hidden(case: Case, name: str, expected: torch.Tensor) -> torch.Tensor:
     """Where a result may be NaN although the oracle's is not, since 0 * NaN is part of every dense product: of a causal
     row with the tokens after it or of other documents, which stays in its neighbour; of a query with the distances that
@@ -158,7 +145,7 @@ def shrunk(every: tuple[Case, ...], *names: str) -> tuple[Case, ...]:
 
 IN_THE_INTERPRETER = shrunk(CASES, "wide bias", "absorb, all", "self, relative", "cross", "decode, all")
 CHECKS = [
-    pytest.param(backend, place, value, marks=known(backend, place, value))
+    (backend, place, value)
     for backend in ("reference", "cpu", "triton")
     for place in ("query", "key", "value", "grad_out")
     for value in (math.nan, math.inf, -math.inf)
@@ -208,11 +195,9 @@ BIASED = tuple(
 
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-def test_what_a_bias_can_do(backend, bias, guarded, request):
+def test_what_a_bias_can_do(backend, bias, guarded):
     """A row whose whole bias is -inf sees nothing, even where its output's gradient is NaN. One whose bias is finite
     sees its slots all the same, however large the number."""
-    for mark in known(backend, "bias", bias):
-        request.applymarker(mark)
     status = rk.backends()[backend]
     if not status.available:
         pytest.skip(status.reason)

@@ -64,10 +64,18 @@ def _packed_table(relative_key: torch.Tensor | None, dtype: torch.dtype) -> torc
     return ops_common.allocate((heads, -(-distances // 8) * 8 + 8, width), torch.float32, relative_key.device)
 
 
-def _forward(query, key, value, *arguments):
-    out, lse = common.allocate_forward(query, value)
+def _forward(query, key, value, mask, attention_bias, *arguments):
+    out, lse = common.allocate_forward(query, value, attention_bias)
     torch.ops.retro_kernels_cpu.attention_forward(
-        query, key, value, *arguments, _packed_table(arguments[RELATIVE_KEY - 3], query.dtype), out, lse
+        query,
+        key,
+        value,
+        mask,
+        attention_bias,
+        *arguments,
+        _packed_table(arguments[RELATIVE_KEY - 5], query.dtype),
+        out,
+        lse,
     )
     return out, lse
 
@@ -95,4 +103,4 @@ def _backward(grad_out, *arguments):
     return gradients
 
 
-forward, backward = common.register("cpu", _forward, _backward, devices=("cpu",))
+forward, backward = common.register("cpu", _forward, _backward, devices=("cpu",), two_planes=True)

@@ -22,6 +22,7 @@ what it stands for itself).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -116,9 +117,9 @@ def project(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Te
     n, h, size = x.shape
     hk = weight.shape[0]
     # [hk, n * group, size]: the heads that share weights, side by side
-    folded = x.reshape(n, hk, h // hk, size).transpose(0, 1).reshape(hk, -1, size)
+    folded = x.reshape(n, hk, h // hk, size).transpose(0, 1).reshape(hk, n * (h // hk), size)
     out = torch.bmm(folded, weight.transpose(1, 2) if transposed else weight)
-    return out.view(hk, n, h // hk, -1).transpose(0, 1).reshape(n, h, -1)
+    return out.view(hk, n, h // hk, out.shape[-1]).transpose(0, 1).reshape(n, h, out.shape[-1])
 
 
 def clock(call: DecodeCall) -> torch.Tensor:
@@ -154,8 +155,9 @@ def content_query(call: DecodeCall) -> torch.Tensor:
     return call.query
 
 
-def logit_bias(call: DecodeCall) -> torch.Tensor | None:
-    """[b, t, h, r | k * r] fp32, or None where there is neither a bias nor relative positions.
+def logit_bias(call: DecodeCall, product: Callable[..., torch.Tensor] = project) -> torch.Tensor | None:
+    """[b, t, h, r | k * r] fp32, or None where there is neither a bias nor relative positions. `product` is `project`,
+    or does the same.
 
     The relative logits multiply each query with the whole table and then take the r distances of its row: with h of
     them a table of m + r - 1 rows is 0.7 of the keys of two neighbours, read once for all sequences; gathered per token
@@ -170,14 +172,13 @@ def logit_bias(call: DecodeCall) -> torch.Tensor | None:
         query = call.query if call.relative_bias is None else (call.query + call.relative_bias).to(call.query.dtype)
         b, t, h, d = query.shape
         table = call.relative_key.to(query.dtype)  # [h, m + r - 1, d]
-        by_distance = torch.bmm(query.permute(2, 0, 1, 3).reshape(h, b * t, d), table.transpose(1, 2))
-        by_distance = by_distance.view(h, b, t, table.shape[1]).permute(1, 2, 0, 3)
+        by_distance = product(query.reshape(b * t, h, d), table, True).view(b, t, h, table.shape[1])
         distance = row[..., None] - torch.arange(r, device=row.device) + (r - 1)
         total = call.scale * by_distance.gather(-1, distance[:, :, None].expand(b, t, h, r)).float()
     if call.attention_bias is not None:
         bias = call.attention_bias[:, row].permute(1, 2, 0, 3).float()
         wide = bias.shape[-1]
-        if total is not None and wide == k * r and k > 1:
+        if total is not None and wide != r:
             total = total.repeat(1, 1, 1, k)
         total = bias if total is None else total + bias
     return None if total is None else total.contiguous()

@@ -26,7 +26,9 @@ Memory: the outputs, and where few sequences and heads leave threads idle, fp32 
 slots.
 
 Each level of instructions gives bitwise the same result on every run and for every number of threads: how the work is
-cut is a function of shapes alone, and partial sums are added in order.
+cut is a function of shapes alone, and partial sums are added in order. There is one exception: from encoder states,
+with more than `LARGEST_PROJECTED` (token, query head) rows to a key/value head, W_k and W_v are applied by PyTorch's
+product, whose bits may depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -91,9 +93,13 @@ _project_few = ops_common.register(
 )  # fmt: skip
 
 
-def project(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """`common.project`: with few rows the weights are read once, in place."""
-    rows = x.shape[0] * (x.shape[1] // weight.shape[0])
-    if rows > LARGEST_PROJECTED.get(x.dtype, rows):
-        return common.project(x, weight, transposed)
+def project_few(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """`common.project` in a kernel of csrc/cpu: the weights are read once, in place."""
     return _project_few(ops_common.unit_last_stride(x), ops_common.unit_last_stride(weight), transposed)
+
+
+def project(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """`common.project`: with few rows `project_few`, with more PyTorch's product."""
+    rows = x.shape[0] * (x.shape[1] // weight.shape[0])
+    product = common.project if rows > LARGEST_PROJECTED.get(x.dtype, rows) else project_few
+    return product(x, weight, transposed)

@@ -21,18 +21,20 @@ def run(call: common.DecodeCall, backend: str | None) -> tuple[torch.Tensor, tor
         if chosen == "reference":
             return reference.decode(call)
         module = BACKENDS[chosen]
+        # The CPU's own product keeps decoding with relative positions bitwise the same for any number of threads.
+        logit_bias = common.logit_bias(call, cpu.project_few if chosen == "cpu" else common.project)
         if call.projection is None:
-            return _decode(call, module.decode)
-        return _decode_projected(call, call.projection, module.decode, module.project)
+            return _decode(call, logit_bias, module.decode)
+        return _decode_projected(call, call.projection, logit_bias, module.decode, module.project)
 
 
-def _decode(call: common.DecodeCall, fused) -> tuple[torch.Tensor, torch.Tensor]:
+def _decode(call: common.DecodeCall, logit_bias: torch.Tensor | None, fused) -> tuple[torch.Tensor, torch.Tensor]:
     content = common.content_query(call)
     null_logit = common.null_logit(call, content)
-    return fused(*_arguments(call, content, null_logit, call.null_value, call.scale))
+    return fused(*_arguments(call, content, logit_bias, null_logit, call.null_value))
 
 
-def _decode_projected(call: common.DecodeCall, projection: common.Projection, fused, project):
+def _decode_projected(call: common.DecodeCall, projection: common.Projection, logit_bias, fused, project):
     """W_k acts on the query and W_v on the weighted sum of the states, [b, t, h, e] each: no key or value exists.
 
     `bias_key` adds the same to all logits of a row but the null slot's, so it is taken from the null slot's instead and
@@ -48,7 +50,7 @@ def _decode_projected(call: common.DecodeCall, projection: common.Projection, fu
         shift = call.scale * (content.float() * bias).sum(-1)
     absorbed = project(content.flatten(0, 1), projection.w_key, False).view(b, t, h, e)
     shifted = null_logit if null_logit is None or shift is None else null_logit - shift
-    weighted, lse = fused(*_arguments(call, absorbed, shifted, None, call.scale))
+    weighted, lse = fused(*_arguments(call, absorbed, logit_bias, shifted, None))
     out = project(weighted.flatten(0, 1), projection.w_value, True).view(b, t, h, d_value)
     if null_logit is None and projection.bias_value is None:
         return out, lse if shift is None else lse + shift
@@ -63,14 +65,14 @@ def _decode_projected(call: common.DecodeCall, projection: common.Projection, fu
     return total.to(call.query.dtype), lse if shift is None else torch.where(empty, lse, lse + shift)
 
 
-def _arguments(call: common.DecodeCall, query, null_logit, null_value, scale: float) -> tuple:
+def _arguments(call: common.DecodeCall, query, logit_bias, null_logit, null_value) -> tuple:
     key_cos, key_sin = call.key_rotary or (None, None)
     key = _unit_last_stride(call.key)
     return (
         _unit_last_stride(query), key, key if call.value is call.key else _unit_last_stride(call.value), call.mask,
-        common.logit_bias(call), null_logit, _unit_last_stride(null_value), _unit_last_stride(key_cos),
+        logit_bias, null_logit, _unit_last_stride(null_value), _unit_last_stride(key_cos),
         _unit_last_stride(key_sin), call.key_scale, call.value_scale, call.position, call.valid, call.chunk,
-        call.rotary_interleaved, scale, call.chunk_size,
+        call.rotary_interleaved, call.scale, call.chunk_size,
     )  # fmt: skip
 
 

@@ -69,12 +69,12 @@ def _forward(
     query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, relative_key, content_bias,
     relative_bias, null_key, null_value, chunk_spans, dropout_seed, scale, dropout_p, stride, first_token,
 ):  # fmt: skip
-    out, lse = common.allocate_forward(query, w_value)
+    out, lse = common.allocate_forward(query, w_value, attention_bias)
     torch.ops.retro_kernels_cpu.absorbed_forward(
         *_core(query, encoded, w_key, w_value, mask, attention_bias, relative_key, content_bias, relative_bias,
                null_key, null_value, chunk_spans, dropout_seed),
         *_settings(query, relative_key, scale, dropout_p, stride, first_token),
-        encoded, w_key, w_value, bias_key, bias_value, out[:, None, None], lse[:, None, None],
+        encoded, w_key, w_value, bias_key, bias_value, out[:, None, None], lse[..., None, None, :, :],
     )  # fmt: skip
     return out, lse
 
@@ -118,7 +118,7 @@ def _backward(
         grad_out[:, None, None],
         *_core(query, encoded, w_key, w_value, mask, attention_bias, relative_key, content_bias, relative_bias,
                null_key, null_value, chunk_spans, dropout_seed),
-        out.contiguous()[:, None, None], lse.contiguous()[:, None, None],
+        out.contiguous()[:, None, None], lse.contiguous()[..., None, None, :, :],
         *_settings(query, relative_key, scale, dropout_p, stride, first_token),
         encoded, w_key, w_value, bias_key, bias_value, computed[0][:, None, None], *wanted[1:4], *wanted[5:], *partial,
         allocate(min(heads, 8), width, columns + 16) if encoded_gradient else None,
@@ -136,4 +136,4 @@ def _backward(
     return tuple(gradients)
 
 
-forward, backward = common.register("cpu", _forward, _backward, devices=("cpu",))
+forward, backward = common.register("cpu", _forward, _backward, devices=("cpu",), two_planes=True)

@@ -1,4 +1,6 @@
-"""The materialised strategy: keys and values are made by a matrix product and attended to in place."""
+"""The materialised strategy: keys and values are made by a matrix product and attended to in place.
+
+The products are PyTorch's: on a CPU their bits may depend on the number of threads, and what follows with them."""
 
 from __future__ import annotations
 

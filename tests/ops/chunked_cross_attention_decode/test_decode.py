@@ -378,6 +378,20 @@ class TestTheCpuKernels:
                 )
                 close((given,), (expected,), 1e-5 if dtype == torch.float32 else 1e-2)
 
+    def test_relative_positions_and_any_number_of_threads(self):
+        """One head and eight rows: PyTorch's product of those and the table has other bits for three threads."""
+        x = make(("relative", "bias"), b=8, r=12, h=1, hk=1)
+        threads = torch.get_num_threads()
+        try:
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(step(x, 9, backend="cpu"))
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_projecting(self, dtype):
         """Against fp64 at every level, for few rows and many, shared and own weights, sizes that fill no vector, ranges
