@@ -240,3 +240,19 @@ def test_the_extension_is_taken_out_of_a_wheel(tmp_path, monkeypatch):
     assert gpu_suite.Path(gpu_suite.os.environ[gpu_suite.LIBRARY]).read_bytes() == b"library"
     with pytest.raises(ValueError, match="RETRO_KERNELS_BUILD_CUDA=1"):
         gpu_suite.prepare_extension(tmp_path / "bad.whl", tmp_path / "out", True, print)
+
+
+def test_where_nvcc_is_found_is_left_to_setup_py(tmp_path, monkeypatch):
+    """It looks among pip's packages and in /usr/local/cuda too; where there is none, its reason is said."""
+    said, root = [], gpu_suite.Path(gpu_suite.__file__).resolve().parents[1]
+
+    def run(command, **options):
+        assert command[1:] == [str(root / "setup.py"), "build_ext", "--inplace"]
+        assert options["env"]["RETRO_KERNELS_BUILD_CUDA"] == "1"
+        return gpu_suite.subprocess.CompletedProcess(command, 1, "", "there is no nvcc anywhere")
+
+    monkeypatch.setattr(cuda_extension, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_suite.subprocess, "run", run)
+    gpu_suite.prepare_extension(None, tmp_path, False, said.append)
+    assert "there is no nvcc anywhere" in said[-1]
