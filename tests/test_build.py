@@ -343,12 +343,15 @@ def test_the_manifest_names_every_folder():
         ("2.13.0+cpu", None, {}, "torch 2.13.0+cpu is a build without CUDA", "with a CUDA build of PyTorch, run"),
         ("2.15.0+cu132", "13.2", {"CUDA_HOME": "/no/such/place"}, "there is no nvcc in /no/such/place/bin",
          'pip install "cuda-toolkit[nvcc,nvvm,crt,cudart]==13.2.*"'),
-        ("2.12.0+cu128", "12.8", {}, "is of CUDA 13.0 and torch of CUDA 12.8", "install NVIDIA's toolkit of CUDA 12"),
+        ("2.12.0+cu128", "12.8", {"CUDA_HOME": "fake"}, "is of CUDA 13.0 and torch of CUDA 12.8",
+         "install NVIDIA's toolkit of CUDA 12"),
         ("2.10.0", "13.0", {}, "torch is 2.10.0, and the kernels need 2.11", "upgrade torch"),
         ("2.13.0", "13.0", {"RETRO_KERNELS_BUILD_CUDA": "0"}, "RETRO_KERNELS_BUILD_CUDA was 0", "without that setting"),
     ],
 )  # fmt: skip
 def test_a_part_that_is_left_out_has_its_own_reason_and_remedy(project, torch, cuda, variables, reason, remedy):
+    (project.folder / "fake").symlink_to(project.folder)
+    variables = {name: value.replace("fake", str(project.folder / "fake")) for name, value in variables.items()}
     environment = {**project.environment, "PYTHONPATH": fake_torch(project.folder / "other", torch, cuda), **variables}
     result = setup_py(environment, project.root, "build_py")
     assert result.returncode == 0, result.stderr
