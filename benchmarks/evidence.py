@@ -17,7 +17,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from retro_kernels.ops import evidence
+from retro_kernels.ops import evidence, verified_file
 
 from . import results
 from .workloads import CCA, DTYPES, ENCODER_CROSS, ENCODER_SELF, PLAIN
@@ -27,7 +27,7 @@ OPERATIONS = {
     ENCODER_CROSS: "neighbour_cross_attention",
 }  # fmt: skip
 BACKENDS = ("triton", "cuda")
-REQUIRED = ("cuda correctness bf16", "cuda correctness fp16", "cuda execution", "cuda decoding",
+REQUIRED = ("cuda correctness bf16", "cuda correctness fp16", "cuda execution", "cuda decoding", "cuda absorbing",
             "cuda sanitizer memcheck", "cuda sanitizer racecheck", "cuda sanitizer initcheck")  # fmt: skip
 
 
@@ -59,6 +59,16 @@ def winners(document: dict) -> dict[str, str] | None:
     return found
 
 
+def verified(folder: Path) -> list[dict]:
+    """The self-check's verdicts of every such run, in the form of `retro_kernels/ops/verified_file.py`."""
+    records = []
+    for file in sorted(folder.glob(f"*/{results.FILE}")):
+        document = results.load(file)
+        if winners(document) is not None:
+            records += document.get("verified") or []
+    return verified_file.checked(records)
+
+
 def collect(folder: Path) -> dict[str, dict[str, str]]:
     """Device -> its winners, of every result in `folder`."""
     devices = {}
@@ -75,7 +85,7 @@ RESULTS = Path(__file__).with_name("results")
 
 def main() -> None:
     devices = collect(RESULTS)
-    document = {"generated_by": "python -m benchmarks.evidence", "devices": devices}
+    document = {"generated_by": "python -m benchmarks.evidence", "devices": devices, "verified": verified(RESULTS)}
     evidence.TABLE.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"{evidence.TABLE}: {len(devices)} devices", file=sys.stderr)
 

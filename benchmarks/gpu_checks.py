@@ -1,7 +1,7 @@
 """Is a fused backend right on this machine? Used by gpu_suite.py; each check says what it found or raises Wrong.
 
-The error rule: fp32 within FP32_LIMIT of the largest true value; fp16 and bf16 at most twice the error of the same
-computation in PyTorch of the same precision, plus a floor (verify.FLOORS). The truth is the reference in fp64.
+The error rule, its limits, guard bands and what counts as wrong are `retro_kernels/testing.py`'s. The truth is the
+reference in fp64.
 
 `python -m benchmarks.gpu_checks` calls every kernel once on small shapes and checks nothing: what compute-sanitizer
 watches.
@@ -9,9 +9,8 @@ watches.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -19,19 +18,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from retro_kernels.testing import FP32_TOLERANCE, KERNEL_FLOOR, Wrong, plain_precision
+
 from . import verify
 from .workloads import DTYPES, SEED
 
-FP32_LIMIT = 2e-5
 DIFFERENTIABLE = (
     "query", "key", "value", "encoded", "w_key", "w_value", "bias_key", "bias_value", "attention_bias", "relative_key",
     "content_bias", "relative_bias", "null_key", "null_value",
 )  # fmt: skip
 BY_CLOCK = ("cca", "projected")
-
-
-class Wrong(Exception):
-    """A result that is not right; the message says which and by how much."""
 
 
 @dataclass(frozen=True)
@@ -347,29 +343,27 @@ def in_double(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: double(value) for name, value in arguments.items()}
 
 
-@contextlib.contextmanager
-def same_precision() -> Iterator[None]:
-    """Within it the reference computes in its inputs' own precision, as eager PyTorch does."""
-    reference = importlib.import_module("retro_kernels.ops.attention.reference")
-    with mock.patch.object(reference, "accumulation_dtype", lambda dtype: dtype):
-        yield
+def allowed(plain_error: float, dtype: torch.dtype) -> float:
+    """How far off the truth a result may be, over the largest true value, where PyTorch's of the same precision is
+    `plain_error` off."""
+    return FP32_TOLERANCE if dtype == torch.float32 else 2 * plain_error + KERNEL_FLOOR[dtype]
 
 
 def check_case(case: Case, dtype: str, device: torch.device, backend: str) -> str:
     """The error rule for the output and every gradient. -> the largest error found."""
     arguments, grad_out = tensors(case, DTYPES[dtype], device)
     truth = call(case, in_double(arguments), grad_out.double(), "reference")
-    with same_precision():
+    with plain_precision():
         plain = call(case, arguments, grad_out, "reference")
     found = call(case, arguments, grad_out, backend)
     largest = 0.0
     for name, value in found.items():
         error = verify.compare(name, value, truth[name])
         plain_error = verify.compare(name, plain[name], truth[name])
-        allowed = FP32_LIMIT if dtype == "fp32" else 2 * plain_error.relative + verify.FLOORS[dtype]
-        if not error.relative <= allowed:
+        limit = allowed(plain_error.relative, DTYPES[dtype])
+        if not error.relative <= limit:
             raise Wrong(
-                f"{name}: error {error.relative:.2e} of the largest value at {list(error.worst)}, allowed {allowed:.2e}"
+                f"{name}: error {error.relative:.2e} of the largest value at {list(error.worst)}, allowed {limit:.2e}"
                 f" (same-precision PyTorch has {plain_error.relative:.2e})"
             )
         largest = max(largest, error.relative)
@@ -477,7 +471,7 @@ def check_beyond_int32(device: torch.device, backend: str) -> str:
         "chunk_size": m, "query_offset": start, "chunk_offset": chunks - 2,
     }  # fmt: skip
     truth = call(whole, in_double(part), grad_out[:, start:].double(), "reference")
-    with same_precision():
+    with plain_precision():
         plain = call(whole, part, grad_out[:, start:], "reference")
     found = {
         "output": out.detach()[:, start:], "query gradient": gradients[0][:, start:],
@@ -485,9 +479,9 @@ def check_beyond_int32(device: torch.device, backend: str) -> str:
     }  # fmt: skip
     for name, tensor in found.items():
         error = verify.compare(name, tensor, truth[name]).relative
-        allowed = 2 * verify.compare(name, plain[name], truth[name]).relative + verify.FLOORS["bf16"]
-        if not error <= allowed:
-            raise Wrong(f"{name}: error {error:.2e} of the largest value, allowed {allowed:.2e}")
+        limit = allowed(verify.compare(name, plain[name], truth[name]).relative, torch.bfloat16)
+        if not error <= limit:
+            raise Wrong(f"{name}: error {error:.2e} of the largest value, allowed {limit:.2e}")
     return f"{key.numel():,} elements in key and in value"
 
 
@@ -563,24 +557,31 @@ def check_compiled(case: Case, device: torch.device, backend: str, compiler: str
     chunked cross-attention."""
     import retro_kernels as rk
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = rk.chunked_cross_attention(query, key, value, chunk_size=case.m, backend=backend)
-        own = rk.neighbour_self_attention(key, key, value, backend=backend)
-        cross = rk.neighbour_cross_attention(own, key[:, :, 0], value[:, :, 0], backend=backend)
+    def attend(query: Tensor, key: Tensor, value: Tensor, name: str = backend) -> Tensor:
+        out = rk.chunked_cross_attention(query, key, value, chunk_size=case.m, backend=name)
+        own = rk.neighbour_self_attention(key, key, value, backend=name)
+        cross = rk.neighbour_cross_attention(own, key[:, :, 0], value[:, :, 0], backend=name)
         return out * cross.mean()
+
+    def run(function: Callable[..., Tensor], leaves: list[Tensor], grad_out: Tensor, *name: str) -> tuple[Tensor, ...]:
+        out = function(*leaves, *name)
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype)))
 
     compiled: Callable[..., Tensor] = torch.compile(attend, fullgraph=True, dynamic=True, backend=compiler)
     lengths = (case.n, case.n + case.m + 3)
     for n in lengths:
-        arguments, grad_out = tensors(replace(case, n=n, options=()), DTYPES[dtype], device)
+        # Self-attention's output is cross-attention's query: one size for keys and values.
+        arguments, grad_out = tensors(replace(case, n=n, options=(), d_value=None), DTYPES[dtype], device)
         leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
-        results = []
-        for function in (attend, compiled):
-            out = function(*leaves)
-            results.append((out.detach(), *torch.autograd.grad(out, leaves, grad_out)))
-        for name, plain, other in zip(("output", "query", "key", "value"), *results):
-            if not verify.compare(name, other, plain).relative <= 1e-6:
-                raise Wrong(f"{name} of the compiled call differs at length {n}")
+        doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        truth = run(attend, doubles, grad_out.double(), "reference")
+        with plain_precision():
+            plain = run(attend, leaves, grad_out, "reference")
+        found = run(compiled, leaves, grad_out)
+        for name, *results in zip(("output", "query", "key", "value"), found, plain, truth):
+            errors = [verify.compare(name, result, results[-1]).relative for result in results[:-1]]
+            if not errors[0] <= allowed(errors[1], DTYPES[dtype]):
+                raise Wrong(f"{name} of the compiled call: error {errors[0]:.2e} at length {n}")
     return f"fullgraph, lengths {lengths[0]} and {lengths[1]}"
 
 

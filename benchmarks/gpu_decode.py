@@ -12,8 +12,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from retro_kernels.testing import plain_precision
+
 from . import verify
-from .gpu_checks import FP32_LIMIT, GUARD, Wrong, banded, in_double, same_precision
+from .gpu_checks import GUARD, Wrong, allowed, banded, in_double
 from .workloads import DTYPES, SEED
 
 QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -150,7 +152,7 @@ def check_case(case: Case, dtype: str, device: torch.device, backend: str) -> st
     """The error rule for the output and the log-sum-exp; what is idle is exactly 0 and -inf."""
     arguments = tensors(case, DTYPES[dtype], device)
     truth = truth_of(arguments)
-    with same_precision():
+    with plain_precision():
         plain = call(arguments, "reference")
     found = call(arguments, backend)
     largest = 0.0
@@ -159,11 +161,9 @@ def check_case(case: Case, dtype: str, device: torch.device, backend: str) -> st
             raise Wrong(f"{name} is not finite where it should be, or the other way round")
         x, y, z = (tensor.masked_fill(~truth[name].isfinite(), 0.0) for tensor in (value, truth[name], plain[name]))
         error = verify.compare(name, x, y)
-        allowed = FP32_LIMIT
-        if dtype != "fp32":
-            allowed = 2 * verify.compare(name, z, y).relative + verify.FLOORS[dtype]
-        if not error.relative <= allowed:
-            raise Wrong(f"{name}: error {error.relative:.2e} at {list(error.worst)}, allowed {allowed:.2e}")
+        limit = allowed(verify.compare(name, z, y).relative, DTYPES[dtype])
+        if not error.relative <= limit:
+            raise Wrong(f"{name}: error {error.relative:.2e} at {list(error.worst)}, allowed {limit:.2e}")
         largest = max(largest, error.relative)
     if bool(found["output"][truth["output"] == 0].any()):
         raise Wrong("an idle token's output is not exactly 0")

@@ -1,10 +1,14 @@
 """Everything that wants a GPU, in one command, without a network and in under 9 minutes:
 
-    python -m benchmarks.gpu_suite --out DIR
+    python -m benchmarks.gpu_suite --out DIR [--limit SECONDS]
 
 Writes bench.json (raw numbers and every check), table.md, report.html and log.txt into DIR. Each part runs in a process
 of its own, so that one which fails, hangs or breaks its CUDA context does not stop the rest; what failed is said at the
 end, and the exit code is then 1. A further part is one function and one entry in STAGES.
+
+It may be killed at any time: bench.json is rewritten after every check and every timing, so that a kill loses the item
+that was running. SIGTERM ends it as Ctrl-C does, with table and report. `--limit` counts from the start of the process,
+a build of the extension included. After an error that spoils the CUDA context a part goes on in a fresh process.
 
 `--reduced` (the default without a GPU) runs the same parts on tiny shapes, Triton's kernels in its interpreter and, if
 RETRO_KERNELS_CUDA_EMULATOR names its library, the CUDA C++ kernels in their emulator.
@@ -20,10 +24,10 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import zipfile
@@ -33,7 +37,7 @@ from pathlib import Path
 
 LIMIT_SECONDS = 520.0
 REDUCED_LIMIT_SECONDS = 150.0
-OK, FAILED, SKIPPED, INCOMPLETE = "ok", "failed", "skipped", "incomplete"
+OK, FAILED, SKIPPED, INCOMPLETE, AGAIN = "ok", "failed", "skipped", "incomplete", "again"
 
 
 EMULATOR = "RETRO_KERNELS_CUDA_EMULATOR"
@@ -42,6 +46,10 @@ LIBRARY = "RETRO_KERNELS_CUDA_LIBRARY"
 
 class Skip(Exception):
     """This part has nothing to do here; the message is the reason."""
+
+
+class Spoilt(Exception):
+    """The CUDA context is: the rest of the part needs another process."""
 
 
 @dataclass
@@ -108,27 +116,87 @@ def backend_of(context: Context, name: str = "triton") -> str:
 
 def checks(context: Context, planned: list[tuple[str, Callable[[], str]]]) -> str:
     """Runs named checks until the time is up; every outcome is kept. Raises when one failed or was not reached."""
-    failed, reached = 0, 0
+    done = {entry["check"] for entry in context.found.get("checks", [])}  # by the process before this one
     for name, check in planned:
+        if name in done:
+            continue
         if context.seconds_left() < 0:
             break
-        reached += 1
+        done.add(name)
         try:
             entry = {"check": name, "status": OK, "detail": check()}
         except Skip as reason:
             entry = {"check": name, "status": SKIPPED, "detail": str(reason)}
         except Exception as error:
             refused = isinstance(error, ValueError) and "cannot run this" in str(error)  # the backend named its reason
-            failed += not refused
             status, kind = (SKIPPED, "refused") if refused else (FAILED, type(error).__name__)
             entry = {"check": name, "status": status, "detail": f"{kind}: {error}"[:600]}
         context.add("checks", entry)
         context.log(f"{entry['status']:8} {name}: {entry['detail']}")
+        if entry["status"] == FAILED and not alive(context):
+            raise Spoilt(name)
+    failed = sum(entry["status"] == FAILED for entry in context.found.get("checks", []))
+    reached = sum(name in done for name, _ in planned)
     if failed:
         raise RuntimeError(f"{failed} of {len(planned)} checks failed: see the report's checks")
     if reached < len(planned):
         raise TimeoutError(f"time for {reached} of {len(planned)} checks only, all of them passed")
     return f"{len(planned)} checks passed"
+
+
+def alive(context: Context) -> bool:
+    """Whether the CUDA context still works."""
+    if context.reduced:
+        return True
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        return float(torch.ones(2, device=context.device).sum()) == 2.0
+    except Exception:
+        return False
+
+
+def self_checks(context: Context) -> str:
+    """What a first call checks by itself (`retro-kernels verify`), for every class of calls that RETRO's own sizes use.
+    Its verdicts are what `benchmarks.evidence` ships."""
+    import torch
+
+    import retro_kernels as rk
+    from retro_kernels.cli.verify import classes
+    from retro_kernels.ops import self_check, verification
+    from retro_kernels.ops.call_classes import Class
+
+    device = context.device if context.reduced else torch.device("cuda", torch.cuda.current_device())
+    names = [name for name in ("triton", "cuda") if rk.backends()[name].available]
+    if context.reduced:
+        names = names[:1]
+    if not names:
+        raise Skip("no fused backend for a GPU can run here")
+    small = [Class("neighbour_cross_attention", "float32", 16, 16, 16, 64)]
+    wanted = [(one, name) for name in names for one in (small if context.reduced else classes(name, False))]
+    records = {
+        name: {"identity": verification.identity(device, name), "verdicts": {}} for name in names
+    }  # fmt: skip
+    context.found["verified"] = list(records.values())
+    verdicts = self_check.check_in_children(wanted, device)
+    failed = reached = 0
+    for (one, name), verdict in zip(wanted, verdicts):
+        reached += 1
+        failed += verdict.status == self_check.FAILED
+        if verdict.status != self_check.UNKNOWN:
+            records[name]["verdicts"][verification.entry_of(one, name)] = verdict.to_json()
+            if not context.reduced:
+                verification.remember(one, name, device, verdict)
+        context.save()
+        context.log(f"{verdict.status:8} {name}: {one}: {verdict.detail}")
+        if context.seconds_left() < 0:
+            break
+    if failed:
+        raise RuntimeError(f"{failed} of {len(wanted)} classes failed their self-check")
+    if reached < len(wanted):
+        raise TimeoutError(f"time for {reached} of {len(wanted)} classes only, all of them passed")
+    return f"{len(wanted)} classes of calls checked"
 
 
 def correctness(dtype: str) -> Callable[[Context], str]:
@@ -511,6 +579,7 @@ def _no_kernels(reduced: bool) -> str | None:
 STAGES: tuple[tuple[Part, ...], ...] = (
     (Part("machine", machine, 60),),
     (
+        Part("self-check", self_checks, 150),
         Part("correctness fp32", correctness("fp32"), 150),
         Part("correctness fp16", correctness("fp16"), 150),
         Part("correctness bf16", correctness("bf16"), 150),
@@ -541,22 +610,28 @@ def parts() -> dict[str, Part]:
 
 
 def run_part(name: str, work: Path, seconds: float, reduced: bool) -> int:
-    """In the part's own process: runs it and writes its findings, its status and its detail."""
+    """In the part's own process: runs it and writes its findings, its status and its detail. What a process before this
+    one has found is kept and not done again."""
     began = time.monotonic()
     shared_file = work / "shared.json"
     shared = json.loads(shared_file.read_text()) if shared_file.exists() else {}
-    context = Context(reduced, began + seconds, _file(work, name), shared)
+    file = _file(work, name)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    before = (found.pop("part", None) or {}).get("seconds", 0.0)
+    context = Context(reduced, began + seconds, file, shared, found)
     try:
         status, detail = OK, parts()[name].run(context)
     except Skip as reason:
         status, detail = SKIPPED, str(reason)
     except TimeoutError as error:
         status, detail = INCOMPLETE, str(error)
+    except Spoilt as error:
+        status, detail = AGAIN, f"{error} spoilt the CUDA context"
     except BaseException as error:
         traceback.print_exc()
         status, detail = FAILED, f"{type(error).__name__}: {error}"[:600]
     context.found["part"] = {
-        "name": name, "status": status, "detail": detail, "seconds": round(time.monotonic() - began, 1)
+        "name": name, "status": status, "detail": detail, "seconds": round(before + time.monotonic() - began, 1)
     }  # fmt: skip
     context.save()
     return 0
@@ -583,7 +658,9 @@ def _start(part: Part, work: Path, seconds: float, reduced: bool) -> subprocess.
     )
 
 
-def prepare_extension(wheel: Path | None, folder: Path, reduced: bool, say: Callable[[str], None]) -> None:
+def prepare_extension(
+    wheel: Path | None, folder: Path, reduced: bool, say: Callable[[str], None], seconds: float = 600.0
+) -> None:
     """Sees to it that the parts find a CUDA C++ extension, if there can be one: see the module's docstring. Raises
     ValueError for a wheel without one; a build that fails is said and the parts skip with the reason."""
     from retro_kernels import cuda_extension
@@ -602,39 +679,47 @@ def prepare_extension(wheel: Path | None, folder: Path, reduced: bool, say: Call
     say("CUDA extension: building it")
     variables = {**os.environ, "RETRO_KERNELS_BUILD_CUDA": "1", "RETRO_KERNELS_BUILD_CPU": "0"}
     began = time.monotonic()
-    done = subprocess.run([sys.executable, str(setup), "build_ext", "--inplace"], cwd=setup.parent, env=variables,
-                          capture_output=True, text=True)  # fmt: skip
+    try:
+        done = subprocess.run([sys.executable, str(setup), "build_ext", "--inplace"], cwd=setup.parent, env=variables,
+                              capture_output=True, text=True, timeout=seconds)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        say(f"CUDA extension: not built within {seconds:.0f} s")
+        return
     took = f"{time.monotonic() - began:.0f} s"
     say(f"CUDA extension: built in {took}" if done.returncode == 0 else f"CUDA extension: {done.stderr[-2000:]}")
 
 
-def run(out: Path, reduced: bool, only: list[str] | None = None, say: Callable[[str], None] = print) -> int:
-    """The whole suite; returns the exit code. `only`: names of the parts to run."""
+def run(
+    out: Path, reduced: bool, only: list[str] | None = None, say: Callable[[str], None] = print,
+    limit: float | None = None, spent: float = 0.0,
+) -> int:  # fmt: skip
+    """The whole suite; returns the exit code. `only`: names of the parts to run. It ends `limit` seconds after the
+    process began, which was `spent` seconds ago."""
     from . import report, results
 
-    began = time.monotonic()
-    limit = REDUCED_LIMIT_SECONDS if reduced else LIMIT_SECONDS
+    began = time.monotonic() - spent
+    limit = limit or (REDUCED_LIMIT_SECONDS if reduced else LIMIT_SECONDS)
     document = results.new({}, {"suite": "gpu_suite", "reduced": reduced, "limit_seconds": limit})
-    document["checks"] = []
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        try:
-            for stage in STAGES:
-                _run_stage(
-                    [p for p in stage if not only or p.name in only], work, began + limit, reduced, document, say
-                )
-        except KeyboardInterrupt:
-            document["interrupted"] = True
-        document["seconds"] = round(time.monotonic() - began, 1)
-        log = (work / "log.txt").read_text(errors="replace") if (work / "log.txt").exists() else ""
+    document |= {"checks": [], "verified": []}
+    work = out / "parts"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    recorder = Recorder(document, out / results.FILE, work, began)
+    try:
+        for stage in STAGES:
+            _run_stage([p for p in stage if not only or p.name in only], began + limit, reduced, recorder, say)
+    except KeyboardInterrupt:
+        document["interrupted"] = True
+    document["seconds"] = round(time.monotonic() - began, 1)
+    log = (work / "log.txt").read_text(errors="replace") if (work / "log.txt").exists() else ""
     document["environment"] = document["environment"] or _unknown_environment()
-    out.mkdir(parents=True, exist_ok=True)
     (out / "log.txt").write_text(log[-2_000_000:])
     try:
         report.write(document, out)
     except Exception:
-        results.save(results.finite(document), out / results.FILE)
         document["parts"].append({"name": "report", "status": FAILED, "detail": traceback.format_exc(), "seconds": 0.0})
+        results.save(results.finite(document), out / results.FILE)
+    shutil.rmtree(work, ignore_errors=True)
     failed = [part for part in document["parts"] if part["status"] in (FAILED, INCOMPLETE)]
     say(f"\n{document['seconds']:.0f} s. " + (f"{len(failed)} parts failed:" if failed else "No part failed."))
     for part in failed:
@@ -646,8 +731,48 @@ def run(out: Path, reduced: bool, only: list[str] | None = None, say: Callable[[
     return 1 if failed or document["interrupted"] else 0
 
 
-def _run_stage(stage: list[Part], work: Path, end: float, reduced: bool, document: dict, say) -> None:
-    running: list[tuple[Part, subprocess.Popen, float]] = []
+@dataclass
+class Recorder:
+    """Keeps the results' file true to what the parts have left so far."""
+
+    document: dict
+    file: Path
+    work: Path
+    began: float
+    seen: dict[str, int] = field(default_factory=dict)
+
+    def look(self, running: list[Part]) -> None:
+        """Rewrites the results when a running part has left something new."""
+        times = {part.name: _file(self.work, part.name).stat().st_mtime_ns
+                 for part in running if _file(self.work, part.name).exists()}  # fmt: skip
+        if any(self.seen.get(name) != changed for name, changed in times.items()):
+            self.seen |= times
+            self.write(running)
+
+    def write(self, running: list[Part]) -> None:
+        """The results as they are, as if the suite had been interrupted now."""
+        from . import results
+
+        document = {**self.document, "interrupted": True, "seconds": round(time.monotonic() - self.began, 1)}
+        for name in ("parts", *LISTS):
+            document[name] = list(document[name])
+        for part in running:
+            _add(document, part, _found(self.work, part), "it was running")
+        document["environment"] = document["environment"] or _unknown_environment()
+        results.save(results.finite(document), self.file)
+
+
+LISTS = ("rows", "skipped", "checks", "verified")
+
+
+def _found(work: Path, part: Part) -> dict:
+    file = _file(work, part.name)
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _run_stage(stage: list[Part], end: float, reduced: bool, recorder: Recorder, say) -> None:
+    document, work = recorder.document, recorder.work
+    running: dict[str, tuple[Part, subprocess.Popen, float]] = {}
     for part in stage:
         if reason := part.absent(reduced):
             document["parts"].append({"name": part.name, "status": SKIPPED, "detail": reason, "seconds": 0.0})
@@ -662,48 +787,57 @@ def _run_stage(stage: list[Part], work: Path, end: float, reduced: bool, documen
             )
             say(f"{part.name}: the suite's time was used up")
             continue
-        running.append((part, _start(part, work, seconds, reduced), time.monotonic() + seconds + GRACE_SECONDS))
-    threads = [threading.Thread(target=_wait, args=(process, until)) for _, process, until in running]
-    for thread in threads:
-        thread.start()
+        until = time.monotonic() + seconds + GRACE_SECONDS
+        running[part.name] = (part, _start(part, work, seconds, reduced), until)
+    recorder.write([part for part, _, _ in running.values()])
     try:
-        for thread in threads:
-            thread.join()
-    except KeyboardInterrupt:
-        for _, process, _ in running:
-            process.kill()
-        raise
+        while running:
+            for name, (part, process, until) in list(running.items()):
+                if process.poll() is None and time.monotonic() > until:
+                    process.kill()
+                    process.wait()
+                if process.poll() is None:
+                    continue
+                left = until - time.monotonic() - GRACE_SECONDS
+                if (_found(work, part).get("part") or {}).get("status") == AGAIN and left >= 5:
+                    say(f"{name}: goes on in a fresh process: {_found(work, part)['part']['detail']}")
+                    running[name] = (part, _start(part, work, left, reduced), until)
+                    continue
+                del running[name]
+                _merge(part, process, work, document, say)
+                recorder.write([part for part, _, _ in running.values()])
+            recorder.look([part for part, _, _ in running.values()])
+            time.sleep(0.2)
     finally:
-        for part, process, _ in running:
+        for part, process, _ in running.values():
+            process.kill()
+            process.wait()
             _merge(part, process, work, document, say)
     (work / "shared.json").write_text(json.dumps({"ceilings": document["ceilings"]}))
 
 
-def _wait(process: subprocess.Popen, until: float) -> None:
-    try:
-        process.wait(max(0.0, until - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 def _merge(part: Part, process: subprocess.Popen, work: Path, document: dict, say) -> None:
     """A part's findings into the document; a part that left no verdict was killed or crashed."""
-    file = _file(work, part.name)
-    found = json.loads(file.read_text()) if file.exists() else {}
-    verdict = found.pop("part", None) or {
-        "name": part.name, "status": FAILED, "seconds": part.seconds,
-        "detail": f"its process ended with {process.poll()} before it was done (see log.txt)",
-    }  # fmt: skip
+    why = f"its process ended with {process.poll()} before it was done (see log.txt)"
+    verdict = _add(document, part, _found(work, part), why)
+    if verdict["status"] == SKIPPED:
+        document["skipped"].append({"what": part.name, "reason": verdict["detail"]})
+    say(f"{part.name}: {verdict['status']} in {verdict['seconds']:.0f} s: {verdict['detail']}")
+
+
+def _add(document: dict, part: Part, found: dict, why: str) -> dict:
+    """A part's findings, and its verdict: failed for this reason where it left none."""
+    verdict = found.pop("part", None) or {}
+    if verdict.get("status") in (None, AGAIN):
+        seconds = verdict.get("seconds", part.seconds)
+        verdict = {"name": part.name, "status": FAILED, "seconds": seconds, "detail": verdict.get("detail", why)}
     document["parts"].append(verdict)
-    for name in ("rows", "skipped", "checks"):
+    for name in LISTS:
         document[name] += found.get(name, [])
     for name in ("environment", "ceilings", "real_text"):
         if found.get(name):
             document[name] = found[name]
-    if verdict["status"] == SKIPPED:
-        document["skipped"].append({"what": part.name, "reason": verdict["detail"]})
-    say(f"{part.name}: {verdict['status']} in {verdict['seconds']:.0f} s: {verdict['detail']}")
+    return verdict
 
 
 def _unknown_environment() -> dict:
@@ -717,6 +851,7 @@ def main(arguments: list[str] | None = None) -> int:
     size.add_argument("--reduced", action="store_true", help="tiny shapes on the CPU (the default without a GPU)")
     size.add_argument("--full", action="store_true", help="the real thing (the default with a GPU)")
     parser.add_argument("--only", action="append", metavar="PART", help="run this part; may be repeated")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of the whole run, builds included")
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="take the CUDA extension out of this wheel")
     parser.add_argument("--list", action="store_true", help="print the names of the parts")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -736,12 +871,28 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         reduced = not torch.cuda.is_available()
+    signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            prepare_extension(options.wheel, Path(folder), reduced, print)
+            limit = options.limit or (REDUCED_LIMIT_SECONDS if reduced else LIMIT_SECONDS)
+            prepare_extension(options.wheel, Path(folder), reduced, print, max(1.0, 0.6 * limit - since_start()))
         except (ValueError, OSError, zipfile.BadZipFile) as error:
             parser.error(f"--wheel: {error}")
-        return run(options.out, reduced, options.only)
+        return run(options.out, reduced, options.only, limit=options.limit, spent=since_start())
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def since_start() -> float:
+    """Seconds since this process began, as far as the system tells."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        up = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, up - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 if __name__ == "__main__":

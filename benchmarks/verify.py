@@ -20,9 +20,11 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from retro_kernels.testing import FP32_TOLERANCE, KERNEL_FLOOR
+
 from .workloads import ATTENTIONS, CAUSAL_SELF, DROPOUT, DROPOUT_P, MODES, SEED, STEP, Workload
 
-FLOORS = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 2e-4}
+FLOORS = {"fp32": FP32_TOLERANCE, "bf16": KERNEL_FLOOR[torch.bfloat16], "fp16": KERNEL_FLOOR[torch.float16]}
 COSINES = {"fp32": 0.999999, "bf16": 0.9995, "fp16": 0.9999}
 EAGER_LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 BIAS, NOISE = 0.01, 0.1

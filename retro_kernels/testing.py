@@ -4,7 +4,7 @@ The tests, the self-check of a GPU (`ops/verification.py`) and the GPU suite jud
 and the names of the options that are on; `make` draws its tensors.
 
 The rule. The truth is the reference in fp64. An fp32 result may be FP32_TOLERANCE of the largest true value off, a
-result in half precision twice as far as the same computation in plain PyTorch of that precision, and HALF_FLOOR more.
+result in half precision twice as far as the same computation in plain PyTorch of that precision, and a floor more.
 """
 
 from __future__ import annotations
@@ -297,7 +297,10 @@ def same_precision(arguments: dict[str, Any], grad_out: torch.Tensor) -> dict[st
 
 
 FP32_TOLERANCE = 1e-5
-HALF_FLOOR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}  # two roundings of the largest value
+# Where tensors are so small that plain PyTorch may round nothing by chance: two roundings of the largest value.
+HALF_FLOOR = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# At the sizes of the self-check, the GPU suite and the bench, where its error has such roundings.
+KERNEL_FLOOR = {torch.float16: 2e-4, torch.bfloat16: 1e-3}
 
 
 def error(given: torch.Tensor, expected: torch.Tensor) -> float:
@@ -326,12 +329,12 @@ def assert_close(
 
 def assert_twice(
     given: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
-    dtype: torch.dtype,
+    dtype: torch.dtype, floors: dict[torch.dtype, float] = HALF_FLOOR,
 ) -> float:  # fmt: skip
-    """The twice-the-error rule: against fp64, at most twice the error of same-precision PyTorch plus a floor of two
-    roundings to the dtype. Raises Wrong -> the largest error."""
+    """The twice-the-error rule: against fp64, at most twice the error of same-precision PyTorch plus a floor. Raises
+    Wrong -> the largest error."""
     return _largest(
-        (name, error(given[name], x), 2 * error(plain[name], x) + HALF_FLOOR[dtype]) for name, x in expected.items()
+        (name, error(given[name], x), 2 * error(plain[name], x) + floors[dtype]) for name, x in expected.items()
     )
 
 
@@ -439,7 +442,8 @@ def class_case(wanted: Class, odd: bool) -> Case:
     elif operation == "cross":
         sizes |= {"r": rows, "l": 2, "m": wanted.slots - (7 if odd else 0)}
     if odd:
-        on |= {"mask"} if sizes.get("l") == 1 else {"mask", "empty_chunk"}
+        # Where the null slot alone is left, its logit's gradient is a difference that cancels to 0: all rounding.
+        on |= {"mask"} if sizes.get("l") == 1 or "null" in on else {"mask", "empty_chunk"}
     return Case(
         str(wanted), operation, d=wanted.head_dim, d_value=wanted.value_dim, causal="causal" in wanted.options,
         documents=documents if "packed" in wanted.options else None,
@@ -516,7 +520,7 @@ def _check_problem(wanted: Class, odd: bool, backend: str, device: torch.device)
     else:
         with plain_precision():
             plain = run(arguments, "reference", grad_out)
-        largest = assert_twice(given, plain, expected, dtype)
+        largest = assert_twice(given, plain, expected, dtype, KERNEL_FLOOR)
     for name, x in given.items():
         if not torch.equal(x, again[name]):
             raise Wrong(f"{name}: two runs of one problem give other bits")

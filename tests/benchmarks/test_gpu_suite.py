@@ -1,6 +1,13 @@
 """The GPU suite runs from end to end on a CPU, and a part that breaks neither stops the rest nor goes unsaid."""
 
+import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import emulator
 import pytest
@@ -65,6 +72,107 @@ def test_a_failing_part_is_said_and_the_rest_runs(tmp_path, monkeypatch):
     assert "ended with 3" in parts["dies"]["detail"]
     assert [parts[name]["status"] for name in ("dies", "fails", "works")] == ["failed", "failed", "ok"]
     assert "2 parts failed" in "\n".join(said)
+
+
+KILLED = """
+import signal, subprocess, sys
+from pathlib import Path
+from benchmarks import gpu_suite
+
+PART = '''
+import json, os, sys, time
+file, parent = sys.argv[1], os.getppid()
+for number in range(1000):
+    checks = [{"check": str(i), "status": "ok", "detail": ""} for i in range(number + 1)]
+    with open(file + ".new", "w") as stream:
+        json.dump({"checks": checks}, stream)
+    os.replace(file + ".new", file)
+    print(number, flush=True)
+    time.sleep(0.1)
+    if os.getppid() != parent:
+        break
+'''
+
+def start(part, work, seconds, reduced):
+    return subprocess.Popen([sys.executable, "-c", PART, str(gpu_suite._file(work, part.name))])
+
+gpu_suite._start = start
+gpu_suite.STAGES = ((gpu_suite.Part("slow", None, 300),),)
+signal.signal(signal.SIGTERM, gpu_suite._interrupt)
+sys.exit(gpu_suite.run(Path(sys.argv[1]), reduced=True))
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
+def test_a_suite_that_is_killed_leaves_what_it_had(tmp_path, how):
+    """At any time the results are a whole document, with every check but the last ones; SIGTERM also leaves the table
+    and the report, and no process."""
+    root = str(Path(__file__).resolve().parents[2])
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": root})  # fmt: skip
+    for line in process.stdout:
+        if line.strip() == "20":
+            break
+    time.sleep(1)
+    process.send_signal(getattr(signal, how))
+    process.wait(60)
+    document = results.load(tmp_path / results.FILE)
+    assert document["interrupted"] is True
+    assert len(document["checks"]) >= 15
+    assert document["parts"][-1]["name"] == "slow"
+    if how == "SIGTERM":
+        assert process.returncode == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "log.txt", "report.html", "table.md"]
+
+
+def test_a_part_whose_context_is_spoilt_goes_on_in_a_fresh_process(tmp_path, monkeypatch):
+    """What was checked is kept and not checked again; the failure stays one."""
+    made = []
+
+    def part(context):
+        return gpu_suite.checks(context, [(name, functools.partial(check, name)) for name in "abc"])
+
+    def check(name):
+        made.append(name)
+        if name == "b":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return "fine"
+
+    monkeypatch.setattr(gpu_suite, "STAGES", ((gpu_suite.Part("p", part, 5),),))
+    monkeypatch.setattr(gpu_suite, "alive", lambda context: False)
+    statuses = []
+    for _ in range(2):
+        gpu_suite.run_part("p", tmp_path, 5.0, True)
+        found = json.loads((tmp_path / "p.json").read_text())
+        statuses.append(found["part"]["status"])
+    assert statuses == ["again", "failed"]
+    assert made == ["a", "b", "c"]
+    assert [entry["status"] for entry in found["checks"]] == ["ok", "failed", "ok"]
+
+
+def test_the_limit_counts_from_the_start_of_the_process():
+    code = "import time; time.sleep(0.5); from benchmarks import gpu_suite; print(gpu_suite.since_start())"
+    began = time.monotonic()
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": root})  # fmt: skip
+    assert 0.45 <= float(done.stdout) <= time.monotonic() - began + 0.05
+
+
+def test_compiled_calls_are_judged_by_the_error_rule(monkeypatch):
+    """The case may have values of another size than its keys, and a compiler's other rounding is no fault."""
+    case = gpu_checks.Case("", b=1, n=37, m=8, k=2, r=8, h=2, hk=1, d=32, d_value=16, options=gpu_checks.EVERY)
+    for dtype in ("fp32", "bf16"):
+        assert "fullgraph" in gpu_checks.check_compiled(case, CPU, "cpu", "aot_eager", dtype)
+    real = gpu_checks.torch.compile
+
+    def wrong(function, **options):
+        compiled = real(function, **options)
+        return lambda *leaves: compiled(*leaves) * 1.001
+
+    monkeypatch.setattr(gpu_checks.torch, "compile", wrong)
+    with pytest.raises(gpu_checks.Wrong, match="of the compiled call"):
+        gpu_checks.check_compiled(case, CPU, "cpu", "aot_eager", "fp32")
 
 
 def test_a_part_that_raises_leaves_its_reason(tmp_path, monkeypatch):
