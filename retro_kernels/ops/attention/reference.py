@@ -108,6 +108,9 @@ def attend(
     compute = accumulation_dtype(call.query.dtype)
     query, key, value = (x.to(compute) for x in (query, key, value))
 
+    if mask is not None and call.null_key is None:  # a row that sees nothing may hold anything, as one that is no token
+        shown = mask.flatten(1).any(1)[:, None, None].expand(g, query.shape[1], rows)
+        attends = shown if attends is None else attends & shown
     # Masked tokens are zeroed as well as masked: their keys and values may hold NaN, and 0 * NaN would reach the sums.
     query, key, value = _only(query, attends), _only(key, mask), _only(value, mask)
     if hk != h:  # query head i reads key/value head i // (h / hk)
