@@ -37,6 +37,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NamedTuple
@@ -306,7 +307,9 @@ def make_object(kind: str, command: list[str], source: Path, output: Path) -> No
         pass
     stamp.unlink(missing_ok=True)
     say(f"compiling {source.relative_to(ROOT)}")
+    began = time.time()
     run(kind, command)
+    os.utime(output, (began, began))  # what is edited meanwhile is newer
     stamp.write_text(text)
 
 
