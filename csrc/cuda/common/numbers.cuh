@@ -6,7 +6,6 @@ namespace retro_kernels {
 
 #if defined(__CUDACC__)
 
-RK_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 RK_DEVICE float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -30,16 +29,12 @@ RK_DEVICE void wait_for_predecessor() {
 
 #else
 
-inline float bits_to_float(uint32_t bits) { return emulator::float_of_bits(bits); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline void prefetch(const void*) {}
 inline void let_successor_start() {}
 inline void wait_for_predecessor() {}
 
 #endif
-
-RK_DEVICE float not_a_number() { return bits_to_float(0x7fc00000u); }
-RK_DEVICE float larger(float x, float y) { return x > y ? x : y; }  // neither is NaN, or x is not
 
 RK_DEVICE float half_to_float(uint32_t bits) {
   float low, high;

@@ -73,6 +73,19 @@ RK_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The larger and the smaller of two numbers, NaN where one of them is: fmaxf and fminf would drop it.
+RK_DEVICE float larger(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+RK_DEVICE float smaller(float x, float y) {
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+// A product that no sum takes in unrounded (FMA): what is subtracted from itself is 0.
+RK_DEVICE float multiply_rounded(float x, float y) { return __fmul_rn(x, y); }
 
 #else
 
@@ -180,8 +193,14 @@ void multiply_add(T type, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
   emulator::multiply_add(type, c, a, b0, b1);
 }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float larger(float x, float y) { return x > y || x != x ? x : y; }
+inline float smaller(float x, float y) { return x < y || x != x ? x : y; }
+inline float multiply_rounded(float x, float y) { return x * y; }
 
 #endif
+
+// Of a weight: exp2(x) where x is at most 0 but for its rounding, which large logits make large. NaN stays.
+RK_DEVICE float exp2_bounded(float x) { return exp2_fast(smaller(x, 0.0f)); }
 
 // sum += x . y, of eight numbers each.
 template <class T>

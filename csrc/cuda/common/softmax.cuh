@@ -1,4 +1,8 @@
 // The softmax over key tiles that come one after the other, of the two rows that a lane holds in sums of 16 rows.
+//
+// Of what is not finite it makes what PyTorch's does: a logit that is NaN makes its row's output, lse and gradients NaN,
+// one that is inf its output and gradients, with an lse of inf. An lse of -inf says that a row saw nothing, and no other
+// value says so.
 #pragma once
 #include "tile.cuh"
 
@@ -6,25 +10,43 @@ namespace retro_kernels {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-RK_DEVICE float minus_infinity() {
+RK_DEVICE float bits_to_float(uint32_t bits) {
 #if !defined(RK_EMULATED)
-  return __int_as_float(0xff800000);
+  return __uint_as_float(bits);
 #else
-  return -INFINITY;
+  return emulator::float_of_bits(bits);
 #endif
+}
+RK_DEVICE float infinity() { return bits_to_float(0x7f800000u); }
+RK_DEVICE float minus_infinity() { return bits_to_float(0xff800000u); }
+RK_DEVICE float not_a_number() { return bits_to_float(0x7fc00000u); }
+
+// What is subtracted from the logits of a row (base 2), the largest of which is `largest`, before exp2 takes them.
+RK_DEVICE float base_of(float largest) { return largest == minus_infinity() ? 0.0f : largest; }  // -inf - -inf is NaN
+
+// The natural logarithm of a row's sum, which is 2^largest times `total`; log2_total is total's.
+RK_DEVICE float log_of_sum(float largest, float total, float log2_total) {
+  if (total == 0.0f) return minus_infinity();
+  return largest == infinity() ? largest : kLn2 * (largest + log2_total);
+}
+
+// What the backward subtracts from a row's logits (base 2). inf marks a row that saw nothing or is not there. Where a
+// logit was inf all weights are NaN.
+constexpr float kNothing = __builtin_huge_valf();
+RK_DEVICE float shift_of(float lse) {
+  return lse == minus_infinity() ? kNothing : lse == infinity() ? not_a_number() : lse * kLog2E;
 }
 
 // Scores become logits in base 2 (times scale * log2 e), and those of hidden slots -inf. `visible`: bit i is slot i of
 // the tile, whose columns start at `column`.
 template <int N>
 RK_DEVICE void hide(float (&scores)[N][4], float scale_log2, uint64_t visible) {
-  const int first = lane_index() % 4 * 2;
+  const uint64_t mine = visible >> (lane_index() % 4 * 2);
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const uint32_t bits = static_cast<uint32_t>(visible >> (8 * n + first));
+  for (int n = 0; n < N; ++n)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) scores[n][e] = bits >> (e % 2) & 1 ? scores[n][e] * scale_log2 : minus_infinity();
-  }
+    for (int e = 0; e < 4; ++e)
+      scores[n][e] = mine >> (8 * n + e % 2) & 1 ? multiply_rounded(scores[n][e], scale_log2) : minus_infinity();
 }
 
 struct OnlineSoftmax {
@@ -39,10 +61,10 @@ struct OnlineSoftmax {
     for (int half = 0; half < 2; ++half) {
       float top = maximum[half];
 #pragma unroll
-      for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(logits[n][2 * half], logits[n][2 * half + 1]));
-      top = fmaxf(top, shuffle_xor(top, 1));
-      top = fmaxf(top, shuffle_xor(top, 2));
-      const float base = top == minus_infinity() ? 0.0f : top;  // a row that has seen nothing yet
+      for (int n = 0; n < N; ++n) top = larger(top, larger(logits[n][2 * half], logits[n][2 * half + 1]));
+      top = larger(top, shuffle_xor(top, 1));
+      top = larger(top, shuffle_xor(top, 2));
+      const float base = base_of(top);
       const float shrink = exp2_fast(maximum[half] - base);
       maximum[half] = top;
       sum[half] *= shrink;
@@ -64,9 +86,8 @@ struct OnlineSoftmax {
     for (int half = 0; half < 2; ++half) {
       sum[half] += shuffle_xor(sum[half], 1);
       sum[half] += shuffle_xor(sum[half], 2);
-      factor[half] = sum[half] > 0.0f ? 1.0f / sum[half] : 0.0f;
-      if (sum[half] != sum[half]) factor[half] = sum[half];  // NaN in visible input stays NaN
-      lse[half] = sum[half] == 0.0f ? minus_infinity() : maximum[half] * kLn2 + logf(sum[half]);
+      factor[half] = sum[half] == 0.0f ? 0.0f : 1.0f / sum[half];
+      lse[half] = log_of_sum(maximum[half], sum[half], log2f(sum[half]));
     }
   }
 };

@@ -77,6 +77,13 @@ RK_DEVICE void clear(float (&c)[N][4]) {
     for (int e = 0; e < 4; ++e) c[n][e] = 0.0f;
 }
 
+// Row `half` of this lane: what its weights of 0 met may have been NaN.
+template <int N>
+RK_DEVICE void clear_row(float (&c)[N][4], int half) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) c[n][2 * half] = c[n][2 * half + 1] = 0.0f;
+}
+
 // c [16 x 8 N] += a [16 x K] b [K x 8 N]: left(a, k) loads 16 columns from k on, right(b, k, n) two tiles of 8 columns
 // from column n on. (Of an odd N the last tile's neighbour is loaded and not used.)
 template <class T, int K, int UNROLL = K / 16, int N, class Left, class Right>

@@ -71,12 +71,12 @@ RK_DEVICE void soften(const Attend& p, AttendShared<kRows>& f, int split, int sl
       largest = larger(largest, score[i]);
     }
     for (int distance = 16; distance > 0; distance /= 2) largest = larger(largest, shuffle_xor(largest, distance));
-    const float base = largest == minus_infinity() ? 0.0f : largest;  // -inf - -inf would be NaN
+    const float base = base_of(largest);
     float total = 0.0f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int slot = lane + 32 * i;
-      const float weight = exp2_fast(score[i] - base);
+      const float weight = exp2_bounded(score[i] - base);
       total += weight;
       if (slot < slots) f.products[r][slot] = weight * f.value_factor[slot];
     }
@@ -184,10 +184,10 @@ RK_KERNEL(kThreads, 3) combine_kernel(RK_PARAMETER Attend p) {
     for (int s = 0; s < p.splits; ++s) largest = larger(largest, p.statistics[s * rows + row]);
     const float null_logit = p.null_logit ? kLog2E * p.null_logit[row] : minus_infinity();
     largest = larger(largest, null_logit);
-    const float base = largest == minus_infinity() ? 0.0f : largest;
+    const float base = base_of(largest);
 #pragma unroll 4
     for (int s = 0; s < p.splits; ++s) {
-      const float weight = exp2_fast(p.statistics[s * rows + row] - base);
+      const float weight = exp2_bounded(p.statistics[s * rows + row] - base);
       const Four part = *reinterpret_cast<const Four*>(p.sums + (s * rows + row) * p.dim_value + column);
       total += weight * p.statistics[(p.splits + s) * rows + row];
       sum[0] += weight * part.x;
@@ -196,7 +196,7 @@ RK_KERNEL(kThreads, 3) combine_kernel(RK_PARAMETER Attend p) {
       sum[3] += weight * part.w;
     }
     if (p.null_logit) {
-      const float weight = exp2_fast(null_logit - base);
+      const float weight = exp2_bounded(null_logit - base);
       total += weight;
       if (p.null_value)
 #pragma unroll
@@ -210,7 +210,7 @@ RK_KERNEL(kThreads, 3) combine_kernel(RK_PARAMETER Attend p) {
   for (int i = 0; i < 4; ++i)
     store_number(p.out_type, p.out, row * p.dim_value + column + i, state == kAttends ? sum[i] * inverse : other);
   if (column == 0) {
-    const float natural = total == 0.0f ? minus_infinity() : kLn2 * (largest + log2_fast(total));
+    const float natural = log_of_sum(largest, total, log2_fast(total));
     p.lse[row] = state == kAttends ? natural : state == kIdle ? minus_infinity() : not_a_number();
   }
 }

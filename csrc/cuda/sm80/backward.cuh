@@ -28,8 +28,8 @@ struct BackwardShape {
   using Square = TileLayout<KEYS>;
   static constexpr Shared kQuery = 0, kGradOut = kQuery + Layout::bytes(ROWS), kKey = kGradOut + Layout::bytes(ROWS),
                           kValue = kKey + Layout::bytes(KEYS), kWeights = kValue + Layout::bytes(KEYS),
-                          kGradScores = kWeights + Square::bytes(ROWS), kLse = kGradScores + Square::bytes(ROWS),
-                          kDelta = kLse + 4 * ROWS, kWords = kDelta + 4 * ROWS;
+                          kGradScores = kWeights + Square::bytes(ROWS), kShift = kGradScores + Square::bytes(ROWS),
+                          kDelta = kShift + 4 * ROWS, kWords = kDelta + 4 * ROWS;
 
   static size_t shared_bytes(int64_t slots) { return kWords + 8 * ceil_div(slots + 1, 64); }
 };
@@ -92,8 +92,7 @@ attention_backward(RK_PARAMETER Problem p) {
     start_rows<DIM, ROWS, kThreads>(Shape::kGradOut, p.grad_out, row_places(p, g, p.grad_out_stride, head), first, wanted);
     const Places lse = row_places(p, g, p.lse_stride, head);
     for (int row = thread_index(); row < ROWS; row += kThreads) {
-      const float x = wanted(row) ? p.lse[lse.at(first + row)] : minus_infinity();
-      shared_pointer<float>(Shape::kLse)[row] = x == minus_infinity() ? -x : x * kLog2E;
+      shared_pointer<float>(Shape::kShift)[row] = wanted(row) ? shift_of(p.lse[lse.at(first + row)]) : kNothing;
     }
   };
   // delta = sum of grad_out * out, once the block has landed; a barrier must follow.
@@ -121,6 +120,7 @@ attention_backward(RK_PARAMETER Problem p) {
   const int my_key = warp_index() / Shape::kColumnSplits * 16;
   const int my_column = warp_index() % Shape::kColumnSplits * kKeyColumns;
   // The weights and the gradient of the scores (without scale) of the block and the tile in shared memory go there, too.
+  const float scale_log2 = p.scale * kLog2E;
   const auto score = [&](int tile, bool weights_too) {
     const int first_key = split * (KEYS / Shape::kKeySplits);
     float weights[kScoreTiles][4], grad[kScoreTiles][4];
@@ -128,7 +128,6 @@ attention_backward(RK_PARAMETER Problem p) {
     multiply<T, DIM, 2>(
         weights, [&](uint32_t(&a)[4], int k) { load_a<DIM>(a, Shape::kQuery, row, k); },
         [&](uint32_t(&b)[4], int k, int n) { load_b_transposed<DIM>(b, Shape::kKey, k, first_key + n); });
-    hide(weights, p.scale * kLog2E, visible(tile) >> first_key);
     clear(grad);
     multiply<T, DIM, 2>(
         grad, [&](uint32_t(&a)[4], int k) { load_a<DIM>(a, Shape::kGradOut, row, k); },
@@ -136,13 +135,15 @@ attention_backward(RK_PARAMETER Problem p) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int y = row + lane_index() / 4 + 8 * half;
-      const float lse = shared_pointer<float>(Shape::kLse)[y], delta = shared_pointer<float>(Shape::kDelta)[y];
+      const float shift = shared_pointer<float>(Shape::kShift)[y], delta = shared_pointer<float>(Shape::kDelta)[y];
+      const uint64_t seen = shift == kNothing ? 0 : visible(tile) >> (first_key + lane_index() % 4 * 2);
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {
         float w[2], d[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          w[e] = exp2_fast(weights[n][2 * half + e] - lse);
+          const float weight = exp2_bounded(weights[n][2 * half + e] * scale_log2 - shift);
+          w[e] = seen >> (8 * n + e) & 1 ? weight : 0.0f;
           d[e] = w[e] * (grad[n][2 * half + e] - delta);
         }
         const int x = first_key + 8 * n + lane_index() % 4 * 2;
@@ -252,6 +253,7 @@ attention_backward(RK_PARAMETER Problem p) {
     for (int half = 0; half < 2; ++half) {
       const int slot = tile * KEYS + my_key + lane_index() / 4 + 8 * half;
       wanted[half] = slot < g.slots;
+      if (p.mask && !(visible(tile) >> (slot % KEYS) & 1)) clear_row(grad_keys, half), clear_row(grad_values, half);
       to_key[half] = p.grad_key + (wanted[half] ? grad_key.at(slot) : 0) + my_column;
       to_value[half] = p.grad_value + (wanted[half] ? grad_value.at(slot) : 0) + my_column;
     }

@@ -172,6 +172,10 @@ RK_DEVICE void consume_absorbed(const Absorbed& f, int head) {
           multiply_columns(T(), turned, rows_descriptor(query + k / 4 * kPanel + k % 4 * 32),
                            columns_descriptor(S::weights(ring.at, head) + k * 2 * kBlock, 0), k > 0);
         wait_for_products(turned);
+        if (column + 64 > f.width)  // beyond the width inf times 0 would be NaN
+#pragma unroll
+          for (int j = 0; j < 32; ++j)
+            if (column + j / 4 * 8 >= f.width) turned[j] = 0.0f;
         round_product<T>(turned, left);
         fence_products();
 #pragma unroll
@@ -187,13 +191,13 @@ RK_DEVICE void consume_absorbed(const Absorbed& f, int head) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             float& s = score[4 * j + 2 * r + c];
-            s = visible[j / 4] >> (j % 4 * 8 + 2 * (lane % 4) + c) & 1 ? s * scale : minus_infinity();
+            s = visible[j / 4] >> (j % 4 * 8 + 2 * (lane % 4) + c) & 1 ? multiply_rounded(s, scale) : minus_infinity();
             largest[r] = larger(largest[r], s);
           }
         }
         largest[r] = larger(largest[r], shuffle_xor(largest[r], 1));
         largest[r] = larger(largest[r], shuffle_xor(largest[r], 2));
-        const float base = largest[r] == minus_infinity() ? 0.0f : largest[r];  // -inf - -inf would be NaN
+        const float base = base_of(largest[r]);
 #pragma unroll
         for (int j = 0; j < kStateRows / 8; ++j) {
           const float first = exp2_fast(score[4 * j + 2 * r] - base);

@@ -37,8 +37,8 @@ struct BackwardShape {
   static constexpr int kTile = kPanels * kPanel;  // bytes of 64 rows
   static constexpr int kRowStages = 2, kSlotStages = 3;
   static constexpr int kThreads = 3 * 128, kConsumerRegisters = 232, kProducerRegisters = 40;
-  // Of a channel: rows, slots, and the scores' gradient of each warpgroup. Then all warpgroups' lse and delta, and
-  // barriers.
+  // Of a channel: rows, slots, and the scores' gradient of each warpgroup. Then all warpgroups' shift and delta,
+  // and barriers.
   static constexpr int kTiles = (3 * kRowStages + 2 * kSlotStages) * kTile + kPanels * kPanel;
   static constexpr int kNumbers = 2 * kRows * 4, kBarriers = 2 * (kRowStages + kSlotStages);
   static constexpr size_t kBytes = kChannels * (kTiles + kBarriers * 8) + 2 * kNumbers;
@@ -55,10 +55,10 @@ struct BackwardChannel {
   RK_DEVICE Shared key(int stage) const { return query(S::kRowStages) + 2 * stage * S::kTile; }
   RK_DEVICE Shared value(int stage) const { return key(stage) + S::kTile; }
   RK_DEVICE Shared grad_scores(int panel) const { return key(S::kSlotStages) + panel * kPanel; }
-  RK_DEVICE Shared lse(int panel) const {
+  RK_DEVICE Shared shift(int panel) const {
     return S::kChannels * S::kTiles + (channel * S::kPanels + panel) * S::kNumbers;
   }
-  RK_DEVICE Shared delta(int panel) const { return lse(panel) + kRows * 4; }
+  RK_DEVICE Shared delta(int panel) const { return shift(panel) + kRows * 4; }
   RK_DEVICE Shared barrier(int i) const {
     return S::kChannels * S::kTiles + 2 * S::kNumbers + (channel * S::kBarriers + i) * 8;
   }
@@ -175,8 +175,7 @@ RK_DEVICE void produce(const Backward& f, const BackwardChannel<kDim> c) {
 
 // ---- a consumer warpgroup
 
-// Waits for a block of rows and finds its delta = sum of grad_out * out. A row that does not exist or sees nothing gets
-// the lse inf, which says so.
+// Waits for a block of rows and finds its delta = sum of grad_out * out, and the shift of its logits.
 template <class T, int kDim>
 RK_DEVICE void take_rows(const Backward& f, const BackwardChannel<kDim> c, int panel,
                          const Place<BackwardShape<kDim>::kRowStages>& at, const Owned& o, int block) {
@@ -184,10 +183,11 @@ RK_DEVICE void take_rows(const Backward& f, const BackwardChannel<kDim> c, int p
   const Block b = block_at(f, o, block);
   const int half = thread_index() % 2, row = thread_index() % 128 / 2, token = b.token + row;
   const bool there = row < f.box_rows && token >= 0 && token < p.tokens;
-  float lse = minus_infinity(), delta = 0.0f;
+  float shift = kNothing, delta = 0.0f;
   if (there)
-    lse = p.lse[o.batch * p.lse_stride.batch + b.head * p.lse_stride.head + token * p.lse_stride.token +
-                (p.grouping == kClock ? 0 : o.chunk * p.lse_stride.chunk + b.neighbour * p.lse_stride.neighbour)];
+    shift = shift_of(
+        p.lse[o.batch * p.lse_stride.batch + b.head * p.lse_stride.head + token * p.lse_stride.token +
+              (p.grouping == kClock ? 0 : o.chunk * p.lse_stride.chunk + b.neighbour * p.lse_stride.neighbour)]);
   wait(c.rows_full(at.at), at.parity);
   if (there) {
 #pragma unroll
@@ -199,7 +199,7 @@ RK_DEVICE void take_rows(const Backward& f, const BackwardChannel<kDim> c, int p
   }
   delta += shuffle_xor(delta, 1);
   if (half == 0) {
-    shared_pointer<float>(c.lse(panel))[row] = lse == minus_infinity() ? -lse : lse * kLog2E;
+    shared_pointer<float>(c.shift(panel))[row] = shift;
     shared_pointer<float>(c.delta(panel))[row] = delta;
   }
   c.meet(panel);
@@ -249,7 +249,7 @@ RK_DEVICE void meet_rows_and_slots(const Backward& f, const BackwardChannel<kDim
   wait_for_products(weight);
   wait_for_products(grad);
 
-  const float* lse = shared_pointer<float>(c.lse(panel));
+  const float* shift = shared_pointer<float>(c.shift(panel));
   const float* delta = shared_pointer<float>(c.delta(panel));
   uint32_t weights[4][4], grads[4][4];  // left factors: 16 rows each
 #pragma unroll
@@ -257,14 +257,14 @@ RK_DEVICE void meet_rows_and_slots(const Backward& f, const BackwardChannel<kDim
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int row = 8 * j + lane % 4 * 2 + e;
-      const float lse_of_row = lse[row], delta_of_row = delta[row];
+      const float shift_of_row = shift[row], delta_of_row = delta[row];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         // asked of both, as what is not seen may be NaN
-        const bool seen = (visible >> (first + 8 * r) & 1) != 0 && lse_of_row < -minus_infinity();
+        const bool seen = (visible >> (first + 8 * r) & 1) != 0 && shift_of_row != kNothing;
         float& w = weight[4 * j + 2 * r + e];
         float& g = grad[4 * j + 2 * r + e];
-        w = seen ? exp2_fast(w * scale - lse_of_row) : 0.0f;
+        w = seen ? exp2_bounded(w * scale - shift_of_row) : 0.0f;
         g = seen ? w * (g - delta_of_row) : 0.0f;
       }
     }
@@ -319,18 +319,19 @@ RK_DEVICE void meet_rows_and_slots(const Backward& f, const BackwardChannel<kDim
   c.meet(panel);
 }
 
-// This warpgroup's columns of a gradient into its panel of a tile. Rows from `rows` on stay 0: no box fills them anew.
+// This warpgroup's columns of a gradient into its panel of a tile, 0 in rows that are not `wanted` (a bit each): rows
+// that no box fills anew, and those of hidden slots, whose weights of 0 may have met NaN.
 template <class T>
-RK_DEVICE void put(Shared panel, const float (&sum)[32], float factor, int rows) {
+RK_DEVICE void put(Shared panel, const float (&sum)[32], float factor, uint64_t wanted) {
   const int lane = lane_index(), first = warp_index() % 4 * 16 + lane / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float f = first + 8 * r < rows ? factor : 0.0f;
+    const bool here = wanted >> (first + 8 * r) & 1;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const float x = sum[4 * j + 2 * r], y = sum[4 * j + 2 * r + 1];
       *shared_pointer<uint32_t>(panel + swizzled(first + 8 * r, j * 16) + lane % 4 * 4) =
-          f == 0.0f ? 0u : pack(T(), x * f, y * f);  // 0 times NaN is NaN
+          here ? pack(T(), x * factor, y * factor) : 0u;
     }
   }
 }
@@ -341,7 +342,7 @@ RK_DEVICE void store_rows(const Backward& f, const BackwardChannel<kDim> c, int 
                           int block, const float (&grad_query)[32]) {
   const Shared tile = c.query(stage) + panel * kPanel;
   c.meet_all();  // the other warpgroup has multiplied with the queries too
-  put<T>(tile, grad_query, f.p.scale, f.box_rows);
+  put<T>(tile, grad_query, f.p.scale, ~uint64_t{0} >> (kRows - f.box_rows));
   fence_async();
   c.meet(panel);
   if (thread_index() % 128 == 0) {
@@ -356,11 +357,12 @@ RK_DEVICE void store_rows(const Backward& f, const BackwardChannel<kDim> c, int 
 // The same of a tile of slots.
 template <class T, int kDim>
 RK_DEVICE void store_slots(const Backward& f, const BackwardChannel<kDim> c, int panel, int stage, const Owned& o,
-                           int tile, const float (&grad_key)[32], const float (&grad_value)[32]) {
+                           int tile, uint64_t visible, const float (&grad_key)[32],
+                           const float (&grad_value)[32]) {
   const Shared key = c.key(stage) + panel * kPanel, value = c.value(stage) + panel * kPanel;
   c.meet_all();
-  put<T>(key, grad_key, f.p.scale, kSlots);
-  put<T>(value, grad_value, 1.0f, kSlots);
+  put<T>(key, grad_key, f.p.scale, visible);
+  put<T>(value, grad_value, 1.0f, visible);
   fence_async();
   c.meet(panel);
   if (thread_index() % 128 == 0) {
@@ -392,7 +394,7 @@ RK_DEVICE void consume(const Backward& f, const BackwardChannel<kDim> c, int pan
           meet_rows_and_slots<T, kDim, kAdded, kPasses == kOneBlock ? kFresh : kNone>(
               f, c, panel, rows.at, slots.at, visible, grad_query, grad_key, grad_value);
           if (kPasses == kOneBlock)
-            store_slots<T>(f, c, panel, slots.at, o, tile, grad_key, grad_value);
+            store_slots<T>(f, c, panel, slots.at, o, tile, visible, grad_key, grad_value);
           else if (speaks)
             arrive(c.slots_empty(slots.at));
           slots.next();
@@ -415,7 +417,7 @@ RK_DEVICE void consume(const Backward& f, const BackwardChannel<kDim> c, int pan
             arrive(c.rows_empty(rows.at));
           rows.next();
         }
-        store_slots<T>(f, c, panel, slots.at, o, tile, grad_key, grad_value);
+        store_slots<T>(f, c, panel, slots.at, o, tile, visible, grad_key, grad_value);
         slots.next();
       }
   }

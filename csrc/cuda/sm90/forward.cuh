@@ -144,13 +144,13 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             float& s = score[4 * j + 2 * r + c];
-            s = visible >> (8 * j + 2 * (lane % 4) + c) & 1 ? s * scale : minus_infinity();
+            s = visible >> (8 * j + 2 * (lane % 4) + c) & 1 ? multiply_rounded(s, scale) : minus_infinity();
             highest = larger(highest, s);
           }
         }
         highest = larger(highest, shuffle_xor(highest, 1));
         highest = larger(highest, shuffle_xor(highest, 2));
-        const float base = highest == minus_infinity() ? 0.0f : highest;  // -inf - -inf would be NaN
+        const float base = base_of(highest);
         const float shrink = exp2_fast(largest[r] - base);
         largest[r] = highest;
         total[r] *= shrink;

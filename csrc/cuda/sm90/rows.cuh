@@ -38,7 +38,7 @@ RK_DEVICE void finish_rows(const Problem& p, Shared tile, int barrier, int first
           pack(T(), out[4 * j + 2 * r] * inverse, out[4 * j + 2 * r + 1] * inverse);
     if (lane % 4 == 0 && row < rows && token >= 0 && token < p.tokens)
       p.lse[lse + token * p.lse_stride.token] =
-          total[r] == 0.0f ? minus_infinity() : kLn2 * (largest[r] + log2_fast(total[r]));
+          log_of_sum(largest[r], total[r], log2_fast(total[r]));
   }
   fence_async();
   named_barrier(barrier, 128);

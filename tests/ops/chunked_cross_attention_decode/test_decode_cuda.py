@@ -240,3 +240,46 @@ def test_opcheck(test):
     arguments = [x["query"][:, :1].contiguous(), x["key"][:, 0], x["value"][:, 0], *(11 * [None])]
     arguments[11] = torch.tensor([9, 9, 9])
     torch.library.opcheck(torch.ops.retro_kernels.decode_cuda.default, [*arguments, False, 0.3, M], test_utils=test)
+
+
+@pytest.mark.parametrize("what", ["NaN of query", "NaN of key", "NaN of value", "inf of query", "NaN of null_key"])
+def test_what_is_not_finite_comes_out_as_of_pytorch(what):
+    """Of sequence 1 alone, and of its head and the tokens that the number belongs to: NaN, and an lse of inf where a
+    logit is; 300 slots are several tiles."""
+    x = of_eights(("mask", "null"), k=3, r=100)
+    name = what.split(" of ")[1]
+    clean = step(x, 9, 2, backend="cuda")
+    spoilt = x | {name: x[name].clone()}
+    value = float("nan") if what.startswith("NaN") else float("inf")
+    seen = int(x["neighbour_mask"][1, 0].flatten().nonzero()[5])
+    if name == "query":
+        spoilt[name][1, 9, 2, 3] = value
+    elif name == "null_key":
+        spoilt[name][2, 3] = value
+    else:
+        spoilt[name][1, 0].view(300, *x[name].shape[4:])[seen, 1, 3] = value  # heads 2 and 3
+    out, lse = step(spoilt, 9, 2, backend="cuda")
+    touched = torch.zeros(3, 2, 4, dtype=torch.bool)
+    all_of = slice(None)
+    places = {"query": (1, 0, 2), "null_key": (all_of, all_of, 2)}
+    touched[places.get(name, (1, all_of, slice(2, 4)))] = True
+    assert torch.equal(out.isnan().any(-1), touched)
+    assert out[touched].isnan().sum() == touched.sum() * (1 if name == "value" else out.shape[-1])
+    assert torch.equal(out[~touched], clean[0][~touched])
+    assert torch.equal(lse[~touched], clean[1][~touched])
+    if name == "value":
+        assert torch.equal(lse, clean[1])
+    elif what.startswith("inf"):
+        assert (lse[touched] == value).all()
+    else:
+        assert lse[touched].isnan().all()
+
+
+def test_large_logits_give_no_weight_above_one():
+    """The null slot's logit is rounded to 2^-24 of itself, hundreds at 1e10: less the largest it is at most 0."""
+    for seed in range(20):
+        x = of_eights(("null",), seed=seed)
+        x |= {"value": torch.ones_like(x["value"]), "null_value": torch.ones_like(x["null_value"]), "scale": 1e10}
+        out, lse = step(x, 9, 1, backend="cuda")
+        assert (out == 1).all()
+        assert lse.isfinite().all()

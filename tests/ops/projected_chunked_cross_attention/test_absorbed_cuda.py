@@ -109,3 +109,26 @@ def test_refusals_name_what_is_not_taken(change, message):
     x = make(torch.bfloat16, 1, 20, 2, 1, 64, 1, 2, 16, 64) | {"chunk_size": 16} | change
     with pytest.raises(ValueError, match=message):
         rk.projected_chunked_cross_attention(**x, strategy="absorb", backend="cuda")
+
+
+@pytest.mark.parametrize("what", ["NaN of query", "NaN of encoded", "inf of query"])
+def test_what_is_not_finite_comes_out_as_of_pytorch(what):
+    """Of the rows whose logits it reaches, all of the output is NaN, and nothing of any other row."""
+    x = make(torch.bfloat16, 1, 40, 3, 1, 64, 2, 2, 24, 104, masked=True)
+    x["encoded"] = x["encoded"].abs()
+    x["w_key"][:, 3] = 0.1  # so that inf in the query makes no logit inf - inf
+    clean, name = call(x, "cuda", chunk_size=16), what.split(" of ")[1]
+    value = float("nan") if what.startswith("NaN") else float("inf")
+    touched = torch.zeros(1, 40, 3, dtype=torch.bool)
+    if name == "query":
+        x[name] = x[name].clone()
+        x[name][0, 33, 1, 3] = value
+        touched[0, 33, 1] = True
+    else:
+        x[name][(0, 1, *x["neighbour_mask"][0, 1].nonzero()[5], 3)] = value
+        touched[0, 31:] = True
+    out, lse = call(x, "cuda", chunk_size=16)
+    assert out[touched].isnan().all()
+    assert torch.equal(out[~touched], clean[0][~touched])
+    assert torch.equal(lse[~touched], clean[1][~touched])
+    assert lse[touched].isnan().all() if what.startswith("NaN") else (lse[touched] == value).all()
