@@ -137,6 +137,29 @@ def ops(tensor: torch.Tensor) -> Any:
     return torch.ops.retro_kernels_cuda if tensor.device.type == "cuda" else torch.ops.retro_kernels_cuda_emulator
 
 
+def _namespace() -> Any:
+    return torch.ops.retro_kernels_cuda_emulator if emulating() else torch.ops.retro_kernels_cuda
+
+
+def kernels() -> str:
+    """The kernels of the current device, "sm80" or "sm90", which take what they can."""
+    return _namespace().kernels()
+
+
+def set_kernels(name: str) -> None:
+    """Which kernels every device gets from now on: "sm80", "sm90" (what these do not take is the work of sm80's),
+    "sm90 only" (that raises), or "" for the newest. RuntimeError for another name, or where the device cannot run
+    them."""
+    _namespace().set_kernels(name)
+
+
+def launches() -> dict[str, int]:
+    """How many kernels of "sm80", of "sm90" and of "decode" this process has launched since the last question, and how
+    many of all were "overlapping", allowed to start before their predecessor in the stream has ended. So a check can
+    assert which kernels took a call."""
+    return dict(zip(("sm80", "sm90", "decode", "overlapping"), _namespace().launches()))
+
+
 def device_refusal(tensor: torch.Tensor) -> str | None:
     """Why no kernel of the library runs where this query is, or None."""
     if emulating() and tensor.device.type == "cpu":

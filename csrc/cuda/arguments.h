@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "common/problem.h"
+#include "device.h"
 
 namespace retro_kernels {
 
@@ -32,10 +33,10 @@ using MaybeTensor = std::optional<Tensor>;
 class OnDevice {
  public:
 #if defined(RK_EMULATED)
-  explicit OnDevice(const Tensor&) {}
+  explicit OnDevice(const Tensor&) { make_current(0); }
   Stream stream() const { return nullptr; }
 #else
-  explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
+  explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) { make_current(index_); }
   Stream stream() const {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <string>
+#include <tuple>
 
 #include "arguments.h"
 #include "device.h"
@@ -196,6 +197,12 @@ void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTens
 void set_kernels(std::string name) { choose_kernels(name); }
 std::string kernels() { return chosen_kernels() == kSm90 ? "sm90" : "sm80"; }
 
+// Launches since the last question: of sm80's, sm90's and decode's kernels, and how many of all may overlap.
+std::tuple<int64_t, int64_t, int64_t, int64_t> launches() {
+  return {launches_of[kSetSm80].exchange(0), launches_of[kSetSm90].exchange(0), launches_of[kSetDecode].exchange(0),
+          launches_that_overlap.exchange(0)};
+}
+
 }  // namespace
 }  // namespace retro_kernels
 
@@ -211,6 +218,7 @@ RK_DEFINE(m) {
       "Tensor encoded, Tensor w_key, Tensor w_value, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("kernels() -> str");
   m.def("set_kernels(str name) -> ()");
+  m.def("launches() -> (int sm80, int sm90, int decode, int overlapping)");
 }
 
 RK_IMPLEMENT(m) {
@@ -222,4 +230,5 @@ RK_IMPLEMENT(m) {
 RK_IMPLEMENT_ANYWHERE(m) {
   m.impl("kernels", TORCH_BOX(&retro_kernels::kernels));
   m.impl("set_kernels", TORCH_BOX(&retro_kernels::set_kernels));
+  m.impl("launches", TORCH_BOX(&retro_kernels::launches));
 }

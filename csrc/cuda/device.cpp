@@ -3,7 +3,9 @@
 #include <atomic>
 #include <stdexcept>
 
-#if !defined(RK_EMULATED)
+#if defined(RK_EMULATED)
+#include "emulator/driver.h"
+#else
 #include <cuda_runtime_api.h>
 #endif
 
@@ -56,6 +58,15 @@ int multiprocessors() {
 #else
   static std::atomic<int> known[64];
   return remembered(known, [](int device) { return attribute(cudaDevAttrMultiProcessorCount, device); });
+#endif
+}
+
+void make_current(int device) {
+#if defined(RK_EMULATED)
+  static_cast<void>(device);
+  emulator::has_context() = true;
+#else
+  check(cudaSetDevice(device), "cudaSetDevice");  // from CUDA 12 on it binds the context, even of the device that is current
 #endif
 }
 

@@ -1,5 +1,6 @@
 // The device that a call runs on, and which kernels it gets.
 #pragma once
+#include <atomic>
 #include <string>
 
 #include "common/problem.h"
@@ -18,5 +19,18 @@ Kernels chosen_kernels();
 // an error with "sm90 only".
 void choose_kernels(const std::string& name);
 bool only_chosen_kernels();
+
+// Makes the device and its context the calling thread's: PyTorch's autograd worker has none until it has launched
+// something, and without one the driver makes no tensor map.
+void make_current(int device);
+
+// Launches since they were last asked for (bindings.cpp), so that a check can tell which kernels took a call.
+enum KernelSet : int { kSetSm80, kSetSm90, kSetDecode, kKernelSets };
+inline std::atomic<int64_t> launches_of[kKernelSets], launches_that_overlap;
+
+inline void count_launch(KernelSet set, bool overlaps) {
+  launches_of[set].fetch_add(1, std::memory_order_relaxed);
+  if (overlaps) launches_that_overlap.fetch_add(1, std::memory_order_relaxed);
+}
 
 }  // namespace retro_kernels

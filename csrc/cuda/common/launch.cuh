@@ -4,12 +4,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "../device.h"
 #include "platform.cuh"
 #include "problem.h"
 
 namespace retro_kernels {
 
 constexpr int kMostCluster = 8;  // blocks that every GPU with clusters takes
+// From this virtual architecture on wait_for_predecessor() waits (numbers.cuh): a kernel may overlap its predecessor.
+constexpr int kOldestThatWaits = 90;
 
 #if !defined(RK_EMULATED)
 
@@ -37,6 +40,19 @@ void allow_shared(const char* name, size_t bytes) {
   if (device < 64) allowed[device].store(bytes, std::memory_order_relaxed);
 }
 
+// The virtual architecture (80 for compute_80) whose code the driver has loaded for KERNEL: the device may be newer.
+template <auto KERNEL>
+int compiled_for() {
+  static std::atomic<int> known[64];
+  int device = 0, found = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (device < 64 && (found = known[device].load(std::memory_order_relaxed)) > 0) return found;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(KERNEL)), "cudaFuncGetAttributes");
+  if (device < 64) known[device].store(attributes.ptxVersion, std::memory_order_relaxed);
+  return attributes.ptxVersion;
+}
+
 // The blocks of a launch, with room for two attributes.
 struct LaunchConfig {
   cudaLaunchConfig_t config{};
@@ -60,10 +76,10 @@ struct LaunchConfig {
 };
 
 // KERNEL is a template argument so that each has a flag of its own. `overlap`: it may start before the kernel before it
-// in the stream has ended (programmatic dependent launch), and waits for that itself. `cluster`: so many adjacent blocks
-// run together.
+// in the stream has ended (programmatic dependent launch), for which it waits itself where its code can. `cluster`: so
+// many adjacent blocks run together.
 template <auto KERNEL, class Argument>
-void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream stream, const Argument& argument,
+void launch(KernelSet set, const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream stream, const Argument& argument,
             bool overlap = false, int cluster = 1) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
@@ -71,8 +87,10 @@ void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, 
                              " blocks, and CUDA takes 2^31 - 1");
   allow_shared<KERNEL>(name, shared_bytes);
   void* arguments[] = {const_cast<Argument*>(&argument)};
+  overlap = overlap && compiled_for<KERNEL>() >= kOldestThatWaits;
   const LaunchConfig launched(blocks, threads, shared_bytes, stream, overlap, cluster);
   check(cudaLaunchKernelExC(&launched.config, reinterpret_cast<const void*>(KERNEL), arguments), name);
+  count_launch(set, overlap);
 }
 
 // How many clusters the device runs at a time; 0 where it runs none so large.
@@ -93,10 +111,13 @@ int clusters_at_a_time(const char* name, int threads, size_t shared_bytes, int c
 #else
 
 template <auto KERNEL, class Argument>
-void launch(const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream, const Argument& argument,
-            bool = false, int cluster = 1) {
+void launch(KernelSet set, const char* name, int64_t blocks, int threads, size_t shared_bytes, Stream,
+            const Argument& argument, bool overlap = false, int cluster = 1) {
+  if (blocks == 0) return;
+  overlap = overlap && emulator::compiled_for() >= kOldestThatWaits;
+  count_launch(set, overlap);
   try {
-    emulator::launch(blocks, threads, shared_bytes, [&] { KERNEL(argument); }, cluster);
+    emulator::launch(blocks, threads, shared_bytes, [&] { KERNEL(argument); }, cluster, overlap);
   } catch (const emulator::Fault& fault) {
     throw std::runtime_error(std::string("retro_kernels: ") + name + " in the emulator: " + fault.what());
   }

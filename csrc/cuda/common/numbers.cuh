@@ -32,7 +32,7 @@ RK_DEVICE void wait_for_predecessor() {
 inline float log2_fast(float x) { return std::log2(x); }
 inline void prefetch(const void*) {}
 inline void let_successor_start() {}
-inline void wait_for_predecessor() {}
+inline void wait_for_predecessor() { emulator::wait_for_predecessor(); }
 
 #endif
 

@@ -1,5 +1,4 @@
 #include "../common/launch.cuh"
-#include "../device.h"
 #include "attend.cuh"
 #include "kernels.h"
 #include "project.cuh"
@@ -9,8 +8,6 @@ namespace decode {
 namespace {
 
 constexpr size_t kMostQueryBytes = 64 << 10;  // of a block's rows as fp32, up to which it takes more rows
-
-bool overlaps() { return compute_capability() >= 90; }
 
 // Rows of a block: few, or as many as 8 where more would share what it reads. Each is `floats` numbers of shared
 // memory.
@@ -23,17 +20,18 @@ int rows_of_block(int rows, int floats) {
 template <int kRows>
 void attend_rows(const Attend& p, Stream stream) {
   const int rows = p.tokens * (p.heads / p.kv_heads);
-  launch<attend_kernel<kRows>>("decode", static_cast<int64_t>(p.batch) * p.splits * p.kv_heads * ceil_div(rows, kRows),
+  launch<attend_kernel<kRows>>(kSetDecode, "decode",
+                               static_cast<int64_t>(p.batch) * p.splits * p.kv_heads * ceil_div(rows, kRows),
                                kThreads, sizeof(AttendShared<kRows>) + sizeof(float) * kRows * p.dim, stream, p,
-                               overlaps());
+                               true);
 }
 
 template <int kType, int kRows>
 void project_rows(const Project& p, Stream stream) {
   const size_t of_x = p.transposed ? sizeof(float) * kRows * p.columns : 0;
   launch<project_kernel<kType, kRows>>(
-      "decode projection", ceil_div(p.count * (p.heads / p.kv_heads), kRows) * project_parts(p) * p.kv_heads, kThreads,
-      sizeof(ProjectShared<kRows>) + of_x, stream, p, overlaps());
+      kSetDecode, "decode projection", ceil_div(p.count * (p.heads / p.kv_heads), kRows) * project_parts(p) * p.kv_heads, kThreads,
+      sizeof(ProjectShared<kRows>) + of_x, stream, p, true);
 }
 
 template <int kType>
@@ -67,7 +65,7 @@ void attend(const Attend& p, Stream stream) {
       attend_rows<8>(p, stream);
   }
   const int64_t quarters = static_cast<int64_t>(p.batch) * p.tokens * p.heads * (p.dim_value / 4);
-  launch<combine_kernel>("decode combination", ceil_div(quarters, kThreads), kThreads, 0, stream, p, overlaps());
+  launch<combine_kernel>(kSetDecode, "decode combination", ceil_div(quarters, kThreads), kThreads, 0, stream, p, true);
 }
 
 void project(const Project& p, Stream stream) {

@@ -1,5 +1,5 @@
-// The decode kernels as the bindings call them. All launches may overlap their predecessor in the stream where the
-// device can do that (compute capability 9.0 on).
+// The decode kernels as the bindings call them. All launches may overlap their predecessor in the stream where the code
+// that was loaded waits for it: that compiled for 9.0 and newer.
 #pragma once
 #include "../common/problem.h"
 #include "problem.h"

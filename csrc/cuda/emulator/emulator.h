@@ -57,7 +57,7 @@ struct Request {
 
 struct Fiber {
   int thread = 0;  // index in its block
-  bool started = false, done = false;
+  bool started = false, done = false, waited = false;
   ucontext_t entry;
   jmp_buf resume;
   std::unique_ptr<char[]> stack;
@@ -88,11 +88,12 @@ struct Cluster {
 
 class Block {
  public:
-  Block(unsigned index, int threads, size_t shared_bytes, std::function<void()> kernel, uint64_t seed, Cluster* cluster)
+  Block(unsigned index, int threads, size_t shared_bytes, std::function<void()> kernel, uint64_t seed, Cluster* cluster,
+        bool overlaps)
       : index(index), threads(threads), shared_bytes(shared_bytes), cluster(cluster), kernel_(std::move(kernel)),
         random_(seed + index), seeded_(seed != 0), ranked_(seed % 2 == 1), shuffled_(seeded_ && !ranked_),
         shared_(shared_bytes + 2 * kGuard + 1024), warps_((threads + kLanes - 1) / kLanes), order_(warps_.size()),
-        held_until_(warps_.size()) {
+        held_until_(warps_.size()), overlaps_(overlaps) {
     if (threads % kLanes) throw Fault("a block must be whole warps");
     std::memset(shared_.data(), 0xff, shared_.size());
     // the guards tell of a write beside shared memory, and the base is aligned as the kernels ask for
@@ -220,7 +221,7 @@ class Block {
       pool().pop_back();
     }
     fiber->thread = thread;
-    fiber->started = fiber->done = false;
+    fiber->started = fiber->done = fiber->waited = false;
     fiber->groups.clear();
     fiber->open.clear();
     return fiber;
@@ -253,6 +254,8 @@ class Block {
     }
     if (!block.error_ && (!block.running_->open.empty() || !block.running_->groups.empty()))
       block.error_ = std::make_exception_ptr(Fault("a thread ended with asynchronous copies under way"));
+    if (!block.error_ && block.overlaps_ && !block.running_->waited)
+      block.error_ = std::make_exception_ptr(Fault("a thread that may start early has not waited for the kernel before"));
     block.running_->done = true;
     --block.unfinished_;
     ++block.progress_;
@@ -275,6 +278,7 @@ class Block {
   int unfinished_ = threads;
   uint64_t progress_ = 0;
   std::exception_ptr error_;
+  const bool overlaps_;
 };
 
 inline Block*& current() {
@@ -300,16 +304,25 @@ void as(Block* block, Act act) {
   current() = outer;
 }
 
-// Runs `blocks` blocks, `cluster` of them at a time.
+// The virtual architecture that the kernels count as compiled for.
+inline int compiled_for() {
+  const char* given = std::getenv("RETRO_KERNELS_EMULATOR_COMPILED_FOR");
+  return given ? std::atoi(given) : 90;
+}
+
+// Programmatic dependent launch: what code before sm_90 does not do.
+inline void wait_for_predecessor() { current()->running().waited = compiled_for() >= 90; }
+
+// Runs `blocks` blocks, `cluster` of them at a time; `overlaps`: every thread must wait for the kernel before this one.
 inline void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel,
-                   int cluster = 1) {
+                   int cluster = 1, bool overlaps = false) {
   if (blocks % cluster) throw Fault("the blocks of a launch must be whole clusters");
   for (int64_t first = 0; first < blocks; first += cluster) {
     Cluster together;
     std::vector<std::unique_ptr<Block>> owned;
     for (int i = 0; i < cluster; ++i) {
-      owned.push_back(
-          std::make_unique<Block>(static_cast<unsigned>(first + i), threads, shared_bytes, kernel, seed(), &together));
+      owned.push_back(std::make_unique<Block>(static_cast<unsigned>(first + i), threads, shared_bytes, kernel, seed(),
+                                              &together, overlaps));
       together.blocks.push_back(owned.back().get());
       owned.back()->begin();
     }

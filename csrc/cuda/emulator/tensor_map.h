@@ -5,7 +5,7 @@
 namespace retro_kernels {
 namespace emulator {
 
-struct TensorMap {
+struct alignas(64) TensorMap {
   char* data;
   int64_t size[5], stride[5];  // strides in bytes
   int box[5];

@@ -11,7 +11,7 @@ void run(const Problem& p, Stream stream) {
   using Shape = BackwardShape<DIM, ROWS, KEYS>;
   const int64_t slots = static_cast<int64_t>(p.grouping == kClock ? p.neighbours : 1) * p.retrieved;
   launch<attention_backward<T, DIM, ROWS, KEYS, ONE_BLOCK>>(
-      "attention backward (sm_80)", static_cast<int64_t>(p.batch) * p.groups * p.kv_heads, Shape::kThreads,
+      kSetSm80, "attention backward (sm_80)", static_cast<int64_t>(p.batch) * p.groups * p.kv_heads, Shape::kThreads,
       Shape::shared_bytes(slots), stream, p);
 }
 

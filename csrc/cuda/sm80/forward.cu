@@ -11,9 +11,10 @@ void run(const Problem& p, Stream stream) {
   using Shape = ForwardShape<DIM, WARPS>;
   const int64_t slots = static_cast<int64_t>(p.grouping == kClock ? p.neighbours : 1) * p.retrieved;
   const int64_t rows = p.grouping == kClock ? p.stride : static_cast<int64_t>(p.tokens) * p.query_neighbours;
-  launch<attention_forward<T, DIM, WARPS>>("attention forward (sm_80)",
-                                           static_cast<int64_t>(p.batch) * p.groups * ceil_div(rows, Shape::kRows) * p.heads,
-                                           Shape::kThreads, Shape::shared_bytes(slots), stream, p);
+  launch<attention_forward<T, DIM, WARPS>>(
+      kSetSm80, "attention forward (sm_80)",
+      static_cast<int64_t>(p.batch) * p.groups * ceil_div(rows, Shape::kRows) * p.heads, Shape::kThreads,
+      Shape::shared_bytes(slots), stream, p);
 }
 
 template <class T, int DIM>

@@ -22,7 +22,8 @@ bool map_weight(TensorMap& map, const Problem& p, const void* data, const int64_
 }
 
 template <class T, int kDim, int kStateRows>
-void run(Absorbed f, Stream stream) {
+void run(const Absorbed& given, Stream stream) {
+  Absorbed f = given;
   using S = AbsorbedShape<kDim, kStateRows>;
   constexpr auto kernel = absorbed_kernel<T, kDim, kStateRows>;
   constexpr const char* name = "absorbed forward (sm_90a)";
@@ -32,7 +33,7 @@ void run(Absorbed f, Stream stream) {
     if (clusters == 0) f.cluster = 1;
     else f.blocks = f.cluster * std::min(f.items / f.cluster, clusters);
   }
-  launch<kernel>(name, f.blocks, S::kThreads, S::kBytes, stream, f, false, f.cluster);
+  launch<kernel>(kSetSm90, name, f.blocks, S::kThreads, S::kBytes, stream, f, false, f.cluster);
 }
 
 template <class T>

@@ -9,10 +9,12 @@ namespace sm90 {
 namespace {
 
 template <class T, int kDim, int kPasses>
-void run(Backward f, Stream stream) {
+void run(const Backward& given, Stream stream) {
+  Backward f = given;
   using S = BackwardShape<kDim>;
   f.blocks = static_cast<int>(std::min<int64_t>(ceil_div(f.items, S::kChannels), multiprocessors()));
-  launch<backward_kernel<T, kDim, kPasses>>("attention backward (sm_90a)", f.blocks, S::kThreads, S::kBytes, stream, f);
+  launch<backward_kernel<T, kDim, kPasses>>(kSetSm90, "attention backward (sm_90a)", f.blocks, S::kThreads, S::kBytes,
+                                            stream, f);
 }
 
 template <class T, int kDim>

@@ -9,10 +9,11 @@ namespace sm90 {
 namespace {
 
 template <class T, int kDim>
-void run(Forward f, Stream stream) {
+void run(const Forward& given, Stream stream) {
+  Forward f = given;
   f.blocks = static_cast<int>(std::min<int64_t>(ceil_div(f.items, Shape<kDim>::kConsumers), multiprocessors()));
-  launch<forward_kernel<T, kDim>>("attention forward (sm_90a)", f.blocks, Shape<kDim>::kThreads, Channel<kDim>::kBytes,
-                                  stream, f);
+  launch<forward_kernel<T, kDim>>(kSetSm90, "attention forward (sm_90a)", f.blocks, Shape<kDim>::kThreads,
+                                  Channel<kDim>::kBytes, stream, f);
 }
 
 }  // namespace

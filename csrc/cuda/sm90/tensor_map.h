@@ -1,4 +1,4 @@
-// Maps for the copy engine. The driver's encoder is found through the runtime, so that nothing links libcuda.
+// Maps for the copy engine. The driver's functions are found through the runtime, so that nothing links libcuda.
 #pragma once
 #include <algorithm>
 #include <stdexcept>
@@ -6,6 +6,10 @@
 
 #include "../common/launch.cuh"
 #include "problem.h"
+
+#if defined(RK_EMULATED)
+#include "../emulator/driver.h"
+#endif
 
 namespace retro_kernels {
 namespace sm90 {
@@ -15,7 +19,43 @@ struct Axis {
   int64_t size, stride;
 };
 
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+#if defined(RK_EMULATED)
+
+inline Encode encoder() { return emulator::encode_tiled; }
+inline std::string name_of(CUresult) { return ""; }
+
+#else
+
+// A function of the driver as it was in a version of CUDA, or null.
+inline void* driver_function(const char* name, int version) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status;
+  check(cudaGetDriverEntryPointByVersion(name, &found, version, cudaEnableDefault, &status),
+        "cudaGetDriverEntryPointByVersion");
+  return status == cudaDriverEntryPointSuccess ? found : nullptr;
+}
+
+inline Encode encoder() {
+  static const auto found = reinterpret_cast<Encode>(driver_function("cuTensorMapEncodeTiled", 12000));
+  if (!found)
+    throw std::runtime_error("retro_kernels: the driver has no cuTensorMapEncodeTiled; update it to one for CUDA 12 or newer");
+  return found;
+}
+
+inline std::string name_of(CUresult error) {
+  const auto get = reinterpret_cast<CUresult (*)(CUresult, const char**)>(driver_function("cuGetErrorName", 6000));
+  const char* name = nullptr;
+  return get && get(error, &name) == CUDA_SUCCESS && name ? name : "";
+}
+
+#endif
+
 // False where the copy engine cannot walk the tensor: an axis that is expanded, or a stride or size beyond its limits.
+// What else the driver has to say is an error.
 inline bool make_map(TensorMap& map, const void* data, Axis axes[5], int box_tokens) {
   for (int i = 1; i < 5; ++i) {
     if (axes[i].size < 1 || axes[i].size > INT32_MAX) return false;
@@ -23,35 +63,19 @@ inline bool make_map(TensorMap& map, const void* data, Axis axes[5], int box_tok
     if (axes[i].size == 1) axes[i].stride = std::max<int64_t>(axes[i - 1].size * axes[i - 1].stride, 8);
     if (axes[i].stride <= 0 || axes[i].stride % 8 || axes[i].stride >= int64_t{1} << 39) return false;
   }
-#if defined(RK_EMULATED)
-  map.data = const_cast<char*>(static_cast<const char*>(data));
-  for (int i = 0; i < 5; ++i) {
-    map.size[i] = axes[i].size, map.stride[i] = 2 * axes[i].stride;
-    map.box[i] = i == 0 ? 64 : i == 2 ? box_tokens : 1;
-  }
-  return true;
-#else
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                              const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static const Encode encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult status;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status),
-          "cudaGetDriverEntryPointByVersion");
-    if (status != cudaDriverEntryPointSuccess || !found)
-      throw std::runtime_error("retro_kernels: the driver has no cuTensorMapEncodeTiled; update it to one for CUDA 12 or newer");
-    return reinterpret_cast<Encode>(found);
-  }();
   cuuint64_t sizes[5], strides[4];
   cuuint32_t box[5] = {64, 1, static_cast<cuuint32_t>(box_tokens), 1, 1}, steps[5] = {1, 1, 1, 1, 1};
   for (int i = 0; i < 5; ++i) sizes[i] = axes[i].size;
   for (int i = 0; i < 4; ++i) strides[i] = 2 * axes[i + 1].stride;
   // the type only says how what lies beyond the tensor's ends is filled: with zeros, the same for both of 16 bits
-  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, const_cast<void*>(data), sizes, strides, box, steps,
+  const CUresult result =
+      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, const_cast<void*>(data), sizes, strides, box, steps,
                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-#endif
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS && result != CUDA_ERROR_INVALID_VALUE)
+    throw std::runtime_error("retro_kernels: cuTensorMapEncodeTiled failed: error " + std::to_string(result) + " " +
+                             name_of(result));
+  return result == CUDA_SUCCESS;
 }
 
 // Sequences and chunks as one axis; chunks alone where sequences are none.
@@ -84,6 +108,7 @@ inline const char* not_taken(const Problem& p, int64_t rows, int tile) {
   if (p.chunk_spans) return "packed documents (chunk_spans)";
   if (p.grouping == kClock && rows > tile && rows % tile) return "a stride above 64 that is no multiple of 64";
   if (p.neighbours * static_cast<int64_t>(p.retrieved) == 0 || p.chunks == 0) return "keys of no size";
+  if (rows == 0) return "queries of no size";
   if (p.first_token < INT32_MIN / 2 || p.first_token > INT32_MAX / 2) return "tokens more than 2^30 away";
   return nullptr;
 }

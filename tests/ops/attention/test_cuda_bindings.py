@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import retro_kernels as rk
+from retro_kernels import cuda_extension
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int32, torch.int64, torch.bool)
 OWN_DTYPE = {"null_value": (torch.float16, torch.bfloat16, torch.float32)}  # those that any call takes
@@ -125,7 +126,7 @@ def empties(operation: str) -> list[cases.Case]:
 @pytest.mark.parametrize("operation", ["cca", "self", "cross"])
 def test_sizes_of_zero(operation, kernels, emulated):
     """Forward and backward: an output of a row without slots is 0, so is every gradient."""
-    torch.ops.retro_kernels_cuda_emulator.set_kernels(kernels)
+    cuda_extension.set_kernels(kernels)
     try:
         for case in empties(operation):
             arguments = cases.make(case, torch.bfloat16)
@@ -133,7 +134,7 @@ def test_sizes_of_zero(operation, kernels, emulated):
             given, expected = (cases.run(arguments, backend, grad_out) for backend in ("cuda", "reference"))
             cases.assert_close(given, expected, 8e-3)
     finally:
-        torch.ops.retro_kernels_cuda_emulator.set_kernels("")
+        cuda_extension.set_kernels("")
 
 
 @pytest.mark.parametrize("sizes", ["b", "t", "k", "r", "bt", "bk", "tr", "kr"])

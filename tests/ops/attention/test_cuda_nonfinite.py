@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import retro_kernels as rk
+from retro_kernels import cuda_extension
 
 pytestmark = pytest.mark.usefixtures("guarded")
 NAN, INF = float("nan"), float("inf")
@@ -16,9 +17,9 @@ M, HEADS, KV_HEADS, D = 8, 4, 2, 64
 
 @pytest.fixture(params=["sm80", "sm90 only"], autouse=True)
 def kernels(request, emulated):
-    torch.ops.retro_kernels_cuda_emulator.set_kernels(request.param)
+    cuda_extension.set_kernels(request.param)
     yield
-    torch.ops.retro_kernels_cuda_emulator.set_kernels("")
+    cuda_extension.set_kernels("")
 
 
 def make(operation: str) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import test_cuda
 import torch
 
 import retro_kernels as rk
+from retro_kernels import cuda_extension
 
 pytestmark = pytest.mark.usefixtures("guarded")
 HALVES = (torch.bfloat16, torch.float16)
@@ -16,9 +17,14 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def hopper(emulated):
-    torch.ops.retro_kernels_cuda_emulator.set_kernels("sm90 only")
+    """Every test is the work of these kernels alone, by the count of their launches."""
+    cuda_extension.launches()
+    cuda_extension.set_kernels("sm90 only")
     yield
-    torch.ops.retro_kernels_cuda_emulator.set_kernels("")
+    launched = cuda_extension.launches()
+    assert launched["sm90"] > 0
+    assert launched["sm80"] == 0
+    cuda_extension.set_kernels("")
 
 
 def agree(operation, tensors, dtype, **arguments):
@@ -151,5 +157,7 @@ def test_what_is_not_taken_is_the_older_kernels_work_and_raises_without_them():
     with pytest.raises(RuntimeError, match=r'"sm90 only".*copy engine'):
         rk.chunked_cross_attention(query, key.expand(1, 2, 2, 8, 1, 64), key.expand(1, 2, 2, 8, 1, 64), chunk_size=64,
                                    backend="cuda")  # fmt: skip
-    torch.ops.retro_kernels_cuda_emulator.set_kernels("sm90")
+    cuda_extension.set_kernels("sm90")
     rk.chunked_cross_attention(query, key, key, chunk_size=72, backend="cuda")
+    assert cuda_extension.launches()["sm80"] == 1
+    rk.chunked_cross_attention(query, key, key, chunk_size=64, backend="cuda")
