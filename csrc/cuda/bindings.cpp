@@ -34,6 +34,7 @@ Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value
   p.dim = small(query.size(5), "dim");
   p.chunks = small(key.size(1), "chunks"), p.neighbours = small(key.size(2), "neighbours");
   p.retrieved = small(key.size(3), "retrieved tokens"), p.kv_heads = small(key.size(4), "key/value heads");
+  p.by_tokens = divisor(p.tokens), p.by_retrieved = divisor(p.retrieved);
   check_shape(key, "key", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
   check_shape(value, "value", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
   STD_TORCH_CHECK(p.dim == 64 || p.dim == 96 || p.dim == 128, "head size must be 64, 96 or 128, got ", p.dim);

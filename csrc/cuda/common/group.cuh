@@ -9,10 +9,11 @@ namespace retro_kernels {
 struct Places {
   int64_t base, outer, inner;
   int length;
+  Divisor by_length;
 
   RK_DEVICE int64_t at(int i) const {
-    const unsigned run = static_cast<unsigned>(i) / static_cast<unsigned>(length);
-    return base + run * outer + (i - static_cast<int>(run) * length) * inner;
+    const int run = divide(i, by_length);
+    return base + run * outer + (i - run * length) * inner;
   }
 };
 
@@ -22,8 +23,7 @@ struct Places {
 // (With chunk_spans, tokens in no span belong to none: the caller zeroes the outputs before.)
 struct Group {
   int batch, chunk, neighbour;
-  int first;       // token of row 0
-  int row_length;  // rows of one run; runs are neighbours of the query (kChunk)
+  int first;  // token of row 0
   int rows, slots;
 };
 
@@ -33,7 +33,7 @@ RK_DEVICE Group group_at(const Problem& p, int batch, int index) {
   g.chunk = index;
   g.neighbour = 0;
   g.first = 0;
-  g.row_length = g.rows = p.tokens;
+  g.rows = p.tokens;
   g.slots = p.neighbours * p.retrieved;
   if (p.grouping == kNeighbour) {
     g.chunk = index / p.neighbours;
@@ -45,14 +45,14 @@ RK_DEVICE Group group_at(const Problem& p, int batch, int index) {
   } else if (p.chunk_spans) {
     const int32_t* span = p.chunk_spans + (static_cast<int64_t>(batch) * p.chunks + index) * 2;
     g.first = span[0];
-    g.row_length = g.rows = span[1];
+    g.rows = span[1];
     // whatever a broken span says, no token outside [0, n) is touched, and no more than a tile's worth
-    if (g.first < 0 || g.rows < 0 || g.rows > p.stride || g.first > p.tokens - g.rows) g.first = g.row_length = g.rows = 0;
+    if (g.first < 0 || g.rows < 0 || g.rows > p.stride || g.first > p.tokens - g.rows) g.first = g.rows = 0;
   } else {
     const int64_t start = p.first_token + static_cast<int64_t>(index) * p.stride, end = start + p.stride;
     const int64_t first = start < 0 ? 0 : start, last = end < p.tokens ? end : p.tokens;
     g.first = static_cast<int>(first);
-    g.row_length = g.rows = last > first ? static_cast<int>(last - first) : 0;
+    g.rows = last > first ? static_cast<int>(last - first) : 0;
     if (index < 0 || index >= p.chunks) g.slots = 0;
   }
   return g;
@@ -63,9 +63,11 @@ RK_DEVICE Places row_places(const Problem& p, const Group& g, const Strides& s, 
   Places places;
   places.base = g.batch * s.batch + g.first * s.token + head * s.head;
   if (p.grouping != kClock) places.base += g.chunk * s.chunk + g.neighbour * s.neighbour;
+  const bool runs = p.grouping == kChunk;
   places.outer = s.neighbour;
   places.inner = s.token;
-  places.length = g.row_length > 0 ? g.row_length : 1;
+  places.length = runs ? p.tokens : INT32_MAX;
+  places.by_length = runs ? p.by_tokens : Divisor();
   return places;
 }
 
@@ -75,7 +77,8 @@ RK_DEVICE Places slot_places(const Problem& p, const Group& g, const Strides& s,
   places.base = g.batch * s.batch + g.chunk * s.chunk + g.neighbour * s.neighbour + head * s.head;
   places.outer = s.neighbour;
   places.inner = s.token;
-  places.length = p.retrieved > 0 ? p.retrieved : 1;
+  places.length = p.retrieved;
+  places.by_length = p.by_retrieved;
   return places;
 }
 

@@ -116,6 +116,9 @@ void launch(KernelSet set, const char* name, int64_t blocks, int threads, size_t
   if (blocks == 0) return;
   overlap = overlap && emulator::compiled_for() >= kOldestThatWaits;
   count_launch(set, overlap);
+  if (set != kSetSm90 && shared_bytes > 99 << 10)
+    throw std::runtime_error(std::string("retro_kernels: ") + name + " in the emulator: " +
+                             std::to_string(shared_bytes) + " bytes of shared memory, and sm_86 has 99 KiB");
   try {
     emulator::launch(blocks, threads, shared_bytes, [&] { KERNEL(argument); }, cluster, overlap);
   } catch (const emulator::Fault& fault) {

@@ -17,6 +17,21 @@ struct Strides {
   int64_t batch, chunk, neighbour, token, head;
 };
 
+// Division of numbers below 2^31 by one that is known at run time, as a multiplication: the high half of
+// 2 i * multiplier, shifted (Granlund and Montgomery 1994, figure 4.1). As it begins, all quotients are 0.
+struct Divisor {
+  uint32_t multiplier = 0;
+  int shift = 0;
+};
+
+inline Divisor divisor(int by) {
+  if (by < 1) return {};
+  Divisor d;
+  while (int64_t{1} << d.shift < by) ++d.shift;
+  d.multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + d.shift)) + by - 1) / by);
+  return d;
+}
+
 struct Problem {
   Grouping grouping;
   ElementType type;       // of query, key, value, out and their gradients
@@ -25,6 +40,7 @@ struct Problem {
   int tokens;             // n
   int query_neighbours;   // kq
   int chunks, neighbours, retrieved;  // l, k, r
+  Divisor by_tokens, by_retrieved;
   int stride;             // kClock: tokens that attend to one chunk
   int64_t first_token;    // kClock: token of clock 0; may be negative
   int first_group, groups;  // per sequence: [first_group, first_group + groups); see group.cuh
@@ -46,5 +62,9 @@ struct Problem {
   uint16_t *grad_query, *grad_key, *grad_value;
   Strides grad_query_stride, grad_key_stride, grad_value_stride;
 };
+
+inline int64_t slots_of_group(const Problem& p) {
+  return static_cast<int64_t>(p.grouping == kClock ? p.neighbours : 1) * p.retrieved;
+}
 
 }  // namespace retro_kernels

@@ -1,6 +1,7 @@
 // Every PTX instruction of sm_80 that the kernels use, each with what the emulator does in its place.
 #pragma once
 #include "elements.cuh"
+#include "problem.h"
 
 namespace retro_kernels {
 
@@ -22,7 +23,9 @@ RK_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0x
 
 // 16 bytes into shared memory past the first-level cache; zeros where not `valid`, and nothing is read then.
 RK_DEVICE void copy_async(Shared to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+  asm volatile("{\n.reg .pred zero;\nsetp.eq.b32 zero, %2, 0;\ncp.async.cg.shared.global [%0], [%1], 16, zero;\n}\n" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(static_cast<int>(valid))
                : "memory");
 }
 
@@ -83,6 +86,11 @@ RK_DEVICE float smaller(float x, float y) {
   float z;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
   return z;
+}
+// A number anew: what depends on it is computed again rather than kept in registers over a loop.
+RK_DEVICE void renew(int& x) { asm volatile("" : "+r"(x)); }
+RK_DEVICE int divide(int i, Divisor by) {
+  return static_cast<int>(__umulhi(2u * static_cast<unsigned>(i), by.multiplier) >> by.shift);
 }
 // A product that no sum takes in unrounded (FMA): what is subtracted from itself is 0.
 RK_DEVICE float multiply_rounded(float x, float y) { return __fmul_rn(x, y); }
@@ -196,6 +204,10 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float larger(float x, float y) { return x > y || x != x ? x : y; }
 inline float smaller(float x, float y) { return x < y || x != x ? x : y; }
 inline float multiply_rounded(float x, float y) { return x * y; }
+inline void renew(int&) {}
+inline int divide(int i, Divisor by) {
+  return static_cast<int>((uint64_t{2} * static_cast<unsigned>(i) * by.multiplier >> 32) >> by.shift);
+}
 
 #endif
 

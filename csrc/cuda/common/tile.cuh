@@ -10,6 +10,7 @@ template <int COLUMNS>
 struct TileLayout {
   static constexpr int kChunks = COLUMNS / 8;
   static constexpr bool kExchanged = kChunks % 8 == 0 || kChunks == 4;
+  static constexpr int kPeriod = kExchanged ? 8 : 1;  // rows after which chunks lie alike
   static constexpr int kRowBytes = (kExchanged ? kChunks : kChunks | 1) * 16;
   static_assert(COLUMNS % 8 == 0, "a row is whole chunks of 16 bytes");
 
@@ -25,16 +26,50 @@ struct TileLayout {
   }
 };
 
-// Starts the copies of `ROWS` rows; row i is element places.at(first + i) where `wanted(i)`, otherwise zero.
+// Rows of a tile whose copies a thread starts, one chunk of each: `first(thread)`, and every `kApart`th from there.
+template <int COLUMNS, int THREADS>
+struct RowsOfThread {
+  static constexpr int kChunks = COLUMNS / 8, kApart = THREADS / kChunks;
+  RK_DEVICE static int first() { return thread_index() / kChunks; }
+};
+
+// Starts the copies of `ROWS` rows; row i is element places.at(first + i) where it is wanted, otherwise zero.
+// `wanted(row, later)`: `row` is `later` after the thread's first, a constant. Of many rows one place is computed, and the
+// address moves on from one to the next; that takes registers, which few do not repay. (The address of a row that is not
+// wanted may be anything: it is not read.)
 template <int COLUMNS, int ROWS, int THREADS, class Wanted>
 RK_DEVICE void start_rows(Shared tile, const uint16_t* data, const Places& places, int first, Wanted wanted) {
+  using Mine = RowsOfThread<COLUMNS, THREADS>;
   using Layout = TileLayout<COLUMNS>;
-#pragma unroll 1
-  for (int i = 0; i < ROWS * Layout::kChunks; i += THREADS) {
-    const int item = i + thread_index(), row = item / Layout::kChunks, chunk = item % Layout::kChunks;
-    if (ROWS * Layout::kChunks % THREADS != 0 && item >= ROWS * Layout::kChunks) break;
-    const bool valid = wanted(row);
-    copy_async(Layout::chunk(tile, row, chunk), data + (valid ? places.at(first + row) + chunk * 8 : 0), valid);
+  constexpr int kApart = Mine::kApart;
+  static_assert(kApart % Layout::kPeriod == 0, "the rows of a thread have their chunk at one place");
+  constexpr bool kFew = ROWS <= 4 * kApart;
+  int thread = thread_index();
+  if (kFew) renew(thread);
+  if (THREADS % Mine::kChunks != 0 && thread >= kApart * Mine::kChunks) return;
+  const int chunk = thread % Mine::kChunks, mine = thread / Mine::kChunks;
+  const Shared to = Layout::chunk(tile, mine, chunk);
+  data += chunk * 8;
+  if constexpr (kFew) {
+#pragma unroll
+    for (int later = 0; later < ROWS; later += kApart)
+      if (later + kApart <= ROWS || mine + later < ROWS)
+        copy_async(to + later * Layout::kRowBytes, data + places.at(first + mine + later), wanted(mine + later, later));
+  } else {
+    const int runs_apart = divide(kApart, places.by_length);
+    const int64_t back = 2 * (places.outer - places.length * places.inner);  // in bytes, as `from` and `apart`
+    const int64_t apart = 2 * kApart * places.inner + runs_apart * back;
+    const char* from = reinterpret_cast<const char*>(data + places.at(first + mine));
+    int place = first + mine - divide(first + mine, places.by_length) * places.length;  // in its run
+#pragma unroll
+    for (int later = 0; later < ROWS; later += kApart) {
+      if (later + kApart > ROWS && mine + later >= ROWS) return;
+      copy_async(to + later * Layout::kRowBytes, from, wanted(mine + later, later));
+      place += kApart - runs_apart * places.length;
+      const bool crosses = place >= places.length;
+      from += apart + (crosses ? back : 0);
+      place -= crosses ? places.length : 0;
+    }
   }
 }
 

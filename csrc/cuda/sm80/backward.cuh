@@ -58,7 +58,7 @@ attention_backward(RK_PARAMETER Problem p) {
   const int tiles = (g.slots + KEYS - 1) / KEYS, row_blocks = ONE_BLOCK ? 1 : (g.rows + ROWS - 1) / ROWS;
   const int blocks = ONE_BLOCK ? 1 : row_blocks * heads_per_key;
   const auto visible = [&](int tile) -> uint64_t {
-    const uint64_t word = shared_pointer<uint64_t>(Shape::kWords)[tile * KEYS / 64];
+    const uint64_t word = shared_pointer<const uint64_t>(Shape::kWords)[tile * KEYS / 64];
     return KEYS == 64 ? word : word >> (tile * KEYS % 64) & ((uint64_t{1} << (KEYS % 64)) - 1);
   };
   const auto following = [&](int tile) {
@@ -82,12 +82,13 @@ attention_backward(RK_PARAMETER Problem p) {
   const Places key = slot_places(p, g, p.key_stride, kv_head), value = slot_places(p, g, p.value_stride, kv_head);
   const auto start_keys = [&](int tile, Shared to, const uint16_t* data, const Places& places) {
     const uint64_t word = visible(tile);
-    start_rows<DIM, KEYS, kThreads>(to, data, places, tile * KEYS, [&](int row) { return (word >> row & 1) != 0; });
+    start_rows<DIM, KEYS, kThreads>(to, data, places, tile * KEYS,
+                                    [&](int row, int) { return (word >> row & 1) != 0; });
   };
   // Queries, output gradients and lse of a block; the caller commits. Rows that do not exist see nothing.
   const auto start_block = [&](int block) {
     const int head = head_of(block), first = block % row_blocks * ROWS;
-    const auto wanted = [&](int row) { return first + row < g.rows; };
+    const auto wanted = [&](int row, int = 0) { return first + row < g.rows; };
     start_rows<DIM, ROWS, kThreads>(Shape::kQuery, p.query, row_places(p, g, p.query_stride, head), first, wanted);
     start_rows<DIM, ROWS, kThreads>(Shape::kGradOut, p.grad_out, row_places(p, g, p.grad_out_stride, head), first, wanted);
     const Places lse = row_places(p, g, p.lse_stride, head);
@@ -107,7 +108,7 @@ attention_backward(RK_PARAMETER Problem p) {
       for (int i = 0; i < DIM / 8; i += kShare) {
         const int chunk = i + thread_index() % kShare;
         const Vector16 x = *reinterpret_cast<const Vector16*>(from + chunk * 8);
-        const Vector16 y = *shared_pointer<Vector16>(Shape::Layout::chunk(Shape::kGradOut, row, chunk));
+        const Vector16 y = *shared_pointer<const Vector16>(Shape::Layout::chunk(Shape::kGradOut, row, chunk));
         add_dot(T(), sum, x, y);
       }
     }
@@ -135,8 +136,11 @@ attention_backward(RK_PARAMETER Problem p) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int y = row + lane_index() / 4 + 8 * half;
-      const float shift = shared_pointer<float>(Shape::kShift)[y], delta = shared_pointer<float>(Shape::kDelta)[y];
-      const uint64_t seen = shift == kNothing ? 0 : visible(tile) >> (first_key + lane_index() % 4 * 2);
+      const float shift = shared_pointer<const float>(Shape::kShift)[y];
+      const float delta = shared_pointer<const float>(Shape::kDelta)[y];
+      static_assert(KEYS / Shape::kKeySplits <= 32, "a warp's slots have a bit each");
+      const auto bits = static_cast<uint32_t>(visible(tile) >> (first_key + lane_index() % 4 * 2));
+      const uint32_t seen = shift == kNothing ? 0 : bits;
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {
         float w[2], d[2];
@@ -167,7 +171,7 @@ attention_backward(RK_PARAMETER Problem p) {
     for (int half = 0; half < 2; ++half) {
       const int i = block % row_blocks * ROWS + row + lane_index() / 4 + 8 * half;
       wanted[half] = i < g.rows;
-      to[half] = p.grad_query + (wanted[half] ? places.at(i) : 0) + split * kQueryColumns;
+      to[half] = p.grad_query + places.at(i) + split * kQueryColumns;
     }
     store_rows<T>(grad_rows, factor, to, wanted);
   };

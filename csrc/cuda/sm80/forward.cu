@@ -9,18 +9,20 @@ namespace {
 template <class T, int DIM, int WARPS>
 void run(const Problem& p, Stream stream) {
   using Shape = ForwardShape<DIM, WARPS>;
-  const int64_t slots = static_cast<int64_t>(p.grouping == kClock ? p.neighbours : 1) * p.retrieved;
   const int64_t rows = p.grouping == kClock ? p.stride : static_cast<int64_t>(p.tokens) * p.query_neighbours;
   launch<attention_forward<T, DIM, WARPS>>(
       kSetSm80, "attention forward (sm_80)",
       static_cast<int64_t>(p.batch) * p.groups * ceil_div(rows, Shape::kRows) * p.heads, Shape::kThreads,
-      Shape::shared_bytes(slots), stream, p);
+      Shape::shared_bytes(slots_of_group(p)), stream, p);
 }
 
 template <class T, int DIM>
 void by_rows(const Problem& p, Stream stream) {
   const int64_t rows = p.grouping == kClock ? p.stride : static_cast<int64_t>(p.tokens) * p.query_neighbours;
-  rows <= 64 ? run<T, DIM, 4>(p, stream) : run<T, DIM, 8>(p, stream);
+  if (rows <= 64 || ForwardShape<DIM, 8>::shared_bytes(slots_of_group(p)) > kMostShared)
+    run<T, DIM, 4>(p, stream);
+  else
+    run<T, DIM, 8>(p, stream);
 }
 
 template <class T>

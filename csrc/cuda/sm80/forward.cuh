@@ -44,16 +44,16 @@ attention_forward(RK_PARAMETER Problem p) {
   find_visible<kThreads>(p, g, Shape::kWords);
   const Places query = row_places(p, g, p.query_stride, head);
   start_rows<DIM, kRows, kThreads>(Shape::kQuery, p.query, query, first_row,
-                                   [&](int row) { return first_row + row < g.rows; });
+                                   [&](int row, int) { return first_row + row < g.rows; });
   block_barrier();
 
   const int kv_head = head / (p.heads / p.kv_heads);
   const Places key = slot_places(p, g, p.key_stride, kv_head), value = slot_places(p, g, p.value_stride, kv_head);
   const int tiles = (g.slots + kKeys - 1) / kKeys;
-  const auto visible = [&](int tile) { return shared_pointer<uint64_t>(Shape::kWords)[tile]; };
+  const auto visible = [&](int tile) { return shared_pointer<const uint64_t>(Shape::kWords)[tile]; };
   const auto start_tile = [&](int tile, int stage) {
-    const uint64_t word = visible(tile);
-    const auto wanted = [&](int row) { return (word >> row & 1) != 0; };
+    const uint64_t mine = visible(tile) >> RowsOfThread<DIM, kThreads>::first();
+    const auto wanted = [&](int, int later) { return (mine >> later & 1) != 0; };
     start_rows<DIM, kKeys, kThreads>(Shape::kKey + stage * Layout::bytes(kKeys), p.key, key, tile * kKeys, wanted);
     start_rows<DIM, kKeys, kThreads>(Shape::kValue + stage * Layout::bytes(kKeys), p.value, value, tile * kKeys, wanted);
   };
@@ -102,7 +102,7 @@ attention_forward(RK_PARAMETER Problem p) {
   for (int half = 0; half < 2; ++half) {
     const int i = first_row + row + lane_index() / 4 + 8 * half;
     wanted[half] = i < g.rows;
-    to[half] = p.out + (wanted[half] ? out_places.at(i) : 0);
+    to[half] = p.out + out_places.at(i);
     if (wanted[half] && lane_index() % 4 == 0) p.lse[lse_places.at(i)] = lse[half];
   }
   store_rows<T>(out, factor, to, wanted);

@@ -138,6 +138,18 @@ def test_the_order_of_the_warps_changes_no_bit(case, monkeypatch):
             assert torch.equal(given[name], x), f"{name} with seed {seed}"
 
 
+def test_many_slots_fit_into_the_shared_memory_of_sm_86():
+    """Rows of more than one tile, and as many slots as are taken: their visibility leaves less of 99 KiB, which the
+    emulator holds a launch to, and smaller tiles take the call. Three slots are seen."""
+    arguments = cases.make(Case("", b=1, n=199, m=100, k=1, r=cuda.MOST_SLOTS, h=1, d=128), torch.bfloat16)
+    mask = torch.zeros(1, 1, 1, cuda.MOST_SLOTS, dtype=torch.bool)
+    mask[..., [0, 20000, cuda.MOST_SLOTS - 1]] = True
+    grad_out = torch.randn(1, 199, 1, 128)
+    given = cases.run(arguments | {"neighbour_mask": mask}, "cuda", grad_out)
+    expected = cases.run(arguments | {"neighbour_mask": mask}, "reference", grad_out)
+    cases.assert_close(given, expected, 2e-2)
+
+
 @pytest.mark.parametrize("name", ["masked tokens", "surplus chunks", "tokens before the first chunk"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_is_not_attended_reaches_nothing(name, poison):
