@@ -11,6 +11,7 @@
 #define RK_PARAMETER const __grid_constant__
 #else
 #include <cmath>
+#include <type_traits>
 
 #include "../emulator/emulator.h"
 #define RK_DEVICE inline
@@ -50,9 +51,11 @@ RK_DEVICE uint32_t shared_address(Shared address) {
 inline int thread_index() { return emulator::current()->running().thread; }
 inline unsigned block_index() { return emulator::current()->index; }
 
-// An array's first element is checked, not its length: what lies beyond shared memory is found by the guards.
+// An array's first element is checked, not its length: what lies beyond shared memory is found by the guards. Who asks
+// for anything but const is about to write it.
 template <class X>
 X* shared_pointer(Shared address) {
+  if (!std::is_const_v<X> && sizeof(X) <= 16) emulator::current()->written(address, sizeof(X));
   return reinterpret_cast<X*>(emulator::current()->shared(address, sizeof(X), alignof(X)));
 }
 

@@ -6,9 +6,13 @@
 // it, and its destination is NaN until then, so that a missing wait is seen. With an even seed
 // (RETRO_KERNELS_EMULATOR_SEED) the order of the warps is drawn anew at every turn and warps are held back at random;
 // with an odd one the warps of a block have ranks, and one goes on only when none before it can, so that the last is as
-// late as can be. So a missing barrier is seen: the results for all seeds must be bitwise the same. What is not
-// emulated: time, caches, bank conflicts, the order of a tensor core's additions, and misuse of PTX that the wrappers of
-// ptx.cuh do not express.
+// late as can be. So a missing barrier is seen: the results for all seeds must be bitwise the same.
+//
+// Ordinary stores to shared memory are another proxy's than what wgmma and the copy engine read and write. Every byte
+// that a thread has written is the thread's until its fence.proxy.async, and a Fault where the other proxy comes to it
+// before. RETRO_KERNELS_EMULATOR_SKIP ("rows.cuh:53") leaves out the fences of one line, so that a test can tell whether
+// each is missed. What is not emulated: time, caches, bank conflicts, the order of a tensor core's additions, and misuse
+// of PTX that the wrappers of ptx.cuh do not express.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -64,6 +68,9 @@ struct Fiber {
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<Copy> open;                // not committed
   std::vector<Product> products;
+  bool products_fenced = false;                            // since the registers of its sums were touched
+  std::vector<std::pair<uint32_t, uint32_t>> written;      // (address, bytes) in shared memory, since its last fence
+  std::vector<uint32_t> barriers;                          // made since its last fence of barriers
 };
 
 struct Warp {
@@ -92,7 +99,7 @@ class Block {
         bool overlaps)
       : index(index), threads(threads), shared_bytes(shared_bytes), cluster(cluster), kernel_(std::move(kernel)),
         random_(seed + index), seeded_(seed != 0), ranked_(seed % 2 == 1), shuffled_(seeded_ && !ranked_),
-        shared_(shared_bytes + 2 * kGuard + 1024), warps_((threads + kLanes - 1) / kLanes), order_(warps_.size()),
+        shared_(shared_bytes + 2 * kGuard + 1024), writer_(shared_bytes), warps_((threads + kLanes - 1) / kLanes), order_(warps_.size()),
         held_until_(warps_.size()), overlaps_(overlaps) {
     if (threads % kLanes) throw Fault("a block must be whole warps");
     std::memset(shared_.data(), 0xff, shared_.size());
@@ -196,6 +203,28 @@ class Block {
     return base_ + address;
   }
 
+  // Ordinary stores of the running thread, its fence, and what the other proxy asks of bytes.
+  void written(uint32_t address, uint32_t bytes) {
+    shared(address, bytes, 1);
+    std::fill_n(writer_.begin() + address, bytes, static_cast<uint16_t>(running_->thread + 1));
+    running_->written.push_back({address, bytes});
+  }
+  void fence() {
+    const auto mine = static_cast<uint16_t>(running_->thread + 1);
+    for (const auto& [address, bytes] : running_->written)
+      for (uint32_t i = address; i < address + bytes; ++i)
+        if (writer_[i] == mine) writer_[i] = 0;
+    running_->written.clear();
+  }
+  char* other_proxy(uint32_t address, size_t bytes, size_t alignment) {
+    char* at = shared(address, bytes, alignment);
+    for (size_t i = address; i < address + bytes; ++i)
+      if (writer_[i])
+        throw Fault("byte " + std::to_string(i) + " of shared memory, which thread " + std::to_string(writer_[i] - 1) +
+                    " wrote, is used by wgmma or the copy engine without a fence.proxy.async after it");
+    return at;
+  }
+
   Fiber& running() { return *running_; }
   void made_progress() { ++progress_; }
 
@@ -224,6 +253,10 @@ class Block {
     fiber->started = fiber->done = fiber->waited = false;
     fiber->groups.clear();
     fiber->open.clear();
+    fiber->products.clear();
+    fiber->written.clear();
+    fiber->barriers.clear();
+    fiber->products_fenced = false;
     return fiber;
   }
 
@@ -266,6 +299,7 @@ class Block {
   std::mt19937_64 random_;
   bool seeded_, ranked_, shuffled_;
   std::vector<char> shared_;
+  std::vector<uint16_t> writer_;  // thread + 1 of each byte written by an ordinary store and not fenced since
   char* base_ = nullptr;
   std::vector<Warp> warps_;
   std::vector<int> order_;
@@ -302,6 +336,14 @@ void as(Block* block, Act act) {
     throw;
   }
   current() = outer;
+}
+
+// Whether RETRO_KERNELS_EMULATOR_SKIP names this line.
+inline bool skipped(const char* file, int line) {
+  const char* given = std::getenv("RETRO_KERNELS_EMULATOR_SKIP");
+  if (!given) return false;
+  const char* name = std::strrchr(file, '/');
+  return (name ? name + 1 : file) + (":" + std::to_string(line)) == given;
 }
 
 // The virtual architecture that the kernels count as compiled for.

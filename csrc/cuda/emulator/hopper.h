@@ -16,21 +16,37 @@ struct EmulatedBarrier {
   int32_t bytes;                           // that this phase still waits for
 };
 
-constexpr uint8_t kBarrierMark = 0x5b;
+constexpr uint8_t kBarrierMark = 0x5b, kUnfenced = 0x5a;
 
 inline EmulatedBarrier& emulated(Shared b) {
   auto& barrier = *reinterpret_cast<EmulatedBarrier*>(emulator::current()->shared(b, 8, 8));
-  if (barrier.mark != kBarrierMark) throw emulator::Fault("an mbarrier is used that was not initialised");
+  if (barrier.mark != kBarrierMark && barrier.mark != kUnfenced)
+    throw emulator::Fault("an mbarrier is used that was not initialised");
+  return barrier;
+}
+// By the copy engine, or another block.
+inline EmulatedBarrier& emulated_from_outside(Shared b) {
+  EmulatedBarrier& barrier = emulated(b);
+  if (barrier.mark != kBarrierMark)
+    throw emulator::Fault("an mbarrier is used by the copy engine or another block without a fence.mbarrier_init after it");
   return barrier;
 }
 
 inline void init_barrier(Shared b, int arrivals) {
   *reinterpret_cast<EmulatedBarrier*>(emulator::current()->shared(b, 8, 8)) = {
-      kBarrierMark, 0, static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0};
+      kUnfenced, 0, static_cast<uint8_t>(arrivals), static_cast<uint8_t>(arrivals), 0};
+  emulator::current()->running().barriers.push_back(b);
 }
 
-inline void fence_barriers() {}
-inline void fence_async() {}
+inline void fence_barriers(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (emulator::skipped(file, line)) return;
+  auto& made = emulator::current()->running().barriers;
+  for (const Shared b : made) emulated(b).mark = kBarrierMark;
+  made.clear();
+}
+inline void fence_async(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!emulator::skipped(file, line)) emulator::current()->fence();
+}
 
 inline void end_phase_if_complete(EmulatedBarrier& barrier) {
   emulator::current()->made_progress();
@@ -55,7 +71,10 @@ inline emulator::Block* peer(int rank) {
   return block;
 }
 inline void arrive_at(Shared b, int rank) {
-  emulator::as(peer(rank), [=] { arrive(b); });
+  emulator::as(peer(rank), [=] {
+    emulated_from_outside(b);
+    arrive(b);
+  });
   emulator::current()->made_progress();
 }
 inline void cluster_barrier() {
@@ -82,7 +101,7 @@ void for_box(const emulator::TensorMap& map, Shared at, const int (&first)[5], M
       if (element) element = x >= 0 && x < map.size[axis] ? element + x * map.stride[axis] : nullptr;
     }
     move(reinterpret_cast<uint16_t*>(element),
-         reinterpret_cast<uint16_t*>(emulator::current()->shared(swizzled_address(at + 2 * i), 2, 2)));
+         reinterpret_cast<uint16_t*>(emulator::current()->other_proxy(swizzled_address(at + 2 * i), 2, 2)));
     int axis = 0;
     while (axis < 5 && ++place[axis] == map.box[axis]) place[axis++] = 0;
     if (axis == 5) return;
@@ -95,10 +114,10 @@ inline int box_bytes(const emulator::TensorMap& map) {
 
 inline void load_box(const emulator::TensorMap& map, Shared to, Shared b, int c0, int c1, int c2, int c3, int c4) {
   const int first[5] = {c0, c1, c2, c3, c4};
-  std::memset(emulator::current()->shared(to, box_bytes(map), 1024), 0xff, box_bytes(map));
+  std::memset(emulator::current()->other_proxy(to, box_bytes(map), 1024), 0xff, box_bytes(map));
   emulator::current()->engine.push_back({-1, [&map, to, b, first] {
     for_box(map, to, first, [](const uint16_t* from, uint16_t* at) { *at = from ? *from : 0; });
-    EmulatedBarrier& barrier = emulated(b);
+    EmulatedBarrier& barrier = emulated_from_outside(b);
     barrier.bytes -= box_bytes(map);
     end_phase_if_complete(barrier);
   }});
@@ -110,7 +129,7 @@ inline void load_box_into(const emulator::TensorMap& map, Shared to, Shared b, i
   for (int rank = 0; ranks >> rank; ++rank)
     if (ranks >> rank & 1) {
       emulator::Block* block = peer(rank);
-      std::memset(block->shared(to, box_bytes(map), 1024), 0xff, box_bytes(map));
+      std::memset(block->other_proxy(to, box_bytes(map), 1024), 0xff, box_bytes(map));
     }
   const int first[5] = {c0, c1, c2, c3, c4};
   emulator::current()->engine.push_back({-1, [&map, to, b, ranks, first] {
@@ -118,7 +137,7 @@ inline void load_box_into(const emulator::TensorMap& map, Shared to, Shared b, i
       if (ranks >> rank & 1)
         emulator::as(peer(rank), [&] {
           for_box(map, to, first, [](const uint16_t* from, uint16_t* at) { *at = from ? *from : 0; });
-          EmulatedBarrier& barrier = emulated(b);
+          EmulatedBarrier& barrier = emulated_from_outside(b);
           barrier.bytes -= box_bytes(map);
           end_phase_if_complete(barrier);
         });
@@ -127,6 +146,7 @@ inline void load_box_into(const emulator::TensorMap& map, Shared to, Shared b, i
 
 inline void store_box(const emulator::TensorMap& map, Shared from, int c0, int c1, int c2, int c3, int c4) {
   const int first[5] = {c0, c1, c2, c3, c4};
+  emulator::current()->other_proxy(from, box_bytes(map), 1024);  // now: a fence after this comes too late
   emulator::current()->engine.push_back({thread_index(), [&map, from, first] {
     for_box(map, from, first, [](uint16_t* to, const uint16_t* at) {
       if (to) *to = *at;
@@ -148,14 +168,19 @@ inline void wait_for_stores() {
 
 // ---- warpgroups
 template <int kRegisters>
-void take_registers() {}
+void take_registers() {
+  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "what setmaxnreg takes");
+}
 template <int kRegisters>
-void give_registers() {}
+void give_registers() {
+  take_registers<kRegisters>();
+}
 
 template <int kCount>
 void settle(float (&)[kCount]) {}
-inline void renew(int&) {}
-inline void fence_products() {}
+inline void fence_products(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!emulator::skipped(file, line)) emulator::current()->running().products_fenced = true;
+}
 
 inline uint32_t shared_address(Shared at) { return at; }
 
@@ -167,12 +192,14 @@ inline uint16_t described(uint64_t descriptor, int along, int k, bool columns) {
   const uint32_t start = field(0), leading = field(16), stride = field(32);
   const uint32_t at = columns ? start + along / 64 * leading + along % 64 * 2 + k / 8 * stride + k % 8 * 128
                               : start + along / 8 * stride + along % 8 * 128 + 2 * k;
-  return *reinterpret_cast<uint16_t*>(emulator::current()->shared(swizzled_address(at), 2, 2));
+  return *reinterpret_cast<uint16_t*>(emulator::current()->other_proxy(swizzled_address(at), 2, 2));
 }
 
 // Puts off `rows(r, k)`, of this thread's two rows, times b; the sum is NaN until it is waited for.
 template <class T, int kCount, class Rows>
 void put_off(T type, float (&sum)[kCount], Rows rows, uint64_t b, bool columns, bool accumulate) {
+  if (!emulator::current()->running().products_fenced)
+    throw emulator::Fault("wgmma without a wgmma.fence since its registers were touched");
   auto& products = emulator::current()->running().products;
   auto kept = std::make_shared<std::vector<float>>(sum, sum + kCount);
   bool first = true;
@@ -190,12 +217,13 @@ void put_off(T type, float (&sum)[kCount], Rows rows, uint64_t b, bool columns, 
   }});
 }
 
-template <int kCount>
-void wait_for_products(float (&)[kCount]) {
+template <int... kCounts>
+void wait_for_products(float (&... sums)[kCounts]) {
   emulator::current()->collective("wgmma.wait_group", nullptr, [](void**) {});
   auto& products = emulator::current()->running().products;
   for (const auto& product : products) product.multiply();
   products.clear();
+  emulator::current()->running().products_fenced = false;
 }
 
 template <class T, int kCount>

@@ -117,8 +117,10 @@ RK_DEVICE void give_stage(const Absorbed& f, int stage) {
 }
 
 // Which slots are visible, 32 to a word, the same in every thread.
+// -> whether any is hidden
 template <int kWords>
-RK_DEVICE void visible_states(const Problem& p, const AbsorbedItem& item, uint32_t (&visible)[kWords]) {
+RK_DEVICE bool visible_states(const Problem& p, const AbsorbedItem& item, uint32_t (&visible)[kWords]) {
+  bool hidden = false;
 #pragma unroll
   for (int word = 0; word < kWords; ++word) {
     const int slot = 32 * word + lane_index(), neighbour = slot / p.retrieved, token = slot % p.retrieved;
@@ -127,7 +129,9 @@ RK_DEVICE void visible_states(const Problem& p, const AbsorbedItem& item, uint32
       here = p.mask[item.batch * p.mask_stride.batch + item.chunk * p.mask_stride.chunk +
                     neighbour * p.mask_stride.neighbour + token * p.mask_stride.token];
     visible[word] = ballot(here);
+    if (p.mask) hidden = hidden || ballot(neighbour < p.neighbours && !here) != 0;
   }
+  return hidden;
 }
 
 // 64 columns of a product as the left factors of four more.
@@ -153,12 +157,13 @@ RK_DEVICE void consume_absorbed(const Absorbed& f, int head) {
     float out[kDim / 2], largest[2], total[2];
     uint32_t weights[kStateRows / 16][4];
     uint32_t visible[kStateRows / 32];
+    bool hidden = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) largest[r] = minus_infinity(), total[r] = 0.0f;
     wait(S::query_full(head), query_parity);
     query_parity ^= 1;
     if (item.attends) {
-      visible_states(p, item, visible);
+      hidden = visible_states(p, item, visible);
       float score[kStateRows / 2];
 #pragma unroll
       for (int j = 0; j < kStateRows / 2; ++j) score[j] = 0.0f;
@@ -214,7 +219,7 @@ RK_DEVICE void consume_absorbed(const Absorbed& f, int head) {
         float mixed[32];
         uint32_t left[4][4];
         wait(S::full(ring.at), ring.parity);
-        if (p.mask) {  // a masked state may be NaN, and 0 times NaN is NaN: its row becomes 0
+        if (hidden) {  // a masked state may be NaN, and 0 times NaN is NaN: its row becomes 0
 #pragma unroll
           for (int word = 0; word < kStateRows / 32; ++word)
             for (int part = thread; part < 32 * 8; part += 128)

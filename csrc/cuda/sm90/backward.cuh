@@ -193,8 +193,8 @@ RK_DEVICE void take_rows(const Backward& f, const BackwardChannel<kDim> c, int p
 #pragma unroll
     for (int part = half; part < kDim / 8; part += 2) {
       const int place = part / 8 * kPanel + swizzled(row, part % 8 * 16);
-      add_dot(T(), delta, *shared_pointer<Vector16>(c.grad_out(at.at) + place),
-              *shared_pointer<Vector16>(c.out(at.at) + place));
+      add_dot(T(), delta, *shared_pointer<const Vector16>(c.grad_out(at.at) + place),
+              *shared_pointer<const Vector16>(c.out(at.at) + place));
     }
   }
   delta += shuffle_xor(delta, 1);
@@ -205,18 +205,39 @@ RK_DEVICE void take_rows(const Backward& f, const BackwardChannel<kDim> c, int p
   c.meet(panel);
 }
 
-// Waits for a tile of slots -> which of them are visible. Hidden keys are cleared: the gradients of their scores are 0,
-// and meet them in grad_query. (Hidden values meet nothing but their own row of scores.)
+// Waits for a tile of slots -> which of them are visible, and reads the mask of the next. Hidden keys are cleared: the
+// gradients of their scores are 0, and meet them in grad_query. (Hidden values meet nothing but their own row of scores.)
 template <int kDim>
 RK_DEVICE uint64_t take_slots(const Backward& f, const BackwardChannel<kDim> c, int panel,
-                              const Place<BackwardShape<kDim>::kSlotStages>& at, const Owned& o, int tile) {
+                              const Place<BackwardShape<kDim>::kSlotStages>& at, const Owned& o, int tile,
+                              MaskAhead& mask) {
   using S = BackwardShape<kDim>;
-  const uint64_t visible = visible_slots(f.p, o.batch, o.chunk, o.neighbour, tile);
+  const Visible visible = visible_slots(f.p, tile, mask);
+  if (tile + 1 < o.tiles) mask.read(f.p, o.batch, o.chunk, o.neighbour, tile + 1);
   wait(c.slots_full(at.at), at.parity);
-  if (f.p.mask)
-    clear_hidden<kDim, 128 * S::kPanels>(c.key(at.at), visible, panel * 128 + thread_index() % 128, c.shared_barrier());
-  return visible;
+  clear_hidden<kDim, 128 * S::kPanels>(c.key(at.at), visible.hidden, panel * 128 + thread_index() % 128,
+                                       c.shared_barrier());
+  return visible.slots;
 }
+
+// Stages of rows and of slots whose gradients are being stored, a bit each. They are given back after the next products,
+// when the copy engine has long read them: all four warps would wait for one that waits before.
+struct Stored {
+  uint32_t stages = 0;
+
+  template <int kDim>
+  RK_DEVICE void give_back(const BackwardChannel<kDim> c) {
+    using S = BackwardShape<kDim>;
+    if (thread_index() % 128 == 0 && stages) {
+      wait_for_stores();
+#pragma unroll
+      for (int i = 0; i < S::kRowStages + S::kSlotStages; ++i)
+        if (stages >> i & 1) arrive(i < S::kRowStages ? c.rows_empty(i) : c.slots_empty(i - S::kRowStages));
+    }
+    stages = 0;
+    warp_barrier();
+  }
+};
 
 RK_DEVICE void clear(float (&sum)[32]) {
 #pragma unroll
@@ -226,11 +247,12 @@ RK_DEVICE void clear(float (&sum)[32]) {
 enum Sum : int { kNone, kFresh, kAdded };  // not made, begun anew, added to
 
 // A block of rows and a tile of slots, at `rows` and `slots` in their rings: makes `kQuery` of grad_query and `kKeys`
-// of grad_key and grad_value. At the end all warps of this warpgroup have multiplied with both.
+// of grad_key and grad_value, and gives back what is `stored`. At the end all warps of this warpgroup have multiplied
+// with both.
 template <class T, int kDim, Sum kQuery, Sum kKeys>
 RK_DEVICE void meet_rows_and_slots(const Backward& f, const BackwardChannel<kDim> c, int panel, int rows, int slots,
-                                   uint64_t visible, float (&grad_query)[32], float (&grad_key)[32],
-                                   float (&grad_value)[32]) {
+                                   uint64_t visible, Stored& stored, float (&grad_query)[32],
+                                   float (&grad_key)[32], float (&grad_value)[32]) {
   const int lane = lane_index(), first = warp_index() % 4 * 16 + lane / 4;  // this thread's slots: `first` and 8 on
   const float scale = f.p.scale * kLog2E;
   float weight[32], grad[32];
@@ -246,11 +268,11 @@ RK_DEVICE void meet_rows_and_slots(const Backward& f, const BackwardChannel<kDim
     const int at = k / 4 * kPanel + k % 4 * 32;
     multiply_rows(T(), grad, rows_descriptor(c.value(slots) + at), rows_descriptor(c.grad_out(rows) + at), k > 0);
   }
-  wait_for_products(weight);
-  wait_for_products(grad);
+  wait_for_products(weight, grad);
+  stored.give_back(c);
 
-  const float* shift = shared_pointer<float>(c.shift(panel));
-  const float* delta = shared_pointer<float>(c.delta(panel));
+  const float* shift = shared_pointer<const float>(c.shift(panel));
+  const float* delta = shared_pointer<const float>(c.delta(panel));
   uint32_t weights[4][4], grads[4][4];  // left factors: 16 rows each
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -311,11 +333,12 @@ RK_DEVICE void meet_rows_and_slots(const Backward& f, const BackwardChannel<kDim
       add_columns(T(), grad_key, grads[k],
                   columns_descriptor(c.query(rows) + panel * kPanel + k * 2 * kBlock, kPanel));
   }
-  if (kKeys) {
-    wait_for_products(grad_value);
-    wait_for_products(grad_key);
-  }
-  if (kQuery) wait_for_products(grad_query);
+  if constexpr (kQuery != kNone && kKeys != kNone)
+    wait_for_products(grad_value, grad_key, grad_query);
+  else if constexpr (kKeys != kNone)
+    wait_for_products(grad_value, grad_key);
+  else
+    wait_for_products(grad_query);
   c.meet(panel);
 }
 
@@ -336,10 +359,10 @@ RK_DEVICE void put(Shared panel, const float (&sum)[32], float factor, uint64_t 
   }
 }
 
-// Stores grad_query in the query's buffer's place and gives the buffers of a block back.
+// Begins to store grad_query from the query's place; the buffers of the block are `stored` then.
 template <class T, int kDim>
 RK_DEVICE void store_rows(const Backward& f, const BackwardChannel<kDim> c, int panel, int stage, const Owned& o,
-                          int block, const float (&grad_query)[32]) {
+                          int block, const float (&grad_query)[32], Stored& stored) {
   const Shared tile = c.query(stage) + panel * kPanel;
   c.meet_all();  // the other warpgroup has multiplied with the queries too
   put<T>(tile, grad_query, f.p.scale, ~uint64_t{0} >> (kRows - f.box_rows));
@@ -348,17 +371,17 @@ RK_DEVICE void store_rows(const Backward& f, const BackwardChannel<kDim> c, int 
   if (thread_index() % 128 == 0) {
     const Block b = block_at(f, o, block);
     store_box(f.grad_query, tile, 64 * panel, b.head, b.token, b.neighbour, b.sequence);
-    wait_for_stores();
-    arrive(c.rows_empty(stage));
   }
   warp_barrier();
+  if (o.tiles == 0) stored.give_back(c);  // no products have
+  stored.stages |= 1u << stage;
 }
 
 // The same of a tile of slots.
 template <class T, int kDim>
 RK_DEVICE void store_slots(const Backward& f, const BackwardChannel<kDim> c, int panel, int stage, const Owned& o,
                            int tile, uint64_t visible, const float (&grad_key)[32],
-                           const float (&grad_value)[32]) {
+                           const float (&grad_value)[32], Stored& stored) {
   const Shared key = c.key(stage) + panel * kPanel, value = c.value(stage) + panel * kPanel;
   c.meet_all();
   put<T>(key, grad_key, f.p.scale, visible);
@@ -370,10 +393,9 @@ RK_DEVICE void store_slots(const Backward& f, const BackwardChannel<kDim> c, int
     const int sequence = o.batch * f.p.chunks + o.chunk;
     store_box(f.grad_key, key, 64 * panel, o.kv_head, slot, neighbour, sequence);
     store_box(f.grad_value, value, 64 * panel, o.kv_head, slot, neighbour, sequence);
-    wait_for_stores();
-    arrive(c.slots_empty(stage));
   }
   warp_barrier();
+  stored.stages |= 1u << (BackwardShape<kDim>::kRowStages + stage);
 }
 
 template <class T, int kDim, int kPasses>
@@ -382,45 +404,51 @@ RK_DEVICE void consume(const Backward& f, const BackwardChannel<kDim> c, int pan
   const bool speaks = thread_index() % 128 == 0;
   Place<S::kRowStages> rows;
   Place<S::kSlotStages> slots;
+  Stored stored;
+  MaskAhead mask;
   for (int i = block_index() * S::kChannels + c.channel; i < f.items; i += f.blocks * S::kChannels) {
     const Owned o = owned_at(f, i);
     float grad_query[32], grad_key[32], grad_value[32];
     if (kPasses != kOneTile)
       for (int block = 0; block < f.row_blocks; ++block) {
+        if (o.tiles > 0) mask.read(f.p, o.batch, o.chunk, o.neighbour, 0);
         take_rows<T>(f, c, panel, rows, o, block);
         clear(grad_query);
         for (int tile = 0; tile < o.tiles; ++tile) {
-          const uint64_t visible = take_slots(f, c, panel, slots, o, tile);
+          const uint64_t visible = take_slots(f, c, panel, slots, o, tile, mask);
           meet_rows_and_slots<T, kDim, kAdded, kPasses == kOneBlock ? kFresh : kNone>(
-              f, c, panel, rows.at, slots.at, visible, grad_query, grad_key, grad_value);
+              f, c, panel, rows.at, slots.at, visible, stored, grad_query, grad_key, grad_value);
           if (kPasses == kOneBlock)
-            store_slots<T>(f, c, panel, slots.at, o, tile, visible, grad_key, grad_value);
+            store_slots<T>(f, c, panel, slots.at, o, tile, visible, grad_key, grad_value, stored);
           else if (speaks)
             arrive(c.slots_empty(slots.at));
           slots.next();
         }
-        store_rows<T>(f, c, panel, rows.at, o, block, grad_query);
+        store_rows<T>(f, c, panel, rows.at, o, block, grad_query, stored);
         rows.next();
       }
-    if (kPasses != kOneBlock)
+    if (kPasses != kOneBlock) {
+      if (o.tiles > 0) mask.read(f.p, o.batch, o.chunk, o.neighbour, 0);
       for (int tile = 0; tile < o.tiles; ++tile) {
-        const uint64_t visible = take_slots(f, c, panel, slots, o, tile);
+        const uint64_t visible = take_slots(f, c, panel, slots, o, tile, mask);
         clear(grad_key);
         clear(grad_value);
         for (int block = 0; block < f.row_blocks; ++block) {
           take_rows<T>(f, c, panel, rows, o, block);
           meet_rows_and_slots<T, kDim, kPasses == kOneTile ? kFresh : kNone, kAdded>(
-              f, c, panel, rows.at, slots.at, visible, grad_query, grad_key, grad_value);
+              f, c, panel, rows.at, slots.at, visible, stored, grad_query, grad_key, grad_value);
           if (kPasses == kOneTile)
-            store_rows<T>(f, c, panel, rows.at, o, block, grad_query);
+            store_rows<T>(f, c, panel, rows.at, o, block, grad_query, stored);
           else if (speaks)
             arrive(c.rows_empty(rows.at));
           rows.next();
         }
-        store_slots<T>(f, c, panel, slots.at, o, tile, visible, grad_key, grad_value);
+        store_slots<T>(f, c, panel, slots.at, o, tile, visible, grad_key, grad_value, stored);
         slots.next();
       }
+    }
   }
+  stored.give_back(c);
 }
 
 template <class T, int kDim, int kPasses>

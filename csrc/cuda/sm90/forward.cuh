@@ -111,10 +111,22 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
   const float scale = p.scale * kLog2E;
   Place<2> query;
   Place<S::kRing> ring;
+  // The buffer whose output is being stored, by its barrier; given back after the next item's first product.
+  Shared stored = kNoBuffer;
+  const auto give_back = [&] {
+    if (thread == 0 && stored != kNoBuffer) {
+      wait_for_stores();
+      arrive(stored);
+    }
+    stored = kNoBuffer;
+    warp_barrier();
+  };
   for (int i = block_index() * S::kConsumers + channel.consumer; i < f.items; i += f.blocks * S::kConsumers) {
     const Item item = item_of(f, i);
     const Shared query_tile = channel.query(query.at);
     float out[kDim / 2], largest[2], total[2];
+    MaskAhead mask;
+    if (item.tiles > 0) mask.read(p, item.batch, item.chunk, item.neighbour, 0);
 #pragma unroll
     for (int j = 0; j < kDim / 2; ++j) out[j] = 0.0f;
 #pragma unroll
@@ -122,7 +134,9 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
     wait(channel.query_full(query.at), query.parity);
 
     for (int tile = 0; tile < item.tiles; ++tile) {
-      const uint64_t visible = visible_slots(p, item.batch, item.chunk, item.neighbour, tile);
+      const Visible visible = visible_slots(p, tile, mask);
+      if (tile + 1 < item.tiles) mask.read(p, item.batch, item.chunk, item.neighbour, tile + 1);
+      const uint64_t mine = visible.slots >> (2 * (lane % 4));
       float score[kSlots / 2];
       wait(channel.full(ring.at), ring.parity);
       fence_products();
@@ -133,6 +147,7 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
       }
       wait_for_products(score);
       if (lane == 0) arrive(channel.empty(ring.at));
+      if (tile == 0) give_back();
       ring.next();
 
       uint32_t weights[kSlots / 16][4];
@@ -144,7 +159,7 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             float& s = score[4 * j + 2 * r + c];
-            s = visible >> (8 * j + 2 * (lane % 4) + c) & 1 ? multiply_rounded(s, scale) : minus_infinity();
+            s = mine >> (8 * j + c) & 1 ? multiply_rounded(s, scale) : minus_infinity();
             highest = larger(highest, s);
           }
         }
@@ -167,7 +182,7 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
 
       wait(channel.full(ring.at), ring.parity);
       const Shared values = channel.ring(ring.at);
-      if (p.mask) clear_hidden<kDim, 128>(values, visible, thread, 1 + channel.consumer);
+      clear_hidden<kDim, 128>(values, visible.hidden, thread, 1 + channel.consumer);
       fence_products();
 #pragma unroll
       for (int k = 0; k < kSlots / 16; ++k)
@@ -183,14 +198,15 @@ RK_DEVICE void consume(const Forward& f, const Channel<kDim> channel) {
                                                    : item.chunk * p.lse_stride.chunk +
                                                          item.neighbour * p.lse_stride.neighbour),
                          out, largest, total);
-    if (thread == 0) {
+    give_back();  // of an item without tiles
+    if (thread == 0)
       for (int panel = 0; panel < S::kPanels; ++panel)
         store_box(f.out, query_tile + panel * kPanel, 64 * panel, item.head, item.token, item.neighbour, item.sequence);
-      wait_for_stores();
-      arrive(channel.query_empty(query.at));
-    }
+    warp_barrier();
+    stored = channel.query_empty(query.at);
     query.next();
   }
+  give_back();
 }
 
 template <class T, int kDim>

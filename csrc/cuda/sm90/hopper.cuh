@@ -1,4 +1,4 @@
-// Hopper's own instructions (PTX ISA, sm_90a), one function each. `emulated.h` has the same functions for the host.
+// Hopper's own instructions (PTX ISA, sm_90a), one function each. emulator/hopper.h has the same functions for the host.
 #pragma once
 #include "../common/numbers.cuh"
 #include "problem.h"
@@ -34,11 +34,12 @@ RK_DEVICE void wait(Shared b, int parity) {
 }
 
 // ---- clusters: adjacent blocks that run together and reach each other's shared memory at the same addresses
-// At the barrier of the block of this rank.
+// At the barrier of the block of this rank. Nothing that this thread wrote is published with it: a release to the
+// cluster would be a fence of all memory.
 RK_DEVICE void arrive_at(Shared b, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(b)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(b)),
       "r"(rank)
       : "memory");
 }
@@ -70,7 +71,7 @@ RK_DEVICE void store_box(const TensorMap& map, Shared from, int c0, int c1, int 
                "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
                : "memory");
 }
-// Until the stores of this thread have read shared memory.
+// Until all stores of this thread have read shared memory.
 RK_DEVICE void wait_for_stores() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
@@ -92,14 +93,13 @@ RK_DEVICE void settle(float (&sum)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 }
-// A number anew: what depends on it is computed again rather than kept in registers over a loop.
-RK_DEVICE void renew(int& x) { asm volatile("" : "+r"(x)); }
 RK_DEVICE void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Until all products of this warpgroup are done; then `sum` may be read.
-template <int kCount>
-RK_DEVICE void wait_for_products(float (&sum)[kCount]) {
+// Until all products of this warpgroup are done; then the sums may be read. One wait for all: a second one, of nothing,
+// costs a product.
+template <int... kCounts>
+RK_DEVICE void wait_for_products(float (&... sums)[kCounts]) {
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-  settle(sum);
+  (settle(sums), ...);
 }
 
 #define RK_8(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), \

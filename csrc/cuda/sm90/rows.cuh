@@ -7,6 +7,7 @@ namespace sm90 {
 
 constexpr int kRows = 64;
 constexpr int kPanel = kRows * kPanelRow;  // bytes: 64 rows of 64 numbers
+constexpr Shared kNoBuffer = ~Shared{0};
 
 // Place in a ring of `kLength` buffers and the parity of its phase.
 template <int kLength>

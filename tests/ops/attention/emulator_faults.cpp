@@ -36,7 +36,7 @@ void faults() {
   emulator::launch(1, 32, 1024, [&] {
     copy_async(lane_index() * 16, numbers, true);
     copy_commit();
-    if (lane_index() == 0) read = *shared_pointer<uint32_t>(0);  // no wait
+    if (lane_index() == 0) read = *shared_pointer<const uint32_t>(0);  // no wait
     copy_wait<0>();
   });
   expect(read == 0xffffffffu, "what is read before the wait is NaN");
@@ -45,7 +45,7 @@ void faults() {
     copy_commit();
     copy_wait<0>();
     warp_barrier();
-    if (lane_index() == 0) read = *shared_pointer<uint32_t>(0) + *shared_pointer<uint32_t>(16);
+    if (lane_index() == 0) read = *shared_pointer<const uint32_t>(0) + *shared_pointer<const uint32_t>(16);
   });
   expect(read == 1, "a copy that is not valid brings zeros, another its numbers");
 
@@ -66,7 +66,7 @@ void faults() {
       emulator::launch(1, 64, 256, [&] {
         if (warp_index() == 0) *shared_pointer<uint32_t>(4 * lane_index()) = lane_index();
         if (barrier) block_barrier();
-        if (warp_index() == 1 && *shared_pointer<uint32_t>(4 * lane_index()) != static_cast<uint32_t>(lane_index())) ++wrong;
+        if (warp_index() == 1 && *shared_pointer<const uint32_t>(4 * lane_index()) != static_cast<uint32_t>(lane_index())) ++wrong;
       });
     }
     expect((wrong > 0) != barrier, barrier ? "with a barrier all is right" : "a missing barrier is seen");
@@ -137,12 +137,13 @@ void hopper_faults() {
   emulator::launch(1, 32, kHopperBytes, [&] {
     if (lane_index() != 0) return;
     sm90::init_barrier(kBarrier, 1);
+    sm90::fence_barriers();
     sm90::arrive_expecting(kBarrier, sm90::kPanel);
     sm90::load_box(numbers.map, 0, kBarrier, 16, 0, 8, 0, 0);
-    early = *shared_pointer<uint16_t>(sm90::swizzled(3, 0));  // no wait
+    early = *shared_pointer<const uint16_t>(sm90::swizzled(3, 0));  // no wait
     sm90::wait(kBarrier, 0);
-    late = *shared_pointer<uint16_t>(sm90::swizzled(3, 32) + 2);      // row 11, column 33
-    beyond = *shared_pointer<uint16_t>(sm90::swizzled(3, 112) + 14);  // column 79
+    late = *shared_pointer<const uint16_t>(sm90::swizzled(3, 32) + 2);      // row 11, column 33
+    beyond = *shared_pointer<const uint16_t>(sm90::swizzled(3, 112) + 14);  // column 79
   });
   expect(early == 0xffff, "what is read before the box has landed is NaN");
   expect(late == emulator::narrow(Float16(), Numbers::value(11, 33)), "a box is where the swizzle says");
@@ -162,10 +163,10 @@ void hopper_faults() {
     Numbers target(70, 64);
     emulator::launch(1, 32, kHopperBytes, [&] {
       if (lane_index() != 0) return;
-      std::memset(shared_pointer<char>(0), 0, sm90::kPanel);
+      std::memset(emulator::current()->shared(0, sm90::kPanel, 1), 0, sm90::kPanel);
       sm90::store_box(target.map, 0, 0, 0, 0, 0, 0);
       if (waits) sm90::wait_for_stores();
-      std::memset(shared_pointer<char>(0), 0x11, sm90::kPanel);
+      std::memset(emulator::current()->shared(0, sm90::kPanel, 1), 0x11, sm90::kPanel);
     });
     expect((target.data[0] == 0) == waits, "what is stored may not be overwritten before the copy engine has read it");
     expect(target.data[65] == emulator::narrow(Float16(), Numbers::value(0, 65)), "a box ends where it ends");
@@ -182,14 +183,15 @@ void clusters() {
       if (lane_index() == 0) {
         sm90::init_barrier(kBarrier, 1);
         sm90::init_barrier(kBarrier + 8, 2);
+        sm90::fence_barriers();
       }
       if (starts_together) sm90::cluster_barrier();
       if (lane_index() == 0) {
         sm90::arrive_expecting(kBarrier, sm90::kPanel);
         if (rank == 0) sm90::load_box_into(numbers.map, 0, kBarrier, 3, 0, 0, 8, 0, 0);
-        early[rank] = *shared_pointer<uint16_t>(sm90::swizzled(3, 0));
+        early[rank] = *shared_pointer<const uint16_t>(sm90::swizzled(3, 0));
         sm90::wait(kBarrier, 0);
-        late[rank] = *shared_pointer<uint16_t>(sm90::swizzled(3, 32) + 2);  // row 11, column 17
+        late[rank] = *shared_pointer<const uint16_t>(sm90::swizzled(3, 32) + 2);  // row 11, column 17
         for (int peer = 0; peer < 2; ++peer) sm90::arrive_at(kBarrier + 8, peer);
         if (rank == 1) sm90::wait(kBarrier + 8, 0);
       }
@@ -219,6 +221,7 @@ void hopper_products() {
     using namespace sm90;
     if (thread_index() == 0) {
       init_barrier(kBarrier, 1);
+      fence_barriers();
       arrive_expecting(kBarrier, 2 * kPanel);
       load_box(numbers.map, 0, kBarrier, 0, 0, 0, 0, 0);
       load_box(numbers.map, kPanel, kBarrier, 3, 0, 5, 0, 0);
@@ -230,6 +233,7 @@ void hopper_products() {
       return row + 5 < 70 && column + 3 < 70 ? Numbers::value(row + 5, column + 3) : 0.0f;
     };
     float turned[32];
+    fence_products();
     for (int k = 0; k < 4; ++k)
       multiply_transposed(Float16(), turned, columns_descriptor(2 * k * kBlock, 0),
                           columns_descriptor(kPanel + 2 * k * kBlock, 0), k > 0);
@@ -242,6 +246,7 @@ void hopper_products() {
     }
     for (const bool columns : {false, true}) {
       float direct[32], held[32] = {};
+      fence_products();
       for (int k = 0; k < 4; ++k) {
         const uint64_t left = rows_descriptor(k * 32);
         const uint64_t right = columns ? columns_descriptor(kPanel + 2 * k * kBlock, 0) : rows_descriptor(kPanel + k * 32);
@@ -254,7 +259,7 @@ void hopper_products() {
         columns ? add_columns(Float16(), held, registers, right) : add_rows(Float16(), held, registers, right);
       }
       hidden = hidden && direct[0] != direct[0] && held[0] != held[0];
-      wait_for_products(direct);
+      wait_for_products(direct, held);
       for (int i = 0; i < 32; ++i) {
         const int row = warp_index() * 16 + lane_index() / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
         float sum = 0.0f;
@@ -265,6 +270,84 @@ void hopper_products() {
   });
   expect(hidden, "a product that is not waited for is NaN");
   expect(same, "wgmma's products by rows and by columns, from shared memory and from registers");
+}
+
+// A tile that threads write by ordinary stores and wgmma or the copy engine then reads, or fills anew.
+void proxies() {
+  using namespace sm90;
+  enum Way { kNoFence, kOwnFence, kAnotherFence };
+  Numbers numbers(70, 64);
+  const auto tile = [&](Way way, int use) {
+    return [&numbers, way, use] {
+      if (thread_index() == 0) {
+        init_barrier(kBarrier, 1);
+        fence_barriers();
+      }
+      if (thread_index() == 1) *shared_pointer<uint32_t>(swizzled(2, 0)) = 0;
+      if (way == kOwnFence || (way == kAnotherFence && thread_index() == 2)) fence_async();
+      block_barrier();
+      if (use == 0) {
+        float sum[32] = {};
+        fence_products();
+        multiply_rows(Float16(), sum, rows_descriptor(0), rows_descriptor(kPanel), 0);
+        wait_for_products(sum);
+      } else if (thread_index() == 0 && use == 1) {
+        store_box(numbers.map, 0, 0, 0, 0, 0, 0);
+        wait_for_stores();
+      } else if (thread_index() == 0) {
+        arrive_expecting(kBarrier, kPanel);
+        load_box(numbers.map, 0, kBarrier, 0, 0, 0, 0, 0);
+        wait(kBarrier, 0);
+      }
+    };
+  };
+  for (int use = 0; use < 3; ++use) {
+    expect(contains(fault(128, kHopperBytes, tile(kNoFence, use)), "without a fence.proxy.async"),
+           "bytes that no fence follows are seen");
+    expect(contains(fault(128, kHopperBytes, tile(kAnotherFence, use)), "thread 1 wrote"),
+           "another thread's fence does not do for the writer's");
+    expect(fault(128, kHopperBytes, tile(kOwnFence, use)).empty(), "the writer's fence does");
+  }
+  expect(contains(fault(32, kHopperBytes, [&] {
+           if (lane_index() != 0) return;
+           init_barrier(kBarrier, 1);
+           arrive_expecting(kBarrier, kPanel);
+           load_box(numbers.map, 0, kBarrier, 0, 0, 0, 0, 0);
+           wait(kBarrier, 0);
+         }), "fence.mbarrier_init"), "a barrier that no fence follows is seen where the copy engine comes to it");
+  expect(contains(fault(128, kHopperBytes, [] {
+           float sum[32] = {};
+           multiply_rows(Float16(), sum, rows_descriptor(0), rows_descriptor(kPanel), 0);
+           wait_for_products(sum);
+         }), "wgmma.fence"), "a product that no fence comes before is seen");
+}
+
+// What CuTe's make_gmma_desc makes (nvidia-cutlass 4.2.0, Layout_K_SW128_Atom and Layout_MN_SW128_Atom of bfloat16): of
+// 64 x 16 numbers that lie along the sum, of 64 x 16 and 128 x 16 across it, the latter in panels of 64 x 64; and how
+// many bytes its layouts have from 16 numbers of the sum to the next.
+void descriptors() {
+  using namespace sm90;
+  bool same = true;
+  emulator::launch(1, 32, kHopperBytes, [&] {
+    if (lane_index() != 0) return;
+    same = same && rows_descriptor(0) == 0x4000004000010000u;
+    same = same && columns_descriptor(0, 0) == 0x4000004000000000u;
+    same = same && columns_descriptor(0, kPanel) == 0x4000004002000000u;
+    same = same && rows_descriptor(32) - rows_descriptor(0) == 32 >> 4;
+    same = same && columns_descriptor(2 * kBlock, 0) - columns_descriptor(0, 0) == 2048 >> 4;
+    same = same && rows_descriptor(227 << 10) == rows_descriptor(0) + (227 << 10 >> 4);
+  });
+  expect(same, "descriptors of wgmma as CuTe makes them");
+}
+
+void divisions() {
+  bool same = true;
+  for (const int64_t by : {1, 2, 3, 5, 7, 8, 63, 64, 65, 100, 127, 128, 129, 1000, 32767, 32768, 65537, 715827883, INT32_MAX})
+    for (const int64_t near : {int64_t{0}, by, 2 * by, 1000 * by, INT32_MAX / by * by, int64_t{INT32_MAX}})
+      for (int64_t i = std::max<int64_t>(near - 2, 0); i <= std::min<int64_t>(near + 2, INT32_MAX); ++i)
+        same = same && divide(static_cast<int>(i), divisor(static_cast<int>(by))) == i / by;
+  expect(same, "divisions by multiplication");
+  expect(divide(INT32_MAX, Divisor()) == 0, "a divisor that is not given makes quotients of 0");
 }
 
 void numbers() {
@@ -290,8 +373,11 @@ int main() {
   product<Float16, 96>("float16 products, rows padded");
   product<BFloat16, 32>("bfloat16 products, short rows");
   numbers();
+  divisions();
   hopper_faults();
   clusters();
   hopper_products();
+  proxies();
+  descriptors();
   return failures ? 1 : 0;
 }

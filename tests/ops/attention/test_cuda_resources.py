@@ -14,7 +14,7 @@ import emulator
 import pytest
 
 pytestmark = pytest.mark.skipif(not emulator.SOURCES.exists(), reason="not a source tree")
-FRESH = ("sm80/forward.cu", "sm_80")
+FRESH = ("sm80/forward.cu", "compute_80", "sm_80")
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,45 @@ def test_nothing_spills_and_all_fits(committed):
                 assert costs["shared"] <= cuda_resources.LARGEST_SHARED[architecture], label
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_the_machine_code_has_what_it_must_and_nothing_that_stalls(committed):
+    """A decode kernel's launch may overlap its predecessor where the code was compiled for 9.0 or newer
+    (kOldestThatWaits in launch.cuh): there, and there alone, each waits."""
+    for source, entry in committed.items():
+        for architecture in cuda_resources.architectures(source):
+            for name, costs in entry[architecture].items():
+                label = f"{source} {architecture} {name}: {costs}"
+                assert costs["loop_fences"] == 0, label
+                assert costs["dummy_products"] == 0, label
+                assert costs["setmaxnreg"] == (2 if source.startswith("sm90/") else 0), label
+                assert (costs["waits"] > 0) == (source.startswith("decode/") and architecture == "sm_90a"), label
+
+
+CODE = """
+\t\tFunction : void retro_kernels::sm90::kernel<(int)3>(Problem)
+        /*0000*/                   USETMAXREG.DEALLOC.CTAPOOL 0x28 ;
+        /*0010*/                   MEMBAR.ALL.GPU ;
+        /*0020*/                   I2F.U32.RP R0, R1 ;
+        /*0030*/                   MEMBAR.ALL.GPU ;
+        /*0040*/                   HGMMA.64x8x16.F16 RZ, gdesc[URZ], RZ, !UPT ;
+        /*0050*/              @!P0 BRA 0xb0 ;
+        /*0060*/              @!P0 BRA 0x20 ;
+        /*0070*/                   ACQBULK ;
+        /*0080*/                   MEMBAR.ALL.GPU ;
+        /*0090*/                   EXIT ;
+        /*00a0*/                   BRA 0xa0 ;
+        /*00b0*/                   MEMBAR.ALL.CTA ;
+        /*00c0*/                   BRA 0x70 ;
+"""
+
+
+def test_what_the_lint_sees():
+    """One of three fences is in a loop: 0x80 is reached from below and not again."""
+    found = {"loop_fences": 1, "loop_divisions": 1, "dummy_products": 1, "setmaxnreg": 1, "waits": 1}
+    assert cuda_resources.inspect(CODE) == {"kernel<3>": found}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or cuda_resources.disassembler() is None, reason="there is no nvcc")
 def test_a_file_compiled_anew_costs_what_the_table_says(committed):
-    source, architecture = FRESH
-    fresh = cuda_resources.measure(source, architecture, cuda_resources.dynamic_shared())
-    assert fresh == committed[source][architecture]
+    source, virtual, real = FRESH
+    fresh = cuda_resources.measure(source, virtual, [real], cuda_resources.dynamic_shared())
+    assert fresh[real] == committed[source][real]
