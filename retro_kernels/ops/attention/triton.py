@@ -302,13 +302,15 @@ def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, call: Arg
             continue
         settings = _choose(kind, call)
         row_tiles = -(-call.stride // settings.block_rows)
-        slots = call.key.shape[3] * (call.key.shape[2] if per_slot else 1)
-        key_tiles = -(-slots // settings.block_keys)
+        k, r = call.key.shape[2:4]
+        apart = kind == "backward_bias" and per_slot  # every slot of a group has elements of its own
+        # Relative positions need tiles that lie within a neighbour.
+        within = kind != "backward_null" and not (apart and call.relative_key is None)
+        key_tiles = -(-r * (1 if within or not per_slot else k) // settings.block_keys) * (k if apart and within else 1)
         # Neighbours of a group that add to the same elements: those of its rows, or of its slots.
         sharing = call.query.shape[2] if call.grouping == CHUNK else 1
-        if call.grouping == CLOCK and kind != "backward_null" and not (kind == "backward_bias" and per_slot):
-            sharing = call.key.shape[2]
-        within = kind != "backward_null" and not (kind == "backward_bias" and per_slot)
+        if call.grouping == CLOCK and kind != "backward_null" and not apart:
+            sharing = k
         num_copies = next(x for x in (d_bias, d_relative_key, d_null_key, d_content_bias) if x is not None).shape[0]
         own_tiles = row_tiles * key_tiles if kind == "backward_bias" else 1
         arguments = {

@@ -54,8 +54,8 @@ def parameters_kernel(
     BIAS_PER_SLOT: constexpr, BLOCK_ROWS: constexpr, BLOCK_KEYS: constexpr, BLOCK_RUN: constexpr,
     BLOCK_PAIR: constexpr, BLOCK_REST: constexpr, BLOCK_VALUE: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """`row_tiles` and `key_tiles` are those of one neighbour (of all slots, for a bias per slot); `sharing` is how many
-    neighbours of a group add to the same elements.
+    """`row_tiles` and `key_tiles` are those of one neighbour (of all, for the gradient of a bias per slot); `sharing`
+    is how many neighbours of a group add to the same elements.
 
     BIAS: program (copy, row tile, key tile, head); an item is (batch, group, neighbour).
     RELATIVE: program (copy, head); an item is (batch, group, neighbour, row tile). Square tiles: those on one diagonal
@@ -242,10 +242,15 @@ def parameters_kernel(
     if WHAT == BIAS:
         row = own_row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         column = own_key_tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        there = column < table_columns
+        if WITHIN and BIAS_PER_SLOT:
+            column, _, _, there, _, _ = slots_of(
+                own_key_tile, num_neighbours, retrieved_length, BLOCK_KEYS, GROUPING, WITHIN
+            )
         tl.store(
             bias_copies + head_copy * table_rows * table_columns + (wide(row, LONG) * table_columns)[:, None]
             + column[None, :],
-            d_bias, mask=(row < stride)[:, None] & (column < table_columns)[None, :],
+            d_bias, mask=(row < stride)[:, None] & there[None, :],
         )  # fmt: skip
     if WHAT == RELATIVE:
         if content_bias_copies is not None:

@@ -100,6 +100,7 @@ CASES = (
         stride=7,
         options=("relative", "relative_biases", "mask", "null", "bias"),
     ),
+    Case("relative_per_neighbour", b=1, n=9, m=4, r=19, h=1, options=("relative", "bias_per_neighbour", "null")),
     Case("relative_end", align="end", options=("relative", "relative_biases")),
     Case("relative_offset", query_offset=11, options=("relative", "relative_biases", "mask", "empty_chunk")),
     Case("relative_strided", n=29, options=("relative", "relative_biases", "strided")),
