@@ -91,6 +91,15 @@ def device_slug(device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", (prefix + device_name(device)).lower()).strip("-")
 
 
+def default_backend(device) -> str:
+    """Which backend calls on this device take when none is named, as far as is known, and why."""
+    from retro_kernels.ops import backends
+    from retro_kernels.ops.attention.run import BACKENDS
+
+    name, why = backends.outlook(BACKENDS, device)
+    return f"{name}: {why}"
+
+
 def collect(device) -> dict:
     """Everything recorded beside the numbers, as JSON-ready values."""
     import torch
@@ -112,6 +121,7 @@ def collect(device) -> dict:
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "command": " ".join(Path(part).name if i == 0 else part for i, part in enumerate(sys.argv)),
     }
+    result["default_backend"] = default_backend(device)
     result["packages"]["torch"] = torch.__version__  # the metadata lacks the build's "+cpu" on some wheels
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -111,6 +111,8 @@ def swapped_copy(model: nn.Module) -> tuple[nn.Module, str, str]:
         raise Unavailable("this version of retro_kernels has no swap")
     twin = copy.deepcopy(model)
     report = rk.swap(twin)
+    if not report.replaced:  # on a GPU where no fused kernel can run: what would be timed is the model as it was
+        raise Unavailable(f"rk.swap left the model as it is: {report}")
     return twin, str(report), replaced_parts(report.replaced)
 
 
