@@ -176,6 +176,14 @@ class _GradientsInTransform(torch.autograd.Function):
     jvp = staticmethod(raise_for_tangents)
 
 
+def gradients(backward_op: Callable, arguments: Sequence[Any]) -> Any:
+    """What `backward_op` gives, in plain autograd's backward."""
+    refuse_forward_mode(arguments)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        return _Gradients.apply(backward_op, *arguments)
+    return backward_op(*arguments)
+
+
 class _Fused(torch.autograd.Function):
     """See `fused`. Keeps the inputs, the output and the lse."""
 
@@ -192,11 +200,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, grad_out, _):
         wanted = ctx.needs_input_grad[5:]
         arguments = (unit_last_stride(grad_out), *ctx.saved_tensors, *ctx.settings, *_wanted_flags(ctx.flags, wanted))
-        refuse_forward_mode(arguments)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            results = _Gradients.apply(ctx.backward_op, *arguments)
-        else:
-            results = ctx.backward_op(*arguments)
+        results = gradients(ctx.backward_op, arguments)
         return None, None, None, None, None, *_by_place(ctx.differentiable, wanted, results)
 
 
@@ -240,11 +244,11 @@ def _wanted_flags(flags: Sequence[Sequence[int]], wanted: Sequence[bool]) -> lis
 
 
 def _by_place(differentiable: Sequence[int], wanted: Sequence[bool], results: Sequence[torch.Tensor]) -> list[Any]:
-    gradients: list[Any] = [None] * len(wanted)
+    found: list[Any] = [None] * len(wanted)
     for place, gradient in zip(differentiable, results):
         if wanted[place]:
-            gradients[place] = gradient
-    return gradients
+            found[place] = gradient
+    return found
 
 
 def fused(
@@ -265,7 +269,7 @@ def fused(
         return _FusedInTransform.apply(forward_op, backward_op, *opaque, *tensors)
     refuse_forward_mode(tensors)
     if not recorded(tensors):
-        return forward_op(*(unit_last_stride(x) for x in tensors), *settings)
+        return forward_op(*[unit_last_stride(x) for x in tensors], *settings)
     return _Fused.apply(forward_op, backward_op, differentiable, flags, settings, *apart(tensors))
 
 

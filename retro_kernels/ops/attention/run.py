@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from .. import backends as backend_choice
+from .. import plans
 from ..common import fused
 from ..compiling import constant
 from ..later import import_later
@@ -49,8 +51,29 @@ def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
-def run(call: Call, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out [b, lq, kq, n, h, d_value], lse [b, lq, kq, n, h]."""
+def planned(options: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[Any, tuple[torch.Tensor, torch.Tensor] | None]:
+    """-> the signature of a call of these options and tensors (those of SLOTS up to null_value, as the user gave
+    them) and, where a call like it was checked before, its result as `run` gives it."""
+    signature = plans.signature(options, tensors)
+    plan = None if signature is None else plans.get(signature)
+    if plan is None:
+        return signature, None
+    out, lse = plan((*tensors, None, None, None))
+    return signature, (out, plain_lse(out, lse))
+
+
+def rotary(tables: Any) -> tuple[Any, Any]:
+    """cos and sin for `planned`; what is no pair of tables has no plan."""
+    if tables is None:
+        return None, None
+    return tables if type(tables) is tuple and len(tables) == 2 else (tables, tables)
+
+
+def run(
+    call: Call, backend: str | None, signature: Any = None, arrange: Callable[[list[Any]], None] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out [b, lq, kq, n, h, d_value], lse [b, lq, kq, n, h]. With a `signature` of `planned` the CPU's plan is kept;
+    `arrange` brings the tensors that the user gave into the call's form."""
     chosen = backend_choice.choose(call.operation, BACKENDS, call, backend)
     if chosen == "reference":
         with without_autocast(call.query):
@@ -66,5 +89,7 @@ def run(call: Call, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
         call.grouping, call.causal, call.rotary_interleaved, call.scale, call.dropout_p, call.stride, call.first_token
     )  # fmt: skip
     module = BACKENDS[chosen]
+    if chosen == "cpu" and signature is not None:
+        plans.keep(signature, plans.Plan(cpu, DIFFERENTIABLE, FLAGS, settings, tensors, arrange))
     out, lse = fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors)
     return out, plain_lse(out, lse)

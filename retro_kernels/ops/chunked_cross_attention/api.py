@@ -3,12 +3,14 @@ of `ops/attention/common.py`, and runs it on the backend that `ops/backends.py` 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import validate
 from ..attention import arguments
 from ..attention.common import CLOCK, Call
-from ..attention.run import autocast, run
+from ..attention.run import autocast, planned, rotary, run
 from ..compiling import readable
 
 
@@ -84,8 +86,22 @@ def chunked_cross_attention(
         TypeError: an argument of the wrong type or dtype. ValueError: a wrong size, device or combination, an unknown
         backend, or an option that the named backend refuses. RuntimeError: the named backend cannot run here; a second
         derivative of a fused backend. With `sequence_starts` the number of chunks depends on data: too few raise on a
-        CPU; on a GPU and in a compiled graph, which do not wait for data, the tokens left without come out NaN.
+        CPU; on a GPU, in a compiled graph and under vmap, which do not look at data, the tokens left without come out
+        NaN.
     """
+    signature = None
+    if type(dropout_p) in (int, float) and dropout_p == 0 and sequence_starts is None:
+        signature, known = planned(
+            ("chunked_cross_attention", chunk_size, rotary_interleaved, scale, stride, align, query_offset,
+             chunk_offset, backend),
+            (query, key, value, neighbour_mask, attention_bias, relative_key, content_bias, relative_bias,
+             *rotary(query_rotary), *rotary(key_rotary), null_key, null_value),
+        )  # fmt: skip
+        if known is not None:
+            out, lse = known
+            b, _, _, n, h, d_value = out.shape
+            out = out.view(b, n, h, d_value)
+            return (out, lse.view(b, n, h)) if return_lse else out
     validate.tensor("query", query, validate.FLOATING)
     query, key, value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value = autocast(
         query, key, value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value
@@ -115,11 +131,17 @@ def chunked_cross_attention(
         first_visible=None, dropout_seed=dropout_seed, causal=False, scale=arguments.checked_scale(scale, query),
         dropout_p=dropout_p, rows=m, stride=stride, first_token=first_token,
     )  # fmt: skip
-    out, lse = run(call, backend)
+    out, lse = run(call, backend, signature, arrange=_add_group_axes)
     out, lse = out.view(b, n, h, d_value), lse.view(b, n, h)
     if missing is not None:
         out = out.masked_fill(missing[..., None, None], float("nan"))
     return (out, lse) if return_lse else out
+
+
+def _add_group_axes(slots: list[Any]) -> None:
+    query = slots[0]
+    b, n, h, d = query.shape
+    slots[0] = query.view(b, 1, 1, n, h, d)
 
 
 def clock(

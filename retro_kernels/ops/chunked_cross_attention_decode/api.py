@@ -78,7 +78,7 @@ def chunked_cross_attention_decode(
     Raises:
         TypeError: an argument of the wrong type or dtype, a cache of another dtype among them. ValueError: a wrong
         size, device or combination, or, on a CPU or with `validate`, a token past the border of its chunk or a negative
-        position, before anything is computed. Elsewhere (a GPU, a compiled graph) such tokens come out NaN.
+        position, before anything is computed. Elsewhere (a GPU, a compiled graph, vmap) such tokens come out NaN.
         RuntimeError: the named backend cannot run here.
     """
     check_query(query)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import validate
 from ..attention import arguments
 from ..attention.common import CHUNK, Call
-from ..attention.run import autocast, run
+from ..attention.run import autocast, planned, rotary, run
 
 
 def neighbour_cross_attention(
@@ -64,6 +66,15 @@ def neighbour_cross_attention(
         backend, or an option that the named backend refuses. RuntimeError: the named backend cannot run here; a second
         derivative of a fused backend.
     """
+    signature = None
+    if type(dropout_p) in (int, float) and dropout_p == 0:
+        signature, known = planned(
+            ("neighbour_cross_attention", rotary_interleaved, scale, backend),
+            (query, key, value, activation_mask, attention_bias, relative_key, content_bias, relative_bias,
+             *rotary(query_rotary), *rotary(key_rotary), None, None),
+        )  # fmt: skip
+        if known is not None:
+            return known if return_lse else known[0]
     validate.tensor("query", query, validate.FLOATING)
     query, key, value, attention_bias, relative_key, content_bias, relative_bias = autocast(
         query, key, value, attention_bias, relative_key, content_bias, relative_bias
@@ -89,5 +100,11 @@ def neighbour_cross_attention(
         dropout_seed=dropout_seed, causal=False, scale=arguments.checked_scale(scale, query), dropout_p=dropout_p,
         rows=r, stride=max(r, 1), first_token=0,
     )  # fmt: skip
-    out, lse = run(call, backend)
+    out, lse = run(call, backend, signature, arrange=_add_neighbour_axis)
     return (out, lse) if return_lse else out
+
+
+def _add_neighbour_axis(slots: list[Any]) -> None:
+    for place in (1, 2, 3):
+        if slots[place] is not None:
+            slots[place] = slots[place].unsqueeze(2)

@@ -8,7 +8,7 @@ import torch
 from .. import validate
 from ..attention import arguments
 from ..attention.common import NEIGHBOUR, Call
-from ..attention.run import autocast, run
+from ..attention.run import autocast, planned, rotary, run
 
 
 def neighbour_self_attention(
@@ -69,6 +69,15 @@ def neighbour_self_attention(
         backend, or an option that the named backend refuses. RuntimeError: the named backend cannot run here; a second
         derivative of a fused backend.
     """
+    signature = None
+    if type(dropout_p) in (int, float) and dropout_p == 0 and sequence_starts is None:
+        signature, known = planned(
+            ("neighbour_self_attention", rotary_interleaved, causal, scale, backend),
+            (query, key, value, neighbour_mask, attention_bias, relative_key, content_bias, relative_bias,
+             *rotary(query_rotary), *rotary(key_rotary), None, None),
+        )  # fmt: skip
+        if known is not None:
+            return known if return_lse else known[0]
     validate.tensor("query", query, validate.FLOATING)
     query, key, value, attention_bias, relative_key, content_bias, relative_bias = autocast(
         query, key, value, attention_bias, relative_key, content_bias, relative_bias
@@ -107,5 +116,5 @@ def neighbour_self_attention(
         first_visible=first_visible, dropout_seed=dropout_seed, causal=causal,
         scale=arguments.checked_scale(scale, query), dropout_p=dropout_p, rows=r, stride=max(r, 1), first_token=0,
     )  # fmt: skip
-    out, lse = run(call, backend)
+    out, lse = run(call, backend, signature)
     return (out, lse) if return_lse else out
