@@ -147,10 +147,7 @@ static void absorbed_backward_typed(const Absorbed& a, int64_t place, int64_t be
                                 kPanel, kRows);
         if (p.dropout) draw_keys(p, rows, keys, f.kept);
         const bool wide = p.bias_partial || p.relative_key.data;
-        const auto differentiate =
-            wide ? (p.dropout ? differentiate_block<kPairs, true, true> : differentiate_block<kPairs, true, false>)
-                 : (p.dropout ? differentiate_block<kPairs, false, true> : differentiate_block<kPairs, false, false>);
-        differentiate(keys, rows.padded, p.scale * kLog2e, p.bias.data ? f.bias : nullptr, p.survivor, f);
+        differentiate<kPairs>(p, keys, rows, p.scale * kLog2e, p.bias.data ? f.bias : nullptr, wide, f);
         if (p.bias_partial) add_bias_gradient(p, rows, keys, f.grad_scores, 0);
         if (p.relative_key.data)
           add_relative_gradients<kPairs>(p, z, f.relative, rows, keys, f.grad_scores, f.query_relative_across,

@@ -138,18 +138,18 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
   interleave_rows<kPairs>(f.grad, z.ld_value, rows.padded, z.dim_value, f.grad_across, z.dim_value);
 }
 
-// scores, grad_scores [key][row] -> probabilities and dS, as the three products want them. Both are 0 in rows that saw
-// nothing, NaN or not. With large logits a score may be above the log-sum-exp, by their rounding.
-template <bool kPairs, bool kKeepWide, bool kDrop>
+// scores, grad_scores [key][row] -> probabilities and dS, as the three products want them. With kIdle, where the block has
+// such rows, both are 0 in those that saw nothing or pad it, whatever keys and values hold. With large logits a score may
+// be above the log-sum-exp, by their rounding.
+template <bool kPairs, bool kKeepWide, bool kDrop, bool kIdle>
 static void differentiate_block(const Keys& keys, int64_t padded_rows, float factor, const float* bias,
                                 float survivor, const BackwardBuffers& f) {
   const auto terms = [&](int64_t at, int64_t i, vfloat* p, vfloat* ds) __attribute__((always_inline)) {
     const vfloat lse = load(f.lse + i);
-    const vint nothing = lse == splat(infinity());
     vfloat x = load(f.scores + at) * factor - lse;
     if (bias) x = ((load(f.scores + at) * factor + load(bias + at)) - lse) - load(f.log_sum + i);
     *p = exp2(smaller(vfloat{}, x));
-    *p = nothing ? vfloat{} : *p;
+    if constexpr (kIdle) *p = lse == splat(infinity()) ? vfloat{} : *p;
     if constexpr (kDrop) {
       const uint64_t bits = f.kept[at / kRows] >> i;
       *ds = *p * (keep_lanes(load(f.grad_scores + at) * survivor, bits) - load(f.delta + i));
@@ -157,7 +157,7 @@ static void differentiate_block(const Keys& keys, int64_t padded_rows, float fac
     } else {
       *ds = *p * (load(f.grad_scores + at) - load(f.delta + i));
     }
-    *ds = nothing ? vfloat{} : *ds;
+    if constexpr (kIdle) *ds = lse == splat(infinity()) ? vfloat{} : *ds;
     if (kKeepWide) store(f.grad_scores + at, *ds);
   };
 #if RK_LEVEL >= 3
@@ -191,6 +191,20 @@ static void differentiate_block(const Keys& keys, int64_t padded_rows, float fac
       store(f.scores + k * kRows + i, p);
       if (!kKeepWide) store(f.grad_scores + k * kRows + i, ds);
     }
+}
+
+// The same with the variant that the block needs; `wide`: its dS is kept as fp32, too.
+template <bool kPairs>
+static void differentiate(const Problem& p, const Keys& keys, const Rows& rows, float factor, const float* bias,
+                          bool wide, const BackwardBuffers& f) {
+  bool idle = false;
+  for (int64_t i = 0; i < rows.padded; ++i) idle |= f.lse[i] == infinity();
+  constexpr decltype(&differentiate_block<kPairs, false, false, false>) variants[2][2][2] = {
+      {{differentiate_block<kPairs, false, false, false>, differentiate_block<kPairs, false, false, true>},
+       {differentiate_block<kPairs, false, true, false>, differentiate_block<kPairs, false, true, true>}},
+      {{differentiate_block<kPairs, true, false, false>, differentiate_block<kPairs, true, false, true>},
+       {differentiate_block<kPairs, true, true, false>, differentiate_block<kPairs, true, true, true>}}};
+  variants[wide][p.dropout][idle](keys, rows.padded, factor, bias, p.survivor, f);
 }
 
 static void add_bias_gradient(const Problem& p, const Rows& rows, const Keys& keys, const float* grad_scores,
@@ -237,10 +251,7 @@ static void backward_tile(const Problem& p, const Sizes& z, const BackwardBuffer
   }
   if (p.dropout) draw_keys(p, rows, keys, f.kept);
   const bool wide = parameters && (p.bias_partial || p.relative_key.data);
-  const auto differentiate =
-      wide ? (p.dropout ? differentiate_block<kPairs, true, true> : differentiate_block<kPairs, true, false>)
-           : (p.dropout ? differentiate_block<kPairs, false, true> : differentiate_block<kPairs, false, false>);
-  differentiate(keys, rows.padded, factor, bias, p.survivor, f);
+  differentiate<kPairs>(p, keys, rows, factor, bias, wide, f);
   if (parameters && p.bias_partial) add_bias_gradient(p, rows, keys, f.grad_scores, copy);
   if (parameters && p.relative_key.data)
     add_relative_gradients<kPairs>(p, z, f.relative, rows, keys, f.grad_scores, f.query_relative_across,
