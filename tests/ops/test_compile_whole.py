@@ -8,7 +8,6 @@ import types
 import pytest
 import torch
 from small_calls import HK, OPERATIONS, B, D, E, H, K, L, M, N, R, draw, operation
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import retro_kernels as rk
 from retro_kernels.ops import compiling, evidence
@@ -133,18 +132,3 @@ def test_the_order_of_gpu_backends_is_a_constant(monkeypatch):
         assert whole(ordered)(torch.zeros(1))[1] == ("cuda", "triton")
     finally:
         evidence._device_name.cache_clear()
-
-
-@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no CUDA: it makes no fake CUDA tensors")
-@pytest.mark.filterwarnings("ignore:retro_kernels")
-def test_the_default_call_compiles_on_a_gpu_that_is_fake():
-    with FakeTensorMode():
-        query = torch.empty(1, 130, 4, 64, dtype=torch.bfloat16, device="cuda")
-        kv = torch.empty(1, 2, 2, 128, 4, 64, dtype=torch.bfloat16, device="cuda")
-        encoded, w = kv.flatten(-2), torch.empty(4, 64, 256, dtype=torch.bfloat16, device="cuda")
-
-        def call(query, kv, encoded, w):
-            one = rk.chunked_cross_attention(query, kv, kv, chunk_size=64)
-            return one + rk.projected_chunked_cross_attention(query, encoded, w, w, chunk_size=64)
-
-        assert torch.compile(call, fullgraph=True, backend="eager")(query, kv, encoded, w).shape == query.shape
