@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import metadata
 
 import torch
 
@@ -66,8 +67,8 @@ FEATURES = ("plain", "options", "options_dropout", "relative", "relative_dropout
 _S = LaunchSettings
 
 # (kind, precision, generation or None for any) -> width -> settings at 64 rows without and with options. Spills,
-# registers and shared memory are measured by tests/ops/attention/aot.py and listed in
-# compiled_settings.json beside it. No speed has been measured on a GPU.
+# registers and shared memory of what was compiled are listed in tests/ops/attention/compiled_settings.json, made by
+# aot.py beside it: not all is, and what is not may spill. No speed has been measured on a GPU.
 _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None, LaunchSettings | None]]] = {
     # 64 x 64: 2 or 3 programs share a multiprocessor; at 128 wide 3 stages spill 64 bytes where causal
     ("forward", "half", 90): {
@@ -142,10 +143,11 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
         128: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
         256: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
     },
-    # dK and dV, two accumulators: 64 rows spill 56 bytes at 128 wide; at 256 with options all spill, this least
+    # dK and dV, two accumulators: 64 rows spill 56 bytes at 128 wide, and 32 at 64 wide with a bias; at 256 with
+    # options all spill, this least
     ("backward_keys", "half", None): {
-        64: (_S(64, 64, 4, 2), _S(64, 64, 8, 2)),
-        128: (_S(32, 64, 8, 1), _S(32, 64, 8, 1)),
+        64: (_S(64, 64, 4, 2), _S(32, 64, 8, 1)),
+        128: (_S(32, 64, 8, 1), _S(16, 64, 8, 1)),
         256: (_S(32, 32, 8, 1), _S(16, 16, 8, 1)),
     },
     # without WGMMA key and value stay in registers: 32 x 32 spills 232 bytes at 64 wide with options
@@ -169,7 +171,7 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
     # gradient of the bias: 4 warps spill 40 bytes at 64 x 64
     ("backward_bias", "half", 90): {
         64: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
-        128: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
+        128: (_S(64, 64, 8, 1), _S(16, 32, 8, 1)),  # with rotary tables 32 x 64 spills 144 bytes
         256: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
     },
     # 256 wide every tile spills with all options, this one 56 bytes
@@ -178,9 +180,9 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
         128: (_S(64, 64, 8, 1), _S(64, 64, 8, 1)),
         256: (_S(32, 64, 8, 1), _S(32, 64, 8, 1)),
     },
-    # without WGMMA 64 x 64 spills 360 bytes at 64 wide
+    # without WGMMA 64 x 64 spills 360 bytes at 64 wide, and 64 x 32 with rotary tables 8
     ("backward_bias", "half", 80): {
-        64: (_S(64, 32, 8, 1), _S(64, 32, 8, 1)),
+        64: (_S(64, 32, 8, 1), _S(16, 32, 8, 1)),
         128: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
         256: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
     },
@@ -211,45 +213,94 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
 }
 
 
+# By Triton version: what those that PyTorch 2.11 to 2.14 ship (3.6 to 3.8) spill where 3.9 does not, so that they take
+# a smaller tile, or None, the next form. (kind, precision, generation, width, features with or without dropout)
+_BEFORE_3_9: dict[tuple[str, str, int, int, str], LaunchSettings | None] = {
+    ("forward", "half", 80, 64, "plain"): _S(64, 64, 4, 2),  # 3 stages spill 8 bytes
+    # one pass spills 96 to 296 bytes in every tile, and 64 rows of the queries 8 to 88
+    ("backward", "half", 90, 64, "relative"): None,
+    ("backward_queries", "half", 90, 64, "relative"): _S(32, 64, 8, 1),
+    ("forward", "half", 90, 64, "options"): _S(64, 32, 4, 2),  # with dropout 64 keys spill 8 bytes
+    ("backward", "half", 90, 64, "options_dropout"): None,  # 64 keys spill 56 bytes, 32 spill 8
+    ("backward", "half", 100, 64, "relative"): _S(64, 32, 8, 1),  # 64 keys spill 128 bytes
+    ("forward", "half", 100, 128, "relative"): _S(32, 32, 8, 1),  # 64 rows spill 32 to 272
+}
+
+
+@lru_cache(maxsize=1)
+def triton_version() -> tuple[int, int]:
+    """Of the Triton that is installed, (3, 9) for 3.9.0, or the newest that settings were chosen for."""
+    try:
+        major, minor = metadata.version("triton").split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return NEWEST
+    return int(major), int(minor)
+
+
+NEWEST = (3, 9)
+
+
 def choose(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows: int) -> LaunchSettings | None:
     """The settings of one kind of launch: what `override` says, else what tuning found, else the rule's."""
     found = overrides.get(kind) or tuned.get((kind, sm, dtype, width, features, rows))
     return found or rule(kind, sm, dtype, width, features, rows)
 
 
-@lru_cache(maxsize=1024)
-def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows: int) -> LaunchSettings | None:
+@lru_cache(maxsize=2048)
+def rule(
+    kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows: int, triton: tuple[int, int] | None = None
+) -> LaunchSettings | None:
     """The shipped settings, from what a setting costs in registers and shared memory, never from batch or length.
 
     `sm` 90 for sm_90; what is neither Hopper nor data-centre Blackwell takes sm_80's. `width` is `tile_width`,
     rounded up to 64, 128 or 256 (beyond 256, which only partial rotary turns of heads above 128 reach, 256's may
     spill). `options`: a bias, rotary tables or a null slot, which cost registers. `rows`: the stride; fewer rows make
-    a smaller tile. None for "backward", "backward_shared" or "backward_sweeps" where that does
-    not fit, and the next of them or two launches run instead.
+    a smaller tile. `triton`: the version that compiles, by default the one installed. None for "backward",
+    "backward_shared" or "backward_sweeps" where that does not fit, and the next of them or two launches run instead.
     """
     options = features != "plain"
     generation = {90: 90, 100: 100, 103: 100}.get(sm, 80)
     size = 64 if width <= 64 else 128 if width <= 128 else 256
     precision = "fp32" if dtype == torch.float32 else "half"
+    if (triton or triton_version()) < NEWEST:
+        names = ((kind, precision, generation, size, name) for name in (features, features.removesuffix("_dropout")))
+        older = next((name for name in names if name in _BEFORE_3_9), None)
+    else:
+        older = None
+    if older is not None:
+        found = _BEFORE_3_9[older]
+        return None if found is None else replace(found, block_rows=min(found.block_rows, power_of_two(rows)))
     if kind in ("backward_shared", "backward_sweeps"):  # in fp32, or beyond 128 wide, two launches
         # 64 rows spill without WGMMA, and in the sweeps on sm_100
         largest = 32 if generation == 80 or (generation == 100 and kind == "backward_sweeps") else 64
-        fits = precision == "half" and size <= 128
+        fits = precision == "half" and size <= 128 and not features.startswith("relative")
         if generation == 90:
-            # Plain spills 72 and 56 bytes at 128 wide, options 8 and relative positions 144 at 64, 712 and 504 at 128:
-            # two launches, which do not.
+            # Plain spills 72 and 56 bytes at 128 wide, options 8 at 64: two launches, which do not.
             fits = fits and features == "plain" and size == 64
         return _S(min(largest, power_of_two(rows)), 64, 8, 1) if fits else None
     if kind == "backward_relative":
-        # Square, as its diagonals need. Larger tiles spill: 32 x 32 by 192 bytes at 64 wide on sm_90, by 720 at 128,
-        # where 16 x 16 still spills 48.
-        side = min(16 if generation == 90 and precision == "half" else 32, power_of_two(rows))
+        # Square, as its diagonals need. 32 x 32 spills 56 to 456 bytes at 64 wide; 16 x 16 still 40 at 128 on sm_90.
+        side = min(16, power_of_two(rows))
         return _S(side, side, 8, 1)
     if kind == "backward" and 64 < rows <= 128 and precision == "half" and size <= 128:
         # 236 registers at 128 wide on sm_90; with options, or without WGMMA, the sweeps
         return _S(128, 64, 8, 2 if generation == 90 else 1) if generation >= 90 and not options else None
     if features.startswith("relative") and generation == 90 and precision == "half" and size == 128:
         return _relative_at_128(kind, rows)
+    if features.startswith("relative") and generation == 80 and precision == "half" and size <= 128:
+        small = _RELATIVE_WITHOUT_WGMMA.get((kind, size))
+        if kind == "backward":
+            return None
+        if small is not None:
+            return replace(small, block_rows=min(small.block_rows, power_of_two(rows)))
+    if (kind, precision, generation, size) == ("forward", "half", 100, 128) and features.startswith("relative"):
+        return _S(min(64, power_of_two(rows)), 32, 8, 1)  # 114 registers
+    if features.startswith("relative") and generation == 90 and precision == "half" and size == 64:
+        # Two programs share a multiprocessor: 104 KB each, where 64 keys take 128. Going back 64 keys spill 16 bytes.
+        if kind == "forward":
+            return _S(min(64, power_of_two(rows)), 32, 4, 2)
+        if kind == "backward" and rows <= 64:
+            return _S(min(64, power_of_two(rows)), 32, 8, 1)
     by_width = _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
     found = by_width.get(size, (None, None))[options]
     if kind == "backward_keys" and precision == "half" and size == 64:
@@ -266,15 +317,29 @@ def rule(kind: str, sm: int, dtype: torch.dtype, width: int, features: str, rows
     return replace(found, block_rows=min(found.block_rows, power_of_two(rows)))
 
 
+# On sm_80 and its like, where 64 rows spill 128 bytes forward and up to 488 back, and do not fit the 99 KB of sm_86: no
+# backward in one launch either.
+_RELATIVE_WITHOUT_WGMMA = {
+    ("forward", 64): _S(32, 32, 4, 2),
+    ("backward_queries", 64): _S(32, 32, 4, 2),
+    ("backward_keys", 64): _S(16, 16, 4, 1),
+    ("backward_bias", 64): _S(16, 32, 8, 1),
+    ("forward", 128): _S(32, 32, 8, 1),
+    ("backward_queries", 128): _S(32, 32, 8, 1),
+    ("backward_keys", 128): _S(16, 32, 8, 1),
+    ("backward_bias", 128): _S(16, 32, 8, 1),
+}
+
+
 def _relative_at_128(kind: str, rows: int) -> LaunchSettings | None:
     """On sm_90: the run of distances and its products stand beside the tile, so smaller tiles and no backward in one
     launch (64 x 32 spills 184 bytes). Of the tiles that multiply by WGMMA throughout, 64 x 16 spills 56 bytes for the
     queries and 16 x 64 spills 32 for the keys; these, which take older instructions, spill nothing."""
     found = {
-        "forward": _S(64, 32, 8, 2),
+        "forward": _S(64, 16, 4, 1),  # two programs share a multiprocessor
         "backward": None,
         "backward_queries": _S(32, 64, 8, 1),
-        "backward_keys": _S(32, 32, 8, 1),
+        "backward_keys": _S(32, 16, 8, 1),  # with a bias too 32 keys spill 104 bytes
         "backward_bias": _S(16, 64, 8, 1),
         "backward_null": _S(32, 16, 4, 1),
     }[kind]

@@ -232,7 +232,7 @@ def combine_kernel(
         accumulator = accumulator * shrink + tl.sum(weight[:, None] * part, axis=0)
         largest = larger
     if null_logit is not None:
-        logit = tl.load(null_logit + at) * LOG2_E
+        logit = bias_in_bits(tl.load(null_logit + at))  # saturated, so no contraction of the product with what follows
         larger = tl.maximum(largest, logit)
         base = finite(larger)
         shrink = tl.exp2(largest - base)

@@ -1,22 +1,26 @@
 """Compiles the Triton kernels ahead of time, without a GPU, under the launch settings that `configs.py` ships.
 
-    python tests/ops/attention/aot.py                # all, into compiled_settings.json beside this file
-    python tests/ops/attention/aot.py --list ID ...  # only these, as JSON on the standard output
+    python tests/ops/attention/aot.py [--seconds S] [PATTERN ...]  # what the table lacks, into compiled_settings.json
+    python tests/ops/attention/aot.py --list ID ...                # only these, as JSON on the standard output
 
-Run after a change of kernels or settings. It must run without TRITON_INTERPRET. An identifier is target, kind of
+The table has a part for each version of Triton; an entry is kept while the kernels' source and its setting are what
+they were, so that a run that was cut short goes on. It must run without TRITON_INTERPRET, and once with each version
+(`VERSIONS`): another version's environment needs this one's packages on its path. An identifier is target, kind of
 launch, shape (`SHAPES`), dtype, width of the head, features (`configs.FEATURES`), and perhaps `long`: 64-bit offsets.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
+import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -27,8 +31,10 @@ from retro_kernels.ops.attention import triton as backend
 
 TABLE = Path(__file__).with_name("compiled_settings.json")
 TARGETS = (80, 90, 100)
+VERSIONS = ("3.6.0", "3.9.0")  # of torch 2.11, the oldest supported, and the newest
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program; sm_80's also serves sm_86 and sm_89
+# Bytes a program. sm_80's own is 163 KB, but its settings serve the others.
+SHARED_LIMIT = {**dict.fromkeys((80, 86, 89, 120), 99 * 1024), 90: 227 * 1024, 100: 227 * 1024}
 TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
                 torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
 
@@ -57,51 +63,70 @@ EXTRA = (
       for kind, shape in (("forward", "clock"), ("backward", "clock"), ("backward_shared", "chunk"))),
 )  # fmt: skip
 
-# What is known to fall short: bytes of stack a thread that may spill, and what is not multiplied by WGMMA throughout on
-# sm_90. All of it is relative positions, whose run of distances and its products stand beside the tile itself, so that
-# tiles which do not spill are smaller than WGMMA's.
+# What is known to fall short: bytes of stack a thread that may spill.
 MAY_SPILL = {
     "sm_90 backward_relative clock bf16 128 relative": 40,
     "sm_90 backward_relative chunk bf16 128 relative": 48,
     "sm_90 backward_relative causal bf16 128 relative": 48,
 }
-NOT_ALL_WGMMA = (
-    *(f"sm_90 {kind} {shape} bf16 128 relative" for kind in ("backward_queries", "backward_keys")
-      for shape in ("clock", "neighbour", "chunk", "causal")),
-    *(f"sm_90 backward_bias {shape} bf16 128 relative" for shape in ("clock", "neighbour")),
-    *(f"sm_90 backward_relative {shape} bf16 {width} relative" for shape in ("clock", "chunk", "causal")
-      for width in (64, 128)),
-)  # fmt: skip
 
 
-def settings_of(identifier: str) -> configs.LaunchSettings | None:
+def all_by_wgmma(kind: str, width: str, features: str) -> bool:
+    """Whether sm_90 multiplies by WGMMA throughout. Relative positions, whose run of distances and its products stand
+    beside the tile, and rotary tables at 128 wide leave room for tiles below a WGMMA's 64 rows only, going back."""
+    if kind == "backward_null":
+        return False
+    return kind == "forward" or features == "plain" or (width == "64" and features == "options")
+
+
+def settings_of(identifier: str, version: str | None = None) -> configs.LaunchSettings | None:
+    """Of a version of Triton, by default the one installed."""
     target, kind, _, dtype, width, features = identifier.split()[:6]
     rows = ROWS.get(kind, 64)
     kind = "backward" if kind == "backward_rows" else kind
-    return configs.rule(kind, int(target[3:]), DTYPES[dtype], int(width), features, rows)
+    numbers = None if version is None else tuple(map(int, version.split(".")[:2]))
+    return configs.rule(kind, int(target[3:]), DTYPES[dtype], int(width), features, rows, numbers)
 
 
-def identifiers() -> list[str]:
-    """What is compiled, in bf16: every kind in every shape that it is shipped for; plain for every target, for sm_90
-    also with relative positions and with the other options. (fp32, heads of 256, dropout, options on sm_80 and sm_100
-    are not.)"""
-    compiled = {80: {64: ("plain",)}, 90: {64: ("plain", "options", "relative"), 128: ("plain", "relative")},
-                100: {64: ("plain",)}}  # fmt: skip
-    found = [
-        f"sm_{sm} {kind} {shape} bf16 {width} {features}"
-        for sm in TARGETS
-        for kind, shapes in SHIPPED.items()
-        for shape in shapes
-        for width, wanted in compiled[sm].items()
-        for features in wanted
-        if applies(kind, shape, features)
-        and (
-            kind not in ("backward_queries", "backward_keys")
-            or shape not in ONE_LAUNCH
-            or settings_of(f"sm_{sm} {ONE_LAUNCH[shape]} {shape} bf16 {width} {features}") is None
-        )
-    ]
-    return [identifier for identifier in (*found, *EXTRA) if settings_of(identifier) is not None]
+# What is compiled, in the order of importance: targets, shapes, dtypes, widths, features.
+CLOCKS = ("clock",)
+PART = (
+    ((90,), CLOCKS, ("bf16",), (64, 128), ("plain", "options", "relative")),
+    ((80, 100), CLOCKS, ("bf16",), (64, 128), ("plain", "options", "relative")),
+    ((90,), SHAPES, ("bf16",), (64, 128), ("plain", "relative")),
+    ((90,), CLOCKS, ("bf16",), (64, 128), ("options_dropout", "relative_dropout")),
+    ((80, 100), SHAPES, ("bf16",), (64,), ("plain",)),
+    ((86, 89, 120), CLOCKS, ("bf16",), (64, 128), ("plain", "relative")),
+    ((80, 90), CLOCKS, ("fp32",), (64, 128), ("plain",)),
+    ((80, 90, 100), CLOCKS, ("bf16",), (256,), ("plain",)),
+    ((90,), CLOCKS, ("fp16",), (64,), ("plain",)),
+)
+
+
+def identifiers(version: str | None = None) -> list[str]:
+    """What is compiled of what a version may choose. (`universe` counts all of that.)"""
+    found = [identifier for part in PART for identifier in product(*part, version)]
+    return list(dict.fromkeys((*found, *EXTRA)))
+
+
+def universe(version: str | None = None) -> list[str]:
+    """All that a version may choose, 64-bit offsets apart."""
+    return product(tuple(SHARED_LIMIT), SHAPES, tuple(DTYPES), (64, 128, 256), configs.FEATURES, version)
+
+
+def product(targets, shapes, dtypes, widths, features, version: str | None) -> list[str]:
+    found = []
+    for sm, dtype, width, feature in itertools.product(targets, dtypes, widths, features):
+        for kind, shipped in SHIPPED.items():
+            for shape in shipped:
+                identifier = f"sm_{sm} {kind} {shape} {dtype} {width} {feature}"
+                if shape not in shapes or not applies(kind, shape, feature) or settings_of(identifier, version) is None:
+                    continue
+                alone = ONE_LAUNCH.get(shape) if kind in ("backward_queries", "backward_keys") else None
+                if alone and settings_of(identifier.replace(kind, alone), version) is not None:
+                    continue
+                found.append(identifier)
+    return found
 
 
 def applies(kind: str, shape: str, features: str) -> bool:
@@ -174,15 +199,20 @@ def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -
     return sm, next(launch for launch in launches if launch.kind == name)
 
 
+def described(identifier: str, version: str | None = None) -> str | None:
+    """The settings as the table has them; None where the version chooses none."""
+    settings = settings_of(identifier, version)
+    return None if settings is None else in_words(settings)
+
+
+def in_words(settings: configs.LaunchSettings) -> str:
+    tile = f"{settings.block_rows}x{settings.block_keys}, {settings.num_warps} warps, {settings.num_stages} stages"
+    return tile if settings.precision == "ieee" else f"{tile}, {settings.precision}"
+
+
 def compile_launch(identifier: str, settings: configs.LaunchSettings | None = None) -> dict[str, object]:
     sm, launch = launch_of(identifier, settings)
-    settings = launch.settings
-    precision = "" if settings.precision == "ieee" else f", {settings.precision}"
-    return {
-        "settings": f"{settings.block_rows}x{settings.block_keys}, {settings.num_warps} warps, "
-        f"{settings.num_stages} stages{precision}",
-        **machine_code(sm, launch),
-    }
+    return {"settings": in_words(launch.settings), **machine_code(sm, launch)}
 
 
 def machine_code(sm: int, launch: backend.Launch) -> dict[str, object]:
@@ -213,36 +243,39 @@ def machine_code(sm: int, launch: backend.Launch) -> dict[str, object]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
+    ptx = compiled.asm["ptx"]
     return {
         "registers": registers,
-        "stack": stack,
-        "local": local + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "stack": stack + local,
         "shared": compiled.metadata.shared,
-        # Of global memory: on sm_100 the allocator of tensor memory keeps its bits by ATOMS in shared memory.
-        "atomics": len(re.findall(r"\b(?:ATOM|ATOMG|RED|REDG)\b", sass)),
-        "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
-        "mma": len(re.findall(r"\bHMMA\b", sass)),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.(?!shared)", ptx)),
+        "wgmma": len(re.findall(r"\bwgmma\.mma_async\b", ptx)),
+        "mma": len(re.findall(r"\bmma\.sync\b", ptx)),
+        "contracted": contracted(ptx),
     }
+
+
+def contracted(ptx: str) -> int:
+    """Exponentials of a difference that is contracted with a multiplication: it could exceed 0 by any amount."""
+    made_by, count = {}, 0
+    for line in ptx.splitlines():
+        found = re.match(r"\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(%\w+),\s*(.*);", line)
+        if found:
+            operation, result, operand = found.groups()
+            count += operation.startswith("ex2") and made_by.get(operand.strip(), "").startswith("fma")
+            made_by[result] = operation
+    return count
 
 
 def faults(identifier: str, result: dict) -> list[str]:
     """What the gate forbids."""
-    target, kind, _, dtype = identifier.split()[:4]
-    sm = int(target[3:])
-    found = machine_faults(sm, result, MAY_SPILL.get(identifier, 0))
-    if (
-        sm == 90
-        and dtype != "fp32"
-        and kind != "backward_null"
-        and identifier not in NOT_ALL_WGMMA
-        and (result["mma"] or not result["wgmma"])
-    ):
-        found.append(f"not every product is a WGMMA: {result['wgmma']} HGMMA and {result['mma']} HMMA instructions")
+    target, kind, _, dtype, width, features = identifier.split()[:6]
+    found = machine_faults(int(target[3:]), result, MAY_SPILL.get(identifier, 0))
+    whole = result["wgmma"] and not result["mma"]
+    if target == "sm_90" and dtype != "fp32" and all_by_wgmma(kind, width, features) and not whole:
+        found.append(f"not every product is a WGMMA: {result['wgmma']} wgmma and {result['mma']} mma instructions")
     return found
 
 
@@ -250,48 +283,73 @@ def machine_faults(sm: int, result: dict, may_spill: int = 0) -> list[str]:
     """What the gate forbids to every kernel: spills beyond `may_spill` bytes, shared memory that does not fit,
     atomics."""
     found = []
-    if result["stack"] > may_spill or (result["local"] and not may_spill):
-        found.append(f"spills {result['stack']} bytes of stack, {result['local']} local accesses")
+    if result["stack"] > may_spill:
+        found.append(f"spills {result['stack']} bytes of stack")
     if result["shared"] > SHARED_LIMIT[sm]:
         found.append(f"needs {result['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}")
+    if result.get("contracted"):  # which the first entries of the tables do not say
+        found.append(f"{result['contracted']} exponentials have no bound")
     if result["atomics"]:
         found.append(f"has {result['atomics']} atomic instructions")
     return found
 
 
 def kernels_hash() -> str:
-    """Of everything that decides what is compiled: the kernels' source and the settings of every identifier."""
+    """Of the kernels' source."""
     digest = hashlib.sha256()
     for file in backend.SOURCES:
         digest.update(Path(file).read_bytes())
-    for identifier in identifiers():
-        digest.update(f"{identifier} {settings_of(identifier)}".encode())
     return digest.hexdigest()[:16]
 
 
-def compile_all(wanted: list[str], workers: int = 2) -> dict[str, dict]:
-    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
-        return dict(zip(wanted, pool.map(compile_launch, wanted), strict=True))
+def read(module) -> dict[str, dict[str, dict]]:
+    """By version, what the table of an aot module has of the kernels as they are."""
+    content = json.loads(module.TABLE.read_text(encoding="utf-8")) if module.TABLE.exists() else {}
+    return content.get("versions", {}) if content.get("kernels") == module.kernels_hash() else {}
 
 
-def main(arguments: list[str]) -> int:
+def write(module, versions: dict[str, dict[str, dict]]) -> None:
+    """One line an entry."""
+    parts = [
+        f' "{version}": {{\n' + ",\n".join(f"  {json.dumps(x)}: {json.dumps(row)}" for x, row in rows.items()) + "\n }"
+        for version, rows in sorted(versions.items())
+    ]
+    start = f'{{"kernels": "{module.kernels_hash()}", "versions": {{\n'
+    module.TABLE.write_text(start + ",\n".join(parts) + "\n}}\n", encoding="utf-8")
+
+
+def main(module, arguments: list[str]) -> int:
+    """The command line of this and the other aot modules."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print("aot.py must run without TRITON_INTERPRET", file=sys.stderr)
+        print("it must run without TRITON_INTERPRET", file=sys.stderr)
         return 2
     if arguments[:1] == ["--list"]:
-        print(json.dumps(compile_all(arguments[1:])))
+        print(json.dumps({identifier: module.compile_launch(identifier) for identifier in arguments[1:]}))
         return 0
     import triton
 
-    results = compile_all(identifiers())
-    bad = {identifier: faults(identifier, result) for identifier, result in results.items()}
-    for identifier, result in results.items():
-        print(f"{identifier:56} {result['settings']:26} {result['registers']:4} registers {result['shared']:7} shared"
-              f"  {'; '.join(bad[identifier])}")  # fmt: skip
-    content = {"kernels": kernels_hash(), "triton": triton.__version__, "results": results}
-    TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(bad.values()) else 0
+    limited = arguments[:1] == ["--seconds"]
+    end = time.monotonic() + float(arguments[1]) if limited else float("inf")
+    patterns = arguments[2 if limited else 0 :] or [".*"]
+    version, wanted = triton.__version__, module.identifiers()
+    for identifier in (x for pattern in patterns for x in wanted if re.fullmatch(pattern, x)):
+        if read(module).get(version, {}).get(identifier, {}).get("settings") == module.described(identifier):
+            continue
+        if time.monotonic() > end:
+            break
+        row = module.compile_launch(identifier)
+        with open(module.__file__) as lock:  # another version may be compiled at the same time
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            versions = read(module)
+            rows = {**versions.get(version, {}), identifier: row}
+            write(module, {**versions, version: {name: rows[name] for name in wanted if name in rows}})
+        print(f"{identifier:56} {row['settings']:30} {row['registers']:4} registers {row['shared']:7} shared"
+              f"  {'; '.join(module.faults(identifier, row))}", flush=True)  # fmt: skip
+    rows = read(module).get(version, {})
+    bad = [x for x in rows if module.faults(x, rows[x])]
+    print(f"{version}: {len(rows)} of {len(wanted)} compiled, {len(bad)} fall short: {bad}")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.modules[__name__], sys.argv[1:]))

@@ -1,8 +1,9 @@
-"""The kernels compile for sm_80, sm_90 and sm_100 under the shipped launch settings: no global atomic, shared memory
-that fits, WGMMA in every product on sm_90, and no spill, but for what `aot.MAY_SPILL` and `aot.NOT_ALL_WGMMA` name.
+"""The kernels compile under the shipped launch settings, on the Tritons of `aot.VERSIONS`, without a spill but for what
+`aot.MAY_SPILL` names: no global atomic, shared memory that fits, WGMMA in every product on sm_90 where
+`aot.all_by_wgmma` says so.
 
-All of them take minutes, so their results are committed (compiled_settings.json), tied to the kernels' source by a
-hash; a few are compiled anew in every run.
+What was compiled, of which version, is committed (compiled_settings.json), tied to the kernels' source by a hash and to
+the settings entry by entry; a few are compiled anew in every run.
 """
 
 from __future__ import annotations
@@ -46,15 +47,33 @@ def fresh():
 
 def test_the_committed_table_is_of_these_kernels_and_settings(committed):
     assert committed["kernels"] == aot.kernels_hash(), (
-        "the kernels or their launch settings have changed since the table was made: run "
-        "`python tests/ops/attention/aot.py` without TRITON_INTERPRET and commit the result"
+        "the kernels have changed since the table was made: run `python tests/ops/attention/aot.py` without "
+        "TRITON_INTERPRET, with each Triton of its VERSIONS, and commit the result"
     )
-    assert list(committed["results"]) == aot.identifiers()
+    assert tuple(committed["versions"]) == aot.VERSIONS
+    for version, rows in committed["versions"].items():
+        assert {x: row["settings"] for x, row in rows.items()} == {x: aot.described(x, version) for x in rows}
 
 
-@pytest.mark.parametrize("identifier", aot.identifiers())
-def test_every_setting_passed_the_gate(identifier, committed):
-    assert aot.faults(identifier, committed["results"][identifier]) == []
+@pytest.mark.parametrize("version", aot.VERSIONS)
+def test_the_settings_of_the_paper_are_compiled(version, committed):
+    """Heads of 64, forward and backward, plain and with relative positions."""
+    wanted = aot.product((90, 80), ("clock",), ("bf16",), (64,), ("plain", "relative"), version)
+    lacking = {x for x in wanted if x not in committed["versions"][version]}
+    assert {x.split()[1] for x in lacking} <= {"backward_null"}
+
+
+@pytest.mark.parametrize("version", aot.VERSIONS)
+def test_every_setting_passed_the_gate(version, committed):
+    rows = committed["versions"][version]
+    assert {x: found for x in rows if (found := aot.faults(x, rows[x]))} == {}
+
+
+def test_an_older_triton_takes_what_it_does_not_spill():
+    identifier = "sm_90 backward_queries clock bf16 64 relative"
+    assert aot.described(identifier, "3.6.0") == aot.described(identifier, "3.8.1") == "32x64, 8 warps, 1 stages"
+    assert aot.described(identifier, "3.9.0") == aot.described(identifier, "3.10.0") == "64x32, 8 warps, 1 stages"
+    assert aot.described("sm_90 backward clock bf16 64 relative", "3.6.0") is None, "two launches"
 
 
 @pytest.mark.parametrize("identifier", FRESH)

@@ -9,10 +9,7 @@ key/value head, dtype of the query, of the cache, width, and options.
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -82,11 +79,13 @@ def launch_of(identifier: str):
     return sm, next(launch for launch in launches if launch.kind == kind)
 
 
+def described(identifier: str) -> str:
+    x = launch_of(identifier)[1].settings
+    return f"{x.block_rows}x{x.block_keys}x{x.block_dim}, {x.num_warps} warps, {x.num_stages} stages"
+
+
 def compile_launch(identifier: str) -> dict[str, object]:
-    sm, launch = launch_of(identifier)
-    x = launch.settings
-    settings = f"{x.block_rows}x{x.block_keys}x{x.block_dim}, {x.num_warps} warps, {x.num_stages} stages"
-    return {"settings": settings, **aot.machine_code(sm, launch)}
+    return {"settings": described(identifier), **aot.machine_code(*launch_of(identifier))}
 
 
 def faults(identifier: str, result: dict) -> list[str]:
@@ -112,31 +111,5 @@ def kernels_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_all(wanted: list[str]) -> dict[str, dict]:
-    with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        return dict(zip(wanted, pool.map(compile_launch, wanted), strict=True))
-
-
-def main(arguments: list[str]) -> int:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        print("aot_decode.py must run without TRITON_INTERPRET", file=sys.stderr)
-        return 2
-    if arguments[:1] == ["--list"]:
-        print(json.dumps(compile_all(arguments[1:])))
-        return 0
-    import triton
-
-    wanted = [x for x in identifiers() if all(word in x for word in arguments)]
-    results = compile_all(wanted)
-    bad = {identifier: faults(identifier, result) for identifier, result in results.items()}
-    for identifier, result in results.items():
-        print(f"{identifier:44} {result['settings']:30} {result['registers']:4} registers {result['shared']:7} shared"
-              f" {result['mma']} {result['wgmma']} {'; '.join(bad[identifier])}")  # fmt: skip
-    if not arguments:
-        content = {"kernels": kernels_hash(), "triton": triton.__version__, "results": results}
-        TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(bad.values()) else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(aot.main(sys.modules[__name__], sys.argv[1:]))

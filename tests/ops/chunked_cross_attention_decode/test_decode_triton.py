@@ -218,11 +218,12 @@ class TestMachineCode:
             "the kernels or their launch settings have changed since the table was made: run `python "
             "tests/ops/chunked_cross_attention_decode/aot_decode.py` without TRITON_INTERPRET and commit the result"
         )
-        assert list(self.committed["results"]) == aot_decode.identifiers()
+        rows = self.committed["versions"]["3.9.0"]
+        assert set(FRESH) <= set(rows) <= set(aot_decode.identifiers())
 
-    @pytest.mark.parametrize("identifier", aot_decode.identifiers())
-    def test_every_setting_passed_the_gate(self, identifier):
-        assert aot_decode.faults(identifier, self.committed["results"][identifier]) == []
+    def test_every_setting_passed_the_gate(self):
+        for rows in self.committed["versions"].values():
+            assert {x: found for x in rows if (found := aot_decode.faults(x, rows[x]))} == {}
 
     @pytest.mark.parametrize("identifier", FRESH)
     def test_the_main_settings_compile_anew(self, identifier, fresh):

@@ -9,10 +9,7 @@ the head, and "plain" (a mask) or "options" (every option at once, with relative
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -93,11 +90,13 @@ def launch_of(identifier: str) -> tuple[int, Launch]:
         return sm, backend.plan_states(out, out, lse, call.encoded, call)
 
 
+def described(identifier: str) -> str:
+    x = launch_of(identifier)[1].settings
+    return f"{x.block_rows}x{x.block_slots}x{x.block_encoder}, {x.num_warps} warps, {x.num_stages} stages"
+
+
 def compile_launch(identifier: str) -> dict[str, object]:
-    sm, launch = launch_of(identifier)
-    x = launch.settings
-    settings = f"{x.block_rows}x{x.block_slots}x{x.block_encoder}, {x.num_warps} warps, {x.num_stages} stages"
-    return {"settings": settings, **aot.machine_code(sm, launch)}
+    return {"settings": described(identifier), **aot.machine_code(*launch_of(identifier))}
 
 
 def faults(identifier: str, result: dict) -> list[str]:
@@ -106,7 +105,7 @@ def faults(identifier: str, result: dict) -> list[str]:
     found = aot.machine_faults(int(target[3:]), result, MAY_SPILL.get(identifier, 0))
     whole = result["wgmma"] and not result["mma"]
     if target == "sm_90" and dtype != "fp32" and not whole and identifier not in NOT_ALL_WGMMA:
-        found.append(f"not every product is a WGMMA: {result['wgmma']} HGMMA and {result['mma']} HMMA instructions")
+        found.append(f"not every product is a WGMMA: {result['wgmma']} wgmma and {result['mma']} mma instructions")
     return found
 
 
@@ -118,29 +117,5 @@ def kernels_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_all(wanted: list[str]) -> dict[str, dict]:
-    with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        return dict(zip(wanted, pool.map(compile_launch, wanted), strict=True))
-
-
-def main(arguments: list[str]) -> int:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        print("aot_absorbed.py must run without TRITON_INTERPRET", file=sys.stderr)
-        return 2
-    if arguments[:1] == ["--list"]:
-        print(json.dumps(compile_all(arguments[1:])))
-        return 0
-    import triton
-
-    results = compile_all(identifiers())
-    bad = {identifier: faults(identifier, result) for identifier, result in results.items()}
-    for identifier, result in results.items():
-        print(f"{identifier:42} {result['settings']:28} {result['registers']:4} registers {result['shared']:7} shared"
-              f" {result['mma']} {result['wgmma']} {'; '.join(bad[identifier])}")  # fmt: skip
-    content = {"kernels": kernels_hash(), "triton": triton.__version__, "results": results}
-    TABLE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(bad.values()) else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(aot.main(sys.modules[__name__], sys.argv[1:]))

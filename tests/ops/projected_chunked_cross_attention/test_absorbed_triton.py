@@ -225,11 +225,12 @@ class TestMachineCode:
             "the kernels or their launch settings have changed since the table was made: run `python "
             "tests/ops/projected_chunked_cross_attention/aot_absorbed.py` without TRITON_INTERPRET and commit it"
         )
-        assert list(self.committed["results"]) == aot_absorbed.identifiers()
+        rows = self.committed["versions"]["3.9.0"]
+        assert set(FRESH) <= set(rows) <= set(aot_absorbed.identifiers())
 
-    @pytest.mark.parametrize("identifier", aot_absorbed.identifiers())
-    def test_every_setting_passed_the_gate(self, identifier):
-        assert aot_absorbed.faults(identifier, self.committed["results"][identifier]) == []
+    def test_every_setting_passed_the_gate(self):
+        for rows in self.committed["versions"].values():
+            assert {x: found for x in rows if (found := aot_absorbed.faults(x, rows[x]))} == {}
 
     @pytest.mark.parametrize("identifier", FRESH)
     def test_the_main_settings_compile_anew(self, identifier, fresh):
