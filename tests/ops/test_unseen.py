@@ -41,6 +41,7 @@ STEP = {
     "idle, relative": {"options": (*RELATIVE, "bias_per_neighbour"), "positions": (4, 0)},
     "not valid": {"options": ("mask", "valid", "null", "relative")},
     "one sequence idle": {"options": ("mask", "null"), "positions": (4, 1)},
+    "idle, biases of states": {"options": ("mask", "bias_key"), "positions": (4, 0)},
 }
 CASES = [
     Case(f"{strategy or operation} {name}", operation, **{**SMALL, "strategy": strategy, **changes})

@@ -53,7 +53,7 @@ def _decode_projected(call: common.DecodeCall, projection: common.Projection, lo
     weighted, lse = fused(*_arguments(call, absorbed, logit_bias, shifted, None))
     out = project(weighted.flatten(0, 1), projection.w_value, True).view(b, t, h, d_value)
     if null_logit is None and projection.bias_value is None:
-        return out, lse if shift is None else lse + shift
+        return out, lse if shift is None else torch.where(lse == float("-inf"), lse, lse + shift)
     empty = lse == float("-inf")
     p_null = 0.0 if shifted is None else (shifted - lse).exp().masked_fill(empty, 0.0)[..., None]
     total = out.float()
