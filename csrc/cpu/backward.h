@@ -217,11 +217,13 @@ static void add_bias_gradient(const Problem& p, const Rows& rows, const Keys& ke
       float* to = p.bias_partial +
                   ((copy * p.heads + rows.head[i0 + i]) * p.table_rows + rows.row[i0 + i]) * p.bias_slots;
       const float* from = square + i * kMostKeys;
-      int64_t k = 0;
-      while (k < keys.count) {
+      // what the row sees: in a row of NaN the rest is NaN, too
+      int64_t seen = keys.count, k = 0;
+      while (p.causal && seen > 0 && keys.slot[seen - 1] > rows.last[i0 + i]) --seen;
+      while (k < seen) {
         const int64_t start = keys.slot[k] % p.bias_slots;
         int64_t n = 1;
-        while (k + n < keys.count && keys.slot[k + n] == keys.slot[k] + n && start + n < p.bias_slots) ++n;
+        while (k + n < seen && keys.slot[k + n] == keys.slot[k] + n && start + n < p.bias_slots) ++n;
         add_scaled(to + start, 1.0f, from + k, n);
         k += n;
       }

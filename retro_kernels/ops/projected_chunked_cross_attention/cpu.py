@@ -130,7 +130,8 @@ def _backward(
         # It moves all logits of a row but the null slot's, and the gradients of a row's logits add up to zero.
         of_null = partial[4]
         if of_null is None:
-            gradients[4].zero_()
+            gradients[4].zero_()  # or NaN, where a row of NaN is: then w_key's gradient has it in every column
+            gradients[4].masked_fill_(gradients[2][..., :1].isnan().any(-1), float("nan"))
         else:
             gradients[4].copy_(-of_null.view(heads, -1, d).sum(1))
     return tuple(gradients)
