@@ -110,27 +110,28 @@ class Plan:
         self.flags = tuple(tuple(self.present.index(p) for p in places if p in self.present) for places in flags)
 
     def __call__(self, tensors: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        present = [tensors[place] for place in self.present]
-        for at, x in enumerate(present):
-            if x.stride(-1) != 1:
-                present[at] = common.unit_last_stride(x)
+        slots = list(tensors)
+        for place in self.present:
+            if slots[place].stride(-1) != 1:
+                slots[place] = common.unit_last_stride(slots[place])
+        if self.arrange is not None:
+            self.arrange(slots)
         if torch.is_grad_enabled():
-            for x in present:
-                if x.requires_grad:
-                    return _Planned.apply(self, *present)
-        return self.forward(*self.slots(present), *self.settings)
+            for place in self.present:
+                if slots[place].requires_grad:
+                    return _Planned.apply(self, *(slots[place] for place in self.present))
+        return self.forward(*slots, *self.settings)
 
     def slots(self, present: Sequence[torch.Tensor]) -> list[Any]:
         found: list[Any] = [None] * self.size
         for place, x in zip(self.present, present):
             found[place] = x
-        if self.arrange is not None:
-            self.arrange(found)
         return found
 
 
 class _Planned(torch.autograd.Function):
-    """`common._Fused` for a plan."""
+    """`common._Fused` for a plan. It saves the same tensors: activation checkpointing compares those of a forward,
+    which may be the first of its signature, with those of its repetition, which has the plan."""
 
     @staticmethod
     def forward(ctx, plan, *present):
@@ -143,8 +144,8 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         plan, wanted, saved = ctx.plan, ctx.needs_input_grad, ctx.saved_tensors
-        slots = plan.slots(saved[:-2])
         flags = [any(wanted[1 + at] for at in places) for places in plan.flags]
+        slots = plan.slots(saved[:-2])
         arguments = (common.unit_last_stride(grad_out), *slots, *saved[-2:], *plan.settings, *flags)
         if torch.is_grad_enabled() or not plain((grad_out, *saved)):
             results = common.gradients(plan.backward_op, arguments)
@@ -153,6 +154,5 @@ class _Planned(torch.autograd.Function):
         found: list[Any] = [None] * len(wanted)
         for at, place in plan.differentiable:
             if wanted[1 + place]:
-                gradient, x = results[at], saved[place]
-                found[1 + place] = gradient if gradient.dim() == x.dim() else gradient.view(x.shape)
+                found[1 + place] = results[at]
         return tuple(found)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_calls import HK, OPERATIONS, B, D, H, K, L, M, N, R, draw, operation
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import retro_kernels as rk
 from retro_kernels.ops import plans, validate
@@ -63,6 +64,20 @@ def test_the_second_call_is_not_checked_and_gives_the_same(name, checks):
         (gradient,) = torch.autograd.grad(call(**given, **options).square().sum(), given[wanted])
         torch.testing.assert_close(gradient, first[2 + names.index(wanted)])
     assert not checks
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", PLANNED)
+def test_checkpointing_repeats_by_a_plan_what_it_did_without_one(name, reentrant):
+    """It compares what both save for the backward."""
+    call, tensors, options = operation(name)
+    expected = results(call, tensors, options)[2:]
+    plans._plans.clear()
+    leaves = [x.detach().clone().requires_grad_() for x in tensors.values()]
+    out = checkpoint(lambda *x: call(**dict(zip(tensors, x)), **options), *leaves, use_reentrant=reentrant)
+    out.square().sum().backward()
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, gradient)
 
 
 @pytest.mark.parametrize("name", PLANNED)
