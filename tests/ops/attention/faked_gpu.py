@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from retro_kernels.ops import backends, self_check, verification
+from retro_kernels.ops import backends, plans, self_check, verification
 from retro_kernels.ops.attention.run import BACKENDS
 from retro_kernels.ops.chunked_cross_attention_decode.run import BACKENDS as DECODE_BACKENDS
 from retro_kernels.ops.projected_chunked_cross_attention.api import BACKENDS as ABSORBED_BACKENDS
@@ -24,6 +24,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(self_check, "apart", lambda capability: False)
     monkeypatch.setattr(backends, "DEFAULT_ORDER", {"cpu": ("triton", "cuda")})
     monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(plans, "signature", lambda *_: None)  # a GPU's tensors have none, and no plan of another test
     for modules in MODULES:
         for name in ("triton", "cuda"):
             monkeypatch.setitem(modules, name, modules["cpu"])
