@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
@@ -30,3 +31,11 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _no_backend_from_the_environment(monkeypatch):
     monkeypatch.delenv("RETRO_KERNELS_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_of_another_test():
+    """A call like one of an earlier test is checked anew: this one may have changed what it would find."""
+    plans = sys.modules.get("retro_kernels.ops.plans")
+    if plans is not None:
+        plans._plans.clear()
