@@ -125,7 +125,7 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, 
     replaced: dict[str, FusedForward] = {}
     skipped: dict[str, str] = {}
     notes: dict[str, str] = {}
-    taken: dict[str, str] = {}  # on GPUs: a default backend and its reason -> its first module
+    taken: dict[str, str] = {}  # on GPUs: what is taken by default -> why
     already = conflicts = slower = 0
     for name, module in model.named_modules():
         for integration in INTEGRATIONS:

@@ -66,17 +66,8 @@ def _packed_table(relative_key: torch.Tensor | None, dtype: torch.dtype) -> torc
 
 def _forward(query, key, value, mask, attention_bias, *arguments):
     out, lse = common.allocate_forward(query, value, attention_bias)
-    torch.ops.retro_kernels_cpu.attention_forward(
-        query,
-        key,
-        value,
-        mask,
-        attention_bias,
-        *arguments,
-        _packed_table(arguments[RELATIVE_KEY - 5], query.dtype),
-        out,
-        lse,
-    )
+    packed = _packed_table(arguments[RELATIVE_KEY - 5], query.dtype)
+    torch.ops.retro_kernels_cpu.attention_forward(query, key, value, mask, attention_bias, *arguments, packed, out, lse)
     return out, lse
 
 
