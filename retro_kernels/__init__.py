@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .ops.backends import BackendStatus
     from .ops.chunked_cross_attention import chunked_cross_attention
     from .ops.chunked_cross_attention_decode import chunked_cross_attention_decode
+    from .ops.join_attention import join_attention
     from .ops.neighbour_cross_attention import neighbour_cross_attention
     from .ops.neighbour_self_attention import neighbour_self_attention
     from .ops.projected_chunked_cross_attention import Explanation, explain, projected_chunked_cross_attention
@@ -32,6 +33,7 @@ __all__ = [
     "chunked_cross_attention",
     "chunked_cross_attention_decode",
     "explain",
+    "join_attention",
     "models",
     "neighbour_cross_attention",
     "neighbour_self_attention",
@@ -49,6 +51,7 @@ _SOURCES = {
     ".ops.backends": ("BackendStatus",),
     ".ops.chunked_cross_attention": ("chunked_cross_attention",),
     ".ops.chunked_cross_attention_decode": ("chunked_cross_attention_decode",),
+    ".ops.join_attention": ("join_attention",),
     ".ops.neighbour_cross_attention": ("neighbour_cross_attention",),
     ".ops.neighbour_self_attention": ("neighbour_self_attention",),
     ".ops.projected_chunked_cross_attention": ("Explanation", "explain", "projected_chunked_cross_attention"),
