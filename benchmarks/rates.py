@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from retro_kernels import files
 
 from . import environment, timing
 from .timing import Protocol, Timed
@@ -183,12 +184,9 @@ def write(entry: dict, path: Path) -> None:
     """Puts the entry in place of the device's old one; the file is replaced whole."""
     document = json.loads(path.read_text()) if path.exists() else {"devices": []}
     kept = [old for old in document["devices"] if old["device"] != entry["device"]]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = json.dumps({"devices": [*kept, entry]}, indent=1)
-    temporary.write_text(
-        re.sub(r"\[\s+([^\[\]{}]+?),\s+([^\[\]{}]+?)\s+\]", r"[\1, \2]", text) + "\n"
-    )  # a pair stands on one line
-    os.replace(temporary, path)
+    text = re.sub(r"\[\s+([^\[\]{}]+?),\s+([^\[\]{}]+?)\s+\]", r"[\1, \2]", text)  # a pair stands on one line
+    files.write_bytes(path, f"{text}\n".encode())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..files import replaced, write_bytes, write_json
 from ..ops import validate
 from .config import RetroConfig
 
@@ -44,15 +45,16 @@ def save(model: Retro, folder: str | os.PathLike[str], *, max_shard_size: int = 
     count = len(shards)
     names = [WEIGHTS] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, shard in zip(names, shards):
-        _write(folder / name, lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"}))
+        with replaced(folder / name) as temporary:
+            save_file(shard, temporary, metadata={"format": "pt"})
     if count > 1:
         where = {key: name for name, shard in zip(names, shards) for key in shard}
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        _write(folder / INDEX, lambda path: path.write_text(json.dumps(index, indent=1)))
+        write_json(folder / INDEX, index)
     _remove_others(folder, {*names, *([INDEX] if count > 1 else [])})
     config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
-    _write(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
+    write_bytes(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
 
 
 def load(
@@ -154,16 +156,6 @@ def _tensors(path: Path, device: str) -> Iterable[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{path}: broken or no safetensors file ({error})") from error
-
-
-def _write(path: Path, write: Any) -> None:
-    """`write` makes a file beside it, which then takes its place."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _remove_others(folder: Path, kept: set[str]) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from ..files import move
 from ..nn import common
 from ..ops import validate
 from .config import RetroConfig
@@ -427,7 +428,7 @@ class Trainer:
             progress = {"step": self.step, "rows": self.seen, "processes": self.world}
             (partial / PROGRESS).write_text(json.dumps(progress))
             shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
+            move(partial, target)
             for old in checkpoints(self.folder)[: -self.settings.keep]:
                 shutil.rmtree(old)
         self._barrier()

@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import statistics
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .. import files
 
 ENVIRONMENT_VARIABLE = "RETRO_KERNELS_TUNE"
 CACHE_VARIABLE = "RETRO_KERNELS_CACHE"
@@ -67,20 +68,13 @@ def load(path: Path | None = None) -> dict[str, dict[str, Any]]:
 
 
 def save(key: str, entry: dict[str, Any], path: Path | None = None) -> None:
-    """Adds an entry. The file is replaced as a whole, so a reader never sees half of one; of two processes that save at
-    once, one entry may be lost, and is tuned again. A folder that cannot be written is said in a warning."""
+    """Adds an entry. The file is replaced as a whole and under a lock, so that a reader never sees half of it and two
+    processes that save at once lose no entry. Warns where the folder cannot be written."""
     path = path or cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        entries = {**load(path), key: entry}
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"format": FORMAT, "entries": entries}, file, indent=1, sort_keys=True)
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise
+        with files.lock(path.with_name(f"{path.name}.lock"), wait=True):
+            files.write_json(path, {"format": FORMAT, "entries": {**load(path), key: entry}}, concurrent=True)
     except OSError as error:
         warnings.warn(f"retro_kernels: the tuning cache {path} cannot be written ({error})", stacklevel=2)
 

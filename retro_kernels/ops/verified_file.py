@@ -3,16 +3,13 @@ the library, in `evidence.json`. Both hold records {"identity": what they hold f
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from . import evidence, tuning
 
 FORMAT = 1
@@ -65,50 +62,24 @@ def checked(records: Any) -> list[dict[str, Any]]:
 
 def add(identity: dict[str, str], entry: str, verdict: dict[str, Any]) -> None:
     """Adds a verdict to the file, which is replaced as a whole and under a lock: no reader sees half of it, and of two
-    processes that write at once neither loses anything. A folder that cannot be written is said in a warning."""
+    processes that write at once neither loses anything. Warns where the folder cannot be written."""
     file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file.with_name(f"{file.name}.lock")):
+        with files.lock(file.with_name(f"{file.name}.lock"), wait=True):
             records = _records()
             mine = next((record for record in records if record["identity"] == identity), None)
             if mine is None:
                 mine = {"identity": identity, "verdicts": {}}
                 records.append(mine)
             mine["verdicts"][entry] = verdict
-            _replace(file, {"format": FORMAT, "devices": records})
+            files.write_json(file, {"format": FORMAT, "devices": records}, concurrent=True)
     except OSError as error:
         warnings.warn(
             f"retro_kernels: {file} cannot be written ({error}), so what was just checked is checked again by the next "
             f"process; {tuning.CACHE_VARIABLE} names another folder",
             stacklevel=2,
         )
-
-
-def _replace(file: Path, content: dict[str, Any]) -> None:
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=1, sort_keys=True)
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Within it no other process is. Where files cannot be locked (Windows, some network file systems) it locks
-    nothing."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with file.open("w") as stream:
-        with contextlib.suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 @functools.lru_cache(maxsize=1)

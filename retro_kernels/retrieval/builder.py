@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import json_bytes, replaced, write_json
 from .embedders import DEFAULT_EMBEDDER, Embedder, load_embedder
 from .engines import ENGINES, Run, started
-from .files import DatabaseError, canonical, describe, full_disk_named, locked, read_json, write_atomically
+from .files import DatabaseError, describe, lock_folder, name_full_disk, read_json
 from .index import build_index, remove_parts
 from .readers import Options, Piece, Problem, cut, find
 from .shards import PLAN, WORK, Settings, Worker, finished_counts, json_line, remove_work, summarise, work_file
@@ -183,7 +184,7 @@ def build_database(
         if root.exists() and not root.is_dir():
             raise DatabaseError(f"{root} is a file; expected a new folder for the database")
         root.mkdir(parents=True, exist_ok=True)
-        with locked(root):
+        with lock_folder(root):
             if (root / MANIFEST).exists():
                 return _finished(root, plan)
             _begin(root, plan)
@@ -282,9 +283,9 @@ def _begin(root: Path, plan: dict[str, Any]) -> None:
     others = sorted(path.name for path in root.iterdir() if path.name != WORK)
     if others:
         raise DatabaseError(f"{root} is not empty (it holds {others[0]!r}) and no build of ours: name a new folder")
-    with full_disk_named(root):
+    with name_full_disk(root):
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, canonical(plan))
+        write_json(path, plan)
 
 
 def _finished(root: Path, plan: dict[str, Any]) -> Database:
@@ -304,7 +305,7 @@ def _request(plan: dict[str, Any]) -> str:
     """What was asked for, in a hash: the settings and the names and sizes of the input, not where and when it was."""
     names = ("name", "format", "size", "file_size", "start", "stop")
     shards = [[[piece[name] for name in names] for piece in shard] for shard in plan["shards"]]
-    return hashlib.sha256(canonical({**plan, "shards": shards})).hexdigest()
+    return hashlib.sha256(json_bytes({**plan, "shards": shards})).hexdigest()
 
 
 def _difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
@@ -338,22 +339,17 @@ def _finish(
     left = [{"path": name, "record": None, "reason": reason} for name, reason in plan["left"]]
     counts: collections.Counter[str] = collections.Counter(line["reason"] for line in left)
     short = text_bytes = 0
-    with full_disk_named(root):
-        temporary = root / WORK / SKIPPED
-        with temporary.open("wb") as file:
-            for line in left:
-                file.write(json_line(line))
-            for number in range(shards):
-                built = work_file(root, "built", number, ".json")
-                facts = read_json(built)
-                counts.update(facts["skipped"])
-                short += facts["short"]
-                text_bytes += facts["bytes"]
-                with built.with_suffix(".skipped").open("rb") as lines:
-                    shutil.copyfileobj(lines, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, root / SKIPPED)
+    with name_full_disk(root), replaced(root / SKIPPED) as temporary, temporary.open("wb") as file:
+        for line in left:
+            file.write(json_line(line))
+        for number in range(shards):
+            built = work_file(root, "built", number, ".json")
+            facts = read_json(built)
+            counts.update(facts["skipped"])
+            short += facts["short"]
+            text_bytes += facts["bytes"]
+            with built.with_suffix(".skipped").open("rb") as lines:
+                shutil.copyfileobj(lines, file)
     database = finish_database(
         root,
         shards,

@@ -1,54 +1,19 @@
-"""Files that are whole or absent: checksums, atomic writes, and paths that stay in their folder."""
+"""The files of a database: their entries in its manifest, paths that stay in its folder, and what goes wrong."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from ..files import lock, sha256
 
 
 class DatabaseError(Exception):
     """A database that is missing, of another version, damaged, in use, or that cannot be built as asked."""
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal, read in blocks of 4 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def canonical(value: Any) -> bytes:
-    """One value, one text: sorted keys, no blanks that depend on the writer."""
-    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """After a crash at any moment `path` holds either what it held before or all of `content`."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_json(path: Path) -> Any:
@@ -93,7 +58,7 @@ def problem_with(folder: Path, entry: dict[str, Any]) -> str | None:
 
 
 @contextmanager
-def full_disk_named(folder: Path) -> Iterator[None]:
+def name_full_disk(folder: Path) -> Iterator[None]:
     """Turns the operating system's "no space left" into an error that says where and what to do."""
     try:
         yield
@@ -107,16 +72,13 @@ def full_disk_named(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Holds `folder` for one builder. Raises DatabaseError where another process holds it.
 
-    The lock is on the folder itself and goes with its process: a killed builder leaves nothing to clean up."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    The lock is on the folder itself and ends with its process: a killed builder leaves nothing to clean up."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(lock(folder, wait=False))
         except BlockingIOError:
             raise DatabaseError(f"another process is building {folder}: wait for it, or build elsewhere") from None
         yield
-    finally:
-        os.close(descriptor)

@@ -27,18 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import move, replaced, sync, write_json
 from . import exact
-from .files import (
-    DatabaseError,
-    canonical,
-    describe,
-    full_disk_named,
-    locked,
-    problem_with,
-    read_json,
-    sync_folder,
-    write_atomically,
-)
+from .files import DatabaseError, describe, lock_folder, name_full_disk, problem_with, read_json
 from .index_choice import EXACT, Choice, choose, lists_of
 from .store import INDEX_FOLDER, Database, write_manifest
 
@@ -237,7 +228,7 @@ def build_index(
             progress(len(database), len(database))
         return {**entry, "files": []}
     builder = _Builder(database, choice, folder, device, part_bytes, progress)
-    with full_disk_named(folder):
+    with name_full_disk(folder):
         files = builder.run()
     return {**entry, "faiss": builder.faiss.__version__, "files": [describe(database.folder, file) for file in files]}
 
@@ -249,7 +240,7 @@ def replace_index(
 
     Raises DatabaseError as `build_index` does, and where another process is at work on the database."""
     database = Database(root)
-    with locked(database.folder):
+    with lock_folder(database.folder):
         database = Database(root)
         old = database.manifest["index"]
         used = {Path(file["path"]).parts[0] for file in (old["files"] if old else [])}
@@ -262,7 +253,7 @@ def replace_index(
 
 def save_settings(root: str | Path, **settings: int) -> Database:
     """Makes `settings` those that `open_index` takes by default."""
-    with locked(Path(root)):
+    with lock_folder(Path(root)):
         database = Database(root)
         checked = open_index(database, device="cpu", memory_map=True, shard=False, **settings).settings
         entry = database.manifest["index"]
@@ -389,16 +380,16 @@ class _Builder:
         if not plan.exists() or read_json(plan) != self.plan:
             shutil.rmtree(self.folder)
             self.folder.mkdir()
-            write_atomically(plan, canonical(self.plan))
+            write_json(plan, self.plan)
         whole, lists = self.folder / WHOLE, self.folder / LISTS
         if not whole.exists():
             self._train()
             parts = [self._part(number, start) for number, start in enumerate(self.starts)]
             if len(parts) == 1:
-                os.replace(parts[0], whole)
+                move(parts[0], whole)
             else:
                 self._merge(parts, whole, lists)
-            sync_folder(self.folder)
+            sync(self.folder)
         self._report(self.count)
         return [whole, lists] if lists.exists() else [whole]
 
@@ -478,18 +469,14 @@ class _Builder:
         self._write(index, whole)
 
     def _write(self, index: Any, path: Path) -> None:
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            self.faiss.write_index(index, str(temporary))
-        except RuntimeError as error:
-            # FAISS says no more than that a write fell short; what it wanted decides whether the disk is full.
-            if shutil.disk_usage(self.folder).free < 1 << 20:
-                raise OSError(28, "No space left on device", str(temporary)) from error
-            raise DatabaseError(f"{temporary} could not be written ({_last_line(error)})") from error
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with replaced(path) as temporary:
+            try:
+                self.faiss.write_index(index, str(temporary))
+            except RuntimeError as error:
+                # FAISS says no more than that a write fell short; what it wanted decides whether the disk is full.
+                if shutil.disk_usage(self.folder).free < 1 << 20:
+                    raise OSError(28, "No space left on device", str(temporary)) from error
+                raise DatabaseError(f"{temporary} could not be written ({_last_line(error)})") from error
 
     def _report(self, done: int) -> None:
         if self.progress is not None:

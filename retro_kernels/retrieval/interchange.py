@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .files import DatabaseError, describe, full_disk_named, inside, locked, read_json
+from ..files import replaced
+from .files import DatabaseError, describe, inside, lock_folder, name_full_disk, read_json
 from .store import Database, token_dtype
 from .tokenizers import load_tokenizer, open_tokenizer
 from .writer import ShardWriter, finish_database
@@ -229,7 +230,7 @@ def import_database(
     if root.exists() and any(root.iterdir()):
         raise DatabaseError(f"{root} is not empty: name a new folder (an import that was stopped is begun anew)")
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root), full_disk_named(root):
+    with lock_folder(root), name_full_disk(root):
         shards = _write(root, found, shape)
         files = []
         ids = found.neighbours()
@@ -299,8 +300,11 @@ def export_parquet(
         kind = arrow.float16() if database.manifest["embedding_dtype"] == "float16" else arrow.float32()
         fields.append(("embedding", arrow.list_(kind, database.dim)))
     schema = arrow.schema(fields)
-    temporary = target.with_name(target.name + ".tmp")
-    with full_disk_named(target.parent), parquet.ParquetWriter(temporary, schema) as writer:
+    with (
+        name_full_disk(target.parent),
+        replaced(target) as temporary,
+        parquet.ParquetWriter(temporary, schema) as writer,
+    ):
         for ids, vectors in _blocks(database, embeddings):
             sources = [database.source(chunk) for chunk in ids]
             tokens, _ = database.chunks(torch.arange(ids.start, ids.stop), database.chunk_size)
@@ -318,7 +322,6 @@ def export_parquet(
             if vectors is not None:
                 columns["embedding"] = list(np.asarray(vectors))
             writer.write_table(arrow.table(columns, schema=schema))
-    os.replace(temporary, target)
     return len(database)
 
 

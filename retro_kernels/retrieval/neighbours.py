@@ -26,19 +26,9 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from ..files import replaced, write_bytes, write_json
 from .builder import Meter, Report, build_database
-from .files import (
-    DatabaseError,
-    canonical,
-    describe,
-    full_disk_named,
-    inside,
-    locked,
-    problem_with,
-    read_json,
-    sync_folder,
-    write_atomically,
-)
+from .files import DatabaseError, describe, inside, lock_folder, name_full_disk, problem_with, read_json
 from .retriever import Retriever
 from .store import MANIFEST, Database
 
@@ -138,7 +128,7 @@ def precompute_neighbours(
     if root.exists() and not root.is_dir():
         raise DatabaseError(f"{root} is a file; expected a new folder")
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root), full_disk_named(root):
+    with lock_folder(root), name_full_disk(root):
         if not _begin(root, plan):
             corpus = _corpus(given, root / WORK / CORPUS, database, progress, reading)
             starts = _write_stream(root, corpus)
@@ -158,7 +148,7 @@ def _begin(root: Path, plan: dict[str, Any]) -> bool:
         if others:
             raise DatabaseError(f"{root} is not empty (it holds {others[0]!r}): name a new folder")
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, canonical(plan))
+        write_json(path, plan)
     elif found != plan:
         changed = [name for name in plan if not isinstance(found, dict) or found.get(name) != plan[name]]
         raise DatabaseError(
@@ -241,7 +231,7 @@ def _search(
         own = None if owners is None else owners(first * m + m * np.arange(count), 2 * m, starts)
         part = torch.from_numpy(tokens[first * m : (first + count) * m].astype(np.int64)).view(count, m)
         ids = retriever.retrieve(part, documents=own).ids
-        write_atomically(path, ids.numpy().tobytes())
+        write_bytes(path, ids.numpy().tobytes())
         meter(0, count, count)
 
 
@@ -278,7 +268,7 @@ def _finish(root: Path, plan: dict[str, Any], retriever: Retriever, corpus: Data
         "files": [describe(root, root / name) for name in (TOKENS, STARTS, IDS)],
         "request": plan,
     }
-    write_atomically(root / FACTS, canonical(facts))
+    write_json(root / FACTS, facts)
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -293,15 +283,10 @@ def _mapped(path: Path) -> np.ndarray:
 @contextmanager
 def _array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
     """A file to write an array's elements to, which is whole, as numpy.save writes it, or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with replaced(path) as temporary, temporary.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 class Owners:

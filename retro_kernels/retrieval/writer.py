@@ -11,16 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .files import (
-    DatabaseError,
-    canonical,
-    describe,
-    full_disk_named,
-    problem_with,
-    read_json,
-    sync_folder,
-    write_atomically,
-)
+from ..files import move, write_json
+from .files import DatabaseError, describe, name_full_disk, problem_with, read_json
 from .store import EMBEDDING_DTYPES, MAGIC, MANIFEST, TOKEN_DTYPES, VERSION, Database, file_bytes, write_manifest
 
 SHARD_FOLDER = "shards"
@@ -145,7 +137,7 @@ class ShardWriter:
         """Makes the shard durable and visible, all at once. -> its entry in the manifest."""
         if self._open_tokens:
             raise ValueError("commit: the last document was not ended")
-        with full_disk_named(self.folder):
+        with name_full_disk(self.folder):
             for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
@@ -154,15 +146,14 @@ class ShardWriter:
             for name, entry in files.items():
                 entry["path"] = f"{SHARD_FOLDER}/{self._final.name}/{name}"
             counts = {"chunks": self.chunks, "documents": self.documents, "tokens": self.tokens}
-            write_atomically(self._temporary / ENTRY, canonical({**counts, "files": files}))
-            os.replace(self._temporary, self._final)
-            sync_folder(self._final.parent)
+            write_json(self._temporary / ENTRY, {**counts, "files": files})
+            move(self._temporary, self._final)
         committed = committed_shard(self.folder, self.number)
         assert committed is not None
         return committed
 
     def _append(self, name: str, values: np.ndarray) -> None:
-        with full_disk_named(self.folder):
+        with name_full_disk(self.folder):
             self._files[name].write(np.ascontiguousarray(values).data)
 
 
@@ -231,7 +222,7 @@ def finish_database(
         "build": build,
         "files": list(files),
     }
-    with full_disk_named(root):
+    with name_full_disk(root):
         if index is not None:
             manifest["index"] = index(Database(root, manifest))
         write_manifest(root, manifest)

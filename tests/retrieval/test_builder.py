@@ -32,7 +32,7 @@ from retro_kernels.retrieval import (
     open_embedder,
 )
 from retro_kernels.retrieval import shards as shards_module
-from retro_kernels.retrieval.files import locked
+from retro_kernels.retrieval.files import lock_folder
 from retro_kernels.retrieval.shards import Worker
 from retro_kernels.retrieval.store import MANIFEST
 
@@ -294,7 +294,7 @@ def interrupted(corpus: Path, folder: Path, **options) -> None:
 def test_what_it_refuses(corpus: Path, tmp_path: Path):
     folder = tmp_path / "db"
     interrupted(corpus, folder)
-    with locked(folder), pytest.raises(DatabaseError, match="another process is building"):
+    with lock_folder(folder), pytest.raises(DatabaseError, match="another process is building"):
         build(corpus, folder)
     with pytest.raises(DatabaseError, match="chunk_size was 8, now 16"):
         build(corpus, folder, chunk_size=16)

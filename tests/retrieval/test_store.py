@@ -244,12 +244,12 @@ def test_nothing_finished_is_overwritten_and_two_builders_are_refused(folder: Pa
         finish_database(folder, 1, tokenizer={}, embedder={}, **SHAPE)
     assert contents(folder) == before
     with (
-        files_module.locked(tmp_path),
+        files_module.lock_folder(tmp_path),
         pytest.raises(DatabaseError, match="another process"),
-        files_module.locked(tmp_path),
+        files_module.lock_folder(tmp_path),
     ):
         pass
-    with files_module.locked(tmp_path):
+    with files_module.lock_folder(tmp_path):
         pass
 
 
