@@ -20,7 +20,6 @@ import contextlib
 import functools
 import importlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,10 +30,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from retro_kernels import files
 from retro_kernels.models import Neighbours, Retro, RetroConfig
 from retro_kernels.models.loss import linear_cross_entropy
 
-from . import environment, peers, report
+from . import environment, peers, report, results
 from .timing import measure_ceilings
 from .workloads import CAUSAL_SELF, CCA, ENCODER_CROSS, ENCODER_SELF
 
@@ -352,9 +352,7 @@ def store(path: Path, settings: dict[str, Any], result: dict[str, Any]) -> None:
     runs.append({"settings": settings, "environment": environment.collect("cpu"), "result": result})
     runs.sort(key=lambda run: json.dumps(run["settings"], sort_keys=True))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(runs, indent=1) + "\n")
-    os.replace(partial, path)
+    files.write_bytes(path, results.compact_json(runs))
 
 
 def tables(runs: list[dict[str, Any]]) -> str:

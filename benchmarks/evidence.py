@@ -1,6 +1,6 @@
 """Generates the table by which the dispatcher chooses between Triton and CUDA C++ on a GPU:
 
-    python -m benchmarks.evidence        reads benchmarks/results/*/bench.json, writes retro_kernels/ops/evidence.json
+    python -m benchmarks.evidence        reads benchmarks/results/*.csv, writes retro_kernels/ops/evidence.json
 
 Only what was measured counts: a device gets an entry when the GPU suite ran there in full and no check of the CUDA C++
 kernels failed; an operation, dtype and head size when both backends were timed in the same run, without options. The
@@ -62,7 +62,7 @@ def winners(document: dict) -> dict[str, str] | None:
 def verified(folder: Path) -> list[dict]:
     """The self-check's verdicts of every such run, in the form of `retro_kernels/ops/verified_file.py`."""
     records = []
-    for file in sorted(folder.glob(f"*/{results.FILE}")):
+    for file in results.committed(folder):
         document = results.load(file)
         if winners(document) is not None:
             records += document.get("verified") or []
@@ -72,7 +72,7 @@ def verified(folder: Path) -> list[dict]:
 def collect(folder: Path) -> dict[str, dict[str, str]]:
     """Device -> its winners, of every result in `folder`."""
     devices = {}
-    for file in sorted(folder.glob(f"*/{results.FILE}")):
+    for file in results.committed(folder):
         document = results.load(file)
         found = winners(document)
         if found is not None:

@@ -22,7 +22,7 @@ It may be stopped (Ctrl-C) and run again at any time: every stage goes on where 
 5. Measure what there is to be gained: what a fixed rule, which copies from the same neighbours what followed the
    longest match, adds to the decoder.
 
-`--out` (default: the results of this device) gets language-model.json, with every curve, and language-model.svg.
+`--out` (default: the results of this device) gets language-model.json, with every curve, and language-model.png.
 
     python -m benchmarks.language_model --report    rewrite what docs/retro.md says of the results
     python -m benchmarks.language_model --check     exit 1 where it is not what they say
@@ -47,13 +47,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from retro_kernels import retrieval
+from retro_kernels import files, retrieval
 from retro_kernels.models import Retro, RetroConfig
 from retro_kernels.models.data import ABSENT, Batch, Order, TokenStream
 from retro_kernels.models.evaluation import OVERLAPS, evaluate
 from retro_kernels.models.training import METRICS, Trainer, TrainingConfig, checkpoints
 
-from . import environment, report
+from . import environment, report, results
 
 HELD_OUT_EVERY = 10
 VOCABULARY = 4096
@@ -62,7 +62,7 @@ COPYING_ROWS = 200
 LONGEST_MATCH = 16
 LEXICAL = "lexical"
 HERE = Path(__file__).resolve().parent
-FILE = "language-model.json"
+FILE, PICTURE = "language-model.json", "language-model.png"
 DOCUMENT = HERE.parent / "docs" / "retro.md"
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "model_dim": 192, "num_layers": 4, "num_heads": 3, "encoder_dim": 192,
@@ -318,10 +318,9 @@ def copying_of(data: Path, work: Path) -> dict[str, float]:
 def draw(document: dict[str, Any], path: Path) -> None:
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams["svg.hashsalt"] = "language-model"
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.0), layout="constrained")
     curves = document["curves"]
     ends = curves["decoder"][-1]
@@ -348,7 +347,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def block(documents: list[tuple[str, dict[str, Any]]]) -> str:
@@ -379,7 +378,7 @@ def block(documents: list[tuple[str, dict[str, Any]]]) -> str:
             "there. A fixed rule that copies from the neighbours takes the decoder from "
             f"{copying['off']:.4f} to {copying['copied']:.4f} bits per byte (of {copying['tokens']:,} tokens).", "",
             "![Bits per byte over training, and by overlap]"
-            f"(../benchmarks/results/{device}/{FILE.replace('json', 'svg')})",
+            f"(../benchmarks/results/{device}/{PICTURE})",
         ]  # fmt: skip
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -443,8 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     out = given.out or HERE / "results" / environment.device_slug("cpu")
     out.mkdir(parents=True, exist_ok=True)
-    (out / FILE).write_text(json.dumps(document, indent=1) + "\n")
-    draw(document, out / "language-model.svg")
+    files.write_bytes(out / FILE, results.compact_json(document))
+    draw(document, out / PICTURE)
     for kind in KINDS:
         print(kind, {mode: f"{value:.4f}" for mode, value in curves[kind][-1].items() if mode != "step"})
     return 0

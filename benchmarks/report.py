@@ -1,9 +1,10 @@
 """Turns raw results into a report page, tables, and the README's table.
 
-python -m benchmarks.report RESULTS.json --out DIR     write report.html and table.md
-python -m benchmarks.report --readme                   rewrite README.md between the results marks, and what
-                                                       docs/projections.py makes of the results
-python -m benchmarks.report --check                    fail when README.md is not what the results say
+python -m benchmarks.report RESULTS --out DIR     write report.html and table.md of a bench.json or of a table
+python -m benchmarks.report RESULTS --add         make it benchmarks/results/<device>.csv, to be committed
+python -m benchmarks.report --readme              rewrite from the committed tables: results/<device>.md, README.md
+                                                  between the results marks, and what docs/projections.py makes of them
+python -m benchmarks.report --check               fail when a page or README.md is not what the tables say
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def readme_markdown(document: dict) -> str:
     lines = [
         *_heading(document),
         *_sections(document, results.readme_sections(document), left_out=README_LEAVES_OUT),
-        f"[benchmarks/results/{slug}/table.md](benchmarks/results/{slug}/table.md) has every table of this run: more "
-        "workloads and columns, relative positions, dropout, the whole layer, a model on real text. All variants, "
-        f"plots and the raw numbers: `report.html` and `{results.FILE}` beside it.",
+        f"[benchmarks/results/{slug}.md](benchmarks/results/{slug}.md) has every table of this run: more workloads and "
+        "columns, relative positions, dropout, the whole layer, a model on real text. Every variant stands in "
+        f"[{slug}.csv](benchmarks/results/{slug}.csv), of which `python -m benchmarks.report` draws a page with plots.",
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -300,10 +301,17 @@ def write(document: dict, folder: Path) -> list[Path]:
 
 def readme_block(folder: Path) -> str:
     """What belongs between the marks: the README's tables of every committed device."""
-    documents = [results.load(path) for path in sorted(folder.glob(f"*/{results.FILE}"))]
+    documents = [results.load(path) for path in results.committed(folder)]
     if not documents:
         return "No results are committed yet.\n"
     return "\n".join(map(readme_markdown, documents))
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """What is generated of the committed tables: a page a device, and README.md."""
+    folder, readme = root / "benchmarks" / "results", root / "README.md"
+    found = {path.with_suffix(".md"): markdown(results.load(path)) for path in results.committed(folder)}
+    return found | {readme: with_block(readme.read_text(), readme_block(folder))}
 
 
 def with_block(text: str, block: str, *, name: str = "results", file: str = "README.md") -> str:
@@ -318,30 +326,36 @@ def with_block(text: str, block: str, *, name: str = "results", file: str = "REA
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("results", nargs="?", type=Path, help="raw results to make a report of")
+    parser.add_argument("results", nargs="?", type=Path, help="a bench.json, or a table of benchmarks/results")
+    parser.add_argument("--add", action="store_true", help="make the results a table in benchmarks/results")
     parser.add_argument("--out", type=Path, help="folder for the report (default: beside the results)")
-    parser.add_argument("--readme", action="store_true", help="rewrite the README's table from the committed results")
-    parser.add_argument("--check", action="store_true", help="exit 1 when the README's table is stale")
+    parser.add_argument("--readme", action="store_true", help="rewrite the pages and the README's tables")
+    parser.add_argument("--check", action="store_true", help="exit 1 when one of them is stale")
     parser.add_argument("--root", type=Path, default=HERE.parent, help="the repository (default: this one)")
     options = parser.parse_args(arguments)
     if options.results is None and not (options.readme or options.check):
         parser.error("give raw results, --readme or --check")
     try:
-        if options.results:
+        if options.results and options.add:
+            document = results.load(options.results)
+            name = f"{document['environment']['device_slug']}.csv"
+            results.save(document, options.root / "benchmarks" / "results" / name)
+            print(f"benchmarks/results/{name}: now run `python -m benchmarks.report --readme`")
+        elif options.results:
             for path in write(results.load(options.results), options.out or options.results.parent):
                 print(path)
         if options.readme or options.check:
-            path = options.root / "README.md"
-            old = path.read_text()
-            new = with_block(old, readme_block(options.root / "benchmarks" / "results"))
-            if options.check and old != new:
-                print("README.md: the results table is stale; run `python -m benchmarks.report --readme`")
+            stale = {path: text for path, text in pages(options.root).items()
+                     if not path.exists() or path.read_text() != text}  # fmt: skip
+            if options.check and stale:
+                names = ", ".join(str(path.relative_to(options.root)) for path in stale)
+                print(f"{names}: not what the results say; run `python -m benchmarks.report --readme`")
                 return 1
-            if options.readme and old != new:
-                path.write_text(new)
-            page = options.root / "docs" / "projections.py"
-            if options.readme and page.exists():
-                subprocess.run([sys.executable, str(page)], check=True)
+            for path, text in stale.items():
+                path.write_text(text)
+            drawing = options.root / "docs" / "projections.py"
+            if options.readme and drawing.exists():
+                subprocess.run([sys.executable, str(drawing)], check=True)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 2

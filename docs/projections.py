@@ -1,5 +1,5 @@
-"""Draws docs/projections.svg, the cost model's predictions against the measured times of the committed results, and
-rewrites the numbers in docs/projections.md. Run it as `python docs/projections.py [bench.json]`."""
+"""Draws docs/projections.png, the cost model's predictions against the measured times of the committed results, and
+rewrites the numbers in docs/projections.md. Run it as `python docs/projections.py [RESULTS]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("svg")
+matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
@@ -109,17 +109,16 @@ def sentences(document: dict, rows: list[dict]) -> str:
 def main(path: Path) -> None:
     document = results.load(path)
     rows = predicted_rows(document)
-    plt.rcParams.update({"svg.hashsalt": "retro_kernels", "font.family": "sans-serif"})
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 5.4), layout="constrained", facecolor="white")
     times(left, rows)
     ratios(right, rows)
-    figure.savefig(HERE / "projections.svg", metadata={"Date": None})
+    figure.savefig(HERE / "projections.png", dpi=100, metadata={"Software": None})
     page = HERE / "projections.md"
     page.write_text(with_block(page.read_text(), sentences(document, rows)))
 
 
 if __name__ == "__main__":
-    committed = sorted((HERE.parent / "benchmarks" / "results").glob(f"*/{results.FILE}"))
+    committed = results.committed(HERE.parent / "benchmarks" / "results")
     for path in map(Path, sys.argv[1:]) if len(sys.argv) > 1 else committed:
         if predicted_rows(results.load(path)):
             main(path)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -16,7 +17,7 @@ def row(variant, p50, *, workload="retro-172m", dtype="bf16", mode="forward", st
         "workload": workload, "shape": "b=1", "dtype": dtype, "mode": mode, "variant": variant, "status": status,
         "reason": reason, "p20_ms": p50 * 0.9 if timed else None, "p50_ms": p50 if timed else None,
         "p80_ms": p50 * 1.2 if timed else None, "samples": 5, "cuda_graph": False,
-        "tflops": 2.0 / p50 if timed else None, "gigabytes_per_second": 40.0 / p50 if timed else None,
+        "tflops": 1.0 / p50 if timed else None, "gigabytes_per_second": 20.0 / p50 if timed else None,
         "limit_ms": 1.0, "percent_of_limit": 100 / p50 if timed else None, "bound": "memory", "flops": 10**9,
         "bytes": 2 * 10**7, "peak_extra_bytes": memory, "checked": "every element",
         "errors": [{"name": "output", "largest": 1e-3, "relative": 1e-3, "cosine": 1.0, "worst": [0]}] if timed else [],
@@ -31,8 +32,8 @@ def document():
     }  # fmt: skip
     made = results.new(environment, {"quick": True})
     made["ceilings"] = {
-        "copy_bytes_per_second": 2e10, "matrix_flops_per_second": {"bf16": 4e11},
-        "matrix_product_flops_per_second": {"bf16": 4e11}, "multiply_add_flops_per_second": {},
+        "copy_bytes_per_second": 2e10, "matrix_flops_per_second": {"bf16": 1e12},
+        "matrix_product_flops_per_second": {"bf16": 1e12}, "multiply_add_flops_per_second": {},
     }  # fmt: skip
     made["rows"] = [
         row("eager", 12.0, memory=8e6), row("sdpa[math]", 9.0), row("sdpa[flash]", 6.0, memory=4e6),
@@ -77,6 +78,39 @@ def test_another_schema_is_refused(document, tmp_path):
     path.write_text(json.dumps({**document, "schema": 99}))
     with pytest.raises(ValueError, match="got schema 99, expected 2"):
         results.load(path)
+
+
+def test_a_table_gives_every_page_that_its_document_gives(document, tmp_path, monkeypatch):
+    """Only each row's errors are fewer: the table keeps the largest."""
+    document["rows"][0] |= {"cache_bytes": 5, "chosen": True, "predicted_ms": 0.1 + 0.2, "cuda_graph": True}
+    results.save(document, tmp_path / "x.csv")
+    lines = (tmp_path / "x.csv").read_text().splitlines()
+    assert len(lines) == len(document) - 1 + 1 + len(document["rows"])
+    table = results.load(tmp_path / "x.csv")
+    assert report.markdown(table) == report.markdown(document)
+    assert report.readme_markdown(table) == report.readme_markdown(document)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # figures take seconds
+    assert report.page(table) == report.page(document).replace("output 1e-03", "largest 1e-03")
+    rates = ("tflops", "gigabytes_per_second", "limit_ms", "percent_of_limit")
+    for found, given in zip(table["rows"], document["rows"]):
+        if given["status"] == "ok":
+            assert [found[name] for name in rates] == pytest.approx([given[name] for name in rates], rel=1e-8)
+    first = table["rows"][0]
+    assert (first["cache_bytes"], first["chosen"], first["cuda_graph"]) == (5, True, True)
+    assert first["predicted_ms"] == pytest.approx(0.3, rel=1e-9)
+    assert table["rows"][3]["reason"] == "compile exceeded 20 s"
+    assert table["rows"][3]["p50_ms"] is None
+
+
+def test_the_committed_pages_are_what_the_committed_tables_say(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_compact_json_is_json_with_short_values_on_one_line():
+    value = {"name": "x" * 100, "rows": [{"step": i, "values": list(range(30))} for i in range(3)], "none": None}
+    text = results.compact_json(value).decode()
+    assert json.loads(text) == value
+    assert len(text.splitlines()) == 2 + 2 + 2 + 3
 
 
 def test_summary_takes_the_fastest_that_was_right(document):
@@ -150,18 +184,19 @@ def test_page_of_an_interrupted_run_says_so(document):
 
 
 def test_no_figures_without_matplotlib(document, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = report.page(document)
     assert "<svg" not in page
     assert "No figure" in page
 
 
 def test_readme_table_is_generated_and_checked(document, tmp_path, capsys):
-    results.save(document, tmp_path / "benchmarks" / "results" / "a-cpu" / results.FILE)
+    results.save(document, tmp_path / results.FILE)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results:begin -->\ntyped by hand\n<!-- results:end -->\nafter\n")
+    assert report.main([str(tmp_path / results.FILE), "--add", "--root", str(tmp_path)]) == 0
     assert report.main(["--check", "--root", str(tmp_path)]) == 1
-    assert "stale" in capsys.readouterr().out
+    assert "benchmarks/results/a-cpu.md, README.md: not what the results say" in capsys.readouterr().out
     assert report.main(["--readme", "--root", str(tmp_path)]) == 0
     text = readme.read_text()
     assert text.startswith("before\n")
@@ -169,7 +204,8 @@ def test_readme_table_is_generated_and_checked(document, tmp_path, capsys):
     assert "typed by hand" not in text
     assert "| retro-172m | bf16 | fwd | 2.00 | 6.00 |" in text
     assert "training step" not in text
-    assert "benchmarks/results/a-cpu/table.md" in text
+    assert "benchmarks/results/a-cpu.md" in text
+    assert (tmp_path / "benchmarks" / "results" / "a-cpu.md").read_text() == report.markdown(document)
     assert report.main(["--check", "--root", str(tmp_path)]) == 0
 
 
