@@ -27,17 +27,22 @@ OPERATIONS = {
     ENCODER_CROSS: "neighbour_cross_attention",
 }  # fmt: skip
 BACKENDS = ("triton", "cuda")
-REQUIRED = ("cuda correctness bf16", "cuda correctness fp16", "cuda execution", "cuda decoding", "cuda absorbing",
-            "cuda sanitizer memcheck", "cuda sanitizer racecheck", "cuda sanitizer initcheck")  # fmt: skip
+REQUIRED = tuple(
+    f"{kernels} {part}"
+    for kernels in ("triton", "cuda-sm80")
+    for part in ("bf16 attention", "fp16 attention", "bf16 decode", "execution", "memcheck", "racecheck", "initcheck")
+)
+"""Parts of `benchmarks.gpu`; on compute capability 9.0 those of cuda-sm90 too, wherever the run has them."""
 
 
 def winners(document: dict) -> dict[str, str] | None:
     """Key of `evidence.key` -> backend, of one run; None when the run does not verify the device."""
     settings = document.get("settings") or {}
     statuses = {part["name"]: part["status"] for part in document.get("parts") or []}
-    if settings.get("suite") != "gpu_suite" or settings.get("reduced") is not False or document.get("interrupted"):
+    if settings.get("suite") != "gpu" or settings.get("reduced") is not False or document.get("interrupted"):
         return None
-    if any(statuses.get(name) != "ok" for name in REQUIRED):
+    hopper = [name.replace("sm80", "sm90") for name in REQUIRED] if "cuda-sm90 execution" in statuses else []
+    if any(statuses.get(name) != "ok" for name in (*REQUIRED, *hopper)):
         return None
     times: dict[str, dict[tuple, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in document["rows"]:

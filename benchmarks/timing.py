@@ -2,7 +2,8 @@
 
 On a CPU: `perf_counter` round one call; the caches are what the variant before it left there. On a GPU: events round
 one replay of a captured CUDA graph (or one launch where capture fails, which is recorded), after the L2 cache was
-overwritten; the flush also keeps the queue full, so launches are never waited for.
+overwritten; the flush also keeps the queue full, so launches are never waited for. Since that hides what a call costs
+in Python, every round also times a few eager calls, one after the other, on the wall's clock.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Samples:
-    """Times of one variant in milliseconds."""
+    """Times of one variant in milliseconds. `eager`: of calls as a program makes them, on the wall's clock."""
 
     milliseconds: list[float]
     graphed: bool = False
+    eager: list[float] = field(default_factory=list)
 
     def percentile(self, percent: float) -> float:
         """Linear between the two nearest samples."""
@@ -42,6 +44,7 @@ class Samples:
             "p80_ms": self.percentile(80),
             "samples": len(self.milliseconds),
             "cuda_graph": self.graphed,
+            "eager_ms": sorted(self.eager)[len(self.eager) // 2] if self.eager else self.percentile(50),
         }
 
 
@@ -62,6 +65,8 @@ class Protocol:
     max_rounds: int = 50
     warm_up: int = 1
     graphs: bool = True
+    eager_rounds: int = 10
+    """How many rounds also time eager calls on the wall's clock (a GPU's; on a CPU every time is one)."""
 
 
 def interleaved(
@@ -72,6 +77,7 @@ def interleaved(
     clock: _CpuClock | _GpuClock = _GpuClock(device) if device.type == "cuda" else _CpuClock()
     calls = {name: clock.prepare(timed, protocol) for name, timed in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
+    eager: dict[str, list[float]] = {name: [] for name in variants}
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -84,10 +90,12 @@ def interleaved(
             for name in names:
                 with variants[name].context():
                     times[name].append(clock.time(calls[name].run))
+                    if round_number < protocol.eager_rounds:
+                        eager[name] += clock.eager(variants[name].call)
     finally:
         if collecting:
             gc.enable()
-    return {name: Samples(times[name], calls[name].graphed) for name in variants if times[name]}
+    return {name: Samples(times[name], calls[name].graphed, eager[name]) for name in variants if times[name]}
 
 
 @dataclass
@@ -108,6 +116,9 @@ class _CpuClock:
         start = time.perf_counter()
         run()
         return (time.perf_counter() - start) * 1e3
+
+    def eager(self, call: Callable[[], object]) -> list[float]:
+        return []
 
 
 class _GpuClock:
@@ -145,6 +156,16 @@ class _GpuClock:
         after.record()
         torch.cuda.synchronize()
         return before.elapsed_time(after)
+
+    def eager(self, call: Callable[[], object], calls: int = 4) -> list[float]:
+        """Of a call among several without a wait between them, as in a model: the host's time or the device's,
+        whichever is longer."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        return [(time.perf_counter() - start) / calls * 1e3]
 
 
 @dataclass(frozen=True)

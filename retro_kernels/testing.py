@@ -166,6 +166,8 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> 
         mask = torch.rand(keys, generator=generator) > 0.3
         if "empty_chunk" in on:
             mask[:, :1] = False
+        if "all_masked" in on:
+            mask[:] = False
         arguments["activation_mask" if case.operation == "cross" else "neighbour_mask"] = mask.to(device)
     if case.documents is not None:
         starts = torch.zeros(case.b, sum(case.documents), dtype=torch.bool)
@@ -476,13 +478,19 @@ def class_problem(wanted: Class, odd: bool, device: str = "cpu") -> dict[str, An
         other = make(dataclasses.replace(case, options=others), dtype, device)
         arguments = {name: x for name, x in arguments.items() if name != "value_scale"}
         arguments |= {name: other[name] for name in ("value", "value_scale") if name in other}
-    if "valid" in arguments:  # what is not read holds NaN
-        for name in ("key", "value", "encoded"):
-            if name in arguments and arguments[name].dtype in validate.FLOATING:
-                cache = arguments[name].detach().clone()
-                cache[~arguments["valid"]] = float("nan")
-                arguments[name] = cache
-    return arguments
+    return without_unread(arguments)
+
+
+def without_unread(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With NaN in the caches of sequences that are not valid, which decoding does not read."""
+    if "valid" not in arguments:
+        return arguments
+    spoilt = dict(arguments)
+    for name in ("key", "value", "encoded"):
+        if name in arguments and arguments[name].dtype in validate.FLOATING:
+            spoilt[name] = arguments[name].detach().clone()
+            spoilt[name][~arguments["valid"]] = float("nan")
+    return spoilt
 
 
 def check_class(wanted: Class, backend: str, device: torch.device) -> str:
@@ -502,14 +510,27 @@ def check_class(wanted: Class, backend: str, device: torch.device) -> str:
 
 
 def _check_problem(wanted: Class, odd: bool, backend: str, device: torch.device) -> float:
-    arguments, dtype = class_problem(wanted, odd, str(device)), getattr(torch, wanted.dtype)
-    # Decoding has no gradient, nor have the absorbed CUDA C++ kernels.
-    gradients = "position" not in arguments and not ("encoded" in arguments and backend == "cuda")
-    grad_out = None
-    if gradients:
-        shape = (*arguments["query"].shape[:-1], wanted.value_dim)
-        generator = torch.Generator().manual_seed(3)
-        grad_out = torch.randn(shape, generator=generator, dtype=torch.float64).to(device).to(dtype)
+    return check_call(class_problem(wanted, odd, str(device)), backend)
+
+
+def has_gradients(arguments: dict[str, Any], backend: str) -> bool:
+    """Decoding has none, nor have the absorbed CUDA C++ kernels."""
+    return "position" not in arguments and not ("encoded" in arguments and backend == "cuda")
+
+
+def draw_grad_out(arguments: dict[str, Any], seed: int = 3) -> torch.Tensor:
+    """An output gradient for a call, in the query's dtype."""
+    query = arguments["query"]
+    width = arguments["value"].shape[-1] if "value" in arguments else arguments["w_value"].shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((*query.shape[:-1], width), generator=generator, dtype=torch.float64).to(query)
+
+
+def check_call(arguments: dict[str, Any], backend: str, floors: dict[torch.dtype, float] = KERNEL_FLOOR) -> float:
+    """One call and its gradients by the error rule, its tensors between guard bands, twice for the same bits -> the
+    largest error. Raises Wrong."""
+    dtype = arguments["query"].dtype
+    grad_out = draw_grad_out(arguments) if has_gradients(arguments, backend) else None
     with guard_bands() as bands:
         around = {name: bands.around(x) for name, x in arguments.items()}
         given = run(around, backend, grad_out)
@@ -520,8 +541,18 @@ def _check_problem(wanted: Class, odd: bool, backend: str, device: torch.device)
     else:
         with plain_precision():
             plain = run(arguments, "reference", grad_out)
-        largest = assert_twice(given, plain, expected, dtype, KERNEL_FLOOR)
+        largest = assert_twice(given, plain, expected, dtype, floors)
     for name, x in given.items():
-        if not torch.equal(x, again[name]):
+        if not same_bits(x, again[name]):
             raise Wrong(f"{name}: two runs of one problem give other bits")
     return largest
+
+
+def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two results of one shape and dtype agree bit for bit, NaN included."""
+    return torch.equal(bits(x), bits(y))
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The bits of a floating tensor, as integers."""
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])

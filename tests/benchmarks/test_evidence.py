@@ -16,7 +16,7 @@ DEVICE = "NVIDIA H100"
 
 def document(times, **changes):
     """A run in full; `times`: (workload, mode, backend) -> ms."""
-    made = results.new({"device": DEVICE}, {"suite": "gpu_suite", "reduced": False})
+    made = results.new({"device": DEVICE}, {"suite": "gpu", "reduced": False})
     made["parts"] = [{"name": name, "status": "ok"} for name in generator.REQUIRED]
     made["rows"] = [
         {

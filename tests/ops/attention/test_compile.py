@@ -14,6 +14,7 @@ from retro_kernels.ops.attention.common import CLOCK, SLOTS
 from retro_kernels.ops.attention.run import BACKENDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 CASE = cases.Case("", b=1, n=13, m=4, k=2, r=5, h=2, hk=1, d=8, options=cases.ALL)
 
 

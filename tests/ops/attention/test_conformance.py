@@ -13,7 +13,7 @@ from retro_kernels.ops.attention.run import BACKENDS
 # The CUDA kernels take few of the cases and have theirs in test_cuda.py.
 FUSED = [name for name in BACKENDS if name not in ("reference", "cuda")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("guarded")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("guarded")]
 
 
 @pytest.fixture(params=FUSED)

@@ -10,6 +10,7 @@ from retro_kernels.ops.attention import dropout
 from retro_kernels.ops.attention.run import BACKENDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(params=list(BACKENDS))
