@@ -40,9 +40,7 @@ def build(
     shard_bytes: Annotated[
         int | None, typer.Option(help="Input of a shard: what a killed build repeats. By default 16 MiB to 4 GiB.")
     ] = None,
-    engine: Annotated[
-        str, typer.Option(help="local, ray, or torchrun (then every process that torchrun starts runs this command).")
-    ] = "local",
+    engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
     workers: Annotated[int, typer.Option(help="Processes of local, actors of ray.")] = 1,
     address: Annotated[
         str | None, typer.Option(help="Of a Ray cluster, e.g. auto; by default Ray starts on this machine.")

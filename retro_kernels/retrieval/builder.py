@@ -21,7 +21,7 @@ from typing import Any
 
 from ..files import json_bytes, replaced, write_json
 from .embedders import DEFAULT_EMBEDDER, Embedder, load_embedder
-from .engines import ENGINES, Run, started
+from .engines import ENGINES, Run, start_engine
 from .files import DatabaseError, describe, lock_folder, name_full_disk, read_json
 from .index import build_index, remove_parts
 from .readers import Options, Piece, Problem, cut, find
@@ -123,9 +123,9 @@ def build_database(
         keep_duplicates: keep documents whose text an earlier document has, too.
         shard_bytes: input of a shard, in bytes; by default a 1024th of all, from 16 MiB to 4 GiB.
         record_bytes: the longest line of JSON Lines that is read.
-        engine: where shards are worked on: "local", "ray" (Ray Data) or "torchrun" (every process that it started makes
-            this same call, and each returns the database). Machines must share the file systems of input and database.
-        workers: processes of "local", actors of "ray"; torchrun has its own number.
+        engine: where shards are worked on: "local" or "ray" (Ray Data). The machines of a Ray cluster must share the
+            file systems of input and database.
+        workers: processes of "local", actors of "ray".
         address: of a Ray cluster; None starts a Ray on this machine, unless one was initialised already.
         device, precision: of the embedder, as in `embedders.HuggingFaceEmbedder`. The process that begins the build
             decides what precision "auto" is for all.
@@ -144,20 +144,13 @@ def build_database(
             f"workers: got {workers} and engine {engine!r} with a tokenizer or embedder object; name it, so that each "
             "process loads its own"
         )
-    if engine == "torchrun" and workers > 1:
-        raise ValueError(f"workers: got {workers} with engine 'torchrun'; give torchrun --nproc-per-node instead")
     if embedder is None and index == "auto":
         index = None
     root = Path(folder)
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
 
-    def serving(where: str) -> Callable[[], Worker]:
-        return functools.partial(Worker, root, device=where, precision=precision)
-
     wanted = "cpu" if embedder is None else device
-    with started(engine, serving, device=wanted, workers=workers, address=address) as run:
-        if run is None:
-            return Database(root)
+    with start_engine(engine, device=wanted, workers=workers, address=address) as run:
         files, left = find(given, format=format, exclude=root)
         splitter = load_tokenizer(tokenizer)
         keys = None if embedder is None else load_embedder(embedder, device=device, precision=precision)
@@ -178,8 +171,8 @@ def build_database(
             "left": [list(one) for one in left],
             "shards": [[dataclasses.asdict(piece) for piece in shard] for shard in shards],
         }
-        make = serving(device)
-        if engine == "torchrun" or (engine == "local" and workers == 1):
+        make = functools.partial(Worker, root, device=device, precision=precision)
+        if engine == "local" and workers == 1:
             make = functools.partial(Worker, root, tokenizer=splitter, embedder=keys)
         if root.exists() and not root.is_dir():
             raise DatabaseError(f"{root} is a file; expected a new folder for the database")

@@ -1,12 +1,11 @@
-"""Where the shards of a build are worked on: in this process, in a pool of processes, under torchrun or on Ray.
+"""Where the shards of a build are worked on: in this process, in a pool of processes, or on Ray.
 
-All do the same: `task` ("read" or "build") of a `Worker` for every shard of `numbers`, each shard once, in any order,
-telling `tick` what was done. A shard is whole or absent, so a process that dies costs the shards it was at.
+Each engine does `task` ("read" or "build") of a `Worker` for every shard of `numbers` once, in any order, and reports
+progress to `tick`. A shard is whole or absent, so a process that dies costs the shards it was at.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
 import multiprocessing
 import multiprocessing.connection
@@ -24,11 +23,9 @@ from .shards import Tick, Worker
 Make = Callable[[], Worker]
 Run = Callable[[Make, str, Sequence[int], Tick], None]
 Counts = list[tuple[int, int, int]]
-ENGINES = ("local", "torchrun", "ray")
+ENGINES = ("local", "ray")
 ATTEMPTS = 3
 """Times that work is given to new processes after one died."""
-PATIENCE = datetime.timedelta(days=30)
-"""How long a process under torchrun waits for the others: the slowest's shards, or the index."""
 
 _worker: Worker | None = None
 
@@ -99,85 +96,6 @@ def _done(worker: Worker, task: str, number: int) -> Counts:
     return counts
 
 
-class Processes:
-    """The processes that torchrun started. The first one builds and calls `run`; the others `serve` it.
-
-    They speak over torch.distributed's gloo, a few messages a stage; shards go through the file system they share."""
-
-    def __init__(self) -> None:
-        import torch.distributed as distributed
-
-        if "RANK" not in os.environ:
-            raise DatabaseError(
-                "engine 'torchrun': RANK is not set in the environment; start the build as "
-                "torchrun --nproc-per-node N --no-python retro-kernels db build ... --engine torchrun"
-            )
-        self._own = not distributed.is_initialized()
-        if self._own:
-            distributed.init_process_group("gloo", timeout=PATIENCE)
-        self._distributed = distributed
-        self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
-        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-
-    def run(self, make: Make, task: str, numbers: Sequence[int], tick: Tick) -> None:
-        """Of the first process: every process does its share. Raises DatabaseError where one of them did."""
-        self._tell((task, list(numbers)))
-        self._share(make, task, numbers, tick)
-
-    def serve(self, make: Make) -> None:
-        """Of the others: works until the first process is done. Raises its DatabaseError where it failed."""
-        while True:
-            what, given = self._tell(None)
-            if what == "end":
-                if given is not None:
-                    raise DatabaseError(given)
-                return
-            self._share(make, what, given, lambda *_: None)
-
-    @contextmanager
-    def leading(self) -> Iterator[None]:
-        """Round all that the first process does: however it ends, the others hear of it."""
-        message = None
-        try:
-            yield
-        except BaseException as error:
-            message = f"the first process failed: {error}"
-            raise
-        finally:
-            self._tell(("end", message))
-
-    def close(self) -> None:
-        if self._own:
-            self._distributed.destroy_process_group()
-
-    def _tell(self, message: tuple[str, Any] | None) -> tuple[str, Any]:
-        """The first process's message, in every process."""
-        box = [message]
-        self._distributed.broadcast_object_list(box, src=0, group=self._group)
-        assert box[0] is not None
-        return box[0]
-
-    def _share(self, make: Make, task: str, numbers: Sequence[int], tick: Tick) -> None:
-        error: DatabaseError | None = None
-        counts: Counts = []
-        try:
-            mine = numbers[self.rank :: self.size]
-            if self.rank == 0:
-                in_process(make, task, mine, tick)
-            else:
-                in_process(make, task, mine, lambda *found: counts.append(found))
-        except DatabaseError as failed:
-            error = failed
-        found: list[tuple[Counts, str | None]] = [([], None)] * self.size
-        self._distributed.all_gather_object(found, (counts, None if error is None else str(error)), group=self._group)
-        for theirs, failure in found:
-            # The others hear of a failure when the first process ends; then all of them end alike.
-            if self.rank == 0 and failure is not None:
-                raise DatabaseError(failure)
-            for one in theirs:
-                tick(*one)
-
-
 class _ShardActor:
     """A Ray worker: does the shards that it is given, one at a time."""
 
@@ -240,44 +158,21 @@ def import_ray() -> Any:
 
 
 @contextmanager
-def started(
-    engine: str, serving: Callable[[str], Make], *, device: str, workers: int, address: str | None
-) -> Iterator[Run | None]:
-    """The engine of this name, ready to run for as long as the build lasts; None in a process of torchrun that is not
-    the first, when it has `serve`d the build.
+def start_engine(engine: str, *, device: str, workers: int, address: str | None) -> Iterator[Run]:
+    """The engine of this name, ready to run for as long as the build lasts.
 
-    serving: given the device, makes workers that load by name what they need. device: as in `build_database`.
-    address: of a Ray cluster; None starts a Ray of this machine alone, unless one was initialised already."""
-    if engine == "torchrun":
-        processes = Processes()
-        try:
-            if processes.rank:
-                processes.serve(serving(_own_device(device)))
-                yield None
-            else:
-                with processes.leading():
-                    yield processes.run
-        finally:
-            processes.close()
-    elif engine == "ray":
-        ray = import_ray()
-        own = not ray.is_initialized()
-        if own:
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        try:
-            gpus = 1.0 if device != "cpu" and ray.cluster_resources().get("GPU") else 0.0
-            yield functools.partial(on_ray, workers=workers, gpus=gpus)
-        finally:
-            if own:
-                ray.shutdown()
-    else:
+    device: of the embedder, as in `build_database`. address: of a Ray cluster; None starts a Ray of this machine alone,
+    unless one was initialised already."""
+    if engine != "ray":
         yield in_process if workers == 1 else functools.partial(in_pool, workers=workers)
-
-
-def _own_device(device: str) -> str:
-    """Each of a machine's processes takes a GPU of its own."""
-    import torch
-
-    if device == "cpu" or not torch.cuda.is_available():
-        return device
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        return
+    ray = import_ray()
+    own = not ray.is_initialized()
+    if own:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        gpus = 1.0 if device != "cpu" and ray.cluster_resources().get("GPU") else 0.0
+        yield functools.partial(on_ray, workers=workers, gpus=gpus)
+    finally:
+        if own:
+            ray.shutdown()
