@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -11,39 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from retro_kernels import machine
+
 PACKAGES = ("torch", "triton", "numpy", "faiss-cpu", "faiss-gpu", "retro-pytorch", "transformers", "retro_kernels")
 VARIABLES = ("RETRO_KERNELS_BACKEND", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
-
-
-def package_version(name: str) -> str | None:
-    """The installed version, from the package's metadata: nothing is imported."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith(("model name", "hardware")):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def cpu_features() -> list[str]:
-    """The instruction sets that matter to the kernels, of those the processor reports."""
-    wanted = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                present = set(line.split(":", 1)[1].split())
-                return [name for name in wanted if name in present]
-    except OSError:
-        pass
-    return []
 
 
 def commit() -> str | None:
@@ -64,15 +34,11 @@ def commit() -> str | None:
         return None
 
 
-def driver_version() -> str | None:
+def _driver() -> str | None:
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
+        return machine.driver_version()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
 def device_name(device) -> str:
@@ -80,7 +46,7 @@ def device_name(device) -> str:
 
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_model()}, {torch.get_num_threads()} threads"
+    return f"{machine.cpu_model()}, {torch.get_num_threads()} threads"
 
 
 def device_slug(device) -> str:
@@ -110,11 +76,11 @@ def collect(device) -> dict:
         "commit": commit(),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := package_version(name))},
+        "packages": {name: version for name in PACKAGES if (version := machine.package_version(name))},
         "device": device_name(device),
         "device_slug": device_slug(device),
-        "cpu": cpu_model(),
-        "cpu_features": cpu_features(),
+        "cpu": machine.cpu_model(),
+        "cpu_features": machine.cpu_features(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
@@ -131,7 +97,7 @@ def collect(device) -> dict:
             "gpu_memory_bytes": properties.total_memory,
             "gpu_l2_bytes": getattr(properties, "L2_cache_size", None),
             "gpu_multiprocessors": properties.multi_processor_count,
-            "driver": driver_version(),
+            "driver": _driver(),
             "cuda": torch.version.cuda,
         }
     return result

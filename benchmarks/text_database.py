@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.models.tokenizers import BYTES
 from retro_kernels.retrieval import Database, DatabaseError, Embedder, Retriever, build_database, load_embedder
 from retro_kernels.retrieval.embedders import DEFAULT_EMBEDDER as OFFLINE
+from retro_kernels.tokenizers import BYTES
 
 TEXT = Path(__file__).parent / "data" / "shakespeare_histories.txt.gz"
 PAD = 0

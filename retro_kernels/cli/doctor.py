@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .. import machine
 
 PACKAGES = (
     "retro_kernels", "torch", "triton", "numpy", "faiss-cpu", "faiss-gpu", "retro-pytorch", "transformers",
@@ -74,10 +75,7 @@ def versions() -> list[Entry]:
 
 
 def _version(name: str) -> Entry | list[Entry]:
-    try:
-        installed = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        installed = None
+    installed = machine.package_version(name)
     if name == "retro_kernels":
         folder = Path(__file__).resolve().parents[1]
         return Entry(name, f"{installed or 'not installed, run from its source tree'}, at {folder}", OK)
@@ -103,19 +101,9 @@ def devices() -> list[Entry]:
 
 
 def _cpu() -> list[Entry]:
-    model, flags = platform.processor() or platform.machine(), set()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in ("model name", "Hardware"):
-                model = value.strip()
-            elif name.strip() in ("flags", "Features"):
-                flags = set(value.split())
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
-    shown = ", ".join(name for name in wanted if name in flags) or "no vector extension that is looked for"
+    shown = ", ".join(machine.cpu_features()) or "no vector extension that is looked for"
     return [
-        Entry("CPU", f"{model}, {os.cpu_count()} cores, {platform.machine()}", OK),
+        Entry("CPU", f"{machine.cpu_model()}, {os.cpu_count()} cores, {platform.machine()}", OK),
         Entry("CPU instructions", shown),
     ]
 
@@ -137,13 +125,11 @@ def _gpus() -> list[Entry]:
 
 
 def _driver() -> list[Entry]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    if done.returncode:
-        return [Entry("driver", f"nvidia-smi fails: {(done.stderr or done.stdout).strip()[:200]}", PROBLEM)]
-    return [Entry("driver", done.stdout.splitlines()[0].strip(), OK)]
+    try:
+        version = machine.driver_version()
+    except OSError as error:
+        return [Entry("driver", str(error), PROBLEM)]
+    return [] if version is None else [Entry("driver", version, OK)]
 
 
 def compilers() -> list[Entry]:

@@ -35,11 +35,11 @@ class DatabaseRetriever:
     """A `Retriever` on a database whose tokens are the model's, and words for what it found."""
 
     def __init__(self, folder: Path, model: Path, config: Any, num_neighbours: int | None, device: str) -> None:
-        from ..models.tokenizers import sha256_of
         from ..retrieval import Database, Retriever
+        from ..tokenizers import model_tokenizer_hash
 
         database = Database(folder)
-        theirs, mine = database.manifest["tokenizer"], sha256_of(model)
+        theirs, mine = database.manifest["tokenizer"], model_tokenizer_hash(model)
         if theirs["sha256"] != mine:
             raise ValueError(
                 f"db: {folder} was built with the tokenizer {theirs['name']!r} (SHA-256 {theirs['sha256'][:12]}), "
@@ -124,14 +124,14 @@ def generate(
     import torch
 
     from ..models import Retro
-    from ..models.tokenizers import load_tokenizer
     from ..retrieval import DatabaseError
+    from ..tokenizers import load_model_tokenizer
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     draws = any(x is not None for x in (temperature, top_k, top_p))
     try:
         loaded = Retro.from_pretrained(model, device=device)
-        tokenizer = load_tokenizer(model, loaded.config)
+        tokenizer = load_model_tokenizer(model, loaded.config)
         options: dict[str, Any] = {}
         if db is not None and retriever is not None:
             raise ValueError("db, retriever: got both, expected one of them")

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 from ..nn import NeighbourEncoder, RetroDecoderBlock
 from ..nn.context_parallel import ContextParallel
 from ..ops import validate
 from ..ops.compiling import readable
+from . import checkpoint
 from .config import RetroConfig
 from .loss import linear_cross_entropy
 
@@ -168,7 +169,7 @@ class Retro(nn.Module):
                 if self.context is not None and neighbour_mask is not None:
                     neighbour_mask = self.context.with_previous(neighbour_mask)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                h, encoded = checkpoint(block, h, encoded, neighbour_mask, sequence_starts, cache, use_reentrant=False)
+                h, encoded = recompute(block, h, encoded, neighbour_mask, sequence_starts, cache, use_reentrant=False)
             else:
                 h, encoded = block(h, encoded, neighbour_mask, sequence_starts, cache)
         return self.final_norm(h)
@@ -241,10 +242,8 @@ class Retro(nn.Module):
         return generate(self, input_ids, **options)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int = 5_000_000_000) -> None:
-        """Writes `config.json` and the weights as safetensors; see `models.files.save`."""
-        from .files import save
-
-        save(self, folder, max_shard_size=max_shard_size)
+        """Writes `config.json` and the weights as safetensors; see `models.checkpoint.save`."""
+        checkpoint.save(self, folder, max_shard_size=max_shard_size)
 
     @classmethod
     def from_pretrained(
@@ -256,10 +255,8 @@ class Retro(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Retro:
-        """Reads what `save_pretrained` wrote, in evaluation mode; see `models.files.load`."""
-        from .files import load
-
-        return load(folder, config=config, backend=backend, device=device, dtype=dtype)
+        """Reads what `save_pretrained` wrote, in evaluation mode; see `models.checkpoint.load`."""
+        return checkpoint.load(cls, folder, config=config, backend=backend, device=device, dtype=dtype)
 
     def _encoder_of(self, neighbours, neighbour_mask, sequence_starts):
         def encode(activations: torch.Tensor) -> torch.Tensor:

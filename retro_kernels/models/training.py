@@ -29,10 +29,10 @@ from torch.distributed.tensor import DTensor
 from ..files import move
 from ..nn import common
 from ..ops import validate
+from ..tokenizers import FILE
 from .config import RetroConfig
 from .data import IGNORED, Batch, Order, TokenStream, prefetched
 from .retro import Retro
-from .tokenizers import FILE
 
 METRICS, STATE, PROGRESS, SETTINGS = "metrics.jsonl", "optimiser.safetensors", "progress.json", "settings.json"
 OF_DECODER = (

@@ -398,9 +398,7 @@ class ChunkedCrossAttention(nn.Module):
         return bias[..., : k * r]
 
     def _check_decoding(self, hidden, cache, position) -> None:
-        from .neighbour_cache import NeighbourCache  # that module imports this one
-
-        if not isinstance(cache, NeighbourCache):
+        if not callable(getattr(cache, "place", None)):
             raise TypeError(f"cache: got {type(cache).__name__}, expected a NeighbourCache")
         cache.place(self)  # raises for a cache of other layers
         validate.tensor("hidden", hidden, validate.FLOATING)

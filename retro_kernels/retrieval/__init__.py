@@ -1,14 +1,14 @@
 """The retrieval database: chunks, their embeddings and the index over them (RETRO, arXiv 2112.04426, section 2.1)."""
 
+from ..errors import DatabaseError
+from ..tokenizers import ChunkTokenizer, load_tokenizer, open_tokenizer
 from .builder import Progress, build_database
 from .embedders import Embedder, load_embedder, open_embedder
-from .files import DatabaseError
 from .index import Index, build_index, open_index, replace_index
 from .interchange import export_parquet, import_database
 from .neighbours import TrainingData, open_neighbours, precompute_neighbours
 from .retriever import Retrieved, Retriever
 from .store import Database, Source
-from .tokenizers import ChunkTokenizer, load_tokenizer, open_tokenizer
 from .writer import ShardWriter, committed_shard, finish_database
 
 __all__ = [

@@ -19,15 +19,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import DatabaseError
 from ..files import json_bytes, replaced, write_json
+from ..tokenizers import DEFAULT_TOKENIZER, ChunkTokenizer, load_tokenizer
 from .embedders import DEFAULT_EMBEDDER, Embedder, load_embedder
 from .engines import ENGINES, Run, start_engine
-from .files import DatabaseError, describe, lock_folder, name_full_disk, read_json
+from .files import describe, lock_folder, name_full_disk, read_json
 from .index import build_index, remove_parts
 from .readers import Options, Piece, Problem, cut, find
 from .shards import PLAN, WORK, Settings, Worker, finished_counts, json_line, remove_work, summarise, work_file
 from .store import EMBEDDING_DTYPES, MANIFEST, Database
-from .tokenizers import DEFAULT_TOKENIZER, ChunkTokenizer, load_tokenizer
 from .writer import finish_database, shard_folder
 
 SKIPPED = "skipped.jsonl"
@@ -135,7 +136,7 @@ def build_database(
 
     Raises DatabaseError for input that is not there or holds no text, input that changed since the build began, a
     folder that holds something else, a finished database of something else, or another builder at work; a full disk;
-    a plug-in that is not to be had. Raises ValueError for an argument that cannot be.
+    a tokenizer or embedder that is not to be had. Raises ValueError for an argument that cannot be.
     """
     _check(chunk_size, embedding_dtype, engine, workers, shard_bytes, record_bytes)
     named = isinstance(tokenizer, str) and (embedder is None or isinstance(embedder, str))

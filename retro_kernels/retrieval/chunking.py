@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from .tokenizers import ChunkTokenizer, Encoded
+from ..tokenizers import ChunkTokenizer, Encoded
 
 PIECE = 1 << 16
 """Characters that are tokenised as one: a longer text is cut, after a line's end if there is one."""

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..errors import DatabaseError
+from ..hub import OFFLINE, check_identity, hash_of, model_folder
 from ..ops import validate
-from .files import DatabaseError
-from .plugins import OFFLINE, check_identity, hash_of, model_folder
 
 DEFAULT_EMBEDDER = OFFLINE
 SENTENCE_TRANSFORMERS = "sentence-transformers:"

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
-from .files import DatabaseError
+from ..errors import DatabaseError
 from .shards import Tick, Worker
 
 Make = Callable[[], Worker]

@@ -9,11 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..errors import DatabaseError
 from ..files import lock, sha256
-
-
-class DatabaseError(Exception):
-    """A database that is missing, of another version, damaged, in use, or that cannot be built as asked."""
 
 
 def read_json(path: Path) -> Any:

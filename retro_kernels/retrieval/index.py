@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DatabaseError
 from ..files import move, replaced, sync, write_json
 from . import exact
-from .files import DatabaseError, describe, lock_folder, name_full_disk, problem_with, read_json
+from .files import describe, lock_folder, name_full_disk, problem_with, read_json
 from .index_choice import EXACT, Choice, choose, lists_of
 from .store import INDEX_FOLDER, Database, write_manifest
 

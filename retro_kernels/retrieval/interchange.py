@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..errors import DatabaseError
 from ..files import replaced
-from .files import DatabaseError, describe, inside, lock_folder, name_full_disk, read_json
+from ..tokenizers import load_tokenizer, open_tokenizer
+from .files import describe, inside, lock_folder, name_full_disk, read_json
 from .store import Database, token_dtype
-from .tokenizers import load_tokenizer, open_tokenizer
 from .writer import ShardWriter, finish_database
 
 FORMATS = ("retro-pytorch", "megatron")

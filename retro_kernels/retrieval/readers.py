@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from .files import DatabaseError
+from ..errors import DatabaseError
 
 FORMATS = ("text", "html", "jsonl", "parquet")
 SUFFIXES = {

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DatabaseError
+from ..hub import check_identity
+from ..tokenizers import open_tokenizer
 from . import filters
 from .embedders import Embedder, load_embedder
-from .files import DatabaseError
-from .plugins import check_identity
 from .store import Database, Source
-from .tokenizers import open_tokenizer
 
 if TYPE_CHECKING:
     from ..models.generation import Neighbours

@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import DatabaseError
 from ..files import write_bytes, write_json
+from ..hub import check_identity
+from ..tokenizers import ChunkTokenizer, load_tokenizer
 from .chunking import Part, Text, parts, windows
 from .embedders import Embedder, load_embedder
-from .files import DatabaseError, name_full_disk, read_json
-from .plugins import check_identity
+from .files import name_full_disk, read_json
 from .readers import Options, Piece, Problem, Reader
 from .store import token_dtype
-from .tokenizers import ChunkTokenizer, load_tokenizer
 from .writer import ShardWriter, shard_folder
 
 WORK = "build"

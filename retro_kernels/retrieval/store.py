@@ -29,8 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import DatabaseError
 from ..files import json_bytes, write_json
-from .files import DatabaseError, inside, problem_with, read_json
+from .files import inside, problem_with, read_json
 
 MAGIC = "retro-kernels retrieval database"
 VERSION = 1

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import DatabaseError
 from ..files import move, write_json
-from .files import DatabaseError, describe, name_full_disk, problem_with, read_json
+from .files import describe, name_full_disk, problem_with, read_json
 from .store import EMBEDDING_DTYPES, MAGIC, MANIFEST, TOKEN_DTYPES, VERSION, Database, file_bytes, write_manifest
 
 SHARD_FOLDER = "shards"

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from retro_kernels.cli import app, generate
 from retro_kernels.models import Retro
-from retro_kernels.models.tokenizers import ByteTokenizer, load_tokenizer
+from retro_kernels.tokenizers import ByteTokenizer, load_model_tokenizer
 
 LOOKUP = Lookup(vocab_size=256)
 PROMPT = "the chunks of a text"
@@ -71,11 +71,11 @@ def test_a_tokenizer_beside_the_weights_is_used(folder):
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     inner.save(str(folder / "tokenizer.json"))
     model = tiny(vocab_size=256, tokenizer="words")
-    tokenizer = load_tokenizer(folder, model.config)
+    tokenizer = load_model_tokenizer(folder, model.config)
     assert tokenizer.encode("a text of chunks") == [1, 2, 0, 3]
     assert tokenizer.decode([3, 2]) == "chunks text"
     with pytest.raises(ValueError, match="got 4 tokens, expected at most vocab_size = 3"):
-        load_tokenizer(folder, tiny(vocab_size=3).config)
+        load_model_tokenizer(folder, tiny(vocab_size=3).config)
 
 
 def test_wrong_arguments_are_named(folder, tmp_path):
@@ -91,6 +91,6 @@ def test_wrong_arguments_are_named(folder, tmp_path):
         assert result.exit_code == 2
         assert message in result.output
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json is not there, and the model's tokenizer is 'words'"):
-        load_tokenizer(folder, tiny(tokenizer="words").config)
+        load_model_tokenizer(folder, tiny(tokenizer="words").config)
     with pytest.raises(ValueError, match="vocab_size: got 64"):
-        load_tokenizer(folder, tiny(tokenizer="bytes").config)
+        load_model_tokenizer(folder, tiny(tokenizer="bytes").config)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..files import replaced, write_bytes, write_json
+from ..nn import RotaryPositions
 from ..ops import validate
 from .config import RetroConfig
 
@@ -58,6 +59,7 @@ def save(model: Retro, folder: str | os.PathLike[str], *, max_shard_size: int = 
 
 
 def load(
+    kind: type[Retro],
     folder: str | os.PathLike[str],
     *,
     config: RetroConfig | None = None,
@@ -65,14 +67,12 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Retro:
-    """The model in the folder, in evaluation mode. `config`: what it must be; None takes the folder's. `dtype`: to
-    convert to; None keeps what is stored.
+    """The model in the folder, of the class `kind`, in evaluation mode. `config`: what it must be; None takes the
+    folder's. `dtype`: to convert to; None keeps what is stored.
 
     Raises FileNotFoundError for a file that is not there; ValueError for another model or config, and for weights that
     are missing, unknown, of another shape or in a broken file. Every message names the file.
     """
-    from .retro import Retro
-
     folder = Path(folder)
     stored = read_config(folder)
     if config is not None and config != stored:
@@ -81,7 +81,7 @@ def load(
             f"{name} = {theirs[name]!r}, not {mine[name]!r}" for name in mine if mine[name] != theirs[name]
         )
         raise ValueError(f"config: {folder / CONFIG} has {different}; expected the same everywhere")
-    model = Retro(stored, backend=backend, device="meta")
+    model = kind(stored, backend=backend, device="meta")
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
@@ -123,8 +123,6 @@ def read_config(folder: str | os.PathLike[str]) -> RetroConfig:
 
 def _materialise_tables(model: Retro, device: torch.device) -> None:
     """Rotary tables are buffers that no file holds: a model that was built on the meta device makes them here."""
-    from ..nn import RotaryPositions
-
     for module in model.modules():
         if isinstance(module, RotaryPositions):
             module.to_empty(device=device)

@@ -1,4 +1,7 @@
-"""Tokenizers by name: text to tokens with the character at which each chunk begins."""
+"""Tokenizers: a byte of UTF-8 a token, or a `tokenizer.json` of the Hugging Face `tokenizers` package.
+
+Databases name a tokenizer and recognise it by its hash; a model has one beside its weights.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,18 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..files import sha256
-from ..models.tokenizers import BYTES, FILE, ByteTokenizer, FileTokenizer
-from .files import DatabaseError
-from .plugins import OFFLINE, check_identity, model_folder
+from .errors import DatabaseError
+from .files import sha256
+from .hub import OFFLINE, check_identity, model_folder
 
+if TYPE_CHECKING:
+    from .models import RetroConfig
+
+BYTES, FILE = "bytes", "tokenizer.json"
 DEFAULT_TOKENIZER = OFFLINE
 
 
@@ -28,7 +34,7 @@ class Encoded(NamedTuple):
 
 
 class ChunkTokenizer(Protocol):
-    """What a builder and a retriever need of a tokenizer."""
+    """What databases, retrieval and generation need of a tokenizer."""
 
     identity: dict[str, Any]
     """JSON: "name", under which it is loaded again, "kind" and "sha256", by which it is recognised."""
@@ -44,13 +50,19 @@ class ChunkTokenizer(Protocol):
         """Every text in tokens, without special ones, and where they begin."""
 
 
-class Bytes(ByteTokenizer):
-    """A token is a byte of UTF-8."""
+class ByteTokenizer:
+    """A token is a byte of UTF-8, 0 to 255; larger tokens are no text."""
 
     vocabulary_size = 256
 
     def __init__(self) -> None:
         self.identity = {"name": BYTES, "kind": BYTES, "sha256": hashlib.sha256(b"bytes of UTF-8").hexdigest()}
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         return [self._encoded(text) for text in texts]
@@ -63,18 +75,22 @@ class Bytes(ByteTokenizer):
         return Encoded(tokens, lambda number: int(characters[number]))
 
 
-class HuggingFaceTokenizer(FileTokenizer):
-    """A `tokenizer.json`: in a folder, on a hub, in the offline package, or the file itself."""
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, under the name by which it is loaded again.
 
-    def __init__(self, name: str) -> None:
-        path = Path(name) if name.endswith(".json") else model_folder(name, "tokenizer") / FILE
+    Raises DatabaseError where the file or the package is not there, or the file cannot be read.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
         if not path.is_file():
             raise DatabaseError(
                 f"tokenizer: {path} is not there. A model without one is converted by transformers: "
                 f"AutoTokenizer.from_pretrained({name!r}).save_pretrained(FOLDER), then name FOLDER"
             )
         try:
-            super().__init__(path)
+            import tokenizers
+
+            self.inner = tokenizers.Tokenizer.from_file(str(path))
         except ImportError:
             raise DatabaseError(
                 f"tokenizer: {name!r} needs the package tokenizers: pip install 'retro_kernels[retrieval]'"
@@ -87,8 +103,11 @@ class HuggingFaceTokenizer(FileTokenizer):
         self.vocabulary_size = self.inner.get_vocab_size()
         self.identity = {"name": name, "kind": "tokenizer.json", "sha256": hash_of_file(path)}
 
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False).ids
+
     def decode(self, tokens: Sequence[int]) -> str:
-        text = super().decode(tokens)
+        text = self.inner.decode(list(tokens))
         # Of a chunk that begins within a word, "##ing" would be other tokens when it is encoded again; "ing" is one.
         prefix = getattr(self.inner.model, "continuing_subword_prefix", None)
         return text.removeprefix(prefix) if prefix else text
@@ -99,7 +118,7 @@ class HuggingFaceTokenizer(FileTokenizer):
 
 
 def hash_of_file(path: Path) -> str:
-    """What identifies a `tokenizer.json`, whatever the file is called: as `plugins.hash_of` has it under that name."""
+    """What identifies a `tokenizer.json`, whatever the file is called: as `hub.hash_of` has it under that name."""
     return hashlib.sha256(f"{FILE} {sha256(path)}\n".encode()).hexdigest()
 
 
@@ -114,7 +133,9 @@ def load_tokenizer(name: str | ChunkTokenizer) -> ChunkTokenizer:
     Raises DatabaseError where it is not to be had."""
     if not isinstance(name, str):
         return name
-    return Bytes() if name == BYTES else HuggingFaceTokenizer(name)
+    if name == BYTES:
+        return ByteTokenizer()
+    return HuggingFaceTokenizer(Path(name) if name.endswith(".json") else model_folder(name, "tokenizer") / FILE, name)
 
 
 def open_tokenizer(identity: dict[str, Any]) -> ChunkTokenizer:
@@ -122,3 +143,32 @@ def open_tokenizer(identity: dict[str, Any]) -> ChunkTokenizer:
     found = load_tokenizer(identity["name"])
     check_identity("tokenizer", identity, found.identity)
     return found
+
+
+def load_model_tokenizer(folder: Path, config: RetroConfig) -> ChunkTokenizer:
+    """The tokenizer of the model in `folder`: its `tokenizer.json` if that is there, bytes if the config says so.
+
+    Raises FileNotFoundError where it is neither, ValueError for one with more tokens than the model, DatabaseError as
+    `HuggingFaceTokenizer` does.
+    """
+    path = folder / FILE
+    if path.is_file():
+        found = HuggingFaceTokenizer(path, str(folder))
+        if found.vocabulary_size > config.vocab_size:
+            raise ValueError(
+                f"{path}: got {found.vocabulary_size} tokens, expected at most vocab_size = {config.vocab_size}"
+            )
+        return found
+    if config.tokenizer != BYTES:
+        raise FileNotFoundError(
+            f"{path} is not there, and the model's tokenizer is {config.tokenizer!r}, not {BYTES!r}"
+        )
+    if config.vocab_size < 256:
+        raise ValueError(f"vocab_size: got {config.vocab_size}, expected at least 256 with the tokenizer {BYTES!r}")
+    return ByteTokenizer()
+
+
+def model_tokenizer_hash(folder: Path) -> str:
+    """The SHA-256 by which a database's manifest names the tokenizer of the model in `folder`."""
+    path = folder / FILE
+    return hash_of_file(path) if path.is_file() else ByteTokenizer().identity["sha256"]

