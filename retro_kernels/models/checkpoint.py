@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..files import replaced, write_bytes, write_json
 from ..nn import RotaryPositions
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .retro import Retro
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PATTERN = "model{suffix}.safetensors"
 MODEL_TYPE = "retro_kernels.Retro"
 
 
@@ -28,34 +30,51 @@ def save(model: Retro, folder: str | os.PathLike[str], *, max_shard_size: int = 
 
     Raises ValueError for a `max_shard_size` that is no positive integer, and for weights on the meta device.
     """
+    write(model.config, model.state_dict(), folder, max_shard_size=max_shard_size)
+
+
+def write(
+    config: RetroConfig,
+    weights: Mapping[str, torch.Tensor],
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int = 5_000_000_000,
+    writes: bool = True,
+) -> None:
+    """Does what `save` does, with weights that processes may share (DTensors): then every process calls this, and one
+    `writes`. Of divided weights it holds one file's at a time, not all.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     validate.integer("max_shard_size", max_shard_size, 1)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         if tensor.is_meta:
             raise ValueError(f"model: got {name} on the meta device, which holds no weights, expected a real device")
-        if shards[-1] and size + tensor.nbytes > max_shard_size:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach().contiguous()
-        size += tensor.nbytes
-    count = len(shards)
-    names = [WEIGHTS] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    for name, shard in zip(names, shards):
-        with replaced(folder / name) as temporary:
-            save_file(shard, temporary, metadata={"format": "pt"})
-    if count > 1:
-        where = {key: name for name, shard in zip(names, shards) for key in shard}
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        write_json(folder / INDEX, index)
-    _remove_others(folder, {*names, *([INDEX] if count > 1 else [])})
-    config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
-    write_bytes(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+    folder = Path(folder)
+    shapes = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in weights.items()}
+    split = split_torch_state_dict_into_shards(shapes, filename_pattern=PATTERN, max_shard_size=max_shard_size)
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: _whole(weights[name]) for name in names}
+        if writes:
+            with replaced(folder / file) as temporary:
+                save_file(shard, temporary, metadata={"format": "pt"})
+    if not writes:
+        return
+    if split.is_sharded:
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    _remove_others(folder, {*split.filename_to_tensors, *([INDEX] if split.is_sharded else [])})
+    stored = {"model_type": MODEL_TYPE, **config.to_dict()}
+    write_bytes(folder / CONFIG, (json.dumps(stored, indent=1) + "\n").encode())
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that processes may hold in parts; on a CPU then."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().detach().cpu()
+    return tensor.detach().contiguous()
 
 
 def load(

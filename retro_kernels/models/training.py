@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,19 +28,22 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from ..files import move
+from ..files import move, write_json
 from ..nn import common
 from ..ops import validate
 from ..tokenizers import FILE
+from . import checkpoint
 from .config import RetroConfig
 from .data import IGNORED, Batch, Order, TokenStream, prefetched
 from .retro import Retro
 
-METRICS, STATE, PROGRESS, SETTINGS = "metrics.jsonl", "optimiser.safetensors", "progress.json", "settings.json"
+METRICS, STATE, PROGRESS, SETTINGS = "metrics.jsonl", "optimiser", "progress.json", "settings.json"
 OF_DECODER = (
     "vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "feed_forward_dim", "positions",
     "gated_feed_forward", "activation", "tied_embeddings", "norm_eps", "tokenizer",
 )  # fmt: skip
+ALONE = "torch.distributed is disabled, unavailable or uninitialized"  # told to every run of one process
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 _STEP = re.compile(r"step-(\d{8})")
 
 
@@ -405,28 +410,23 @@ class Trainer:
         )
 
     def save(self) -> Path:
-        """A checkpoint of this step, written beside and then renamed; older ones go."""
-        from safetensors.torch import save_file
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=options)
-        optimiser: Any = get_optimizer_state_dict(self.model, self.optimiser, options=options)
-        random = self._random_states()
+        """A checkpoint of this step, written beside and then renamed; older ones go. Every process writes its part of
+        the optimiser's state; the first one writes the weights, a file at a time."""
         target = self.folder / f"step-{self.step:08d}"
+        partial = self.folder / f".{target.name}.partial"
         if self.rank == 0:
-            partial = self.folder / f".{target.name}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            whole = Retro(self.config, device="meta")
-            whole.load_state_dict(weights, assign=True)
-            whole.save_pretrained(partial)
+            partial.mkdir(parents=True)
+        self._barrier()
+        weights: Any = get_model_state_dict(self.model)
+        checkpoint.write(self.config, weights, partial, writes=self.rank == 0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ALONE)
+            dcp.save(self._state(), checkpoint_id=partial / STATE, no_dist=self.world == 1)
+        if self.rank == 0:
             if self.tokenizer is not None:
                 shutil.copyfile(self.tokenizer, partial / FILE)
-            tensors = {
-                f"{name}/{kind}": x.contiguous() for name, own in optimiser["state"].items() for kind, x in own.items()
-            }
-            save_file({**tensors, **random}, partial / STATE)
-            progress = {"step": self.step, "rows": self.seen, "processes": self.world}
-            (partial / PROGRESS).write_text(json.dumps(progress))
+            write_json(partial / PROGRESS, {"step": self.step, "rows": self.seen, "processes": self.world})
             shutil.rmtree(target, ignore_errors=True)
             move(partial, target)
             for old in checkpoints(self.folder)[: -self.settings.keep]:
@@ -434,21 +434,30 @@ class Trainer:
         self._barrier()
         return target
 
-    def _random_states(self) -> dict[str, torch.Tensor]:
-        """Of every process, on process 0."""
-        states = {"cpu": torch.get_rng_state()}
+    def _state(self) -> dict[str, Any]:
+        """The optimiser's state, as this process holds it, and the state of its random numbers."""
+        random = {f"{self.rank}.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        if self.world == 1:
-            everyone: list[Any] = [states]
-        else:
-            everyone = [None] * self.world
-            dist.all_gather_object(everyone, states)
-        return {f"random.{rank}.{kind}": x for rank, found in enumerate(everyone) for kind, x in found.items()}
+            random[f"{self.rank}.cuda"] = torch.cuda.get_rng_state(self.device)
+        return {"optimiser": get_optimizer_state_dict(self.model, self.optimiser, options=FLAT), "random": random}
+
+    def _load_state(self, folder: Path) -> None:
+        """Restores what `_state` gave, divided among as many processes as there are now."""
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not there; expected a checkpoint that this version wrote")
+        state = self._state()
+        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        state["random"] = {name: x for name, x in state["random"].items() if f"random.{name}" in stored}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ALONE)
+            dcp.load(state, checkpoint_id=folder, no_dist=self.world == 1)
+        set_optimizer_state_dict(self.model, self.optimiser, state["optimiser"], options=FLAT)
+        if f"{self.rank}.cpu" in state["random"]:
+            torch.set_rng_state(state["random"][f"{self.rank}.cpu"])
+        if f"{self.rank}.cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"][f"{self.rank}.cuda"], self.device)
 
     def _resume(self) -> None:
-        from safetensors.torch import load_file
-
         settings = {"model": self.config.to_dict(), **dataclasses.asdict(self.settings)}
         for free in ("steps", "save_every", "keep", "log_every", "peak_flops", "output", "micro_batch_size"):
             settings.pop(free)
@@ -478,24 +487,10 @@ class Trainer:
             self.say(
                 f"{last} was written by {progress['processes']} processes: dropout will not be the same to the bit"
             )
-        state = load_file(last / STATE)
-        options = StateDictOptions(full_state_dict=True)
         weights: Any = Retro.from_pretrained(last, config=self.config).state_dict()
-        set_model_state_dict(self.model, weights, options=options)
-        current: Any = get_optimizer_state_dict(self.model, self.optimiser, options=options)
-        random = {key: state.pop(key) for key in list(state) if key.startswith("random.")}
-        of_parameters: dict[str, dict[str, torch.Tensor]] = {}
-        for key, x in state.items():
-            name, kind = key.split("/")
-            of_parameters.setdefault(name, {})[kind] = x
-        current["state"] = of_parameters
-        set_optimizer_state_dict(self.model, self.optimiser, current, options=options)
+        set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
+        self._load_state(last / STATE)
         self.step, self.seen = progress["step"], progress["rows"]
-        mine = {key.rsplit(".", 1)[1]: x for key, x in random.items() if key.startswith(f"random.{self.rank}.")}
-        if mine:
-            torch.set_rng_state(mine["cpu"])
-            if "cuda" in mine and self.device.type == "cuda":
-                torch.cuda.set_rng_state(mine["cuda"], self.device)
         if self.rank == 0 and (self.folder / METRICS).exists():
             lines = (self.folder / METRICS).read_text().splitlines(keepends=True)
             (self.folder / METRICS).write_text("".join(x for x in lines if json.loads(x)["step"] <= self.step))

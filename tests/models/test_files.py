@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
 from models_common import batch, tiny
 from safetensors.torch import load_file, save_file
 
-from retro_kernels.models import Retro, RetroConfig
+from retro_kernels.models import Retro, RetroConfig, checkpoint
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-rotary"])
@@ -31,6 +32,27 @@ def test_a_saved_model_comes_back_to_the_bit(tmp_path, preset, max_shard_size):
     if len(shards) > 1:  # a model saved over a sharded one leaves nothing of it
         model.save_pretrained(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_weights_that_processes_share_are_gathered_a_file_at_a_time(tmp_path, monkeypatch):
+    model, limit = tiny(), 20_000
+    alive, most = weakref.WeakSet(), []
+
+    def gather(tensor):
+        whole = tensor.detach().clone()
+        alive.add(whole)
+        most.append(sum(x.nbytes for x in alive))
+        return whole
+
+    monkeypatch.setattr(checkpoint, "_whole", gather)
+    weights = model.state_dict()
+    checkpoint.write(model.config, weights, tmp_path / "other", max_shard_size=limit, writes=False)
+    assert not (tmp_path / "other").exists()
+    checkpoint.write(model.config, weights, tmp_path, max_shard_size=limit)
+    assert len(most) == 2 * len(weights)
+    assert max(most) <= limit + max(x.nbytes for x in weights.values()) < sum(x.nbytes for x in weights.values()) / 3
+    monkeypatch.undo()
+    assert all(torch.equal(x, weights[name]) for name, x in Retro.from_pretrained(tmp_path).state_dict().items())
 
 
 def test_dtypes(tmp_path):

@@ -129,6 +129,16 @@ def test_accumulated_micro_batches_and_several_processes_equal_one_batch(tmp_pat
                 got[key], expected[key], **SAME, msg=lambda text, at=(name, key): f"{at}: {text}"
             )
         assert [line["loss"] for line in metrics_of(tmp_path / name)] == pytest.approx(losses, rel=1e-5)
+    # What two processes wrote in parts, one takes up whole.
+    one = trainer(stream, tmp_path / "one", steps=4, **COMPARABLE)
+    taken = trainer(stream, tmp_path / "fsdp", steps=4, parallel="fsdp", **COMPARABLE)
+    assert taken.step == 4
+    moments = [taken.optimiser.state_dict()["state"], one.optimiser.state_dict()["state"]]
+    assert moments[0].keys() == moments[1].keys()
+    for got, wanted in zip(*(found.values() for found in moments)):
+        for name in ("exp_avg", "exp_avg_sq"):
+            scale = float(wanted[name].abs().max())
+            torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-3 * scale)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
