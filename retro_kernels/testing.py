@@ -256,18 +256,24 @@ def operation(arguments: dict[str, Any]) -> Callable[..., Any]:
     return getattr(rk, name_of(arguments))
 
 
-def run(arguments: dict[str, Any], backend: str, grad_out: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """out, lse and, given grad_out, the gradient of every differentiable argument. Dropout always draws the same. A
-    decoding kernel is called without gradients, which it has not."""
+def run(
+    arguments: dict[str, Any], backend: str, grad_out: torch.Tensor | None = None, grad_lse: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """out, lse and, given grad_out, the gradient of every differentiable argument, through the lse, too, given
+    grad_lse. Dropout always draws the same. A decoding kernel is called without gradients, which it has not."""
     torch.manual_seed(7)
     without = grad_out is None or ("position" in arguments and backend != "reference")
     with torch.no_grad() if without else contextlib.nullcontext():
         out, lse = operation(arguments)(**arguments, return_lse=True, backend=backend)
-    return results(arguments, out, lse, None if without else grad_out)
+    return results(arguments, out, lse, None if without else grad_out, grad_lse)
 
 
 def results(
-    arguments: dict[str, Any], out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor | None
+    arguments: dict[str, Any],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """out, lse and, given grad_out, the gradient of every differentiable argument: 0 where the output depends on none
     of it."""
@@ -276,7 +282,10 @@ def results(
         inputs = differentiable(arguments)
         gradients: Any = [None] * len(inputs)
         if out.requires_grad:
-            gradients = torch.autograd.grad(out, list(inputs.values()), grad_out.to(out.dtype), allow_unused=True)
+            outputs, grads = [out], [grad_out.to(out.dtype)]
+            if grad_lse is not None:
+                outputs, grads = [out, lse], [*grads, grad_lse.to(lse.dtype)]
+            gradients = torch.autograd.grad(outputs, list(inputs.values()), grads, allow_unused=True)
         found |= {
             f"gradient of {name}": torch.zeros_like(x) if gradient is None else gradient
             for (name, x), gradient in zip(inputs.items(), gradients)
@@ -291,11 +300,13 @@ def plain_precision() -> Iterator[None]:
         yield
 
 
-def same_precision(arguments: dict[str, Any], grad_out: torch.Tensor) -> dict[str, torch.Tensor]:
+def same_precision(
+    arguments: dict[str, Any], grad_out: torch.Tensor, grad_lse: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """The call as plain PyTorch computes it in the arguments' own dtype: logits and probabilities are rounded to it, as
     in an eager RETRO. Its error is what a fused half-precision kernel is measured against."""
     with plain_precision():
-        return run(arguments, "reference", grad_out)
+        return run(arguments, "reference", grad_out, grad_lse)
 
 
 FP32_TOLERANCE = 1e-5

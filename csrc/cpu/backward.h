@@ -103,6 +103,7 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
     if (f.lse[i] == infinity()) f.lse[i] = __builtin_nanf("");
     if (p.bias.data) f.log_sum[i] = p.log_sum[position];
     f.delta[i] = dot(grad_row, (const T*)p.out + position * p.dim_value, p.dim_value);
+    if (p.grad_lse) f.delta[i] -= p.grad_lse[position];  // dS = P (dP - delta + dlse)
     if (!p.null_key.data) continue;
 
     const float* wide_grad = grad;

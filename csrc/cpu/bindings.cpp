@@ -343,7 +343,7 @@ float* partial_sums(const MaybeTensor& partial, const MaybeTensor& total, int64_
 }
 
 // What both backwards are given but the gradients of keys and values, or of what they are made of.
-void set_gradients(Problem& p, const Tensor& grad_out, const Tensor& out, const Tensor& lse, const Tensor& grad_query,
+void set_gradients(Problem& p, const Tensor& grad_out, const MaybeTensor& grad_lse, const Tensor& out, const Tensor& lse, const Tensor& grad_query,
                    const MaybeTensor& bias, const MaybeTensor& relative_key, const MaybeTensor& content_bias,
                    const MaybeTensor& relative_bias, const MaybeTensor& null_key, RK_PARAMETERS) {
   const auto rows = {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads, p.dim_value};
@@ -368,6 +368,12 @@ void set_gradients(Problem& p, const Tensor& grad_out, const Tensor& out, const 
   p.out = const_cast<void*>(out.numel() ? out.const_data_ptr() : nullptr);
   STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
   set_lse(p, lse, false);
+  if (grad_lse) {
+    check_shape(*grad_lse, "grad_lse", {p.batch, p.query_chunks, p.query_neighbours, p.tokens, p.heads});
+    STD_TORCH_CHECK(type_of(*grad_lse, "grad_lse") == kFloat32 && grad_lse->is_contiguous(),
+                    "grad_lse must be contiguous float32");
+    p.grad_lse = grad_lse->numel() ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
+  }
   p.grad_out = grad_out.numel() ? grad_out.const_data_ptr() : nullptr;
   for (int i = 0; i < 5; ++i) p.grad_out_stride[i] = grad_out.stride(i);
   p.grad_query = output(grad_query, "grad_query");
@@ -421,10 +427,10 @@ void reduce_parameters(const Problem& p, RK_PARAMETERS) {
   reduce_copies(p.null_value_partial, p.copies, grad_null_value, "grad_null_value");
 }
 
-void backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS, Tensor grad_query, Tensor grad_key,
+void backward(Tensor grad_out, MaybeTensor grad_lse, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS, Tensor grad_query, Tensor grad_key,
               Tensor grad_value, RK_PARAMETERS) {
   Problem p = make_problem(RK_ALL);
-  set_gradients(p, grad_out, out, lse, grad_query, bias, relative_key, content_bias, relative_bias, null_key,
+  set_gradients(p, grad_out, grad_lse, out, lse, grad_query, bias, relative_key, content_bias, relative_bias, null_key,
                 RK_ALL_PARAMETERS);
   check_shape(grad_key, "grad_key", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
   check_shape(grad_value, "grad_value", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim_value});
@@ -482,14 +488,14 @@ void write_weight(const Absorbed& a, const float* total, int64_t rows, float fac
   });
 }
 
-void absorbed_backward(Tensor grad_out, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS, Tensor encoded,
+void absorbed_backward(Tensor grad_out, MaybeTensor grad_lse, RK_ARGUMENTS, Tensor out, Tensor lse, RK_SETTINGS, Tensor encoded,
                        Tensor w_key, Tensor w_value, MaybeTensor bias_key, MaybeTensor bias_value, Tensor grad_query,
                        MaybeTensor grad_encoded, MaybeTensor grad_w_key, MaybeTensor grad_w_value,
                        MaybeTensor grad_bias_value, RK_PARAMETERS, MaybeTensor states_total,
                        MaybeTensor w_key_total, MaybeTensor w_value_total, MaybeTensor query_total, int64_t blocks) {
   Absorbed a = make_absorbed(make_problem(RK_ALL), encoded, w_key, w_value, bias_key, bias_value);
   Problem& p = a.p;
-  set_gradients(p, grad_out, out, lse, grad_query, bias, relative_key, content_bias, relative_bias, null_key,
+  set_gradients(p, grad_out, grad_lse, out, lse, grad_query, bias, relative_key, content_bias, relative_bias, null_key,
                 RK_ALL_PARAMETERS);
   STD_TORCH_CHECK(p.copies <= 1, "the absorbed backward takes one copy of the partial sums, got ", p.copies);
   const int64_t padded = (absorbed_columns(a) + 15) / 16 * 16;
@@ -591,9 +597,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
   m.def("absorbed_forward(" RK_SLOTS_SCHEMA RK_SETTINGS_SCHEMA
         "Tensor encoded, Tensor w_key, Tensor w_value, Tensor? bias_key, Tensor? bias_value, Tensor(a!) out, "
         "Tensor(b!) lse) -> ()");
-  m.def("attention_backward(Tensor grad_out, " RK_SLOTS_SCHEMA "Tensor out, Tensor lse, " RK_SETTINGS_SCHEMA
+  m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, " RK_SLOTS_SCHEMA "Tensor out, Tensor lse, " RK_SETTINGS_SCHEMA
         "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, " RK_PARAMETERS_SCHEMA ") -> ()");
-  m.def("absorbed_backward(Tensor grad_out, " RK_SLOTS_SCHEMA "Tensor out, Tensor lse, " RK_SETTINGS_SCHEMA
+  m.def("absorbed_backward(Tensor grad_out, Tensor? grad_lse, " RK_SLOTS_SCHEMA "Tensor out, Tensor lse, " RK_SETTINGS_SCHEMA
         "Tensor encoded, Tensor w_key, Tensor w_value, Tensor? bias_key, Tensor? bias_value, Tensor(a!) grad_query, "
         "Tensor(b!)? grad_encoded, Tensor(c!)? grad_w_key, Tensor(p!)? grad_w_value, "
         "Tensor(r!)? grad_bias_value, " RK_PARAMETERS_SCHEMA ", Tensor(s!)? states_total, Tensor(t!)? w_key_total, "

@@ -113,9 +113,13 @@ RK_INLINE float dot(const T* x, const T* y, int64_t n) {
   vfloat sum = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) sum += widen_vector(x + i) * widen_vector(y + i);
-  float total = sum_lanes(sum);
-  for (; i < n; ++i) total += widen(x[i]) * widen(y[i]);
-  return total;
+  if (i < n) {  // as if both were padded with zeros: a row gives the same bits packed and as it is
+    T first[kLanes] = {}, second[kLanes] = {};
+    __builtin_memcpy(first, x + i, (n - i) * sizeof(T));
+    __builtin_memcpy(second, y + i, (n - i) * sizeof(T));
+    sum += widen_vector(first) * widen_vector(second);
+  }
+  return sum_lanes(sum);
 }
 
 }  // namespace

@@ -68,6 +68,7 @@ struct Problem {
   // backward only
   const void* grad_out;
   int64_t grad_out_stride[5];
+  const float* grad_lse;  // of the natural log-sum-exp, contiguous as one plane of lse; null: none
   void *grad_query, *grad_key, *grad_value;  // contiguous
   // fp32 partial sums, `copies` of each, contiguous; null when not wanted
   float *bias_partial, *null_key_partial, *null_value_partial;

@@ -3,6 +3,7 @@ the autograd function round the ops."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 # Arguments and results of the private ops whose first axis is the batch. The others are the same for all sequences.
 PER_SEQUENCE = frozenset((
-    "query", "key", "value", "encoded", "mask", "chunk_spans", "first_visible", "grad_out", "out", "lse", "x",
-    "logit_bias", "null_logit", "key_scale", "value_scale", "position", "valid", "chunk",
+    "query", "key", "value", "encoded", "mask", "chunk_spans", "first_visible", "grad_out", "grad_lse", "out", "lse",
+    "x", "logit_bias", "null_logit", "key_scale", "value_scale", "position", "valid", "chunk",
 ))  # fmt: skip
 # Arguments under which a call is not that of its sequences one by one: dropout draws by the sequence's number, and a
 # parameter's gradient is the sum over all.
@@ -188,20 +189,22 @@ class _Fused(torch.autograd.Function):
     """See `fused`. Keeps the inputs, the output and the lse."""
 
     @staticmethod
-    def forward(ctx, forward_op, backward_op, differentiable, flags, settings, *tensors):
+    def forward(ctx, forward_op, backward_op, differentiable, flags, settings, lse_gradient, *tensors):
         tensors = tuple(unit_last_stride(x) for x in tensors)
         out, lse = forward_op(*tensors, *settings)
         ctx.backward_op, ctx.differentiable, ctx.flags, ctx.settings = backward_op, differentiable, flags, settings
+        ctx.lse_gradient = lse_gradient
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.mark_non_differentiable(lse)
+        differentiate_lse(ctx, lse, lse_gradient)
         return out, lse
 
     @staticmethod
-    def backward(ctx, grad_out, _):
-        wanted = ctx.needs_input_grad[5:]
-        arguments = (unit_last_stride(grad_out), *ctx.saved_tensors, *ctx.settings, *_wanted_flags(ctx.flags, wanted))
+    def backward(ctx, grad_out, grad_lse):
+        wanted, saved = ctx.needs_input_grad[6:], ctx.saved_tensors  # activation checkpointing gives them only once
+        grads = output_gradients(grad_out, grad_lse if ctx.lse_gradient else None, saved[-2])
+        arguments = (*grads, *saved, *ctx.settings, *_wanted_flags(ctx.flags, wanted))
         results = gradients(ctx.backward_op, arguments)
-        return None, None, None, None, None, *_by_place(ctx.differentiable, wanted, results)
+        return None, None, None, None, None, None, *_by_place(ctx.differentiable, wanted, results)
 
 
 class _FusedInTransform(torch.autograd.Function):
@@ -211,23 +214,24 @@ class _FusedInTransform(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(forward_op, backward_op, differentiable, flags, settings, *tensors):
+    def forward(forward_op, backward_op, differentiable, flags, settings, lse_gradient, *tensors):
         return forward_op(*(unit_last_stride(x) for x in tensors), *settings.value)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.backward_op, ctx.differentiable, ctx.flags, ctx.settings, *tensors = inputs
+        _, ctx.backward_op, ctx.differentiable, ctx.flags, ctx.settings, ctx.lse_gradient, *tensors = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.save_for_forward(*tensors, *output)  # which jvp under a vmap looks for before it asks for the tangents
-        ctx.mark_non_differentiable(output[1])
+        differentiate_lse(ctx, output[1], ctx.lse_gradient)
 
     @staticmethod
-    def backward(ctx, grad_out, _):
-        wanted = ctx.needs_input_grad[5:]
+    def backward(ctx, grad_out, grad_lse):
+        wanted, saved = ctx.needs_input_grad[6:], ctx.saved_tensors
         flags = _wanted_flags(ctx.flags.value, wanted)
-        arguments = (grad_out, *ctx.saved_tensors, *ctx.settings.value, *flags)
+        grads = output_gradients(grad_out, grad_lse if ctx.lse_gradient else None, saved[-2])
+        arguments = (*grads, *saved, *ctx.settings.value, *flags)
         results = _GradientsInTransform.apply(ctx.backward_op, *arguments)
-        return None, None, None, None, None, *_by_place(ctx.differentiable.value, wanted, results)
+        return None, None, None, None, None, None, *_by_place(ctx.differentiable.value, wanted, results)
 
     jvp = staticmethod(raise_for_tangents)
 
@@ -237,6 +241,34 @@ class _Opaque:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+def differentiate_lse(ctx: Any, lse: torch.Tensor, lse_gradient: bool) -> None:
+    """Makes lse an output with a gradient, or one without. Nothing is computed for an lse whose gradient nobody takes:
+    its gradient is None then (torch.compile gives zeros)."""
+    if not lse_gradient:
+        ctx.mark_non_differentiable(lse)
+    elif not torch.compiler.is_compiling():
+        ctx.set_materialize_grads(False)
+
+
+def output_gradients(
+    grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None, out: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of `out` and of the natural log-sum-exp as a backward op takes them. An lse of two planes in base 2
+    has one gradient, the same in both, since `plain_lse` adds them."""
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if grad_lse is not None:
+        grad_lse = (grad_lse[0] * (1 / math.log(2)) if grad_lse.dim() == out.dim() else grad_lse).contiguous()
+    return unit_last_stride(grad_out), grad_lse
+
+
+def refuse_lse_gradient(grad_lse: torch.Tensor | None, kernels: str) -> None:
+    if grad_lse is not None:
+        raise RuntimeError(
+            f"the {kernels} kernels have no gradient of the log-sum-exp (return_lse=True) yet: use "
+            'backend="reference", or "cpu" on a CPU, or detach the lse'
+        )
 
 
 def _wanted_flags(flags: Sequence[Sequence[int]], wanted: Sequence[bool]) -> list[bool]:
@@ -258,19 +290,21 @@ def fused(
     flags: Sequence[Sequence[int]],
     settings: tuple[Any, ...],
     tensors: tuple[Any, ...],
+    lse_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output and the lse of `forward_op(*tensors, *settings)`, with `backward_op` as its derivative.
 
     `differentiable`: which of the tensors have a gradient, in the order in which the backward op returns them. `flags`:
     for each flag that ends the backward op's arguments, the tensors any of whose gradients it asks for.
+    `lse_gradient`: whether the lse has a gradient, too; without, nothing is computed for it.
     """
     if torch._C._are_functorch_transforms_active():
         opaque = (_Opaque(x) for x in (differentiable, flags, settings))
-        return _FusedInTransform.apply(forward_op, backward_op, *opaque, *tensors)
+        return _FusedInTransform.apply(forward_op, backward_op, *opaque, lse_gradient, *tensors)
     refuse_forward_mode(tensors)
     if not recorded(tensors):
         return forward_op(*[unit_last_stride(x) for x in tensors], *settings)
-    return _Fused.apply(forward_op, backward_op, differentiable, flags, settings, *apart(tensors))
+    return _Fused.apply(forward_op, backward_op, differentiable, flags, settings, lse_gradient, *apart(tensors))
 
 
 def recorded(tensors: Sequence[Any]) -> bool:

@@ -87,6 +87,7 @@ class Plan:
         "differentiable",
         "flags",
         "forward",
+        "lse_gradient",
         "present",
         "settings",
         "size",
@@ -100,7 +101,9 @@ class Plan:
         settings: tuple[Any, ...],
         tensors: Sequence[Any],
         arrange: Callable[[list[Any]], None] | None,
+        lse_gradient: bool,
     ) -> None:
+        self.lse_gradient = lse_gradient
         self.forward, self.backward, self.backward_op = module._forward, module._backward, module.backward
         self.settings, self.arrange, self.size = settings, arrange, len(tensors)
         self.present = tuple(place for place, x in enumerate(tensors) if x is not None)
@@ -138,16 +141,17 @@ class _Planned(torch.autograd.Function):
         out, lse = plan.forward(*plan.slots(present), *plan.settings)
         ctx.plan = plan
         ctx.save_for_backward(*present, out, lse)
-        ctx.mark_non_differentiable(lse)
+        common.differentiate_lse(ctx, lse, plan.lse_gradient)
         return out, lse
 
     @staticmethod
-    def backward(ctx, grad_out, _):
+    def backward(ctx, grad_out, grad_lse):
         plan, wanted, saved = ctx.plan, ctx.needs_input_grad, ctx.saved_tensors
+        grads = common.output_gradients(grad_out, grad_lse if plan.lse_gradient else None, saved[-2])
         flags = [any(wanted[1 + at] for at in places) for places in plan.flags]
         slots = plan.slots(saved[:-2])
-        arguments = (common.unit_last_stride(grad_out), *slots, *saved[-2:], *plan.settings, *flags)
-        if torch.is_grad_enabled() or not plain((grad_out, *saved)):
+        arguments = (*grads, *slots, *saved[-2:], *plan.settings, *flags)
+        if torch.is_grad_enabled() or not plain((*grads, *saved)):
             results = common.gradients(plan.backward_op, arguments)
         else:
             results = plan.backward(*arguments)

@@ -134,7 +134,7 @@ def test_every_option_of_a_call_belongs_to_its_class():
     # with the others of their pair, or both given and not in every check, or mere numbers
     other = {
         "key_scale", "value_scale", "null_value", "mask", "valid", "chunk", "position", "chunk_size", "scale", "rows",
-        "first_token", "dropout_seed",
+        "first_token", "dropout_seed", "return_lse",
     }  # fmt: skip
     for kind in (Call, AbsorbedCall, DecodeCall):
         assert {field.name for field in dataclasses.fields(kind)} <= known | other, kind

@@ -93,11 +93,12 @@ def forward_schema(backend: str) -> str:
 
 
 def backward_schema(backend: str) -> str:
-    """The forward's arguments, its outputs, and which parameter gradients are wanted -> gradients of query, key,
-    value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value, each contiguous, shaped and
+    """The gradients of its outputs (grad_lse of the natural log-sum-exp, in one plane: dS = P (dP - delta + dlse)), the
+    forward's arguments, its outputs, and which parameter gradients are wanted -> gradients of query, key, value,
+    attention_bias, relative_key, content_bias, relative_bias, null_key, null_value, each contiguous, shaped and
     typed as its input; those absent or not wanted have no elements."""
     return (
-        f"attention_backward_{backend}(Tensor grad_out, {SLOTS}, Tensor out, Tensor lse, {SETTINGS}, "
+        f"attention_backward_{backend}(Tensor grad_out, Tensor? grad_lse, {SLOTS}, Tensor out, Tensor lse, {SETTINGS}, "
         "bool bias_gradient, bool relative_gradient, bool null_gradient) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
@@ -149,7 +150,7 @@ def _fake_forward_of_two_planes(query, key, value, mask, attention_bias, *_):
     return allocate_forward(query, value, attention_bias)
 
 
-def _fake_backward(grad_out, *inputs):
+def _fake_backward(grad_out, grad_lse, *inputs):
     return allocate_backward(*(inputs[place] for place in DIFFERENTIABLE), *inputs[-3:])
 
 
@@ -200,6 +201,7 @@ class Call:
     rows: int
     stride: int
     first_token: int
+    return_lse: bool
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:

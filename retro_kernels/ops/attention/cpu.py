@@ -71,7 +71,7 @@ def _forward(query, key, value, mask, attention_bias, *arguments):
     return out, lse
 
 
-def _backward(grad_out, *arguments):
+def _backward(grad_out, grad_lse, *arguments):
     slots, (out, lse) = arguments[: common.TENSORS], arguments[common.TENSORS : common.TENSORS + 2]
     *settings, bias_gradient, relative_gradient, null_gradient = arguments[common.TENSORS + 2 :]
     flags = (bias_gradient, relative_gradient, null_gradient)
@@ -89,7 +89,16 @@ def _backward(grad_out, *arguments):
         for shape in shapes
     ]
     torch.ops.retro_kernels_cpu.attention_backward(
-        grad_out, *slots, out.contiguous(), lse.contiguous(), *settings, packed, *gradients[:3], *totals, *partial
+        grad_out,
+        grad_lse,
+        *slots,
+        out.contiguous(),
+        lse.contiguous(),
+        *settings,
+        packed,
+        *gradients[:3],
+        *totals,
+        *partial,
     )
     return gradients
 

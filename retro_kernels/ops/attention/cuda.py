@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 
 from ... import cuda_extension
+from ..common import refuse_lse_gradient
 from . import common
 
 HEAD_DIMS = (64, 96, 128)
@@ -80,7 +81,8 @@ def _forward(*inputs):
     return out, lse
 
 
-def _backward(grad_out, *inputs):
+def _backward(grad_out, grad_lse, *inputs):
+    refuse_lse_gradient(grad_lse, "CUDA")
     query, key, value, mask, chunk_spans, *settings = _taken(
         (*inputs[: common.TENSORS], *inputs[common.TENSORS + 2 : -3])
     )

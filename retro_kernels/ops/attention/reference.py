@@ -30,7 +30,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out [b, lq, kq, n, h, d_value] in the query's dtype, lse [b, lq, kq, n, h] fp32 (fp64 for fp64), detached."""
+    """-> out [b, lq, kq, n, h, d_value] in the query's dtype, lse [b, lq, kq, n, h] fp32 (fp64 for fp64)."""
     b, lq, kq, n, h, _ = call.query.shape
     if call.grouping == CLOCK:
         out, lse = _by_clock(call)
@@ -176,7 +176,8 @@ def attend(
         probabilities = torch.where(kept, probabilities * dropout.survivor_scale(call.dropout_p), 0.0)
     out = torch.einsum("gqhis,gshd->gqihd", probabilities.to(compute), values)
     out = out.masked_fill(nothing.transpose(2, 3), 0.0)
-    lse = torch.logsumexp(logits.detach(), dim=-1).transpose(2, 3)
+    lse = torch.logsumexp(logits.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing[..., 0], float("-inf"))
+    lse = lse.transpose(2, 3)
     return out, lse
 
 

@@ -90,6 +90,6 @@ def run(
     )  # fmt: skip
     module = BACKENDS[chosen]
     if chosen == "cpu" and signature is not None:
-        plans.keep(signature, plans.Plan(cpu, DIFFERENTIABLE, FLAGS, settings, tensors, arrange))
-    out, lse = fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors)
+        plans.keep(signature, plans.Plan(cpu, DIFFERENTIABLE, FLAGS, settings, tensors, arrange, call.return_lse))
+    out, lse = fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors, call.return_lse)
     return out, plain_lse(out, lse)

@@ -421,7 +421,8 @@ def _forward(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def _backward(grad_out, *inputs) -> tuple[torch.Tensor, ...]:
+def _backward(grad_out, grad_lse, *inputs) -> tuple[torch.Tensor, ...]:
+    ops_common.refuse_lse_gradient(grad_lse, "Triton")
     tensors, (out, lse), settings = (
         inputs[: common.TENSORS],
         inputs[common.TENSORS : common.TENSORS + 2],

@@ -75,7 +75,7 @@ def chunked_cross_attention(
         sequence_starts: bool [b, n], True at the first token of every document packed into a row. The chunks restart
             with each document: a row's chunks are those of its documents one after the other, (n_i - m) // stride + 1
             for a document of n_i >= m tokens and none for a shorter one. Excludes `align="end"` and offsets.
-        return_lse: also return the natural logarithm of the softmax's sum, without gradient.
+        return_lse: also return the natural logarithm of the softmax's sum.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses, RETRO_KERNELS_BACKEND overrides None.
 
     Returns:
@@ -93,7 +93,7 @@ def chunked_cross_attention(
     if type(dropout_p) in (int, float) and dropout_p == 0 and sequence_starts is None:
         signature, known = planned(
             ("chunked_cross_attention", chunk_size, rotary_interleaved, scale, stride, align, query_offset,
-             chunk_offset, backend),
+             chunk_offset, return_lse, backend),
             (query, key, value, neighbour_mask, attention_bias, relative_key, content_bias, relative_bias,
              *rotary(query_rotary), *rotary(key_rotary), null_key, null_value),
         )  # fmt: skip
@@ -130,6 +130,7 @@ def chunked_cross_attention(
         rotary_interleaved=rotary_interleaved, null_key=null_key, null_value=null_value, chunk_spans=spans,
         first_visible=None, dropout_seed=dropout_seed, causal=False, scale=arguments.checked_scale(scale, query),
         dropout_p=dropout_p, rows=m, stride=stride, first_token=first_token,
+        return_lse=return_lse,
     )  # fmt: skip
     out, lse = run(call, backend, signature, arrange=_add_group_axes)
     out, lse = out.view(b, n, h, d_value), lse.view(b, n, h)

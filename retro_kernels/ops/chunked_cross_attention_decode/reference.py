@@ -59,7 +59,7 @@ def decode(call: common.DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         relative_bias=call.relative_bias, query_rotary=query_rotary, key_rotary=call.key_rotary,
         rotary_interleaved=call.rotary_interleaved, null_key=call.null_key, null_value=call.null_value,
         chunk_spans=None, first_visible=None, dropout_seed=None, causal=False, scale=call.scale, dropout_p=0.0, rows=m,
-        stride=m, first_token=0,
+        stride=m, first_token=0, return_lse=True,
     )  # fmt: skip
     nowhere = torch.zeros(b, 1, m, dtype=torch.int64, device=row.device)
     out, lse = attention.attend(rows, chunk, key, value, mask, nowhere, nowhere, taken)

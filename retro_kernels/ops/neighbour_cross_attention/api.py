@@ -54,7 +54,7 @@ def neighbour_cross_attention(
         rotary_interleaved: pairs dimensions 2j and 2j + 1 instead of j and j + w.
         scale: any number; default d ** -0.5.
         dropout_p: in [0, 1), on the probabilities; rounded to a multiple of 2 ** -16.
-        return_lse: also return the natural logarithm of the softmax's sum, without gradient.
+        return_lse: also return the natural logarithm of the softmax's sum.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses, RETRO_KERNELS_BACKEND overrides None.
 
     Returns:
@@ -69,7 +69,7 @@ def neighbour_cross_attention(
     signature = None
     if type(dropout_p) in (int, float) and dropout_p == 0:
         signature, known = planned(
-            ("neighbour_cross_attention", rotary_interleaved, scale, backend),
+            ("neighbour_cross_attention", rotary_interleaved, scale, return_lse, backend),
             (query, key, value, activation_mask, attention_bias, relative_key, content_bias, relative_bias,
              *rotary(query_rotary), *rotary(key_rotary), None, None),
         )  # fmt: skip
@@ -98,7 +98,7 @@ def neighbour_cross_attention(
         relative_bias=relative_bias, query_rotary=arguments.pair(query_rotary), key_rotary=arguments.pair(key_rotary),
         rotary_interleaved=rotary_interleaved, null_key=None, null_value=None, chunk_spans=None, first_visible=None,
         dropout_seed=dropout_seed, causal=False, scale=arguments.checked_scale(scale, query), dropout_p=dropout_p,
-        rows=r, stride=max(r, 1), first_token=0,
+        rows=r, stride=max(r, 1), first_token=0, return_lse=return_lse,
     )  # fmt: skip
     out, lse = run(call, backend, signature, arrange=_add_neighbour_axis)
     return (out, lse) if return_lse else out

@@ -57,7 +57,7 @@ def neighbour_self_attention(
             l = k = 1, and excludes `attention_bias`. Tokens see their own document only, and positions restart with it.
         scale: any number; default d ** -0.5.
         dropout_p: in [0, 1), on the probabilities; rounded to a multiple of 2 ** -16.
-        return_lse: also return the natural logarithm of the softmax's sum, without gradient.
+        return_lse: also return the natural logarithm of the softmax's sum.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses, RETRO_KERNELS_BACKEND overrides None.
 
     Returns:
@@ -72,7 +72,7 @@ def neighbour_self_attention(
     signature = None
     if type(dropout_p) in (int, float) and dropout_p == 0 and sequence_starts is None:
         signature, known = planned(
-            ("neighbour_self_attention", rotary_interleaved, causal, scale, backend),
+            ("neighbour_self_attention", rotary_interleaved, causal, scale, return_lse, backend),
             (query, key, value, neighbour_mask, attention_bias, relative_key, content_bias, relative_bias,
              *rotary(query_rotary), *rotary(key_rotary), None, None),
         )  # fmt: skip
@@ -115,6 +115,7 @@ def neighbour_self_attention(
         rotary_interleaved=rotary_interleaved, null_key=None, null_value=None, chunk_spans=None,
         first_visible=first_visible, dropout_seed=dropout_seed, causal=causal,
         scale=arguments.checked_scale(scale, query), dropout_p=dropout_p, rows=r, stride=max(r, 1), first_token=0,
+        return_lse=return_lse,
     )  # fmt: skip
     out, lse = run(call, backend, signature)
     return (out, lse) if return_lse else out

@@ -97,7 +97,7 @@ def projected_chunked_cross_attention(
         relative_key=relative_key, content_bias=content_bias, relative_bias=relative_bias, query_rotary=query_rotary,
         key_rotary=key_rotary, rotary_interleaved=rotary_interleaved, null_key=null_key, null_value=null_value,
         scale=scale, dropout_p=dropout_p, stride=stride, align=align, query_offset=query_offset,
-        chunk_offset=chunk_offset, sequence_starts=sequence_starts, backend=backend,
+        chunk_offset=chunk_offset, sequence_starts=sequence_starts, return_lse=return_lse, backend=backend,
     )  # fmt: skip
     if strategy == "auto":
         # Whether absorbing is refused is asked last: on a GPU it may take a check of the kernels.
@@ -105,7 +105,7 @@ def projected_chunked_cross_attention(
         if strategy == "absorb" and absorb_refusal(given) is not None:
             strategy = "materialise"
     out, lse = _absorb(given) if strategy == "absorb" else _materialise(given)
-    return (out, lse) if return_lse else out
+    return out if lse is None or not return_lse else (out, lse)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,8 @@ def prepare(
     query, encoded, w_key, w_value, *, chunk_size, bias_key=None, bias_value=None, strategy="auto", recompute=False,
     neighbour_mask=None, attention_bias=None, relative_key=None, content_bias=None, relative_bias=None,
     query_rotary=None, key_rotary=None, rotary_interleaved=False, null_key=None, null_value=None, scale=None,
-    dropout_p=0.0, stride=None, align="start", query_offset=0, chunk_offset=0, sequence_starts=None, backend=None,
+    dropout_p=0.0, stride=None, align="start", query_offset=0, chunk_offset=0, sequence_starts=None, return_lse=False,
+    backend=None,
 ) -> Given:  # fmt: skip
     """Autocast and every check of `projected_chunked_cross_attention`."""
     validate.tensor("query", query, validate.FLOATING)
@@ -164,7 +165,7 @@ def prepare(
         bias_key=bias_key, bias_value=bias_value, mask=neighbour_mask, attention_bias=attention_bias,
         relative_key=relative_key, content_bias=content_bias, relative_bias=relative_bias, null_key=null_key,
         null_value=null_value, chunk_spans=spans, dropout_seed=None, scale=arguments.checked_scale(scale, query),
-        dropout_p=dropout_p, rows=m, stride=stride, first_token=first_token,
+        dropout_p=dropout_p, rows=m, stride=stride, first_token=first_token, return_lse=return_lse,
     )  # fmt: skip
     return Given(
         call, missing, recompute, query_rotary, key_rotary, rotary_interleaved, align, query_offset, chunk_offset,
@@ -249,7 +250,7 @@ def _check(query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask)
     arguments.check_mask("neighbour_mask", neighbour_mask, query, "b, l, k, r", (b, l, k, r))
 
 
-def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor | None]:
     call, sequence_starts = given.call, given.sequence_starts
     b, n, l = call.query.shape[0], call.query.shape[1], call.encoded.shape[1]
     first, last = 0, l
@@ -265,10 +266,11 @@ def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor]:
         "relative_bias": call.relative_bias, "null_key": call.null_key, "null_value": call.null_value,
         "query_rotary": given.query_rotary, "key_rotary": given.key_rotary,
         "rotary_interleaved": given.rotary_interleaved, "scale": call.scale, "dropout_p": call.dropout_p,
-        "stride": call.stride, "align": given.align, "chunk_size": call.rows, "backend": given.backend,
+        "stride": call.stride, "align": given.align, "chunk_size": call.rows, "return_lse": call.return_lse,
+        "backend": given.backend,
     }  # fmt: skip
 
-    def attend(sequences: slice, tokens: slice, chunks: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(sequences: slice, tokens: slice, chunks: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         mine = dict(options)
         if sequence_starts is not None:
             mine["sequence_starts"] = sequence_starts[sequences]
@@ -298,8 +300,8 @@ def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor]:
             (whole[0], slice(*token[i : i + 2]), slice(*borders[i : i + 2])) for i in range(len(borders) - 1)
         ]  # fmt: skip
     parts = [checkpoint(attend, *part, use_reentrant=False) for part in slices or [whole]]
-    out, lse = (torch.cat(x, dim=axis) for x in zip(*parts))
-    return out, lse
+    outs, lses = zip(*parts)
+    return torch.cat(outs, dim=axis), torch.cat(lses, dim=axis) if call.return_lse else None
 
 
 def _absorb(given: Given) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,7 +319,7 @@ def _absorb(given: Given) -> tuple[torch.Tensor, torch.Tensor]:
         )  # fmt: skip
         settings = (call.scale, call.dropout_p, call.stride, call.first_token)
         module = BACKENDS[chosen]
-        out, lse = fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors)
+        out, lse = fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors, call.return_lse)
         lse = plain_lse(out, lse)
     if given.missing is not None:
         out = out.masked_fill(given.missing[..., None, None], float("nan"))

@@ -52,11 +52,12 @@ def forward_schema(backend: str) -> str:
 
 
 def backward_schema(backend: str) -> str:
-    """The forward's arguments, its outputs, and which gradients are wanted -> gradients of query, encoded, w_key,
-    w_value, bias_key, bias_value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value,
+    """The gradients of its outputs (grad_lse [b, n, h], of the natural log-sum-exp), the forward's arguments, its
+    outputs, and which gradients are wanted -> gradients of query, encoded, w_key, w_value, bias_key, bias_value,
+    attention_bias, relative_key, content_bias, relative_bias, null_key, null_value,
     each contiguous, shaped and typed as its input; those absent or not wanted have no elements."""
     return (
-        f"absorbed_backward_{backend}(Tensor grad_out, {SLOTS}, Tensor out, Tensor lse, {SETTINGS}, "
+        f"absorbed_backward_{backend}(Tensor grad_out, Tensor? grad_lse, {SLOTS}, Tensor out, Tensor lse, {SETTINGS}, "
         "bool encoded_gradient, bool weight_gradient, bool bias_gradient, bool relative_gradient, bool null_gradient) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
@@ -102,7 +103,7 @@ def _fake_forward_of_two_planes(query, encoded, w_key, w_value, bias_key, bias_v
     return allocate_forward(query, w_value, attention_bias)
 
 
-def _fake_backward(grad_out, *inputs):
+def _fake_backward(grad_out, grad_lse, *inputs):
     return allocate_backward(*(inputs[place] for place in DIFFERENTIABLE), *inputs[-5:])
 
 
@@ -142,3 +143,4 @@ class Call:
     rows: int
     stride: int
     first_token: int
+    return_lse: bool

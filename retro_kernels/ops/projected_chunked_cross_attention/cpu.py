@@ -80,9 +80,9 @@ def _forward(
 
 
 def _backward(
-    grad_out, query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, relative_key, content_bias,
-    relative_bias, null_key, null_value, chunk_spans, dropout_seed, out, lse, scale, dropout_p, stride, first_token,
-    *flags,
+    grad_out, grad_lse, query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, relative_key,
+    content_bias, relative_bias, null_key, null_value, chunk_spans, dropout_seed, out, lse, scale, dropout_p, stride,
+    first_token, *flags,
 ):  # fmt: skip
     given = (query, encoded, w_key, w_value, bias_key, bias_value, attention_bias, relative_key, content_bias,
              relative_bias, null_key, null_value)  # fmt: skip
@@ -115,7 +115,7 @@ def _backward(
     if partial[1] is not None:  # summed in whole vectors, which reach past the table's columns
         partial[1] = allocate(1, *relative_key.shape[:2], padded(d))
     torch.ops.retro_kernels_cpu.absorbed_backward(
-        grad_out[:, None, None],
+        grad_out[:, None, None], None if grad_lse is None else grad_lse[:, None, None],
         *_core(query, encoded, w_key, w_value, mask, attention_bias, relative_key, content_bias, relative_bias,
                null_key, null_value, chunk_spans, dropout_seed),
         out.contiguous()[:, None, None], lse.contiguous()[..., None, None, :, :],
@@ -134,7 +134,18 @@ def _backward(
             gradients[4].masked_fill_(gradients[2][..., :1].isnan().any(-1), float("nan"))
         else:
             gradients[4].copy_(-of_null.view(heads, -1, d).sum(1))
+        if grad_lse is not None:  # but to the gradient of the row's log-sum-exp
+            of_lse = _of_lse(query, content_bias, lse, grad_lse).view(heads, -1, d).sum(1) * scale
+            gradients[4].copy_(of_lse if of_null is None else of_lse - of_null.view(heads, -1, d).sum(1))
     return tuple(gradients)
+
+
+def _of_lse(query, content_bias, lse, grad_lse) -> torch.Tensor:
+    """fp32 [h, d], the sum of grad_lse * q' over the rows that see something."""
+    alive = (lse if lse.dim() == grad_lse.dim() else lse[0]) != float("-inf")
+    rows = query.float() if content_bias is None else query.float() + content_bias.float()
+    rows, weights = torch.where(alive[..., None], rows, 0.0), torch.where(alive, grad_lse, 0.0)
+    return torch.einsum("bnh,bnhd->hd", weights, rows)
 
 
 forward, backward = common.register("cpu", _forward, _backward, devices=("cpu",), two_planes=True)

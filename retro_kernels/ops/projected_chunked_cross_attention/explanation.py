@@ -220,6 +220,7 @@ def _core_call(given: Given) -> attention_common.Call:
         rotary_interleaved=given.rotary_interleaved, null_key=call.null_key, null_value=call.null_value,
         chunk_spans=call.chunk_spans, first_visible=None, dropout_seed=None, causal=False, scale=call.scale,
         dropout_p=call.dropout_p, rows=call.rows, stride=call.stride, first_token=call.first_token,
+        return_lse=call.return_lse,
     )  # fmt: skip
 
 

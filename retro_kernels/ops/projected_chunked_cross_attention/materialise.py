@@ -114,9 +114,11 @@ def attend(
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
     *,
     used: torch.Tensor | None = None,
+    return_lse: bool,
     **options,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out, lse of `chunked_cross_attention` on the projected states. `used`: bool [b, l, k, r], the tokens that some
-    query sees; None: those of the `neighbour_mask`, or all."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """-> out and, with `return_lse`, lse of `chunked_cross_attention` on the projected states. `used`: bool [b, l, k,
+    r], the tokens that some query sees; None: those of the `neighbour_mask`, or all."""
     key, value = project(encoded, weights, biases, options.get("neighbour_mask") if used is None else used)
-    return chunked_cross_attention(query, key, value, return_lse=True, **options)  # type: ignore[return-value]
+    found = chunked_cross_attention(query, key, value, return_lse=return_lse, **options)
+    return found if isinstance(found, tuple) else (found, None)

@@ -20,7 +20,7 @@ def refusal(call: Call) -> None:
 
 
 def absorbed(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> out [b, n, h, d_value] in the query's dtype, lse [b, n, h] fp32 (fp64 for fp64 input), detached."""
+    """-> out [b, n, h, d_value] in the query's dtype, lse [b, n, h] fp32 (fp64 for fp64 input)."""
     b, n, h, d = call.query.shape
     compute = attention_reference.accumulation_dtype(call.query.dtype)
     # What no token sees, NaN included, must not reach the gradient of a weight: 0 * NaN in the product's derivative.
@@ -37,7 +37,7 @@ def absorbed(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         relative_bias=call.relative_bias, query_rotary=None, key_rotary=None, rotary_interleaved=False,
         null_key=call.null_key, null_value=call.null_value, chunk_spans=call.chunk_spans, first_visible=None,
         dropout_seed=call.dropout_seed, causal=False, scale=call.scale, dropout_p=call.dropout_p, rows=call.rows,
-        stride=call.stride, first_token=call.first_token,
+        stride=call.stride, first_token=call.first_token, return_lse=call.return_lse,
     )  # fmt: skip
     out, lse = attention_reference.attention(core)
     return out[:, 0, 0], lse[:, 0, 0]

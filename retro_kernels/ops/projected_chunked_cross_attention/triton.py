@@ -192,7 +192,8 @@ def _forward(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def _backward(grad_out, *inputs) -> tuple[torch.Tensor, ...]:
+def _backward(grad_out, grad_lse, *inputs) -> tuple[torch.Tensor, ...]:
+    ops_common.refuse_lse_gradient(grad_lse, "Triton")
     tensors, (out, lse), settings = inputs[:_TENSORS], inputs[_TENSORS : _TENSORS + 2], inputs[_TENSORS + 2 : -5]
     call = Arguments(*tensors, *settings)
     gradients = common.allocate_backward(*(tensors[place] for place in common.DIFFERENTIABLE), *inputs[-5:])

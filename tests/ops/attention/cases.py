@@ -197,13 +197,15 @@ def by_name(name: str) -> Case:
     return next(case for case in EVERY if case.name == name)
 
 
-def expect(arguments: dict[str, Any], grad_out: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def expect(
+    arguments: dict[str, Any], grad_out: torch.Tensor | None = None, grad_lse: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """What `run` must give, in fp64, by the oracle; its gradients also where a decoding kernel has none."""
     wide = as_dtype({name: x for name, x in arguments.items() if name != "strategy"}, torch.float64)
     if wide.get("dropout_p"):
         wide["kept"] = kept(arguments)
     out, lse = getattr(oracle, name_of(arguments))(**wide)
-    return results(wide, out, lse, None if grad_out is None else grad_out)
+    return results(wide, out, lse, grad_out, grad_lse)
 
 
 def kept(arguments: dict[str, Any]) -> torch.Tensor:

@@ -191,7 +191,7 @@ def test_nothing_is_allocated_but_outputs_and_bounded_partial_sums(monkeypatch):
     made.clear()
     grad_out = torch.randn_like(out)
     with Watch():
-        gradients = cpu._backward(grad_out, *slots, out, lse, *settings, *(True for _ in FLAGS))
+        gradients = cpu._backward(grad_out, None, *slots, out, lse, *settings, *(True for _ in FLAGS))
     gradients = [x for x in gradients if x.numel()]
     parameters = [tuple(x.shape) for x in gradients[3:]]
     copies = [shape for shape in shapes if shape[1:] in parameters]
