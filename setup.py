@@ -8,6 +8,7 @@ them beside a CPU torch, for a wheel that other machines install.
 
 The version says what a wheel holds, and pip replaces one by another: 0.1.0+cpu, 0.1.0+cpu.cu130, or 0.1.0 without
 kernels. A wheel made from an sdist keeps the sdist's version, because pip compares it with the file's name.
+How torch, compilers and CUDA are found, and files compiled, stands in csrc/toolchain.py.
 
 Environment:
   RETRO_KERNELS_BUILD_CPU    auto (default: build if possible, else say why not), 1 (fail if not possible), 0 (do not)
@@ -24,23 +25,14 @@ Environment:
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
 import importlib.util
 import json
 import os
 import platform
-import re
-import runpy
-import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
-import time
-from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import NamedTuple
 
 import setuptools
 from setuptools import Extension, setup
@@ -48,47 +40,19 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
-VERSION = "0.1.0"
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+
+import toolchain  # noqa: E402
+
+VERSION = "0.1.0"
 SOURCES = ROOT / "csrc" / "cpu"
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 SKIPPED_FILES = {"CPU": "_skipped.txt", "CUDA": "_cuda_skipped.txt"}
-OLDEST_TORCH = (2, 11)
-TORCH_TARGET = "0x020b000000000000"  # OLDEST_TORCH, as torch's stable ABI spells it
-MEMORY_PER_JOB = {"CPU": 1 << 30, "CUDA": 2 << 30}
-CUDA_ARCHITECTURES = "8.0;9.0a"
-TOOLKITS = ("/usr/local/cuda", "/usr/local/cuda-*")
-LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")  # as in CXX="ccache g++"; nvcc must have the compiler itself
-SDIST = (ROOT / "PKG-INFO").exists()
-AGAIN = "run `pip install --no-build-isolation -e .` in the source tree"
-if SDIST:  # pip keeps the wheel that it has made from an archive
-    AGAIN = "install the archive again, `pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps`"
-
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 # GCC before 13 warns about its own AVX-512 headers. The kernels view packed pairs of bf16 as floats.
 KERNEL_FLAGS = ["-fno-strict-aliasing", "-ffp-contract=fast", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = AVX2 + ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
-LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 + ["-mavx512bf16"]}
-
-
-class CannotBuild(Exception):
-    """Why kernels cannot be built here, and what to do about it, in a sentence each."""
-
-    def __init__(self, reason: str, remedy: str):
-        super().__init__(reason)
-        self.remedy = remedy
-
-
-class Torch(NamedTuple):
-    version: str
-    cuda: str | None  # such as "13.0"
-    folder: Path
-
-
-def say(message: str) -> None:
-    print(f"retro_kernels: {message}", file=sys.stderr, flush=True)
 
 
 def setting(name: str) -> str:
@@ -96,162 +60,6 @@ def setting(name: str) -> str:
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"retro_kernels: {name} is {value!r}; expected auto, 1 or 0")
     return value
-
-
-def major(version: str) -> str:
-    return version.split(".")[0]
-
-
-@functools.cache
-def torch_installation() -> Torch:
-    """The torch that Python would import, or that of the environment which an isolated build is for."""
-    site = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    found = importlib.util.find_spec("torch") or PathFinder.find_spec("torch", site)
-    facts = Path(found.origin).with_name("version.py") if found and found.origin else None
-    if facts is None or not facts.exists():
-        where = found.origin if found and found.origin else f"there is none in {site[0]}"
-        raise CannotBuild(f"torch cannot be imported in the build environment ({where})",
-                          f"install torch >= 2.11, then {AGAIN}")  # fmt: skip
-    names = runpy.run_path(str(facts))
-    version = names["__version__"]
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-        raise CannotBuild(f"torch is {version}, and the kernels need 2.11 or newer", f"upgrade torch, then {AGAIN}")
-    return Torch(version, names.get("cuda"), facts.parent)
-
-
-@functools.cache
-def compiler() -> tuple[list[str], str]:
-    """(command, first line of its --version)."""
-    remedy = f"install g++ >= 9 or clang++ >= 11, or name it in CXX, then {AGAIN}"
-    if platform.system() == "Windows":
-        raise CannotBuild("the kernels need GCC or Clang, which is not supported on Windows", "use Linux, or WSL")
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
-        command = shlex.split(name)
-        if command and shutil.which(command[0]):
-            if not accepts(command, ["-std=c++17"]):
-                raise CannotBuild(f"{name} does not compile C++17", remedy)
-            version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
-            return command, (version.splitlines() or ["unknown"])[0]
-    raise CannotBuild(f"there is no C++ compiler ({', '.join(names)})", remedy)
-
-
-def accepts(command: list[str], flags: list[str]) -> bool:
-    result = subprocess.run(
-        [*command, *flags, "-x", "c++", "-fsyntax-only", "-"], input="int main() {}", capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    return result.returncode == 0
-
-
-def levels(command: list[str]) -> dict[str, list[str]]:
-    """Instruction-set level -> flags, of those this compiler knows."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return {"portable": []}
-    return {name: flags for name, flags in LEVELS.items() if accepts(command, flags)}
-
-
-@functools.cache
-def nvcc() -> tuple[Path, str]:
-    """(path, release such as "13.0") of the first nvcc of torch's CUDA major, or else of the first one."""
-    torch = torch_installation()
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        places = [Path(home) / "bin" / "nvcc"]
-    else:
-        on_path = shutil.which("nvcc")
-        places = [Path(on_path)] if on_path else []
-        for site in (torch.folder.parent, Path(sysconfig.get_path("purelib"))):
-            places += sorted(site.glob("nvidia/cu*/bin/nvcc"))
-        for pattern in TOOLKITS:
-            places += sorted(Path("/").glob(f"{pattern[1:]}/bin/nvcc"), reverse=True)
-    found: dict[str, Path] = {}
-    for path in filter(Path.exists, places):
-        text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-        release = re.search(r"release (\d+\.\d+)", text)
-        if release:
-            found.setdefault(release[1], path)
-    if not found:
-        where = f"in {home}/bin (CUDA_HOME)" if home else "on the path, among pip's packages or in /usr/local/cuda"
-        raise CannotBuild(f"there is no nvcc {where}", nvcc_remedy(torch.cuda))
-    release = next((name for name in found if torch.cuda and major(name) == major(torch.cuda)), next(iter(found)))
-    return found[release], release
-
-
-def nvcc_remedy(cuda: str | None) -> str:
-    """How to get the nvcc of torch's CUDA. pip has one from CUDA 13 on."""
-    cuda = cuda or "13.0"
-    toolkit = f"install NVIDIA's toolkit of CUDA {major(cuda)} (and set CUDA_HOME)"
-    if int(major(cuda)) >= 13:
-        toolkit = f'`pip install "cuda-toolkit[nvcc,nvvm,crt,cudart]=={cuda}.*"`, or {toolkit}'
-    return f"{toolkit}, then {AGAIN}"
-
-
-def nvcc_command(path: Path) -> list[str]:
-    """nvcc with the host compiler that the CPU kernels have. CannotBuild where the two do not work together."""
-    words = list(compiler()[0])
-    while len(words) > 1 and Path(words[0]).name in LAUNCHERS:
-        words.pop(0)
-    command = [str(path), "-ccbin", words[0], *(f"-Xcompiler={word}" for word in words[1:])]
-    done = subprocess.run([*command, "-x", "cu", "-E", os.devnull, "-o", os.devnull], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, check=False)  # fmt: skip
-    if done.returncode:
-        raise CannotBuild(
-            f"{path} with {words[0]} does not compile an empty file: {' '.join(done.stdout.split())[-500:]}",
-            f"name a compiler that it takes in CXX, or another toolkit in CUDA_HOME, then {AGAIN}",
-        )
-    return command
-
-
-def architectures() -> list[str]:
-    """Compute capabilities such as "8.0" or "9.0a", and what gets PTX, such as "8.0+PTX", last."""
-    variables = ("RETRO_KERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST")
-    variable = next((name for name in variables if os.environ.get(name, "").strip()), variables[0])
-    given = os.environ.get(variable, "").strip() or CUDA_ARCHITECTURES
-    names, portable, ptx = [], [], []
-    for word in re.split(r"[;,\s]+", " ".join(gpus()) if given == "native" else given):
-        parts = re.fullmatch(r"(\d+?)\.?(\d)(a?)(\+PTX)?", word)
-        capability = (int(parts[1]), int(parts[2])) if parts else (0, 0)
-        if parts and capability < (8, 0) and variable == "TORCH_CUDA_ARCH_LIST":
-            say(f"{variable}: {word} is left out, since the CUDA kernels need 8.0 or newer")
-            continue
-        if not (8, 0) <= capability < (20, 0):
-            raise SystemExit(
-                f"retro_kernels: {variable} is {given!r}; expected compute capabilities from 8.0 on, such as "
-                f"{CUDA_ARCHITECTURES!r} or '8.0+PTX', or 'native'"
-            )
-        names.append(f"{parts[1]}.{parts[2]}{'a' if capability == (9, 0) else parts[3]}")
-        portable += [capability] if not parts[3] else []
-        ptx += [capability] if parts[4] else []
-    if not names:
-        raise SystemExit(f"retro_kernels: {variable} is {given!r}, and the CUDA kernels need 8.0 or newer")
-    ptx = ptx or [max(portable)] if portable else ptx
-    return list(dict.fromkeys([*names, *(f"{a}.{b}+PTX" for a, b in ptx)]))
-
-
-def gpus() -> list[str]:
-    """The compute capabilities of the GPUs here, from the driver, since an isolated build cannot import torch."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        found = []
-    if not found:
-        raise SystemExit(
-            "retro_kernels: the CUDA architectures are to be 'native', but nvidia-smi shows no GPU here: set "
-            f"RETRO_KERNELS_CUDA_ARCHS to its compute capability, such as {CUDA_ARCHITECTURES!r}"
-        )
-    return sorted(set(found))
-
-
-def generate_code(names: list[str]) -> list[str]:
-    """nvcc's flags for them."""
-    flags = []
-    for name in names:
-        number = name.removesuffix("+PTX").replace(".", "")
-        kind = "compute" if name.endswith("+PTX") else "sm"
-        flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
-    return flags
 
 
 def git_commit() -> str | None:
@@ -264,77 +72,11 @@ def git_commit() -> str | None:
         return None
 
 
-def jobs(memory: int) -> int:
-    """Compilations at once, each of which takes that much memory. Available memory counts the page cache."""
-    if os.environ.get("MAX_JOBS", "").isdigit():
-        return max(1, int(os.environ["MAX_JOBS"]))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        available = None
-    return max(1, min(cores, int(available[1]) * 1024 // memory)) if available else cores
-
-
-def run(kind: str, command: list[str]) -> None:
-    """Runs a compiler; CompileError with its last lines, and with the first that names an error."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    if done.returncode == 0:
-        return
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    shown = lines[-25:]
-    first = next((line for line in lines if "error" in line.lower()), None)
-    if first is not None and first not in shown:
-        shown = [first, "...", *shown]
-    killed = done.returncode < 0 or "illed" in done.stdout
-    raise CompileError(
-        f"compiling the {kind} kernels failed, so that nothing is installed. (RETRO_KERNELS_BUILD_{kind}=0 installs "
-        f"without them.){' Memory may have run out: set MAX_JOBS=1.' * killed} `{shlex.join(command)}` ended with "
-        f"status {done.returncode}:\n" + "\n".join(shown)
-    )
-
-
-def make_object(kind: str, command: list[str], source: Path, output: Path) -> None:
-    """Compiles a file, unless this command has made the object from what the file and its headers are now."""
-    command = [*command, "-MMD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
-    stamp, text = Path(f"{output}.command"), shlex.join(command)
-    try:
-        headers = shlex.split(Path(f"{output}.d").read_text().partition(": ")[2].replace("\\\n", " "))
-        made = output.stat().st_mtime
-        if stamp.read_text() == text and all(os.stat(name).st_mtime <= made for name in (source, *headers)):
-            return
-    except (OSError, ValueError):
-        pass
-    stamp.unlink(missing_ok=True)
-    say(f"compiling {source.relative_to(ROOT)}")
-    began = time.time()
-    run(kind, command)
-    os.utime(output, (began, began))  # what is edited meanwhile is newer
-    stamp.write_text(text)
-
-
-def make_library(kind: str, target: Path, objects: list[tuple[list[str], Path, Path]], link: list[str]) -> None:
-    """From (command, source, object) each and the command that links them."""
-    with concurrent.futures.ThreadPoolExecutor(jobs(MEMORY_PER_JOB[kind])) as pool:
-        futures = [pool.submit(make_object, kind, *each) for each in objects]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    # A process that has the old library mapped must keep its file: replace, do not overwrite.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_suffix(".new")
-    run(kind, [*link, "-o", str(fresh)])
-    fresh.replace(target)
-
-
-def build_info(folder: Path, torch: Torch, metadata: dict[str, object]) -> Path:
+def build_info(folder: Path, torch: toolchain.Torch, metadata: dict[str, object]) -> Path:
     """A source file that carries how the library is built, for `extension.read_metadata`."""
     metadata |= {
-        "torch": torch.version, "oldest_torch": ".".join(map(str, OLDEST_TORCH)), "machine": platform.machine(),
-        "git_commit": git_commit(),
+        "torch": torch.version, "oldest_torch": ".".join(map(str, toolchain.OLDEST_TORCH)),
+        "machine": platform.machine(), "git_commit": git_commit(),
     }  # fmt: skip
     embedded = json.dumps("RETRO_KERNELS_BUILD" + json.dumps(metadata, sort_keys=True))
     source = folder / "build_info.cpp"
@@ -349,13 +91,13 @@ def build_info(folder: Path, torch: Torch, metadata: dict[str, object]) -> Path:
 
 
 def build_cpu(target: Path) -> None:
-    torch, (command, compiler_version) = torch_installation(), compiler()
-    flags = levels(command)
+    torch, (command, compiler_version) = toolchain.torch_installation(), toolchain.compiler()
+    flags = toolchain.levels(command)
     folder = ROOT / "build" / "cpu"
     info = build_info(folder, torch, {
         "compiler": compiler_version, "levels": list(flags), "flags": " ".join(COMMON_FLAGS + KERNEL_FLAGS)
     })  # fmt: skip
-    of_torch = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-DRK_TORCH_BUILT={torch.version}",
+    of_torch = [f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET}", f"-DRK_TORCH_BUILT={torch.version}",
                 f"-I{torch.folder / 'include'}"]  # fmt: skip
     sources = [
         *((SOURCES / f"level_{name}.cpp", KERNEL_FLAGS + extra) for name, extra in flags.items()),
@@ -365,18 +107,18 @@ def build_cpu(target: Path) -> None:
     ]
     objects = [([*command, *COMMON_FLAGS, *extra], source, folder / f"{source.stem}.o") for source, extra in sources]
     link = [*command, "-shared", *(str(each[-1]) for each in objects), f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
-    make_library("CPU", target, objects, link)
+    toolchain.make_library("CPU", target, objects, link)
 
 
 def build_cuda(target: Path) -> None:
     """The same with nvcc. The CUDA runtime is linked statically."""
-    torch, (path, cuda) = torch_installation(), nvcc()
-    command, names = nvcc_command(path), architectures()
+    torch, (path, cuda) = toolchain.torch_installation(), toolchain.nvcc()
+    command, names = toolchain.nvcc_command(path), toolchain.architectures()
     folder = ROOT / "build" / "cuda"
     info = build_info(folder, torch, {
         "cuda": cuda, "compiler": f"nvcc {cuda}", "architectures": names, "flags": " ".join(CUDA_FLAGS)
     })  # fmt: skip
-    of_torch = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-I{torch.folder / 'include'}"]
+    of_torch = [f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET}", f"-I{torch.folder / 'include'}"]
     sm90 = ["9.0a"] if "9.0a" in names else []
     if sm90:
         of_torch.append("-DRK_HAVE_SM90")
@@ -385,11 +127,11 @@ def build_cuda(target: Path) -> None:
         parts = source.relative_to(folder if source == info else CUDA_SOURCES).parts
         chosen = sm90 if parts[0] == "sm90" else names  # what uses wgmma and TMA exists for sm_90a alone
         if source.suffix == ".cpp" or chosen:
-            extra = of_torch if source.suffix == ".cpp" else generate_code(chosen)
+            extra = of_torch if source.suffix == ".cpp" else toolchain.generate_code(chosen)
             objects.append(([*command, *CUDA_FLAGS, *extra], source, folder / ("_".join(parts) + ".o")))
     link = [*command, "-shared", "-cudart=static", *(str(each[-1]) for each in objects), f"-L{torch.folder / 'lib'}"]
     link.append(f"-L{path.resolve().parents[1] / 'lib'}")  # of pip's packages; nvcc knows that of a toolkit
-    make_library("CUDA", target, objects, [*link, "-ltorch_cpu", *torch_cuda(command, folder)])
+    toolchain.make_library("CUDA", target, objects, [*link, "-ltorch_cpu", *torch_cuda(command, folder)])
 
 
 def torch_cuda(command: list[str], folder: Path) -> list[str]:
@@ -398,7 +140,7 @@ def torch_cuda(command: list[str], folder: Path) -> list[str]:
     stand_in = folder / "stand_in" / "libtorch_cuda.so"
     stand_in.parent.mkdir(parents=True, exist_ok=True)
     soname = ["-Xlinker", f"-soname={stand_in.name}"]
-    run("CUDA", [*command, "-shared", "-cudart=none", *soname, "-o", str(stand_in), "-x", "c++", os.devnull])
+    toolchain.run("CUDA", [*command, "-shared", "-cudart=none", *soname, "-o", str(stand_in), "-x", "c++", os.devnull])
     return ["-Xlinker", "--no-as-needed", f"-L{stand_in.parent}", "-ltorch_cuda"]
 
 
@@ -410,7 +152,7 @@ class BuildKernels(build_ext):
         build = build_cpu if ext.name.endswith("_cpu") else build_cuda
         try:
             build(Path(self.get_ext_fullpath(ext.name)).resolve())
-        except CannotBuild as error:
+        except toolchain.CannotBuild as error:
             raise CompileError(f"{error}: {error.remedy}") from error
         BUILT.append(ext)
 
@@ -446,33 +188,6 @@ BUILT: list[Extension] = []
 SKIPPED: dict[str, tuple[str, str]] = {}  # what is left out, why, and what to do
 
 
-def check(kind: str, wanted: str) -> None:
-    """CannotBuild for what is to be left out, or cannot be made as asked. SystemExit for what must be mended first."""
-    torch = torch_installation()
-    if kind == "CPU":
-        compiler()
-        return
-    if torch.cuda is None and wanted == "auto":
-        raise CannotBuild(
-            f"torch {torch.version} is a build without CUDA",
-            f"with a CUDA build of PyTorch, {AGAIN} (RETRO_KERNELS_BUILD_CUDA=1 compiles them now, for other machines)",
-        )
-    path, cuda = nvcc()
-    if torch.cuda is not None and major(torch.cuda) != major(cuda):
-        raise CannotBuild(
-            f"nvcc ({path}) is of CUDA {cuda} and torch of CUDA {torch.cuda}, another major version, so that torch "
-            "cannot load what it compiles", nvcc_remedy(torch.cuda),
-        )  # fmt: skip
-    architectures()
-    try:
-        nvcc_command(path)
-    except CannotBuild as error:  # all but the host compiler is there for a build with CUDA: do not go on without
-        raise SystemExit(
-            f"retro_kernels: the CUDA kernels cannot be built with {path}: {error}. Remedy: {error.remedy}; or set "
-            "RETRO_KERNELS_BUILD_CUDA=0 to install without them."
-        ) from error
-
-
 def extensions() -> list[Extension]:
     found = []
     for kind in SKIPPED_FILES:
@@ -480,22 +195,24 @@ def extensions() -> list[Extension]:
         wanted = setting(variable)
         try:
             if wanted == "0":
-                raise CannotBuild(f"{variable} was 0", f"without that setting, {AGAIN}")
-            check(kind, wanted)
-        except CannotBuild as error:
+                raise toolchain.CannotBuild(f"{variable} was 0", f"without that setting, {toolchain.AGAIN}")
+            toolchain.check(kind, wanted)
+        except toolchain.CannotBuild as error:
             if wanted == "1":
                 raise SystemExit(f"retro_kernels: {variable}=1, but {error}. Remedy: {error.remedy}.") from error
             SKIPPED[kind] = (str(error), error.remedy)
-            say(f"the {kind} kernels are skipped: {error}. Everything else is installed. To get them, {error.remedy}.")
+            toolchain.say(
+                f"the {kind} kernels are skipped: {error}. Everything else is installed. To get them, {error.remedy}."
+            )
         else:
             found.append(Extension(f"retro_kernels._{kind.lower()}", sources=[], py_limited_api=True))
     return found
 
 
 def version(modules: list[Extension]) -> str:
-    if SDIST or not modules:
+    if toolchain.SDIST or not modules:
         return VERSION
-    tags = ["cpu" if ext.name.endswith("_cpu") else f"cu{nvcc()[1].replace('.', '')}" for ext in modules]
+    tags = ["cpu" if ext.name.endswith("_cpu") else f"cu{toolchain.nvcc()[1].replace('.', '')}" for ext in modules]
     return f"{VERSION}+{'.'.join(tags)}"
 
 
@@ -522,7 +239,7 @@ def main() -> None:
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
     )
     if BUILT or "bdist_wheel" in sys.argv:
-        say(summary(modules))
+        toolchain.say(summary(modules))
 
 
 if __name__ == "__main__":

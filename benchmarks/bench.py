@@ -140,7 +140,7 @@ def run(options: Options, progress: Progress | None = None) -> dict:
             _real_text(options, device, document, progress, started)
         else:
             document["skipped"].append({"what": "real text", "reason": "switched off for this run (--no-real-text)"})
-        left = _left_out(options)
+        left = _untimed_cases(options)
         if left:
             run_all = "; `retro-kernels bench` has them" if options.quick else ""
             document["skipped"].append({"what": "; ".join(left), "reason": f"not asked for in this run{run_all}"})
@@ -157,7 +157,7 @@ def _set_limits(rows: list[dict], ceilings: timing.Ceilings) -> None:
             row["limit_ms"], row["percent_of_limit"] = limit * 1e3, 100 * limit * 1e3 / row["p50_ms"]
 
 
-def _left_out(options: Options) -> list[str]:
+def _untimed_cases(options: Options) -> list[str]:
     """Of all operations, workloads and options what this run does not time."""
     timed = {(case.operation, case.option, case.name) for case in options.cases()}
     left = []

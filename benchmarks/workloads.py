@@ -303,9 +303,9 @@ def select(
 
     Raises ValueError for what there is not.
     """
-    _known("operation", operations, OPERATIONS)
-    _known("option", options, OPTIONS)
-    _known("workload", names, (*WORKLOADS, TINY.name))
+    _check_known("operation", operations, OPERATIONS)
+    _check_known("option", options, OPTIONS)
+    _check_known("workload", names, (*WORKLOADS, TINY.name))
     table = default or DEFAULT
     known = {**WORKLOADS, TINY.name: TINY}
     found = []
@@ -327,7 +327,7 @@ def select(
     return found
 
 
-def _known(what: str, given, there) -> None:
+def _check_known(what: str, given, there) -> None:
     unknown = [name for name in given or () if name not in there]
     if unknown:
         raise ValueError(f"unknown {what} {', '.join(unknown)}; there are: {', '.join(there)}")

@@ -65,9 +65,9 @@ class ByteTokenizer:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
-        return [self._encoded(text) for text in texts]
+        return [self._encode_text(text) for text in texts]
 
-    def _encoded(self, text: str) -> Encoded:
+    def _encode_text(self, text: str) -> Encoded:
         tokens = np.frombuffer(text.encode(), np.uint8)
         if len(tokens) == len(text):
             return Encoded(tokens, int)

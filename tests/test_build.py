@@ -76,8 +76,9 @@ def project(tmp_path) -> SimpleNamespace:
         shutil.copytree(ROOT / folder, root / folder, ignore=ignore)
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / file, root)
+    (root / "csrc" / "cpu").mkdir(parents=True)
+    shutil.copy(ROOT / "csrc" / "toolchain.py", root / "csrc")
     for name in ("bindings", "decode_bindings", "dispatch", "level_portable"):
-        (root / "csrc" / "cpu").mkdir(parents=True, exist_ok=True)
         (root / "csrc" / "cpu" / f"{name}.cpp").touch()
     (root / "csrc" / "cuda" / "sm80").mkdir(parents=True)
     (root / "csrc" / "cuda" / "sm80" / "forward.cu").touch()
@@ -384,10 +385,10 @@ def test_nvcc_needs_a_host_compiler_that_it_works_with(project):
 
 @pytest.fixture
 def build(monkeypatch, tmp_path):
-    """setup.py as a module, with a torch of CUDA 13.2 in a folder of its own."""
+    """csrc/toolchain.py, with a torch of CUDA 13.2 in a folder of its own."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    specification = importlib.util.spec_from_file_location("retro_kernels_setup", ROOT / "setup.py")
+    specification = importlib.util.spec_from_file_location("toolchain", ROOT / "csrc" / "toolchain.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     torch = module.Torch("2.15.0+cu132", "13.2", tmp_path / "site" / "torch")
@@ -402,7 +403,7 @@ def test_build_isolation_does_not_hide_torch(tmp_path):
     fake_torch(tmp_path / "venv", "2.13.0+cu130", "13.0")
     code = (
         f"import runpy, sysconfig; sysconfig.get_path = lambda name: {str(tmp_path / 'venv')!r}; "
-        f"print(runpy.run_path({str(ROOT / 'setup.py')!r})['torch_installation']())"
+        f"print(runpy.run_path({str(ROOT / 'setup.py')!r})['toolchain'].torch_installation())"
     )
     # -S: without site-packages, so that no torch can be imported; setuptools alone is put back.
     import setuptools

@@ -52,7 +52,7 @@ def build(
     from retro_kernels.retrieval import DatabaseError, build_database
 
     try:
-        with progress_shown() as progress:
+        with show_progress() as progress:
             database = build_database(
                 inputs,
                 out,
@@ -85,7 +85,7 @@ def build(
 
 
 @contextmanager
-def progress_shown() -> Iterator[Report]:
+def show_progress() -> Iterator[Report]:
     """A line on the terminal (standard error) that follows the build."""
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn

@@ -23,7 +23,7 @@ def import_(
     """Makes a database of the chunks, embeddings and neighbours that another project made."""
     from retro_kernels.retrieval.interchange import NEIGHBOURS, import_database
 
-    with errors_shown():
+    with show_errors():
         database = import_database(
             format, source, out, tokenizer=tokenizer, chunk_size=chunk_size, neighbours=neighbours
         )
@@ -42,13 +42,13 @@ def export(
     from retro_kernels.retrieval import Database
     from retro_kernels.retrieval.interchange import export_parquet
 
-    with errors_shown():
+    with show_errors():
         rows = export_parquet(Database(folder), out, embeddings=embeddings, text=text)
     typer.echo(f"{out}: {rows:,} chunks")
 
 
 @contextmanager
-def errors_shown() -> Iterator[None]:
+def show_errors() -> Iterator[None]:
     """Turns an error that its user can do something about into a line and exit code 1."""
     from retro_kernels.retrieval import DatabaseError
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .db_build import progress_shown
-from .db_exchange import errors_shown
+from .db_build import show_progress
+from .db_exchange import show_errors
 
 if TYPE_CHECKING:
     from retro_kernels.retrieval import Retrieved, Retriever
@@ -49,12 +49,12 @@ def neighbours(
     reading = {"format": format, "text_field": text_field, "encoding": encoding, "keep_duplicates": keep_duplicates}
     usual = {"format": None, "text_field": "text", "encoding": "utf-8", "keep_duplicates": False}
     changed = {name: value for name, value in reading.items() if value != usual[name]}
-    with errors_shown():
+    with show_errors():
         retriever = Retriever(
             folder, num_neighbours=num_neighbours, max_overlap=max_overlap, search=_settings(search), cache_size=0,
             device=_device(device),
         )  # fmt: skip
-        with progress_shown() as progress:
+        with show_progress() as progress:
             made = precompute_neighbours(
                 retriever, inputs, out, same_document=same_document, progress=progress, **changed
             )
@@ -79,7 +79,7 @@ def query(
     """Shows the neighbours of a text: each chunk, what follows it, where it is from, and its distance."""
     from retro_kernels.retrieval import Retriever
 
-    with errors_shown():
+    with show_errors():
         if not text.strip():
             raise ValueError("text: got nothing; expected something to look up")
         retriever = Retriever(

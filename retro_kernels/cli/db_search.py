@@ -22,10 +22,10 @@ def index(
     from retro_kernels.retrieval.builder import Meter
     from retro_kernels.retrieval.index import replace_index
 
-    from .db_build import progress_shown
+    from .db_build import show_progress
 
     try:
-        with progress_shown() as report:
+        with show_progress() as report:
             meter: list[Meter] = []
 
             def step(done: int, total: int) -> None:

@@ -52,16 +52,16 @@ class Entry:
     remedy: str = ""
 
 
-def guarded(name: str, probe: Callable[[], Any]) -> list[Entry]:
+def guard(name: str, probe: Callable[[], Any]) -> list[Entry]:
     """The probe's entries; an exception becomes the entry's content instead of a traceback."""
     try:
         found = probe()
     except Exception as error:
-        return [Entry(name, _described(error), PROBLEM)]
+        return [Entry(name, _describe(error), PROBLEM)]
     return found if isinstance(found, list) else [found]
 
 
-def _described(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
@@ -70,7 +70,7 @@ def versions() -> list[Entry]:
     """Installed (by the package's metadata) and loaded (by importing it) are told apart."""
     entries = [Entry("python", f"{platform.python_version()} at {sys.executable}", OK)]
     for name in PACKAGES:
-        entries += guarded(name, functools.partial(_version, name))
+        entries += guard(name, functools.partial(_version, name))
     return entries
 
 
@@ -86,7 +86,7 @@ def _version(name: str) -> Entry | list[Entry]:
     try:
         module = importlib.import_module(IMPORTED[name])
     except Exception as error:
-        return Entry(name, f"{installed} installed, but importing it fails: {_described(error)}", PROBLEM,
+        return Entry(name, f"{installed} installed, but importing it fails: {_describe(error)}", PROBLEM,
                      f"reinstall it: pip install --force-reinstall {name}")  # fmt: skip
     loaded = str(getattr(module, "__version__", installed))
     if loaded.split("+")[0] != installed.split("+")[0]:
@@ -97,7 +97,7 @@ def _version(name: str) -> Entry | list[Entry]:
 
 def devices() -> list[Entry]:
     """The processor, its instruction sets, and every GPU that torch sees."""
-    return guarded("CPU", _cpu) + guarded("GPU", _gpus) + guarded("driver", _driver)
+    return guard("CPU", _cpu) + guard("GPU", _gpus) + guard("driver", _driver)
 
 
 def _cpu() -> list[Entry]:
@@ -134,7 +134,7 @@ def _driver() -> list[Entry]:
 
 def compilers() -> list[Entry]:
     """What an install from source can use."""
-    return [entry for name in PROGRAMS for entry in guarded(name, functools.partial(_program, name))]
+    return [entry for name in PROGRAMS for entry in guard(name, functools.partial(_program, name))]
 
 
 def _program(name: str) -> Entry:
@@ -164,7 +164,7 @@ def backends() -> tuple[list[Entry], bool]:
         states = rk.backends()
         defaults = {verification.describe(device): choice.outlook(BACKENDS, device) for device in choice.devices()}
     except Exception as error:
-        entry = Entry("retro_kernels", f"importing it fails: {_described(error)}", PROBLEM, "see the versions above")
+        entry = Entry("retro_kernels", f"importing it fails: {_describe(error)}", PROBLEM, "see the versions above")
         return [entry], False
     entries = []
     for name, state in states.items():
@@ -179,7 +179,7 @@ def backends() -> tuple[list[Entry], bool]:
 
 def extension() -> list[Entry]:
     """The compiled extensions: what the install built, whether each loads, what it was built for and what is here."""
-    return guarded("install", built) + guarded("extension", _extension) + guarded("CUDA extension", _cuda_extension)
+    return guard("install", built) + guard("extension", _extension) + guard("CUDA extension", _cuda_extension)
 
 
 def built() -> Entry:
@@ -201,8 +201,8 @@ def _extension() -> list[Entry]:
     why_not = module.why_not()
     entries = [Entry("extension", "loaded" if why_not is None else "not loaded", OK if why_not is None else NOTE,
                      why_not or "")]  # fmt: skip
-    entries += guarded("instruction set in use", lambda: _instruction_set(module, why_not))
-    return entries + guarded("built for", lambda: _built_for(module))
+    entries += guard("instruction set in use", lambda: _instruction_set(module, why_not))
+    return entries + guard("built for", lambda: _built_for(module))
 
 
 def _cuda_extension() -> list[Entry]:
@@ -214,12 +214,12 @@ def _cuda_extension() -> list[Entry]:
 
     metadata, here = module.build_metadata(), {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
     return entries + [
-        Entry(f"CUDA built: {name}", _listed(value) + (f" (found here: {here[name]})" if name in here else ""))
+        Entry(f"CUDA built: {name}", _join(value) + (f" (found here: {here[name]})" if name in here else ""))
         for name, value in metadata.items()
     ]
 
 
-def _listed(value: Any) -> str:
+def _join(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -237,7 +237,7 @@ def _built_for(module: Any) -> list[Entry]:
     entries = []
     for name, value in dict(metadata).items():
         found = here.get(str(name))
-        entries.append(Entry(f"built: {name}", _listed(value) + (f" (found here: {found})" if found else "")))
+        entries.append(Entry(f"built: {name}", _join(value) + (f" (found here: {found})" if found else "")))
     return entries
 
 
@@ -251,7 +251,7 @@ def collect() -> tuple[dict[str, list[Entry]], bool]:
     """All sections, and whether fused kernels are the default on the GPU (without one, on the CPU)."""
     states, fused = backends()
     sections = {
-        "versions": guarded("versions", versions),
+        "versions": guard("versions", versions),
         "devices": devices(),
         "compilers": compilers(),
         "backends": states,

@@ -220,7 +220,7 @@ class FusedRetroPytorch(FusedForward):
         module: Any = self.module
         attention, m = module.cross_attn, module.chunk_size
         dropout_p = attention.dropout.p if attention.dropout.training else 0.0
-        hooked = _hooked(attention) or _hooked(attention.dropout)
+        hooked = _has_hooks(attention) or _has_hooks(attention.dropout)
         unusual = _unusual_call(module, x, context, context_mask, pos_emb)
         if self.positions == PAPER:
             if unusual is not None:
@@ -276,7 +276,7 @@ class FusedRetroPytorchAttention(FusedForward):
         pos_emb the rotary angles of queries [1, 1, n, rotary_dim] and keys -> [B, n, dim]."""
         attention: Any = self.module
         unusual = _unusual_attention_call(attention, x, mask, context, pos_emb)
-        if unusual is not None or _hooked(attention.dropout):
+        if unusual is not None or _has_hooks(attention.dropout):
             if unusual is not None:
                 warn_once(f"a call ran retro-pytorch's own forward, not the fused one: {unusual}")
             else:
@@ -289,7 +289,7 @@ class FusedRetroPytorchAttention(FusedForward):
             for part in (attention.to_q(x), attention.to_k(source), attention.to_v(source))
         )
         if mask is not None:
-            mask, query = _see_something(mask, query)
+            mask, query = _unmask_empty_rows(mask, query)
         options: dict[str, Any] = {
             "scale": attention.scale,
             "dropout_p": attention.dropout.p if attention.dropout.training else 0.0,
@@ -310,7 +310,7 @@ class FusedRetroPytorchAttention(FusedForward):
         return attention.to_out(fused[:, 0, 0].flatten(2))
 
 
-def _see_something(mask: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _unmask_empty_rows(mask: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """mask [B, s] and query [B, 1, n, h, d] under which an entry of the batch with nothing visible gets the mean of all
     its values, as retro-pytorch computes it: all of it is made visible, to queries that are zero."""
     visible = mask.any(-1)
@@ -319,7 +319,7 @@ def _see_something(mask: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tenso
     return mask | ~visible[:, None], query.masked_fill(~visible[:, None, None, None, None], 0.0)
 
 
-def _hooked(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in HOOKS)
 
 
@@ -398,10 +398,10 @@ def _structure(module: Any) -> str | None:
 
 def _attention_structure(attention: Any, null_slot: bool) -> str | None:
     if dict(attention.named_children()).keys() != PARTS:
-        return f"the parts are {_names(attention.named_children())}, those of {VERSION} {_listed(PARTS)}"
+        return f"the parts are {_names(attention.named_children())}, those of {VERSION} {_join_names(PARTS)}"
     own, expected = dict(attention.named_parameters(recurse=False)), NULL_SLOT if null_slot else set()
     if own.keys() != expected or any(x.dim() != 1 for x in own.values()):
-        return f"the parameters are {_listed(own)}, those of {VERSION} {_listed(expected)}, one row each"
+        return f"the parameters are {_join_names(own)}, those of {VERSION} {_join_names(expected)}, one row each"
     if not isinstance(attention.dropout, nn.Dropout):
         return "the dropout is not nn.Dropout"
     causal = getattr(attention, "causal", None)
@@ -420,7 +420,9 @@ def _attention_structure(attention: Any, null_slot: bool) -> str | None:
 def _source(module: Any) -> str | None:
     if "forward" in vars(module.cross_attn):
         return "something else has replaced forward on its cross_attn"
-    return _changed("ChunkedCrossAttention.forward", type(module).forward) or _attention_source(module.cross_attn)
+    return _describe_change("ChunkedCrossAttention.forward", type(module).forward) or _attention_source(
+        module.cross_attn
+    )
 
 
 def _attention_source(attention: nn.Module) -> str | None:
@@ -428,9 +430,9 @@ def _attention_source(attention: nn.Module) -> str | None:
     rotary = getattr(forward, "__globals__", {}).get("apply_rotary_pos_emb")
     half = getattr(rotary, "__globals__", {}).get("rotate_half")
     return (
-        _changed("Attention.forward", forward)
-        or _changed("apply_rotary_pos_emb", rotary)
-        or _changed("rotate_half", half)
+        _describe_change("Attention.forward", forward)
+        or _describe_change("apply_rotary_pos_emb", rotary)
+        or _describe_change("rotate_half", half)
     )
 
 
@@ -442,7 +444,7 @@ def _encoder_refusal(encoder: nn.Module) -> str | None:
         kind = theirs[0].removeprefix(MODULE)
         if not isinstance(vars(module).get("forward", None), (FusedForward, type(None))):
             return f"something else has replaced forward on {name or 'it'}"
-        reason = _changed(f"{kind}.forward", type(module).forward)
+        reason = _describe_change(f"{kind}.forward", type(module).forward)
         if kind == "Attention":
             reason = _attention_structure(module, null_slot=False) or _attention_source(module)
             reason = reason or ("it is causal" if module.causal else None)
@@ -453,7 +455,7 @@ def _encoder_refusal(encoder: nn.Module) -> str | None:
     return None
 
 
-def _changed(name: str, function: Any) -> str | None:
+def _describe_change(name: str, function: Any) -> str | None:
     """Why a function is not known to compute what KNOWN_SOURCES' does."""
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):
@@ -477,8 +479,8 @@ def _digest(code: CodeType) -> str | None:
 
 
 def _names(children) -> str:
-    return _listed(name for name, _ in children)
+    return _join_names(name for name, _ in children)
 
 
-def _listed(names) -> str:
+def _join_names(names) -> str:
     return ", ".join(sorted(names)) or "none"

@@ -55,16 +55,16 @@ class SwapReport:
                 overlaid.append(name)
         if overlaid:
             raise RuntimeError(
-                f"undo: the forward of {_listed(overlaid)} was replaced by something else after swap; "
+                f"undo: the forward of {_join_names(overlaid)} was replaced by something else after swap; "
                 "take that back first, then call undo() again"
             )
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """(module, "replaced" or "skipped", remark) of every module that was looked at."""
         for name in self.replaced:
-            yield _shown(name), "replaced", self.notes.get(name, "")
+            yield _name_or_model(name), "replaced", self.notes.get(name, "")
         for name, reason in self.skipped.items():
-            yield _shown(name), "skipped", reason
+            yield _name_or_model(name), "skipped", reason
 
     def __str__(self) -> str:
         lines = [f"swap: {len(self.replaced)} replaced, {len(self.skipped)} skipped (positions={self.positions!r})"]
@@ -201,7 +201,7 @@ def _backend_note(slower: bool) -> str | None:
 def _nothing_to_replace(model: nn.Module, report: SwapReport) -> str:
     looked_for = ", ".join(target for integration in INTEGRATIONS for target in integration.LOOKS_FOR)
     if report.skipped:
-        found = "; ".join(f"{_shown(name)}: {reason}" for name, reason in report.skipped.items())
+        found = "; ".join(f"{_name_or_model(name)}: {reason}" for name, reason in report.skipped.items())
     else:
         kinds = sorted({type(x).__qualname__ for x in model.modules()})
         shown = ", ".join(kinds[:12]) + (f" and {len(kinds) - 12} more" if len(kinds) > 12 else "")
@@ -212,9 +212,9 @@ def _nothing_to_replace(model: nn.Module, report: SwapReport) -> str:
     )
 
 
-def _shown(name: str) -> str:
+def _name_or_model(name: str) -> str:
     return name or "(the model itself)"
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(_shown(name) for name in names)
+def _join_names(names: list[str]) -> str:
+    return ", ".join(_name_or_model(name) for name in names)

@@ -99,9 +99,9 @@ class TokenStream:
         else:
             if database is not None:
                 raise ValueError(f"database: got one, but {self.folder} has no {IDS}, expected none")
-            self.tokens = self._mapped(TOKENS, 1)
+            self.tokens = self._map_array(TOKENS, 1)
             if (self.folder / NEIGHBOURS).exists():
-                self.neighbours = self._mapped(NEIGHBOURS, 3)
+                self.neighbours = self._map_array(NEIGHBOURS, 3)
             facts = json.loads(path.read_text()) if path.exists() else {}
         self.tokenizer: dict[str, Any] | None = facts.get("tokenizer_identity")
         self.bytes: int | None = facts.get("bytes")
@@ -163,7 +163,7 @@ class TokenStream:
                 f"{self.config.vocab_size - 1}: is it from another tokenizer?"
             )
 
-    def _mapped(self, name: str, dims: int) -> np.ndarray:
+    def _map_array(self, name: str, dims: int) -> np.ndarray:
         path = self.folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there; expected integers, saved by numpy.save")
@@ -197,7 +197,7 @@ class Order:
         return int(self._order[within])
 
 
-def prefetched(
+def prefetch(
     stream: TokenStream,
     order: Order,
     places: Iterator[Sequence[int]],
@@ -223,4 +223,4 @@ def prefetched(
             yield waiting.result().to(device)
 
 
-__all__ = ["ABSENT", "IGNORED", "Batch", "Order", "TokenStream", "identity_of", "prefetched"]
+__all__ = ["ABSENT", "IGNORED", "Batch", "Order", "TokenStream", "identity_of", "prefetch"]

@@ -160,7 +160,7 @@ class Retro(nn.Module):
         Raises TypeError or ValueError for wrong dtypes and sizes, and, on a CPU, for tokens outside the vocabulary.
         """
         config = self.config
-        neighbours, neighbour_mask = self._checked(tokens, neighbours, neighbour_mask, sequence_starts)
+        neighbours, neighbour_mask = self._check_inputs(tokens, neighbours, neighbour_mask, sequence_starts)
         h = self.embedding(tokens)
         encoded = None
         for p, block in enumerate(self.blocks, start=1):
@@ -265,7 +265,7 @@ class Retro(nn.Module):
 
         return encode
 
-    def _checked(
+    def _check_inputs(
         self,
         tokens: torch.Tensor,
         neighbours: torch.Tensor | None,

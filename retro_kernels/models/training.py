@@ -34,7 +34,7 @@ from ..ops import validate
 from ..tokenizers import FILE
 from . import checkpoint
 from .config import RetroConfig
-from .data import IGNORED, Batch, Order, TokenStream, prefetched
+from .data import IGNORED, Batch, Order, TokenStream, prefetch
 from .retro import Retro
 
 METRICS, STATE, PROGRESS, SETTINGS = "metrics.jsonl", "optimiser", "progress.json", "settings.json"
@@ -250,7 +250,7 @@ class Trainer:
         """
         settings = self.settings
         tensorboard = self._tensorboard()
-        batches = prefetched(
+        batches = prefetch(
             self.stream, Order(self.stream.rows, settings.seed), self._places(), self.device,
             (self.context_rank, settings.context_parallel),
         )  # fmt: skip

@@ -235,7 +235,7 @@ class ChunkedCrossAttention(nn.Module):
         # in them could otherwise reach the gradient of w_query, and the bias of w_out must not reach them.
         silent = None
         if sequence_starts is None:
-            before_first, first_chunk, last_chunk = self._attended(n, query_offset, chunk_offset)
+            before_first, first_chunk, last_chunk = self._attended_chunks(n, query_offset, chunk_offset)
         else:
             before_first, first_chunk, last_chunk = 0, 0, num_chunks
             starts = document_starts(sequence_starts, hidden, hidden.shape[0], n)
@@ -355,7 +355,7 @@ class ChunkedCrossAttention(nn.Module):
         chunks = x.new_zeros(b, m, x.shape[-1]).index_put(row, x)
         return common.linear(module, chunks, m, True)[row]
 
-    def _attended(self, n: int, query_offset: int, chunk_offset: int) -> tuple[int, int, int]:
+    def _attended_chunks(self, n: int, query_offset: int, chunk_offset: int) -> tuple[int, int, int]:
         """How many tokens come before the first chunk, and the [first, last) chunks of `encoded` that the rest need."""
         m = self.chunk_size
         if self.align == "end":

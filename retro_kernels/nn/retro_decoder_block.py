@@ -166,7 +166,7 @@ class SelfAttentionCache:
         i, n = self.place[id(layer)], key.shape[1]
         if layer.rotary is not None:
             cos, sin = self.tables[i]
-            key = _turned(key, (cos[:n], sin[:n]))
+            key = _rotate(key, (cos[:n], sin[:n]))
         for store, x in ((self.keys, key), (self.values, value)):
             store[i][:, :, :n] = x.detach().transpose(1, 2)
 
@@ -177,7 +177,7 @@ class SelfAttentionCache:
         keys, values, table = self.keys[i], self.values[i], self.tables[i]
         if layer.rotary is not None:
             rotary = table[0][position], table[1][position]
-            query, key = _turned(query, rotary), _turned(key, rotary)
+            query, key = _rotate(query, rotary), _rotate(key, rotary)
         slot = torch.arange(keys.shape[0], device=keys.device)
         keys[slot, :, position], values[slot, :, position] = key, value
         distance = position[:, None] - torch.arange(length, device=keys.device)
@@ -197,7 +197,7 @@ class SelfAttentionCache:
         return out[:, :, 0]
 
 
-def _turned(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """x [..., heads, d] by the angles whose cos and sin are [..., w]."""
     compute = accumulation_dtype(x.dtype)
     cos, sin = (table.to(compute)[..., None, :] for table in rotary)
@@ -306,7 +306,7 @@ class RetroDecoderBlock(nn.Module):
             attended = self.cross_attention(
                 self.cross_norm(hidden), encoded, neighbour_mask, sequence_starts=sequence_starts, **offsets
             )
-            hidden = self._add(hidden, self._gated(attended))
+            hidden = self._add(hidden, self._apply_gate(attended))
         return self._add(hidden, self.feed_forward(self.feed_forward_norm(hidden))), encoded
 
     @torch.no_grad()
@@ -326,10 +326,12 @@ class RetroDecoderBlock(nn.Module):
         if after_self_attention is not None:
             after_self_attention(hidden)
         if neighbours is not None and self.cross_attention is not None and self.cross_norm is not None:
-            hidden = hidden + self._gated(self.cross_attention.decode(self.cross_norm(hidden), neighbours, position))
+            hidden = hidden + self._apply_gate(
+                self.cross_attention.decode(self.cross_norm(hidden), neighbours, position)
+            )
         return hidden + self.feed_forward(self.feed_forward_norm(hidden))
 
-    def _gated(self, attended: torch.Tensor) -> torch.Tensor:
+    def _apply_gate(self, attended: torch.Tensor) -> torch.Tensor:
         return attended if self.gate is None else self.gate.tanh() * attended
 
     def _add(self, hidden: torch.Tensor, update: torch.Tensor) -> torch.Tensor:

@@ -180,7 +180,7 @@ def build_database(
         root.mkdir(parents=True, exist_ok=True)
         with lock_folder(root):
             if (root / MANIFEST).exists():
-                return _finished(root, plan)
+                return _open_finished(root, plan)
             _begin(root, plan)
             _make_shards(root, run, make, shards, left, keep_duplicates, progress)
             return _finish(root, plan, settings, len(shards), index, device, progress)
@@ -251,7 +251,7 @@ def _shards(files: list[Piece], left: list[tuple[str, str]], shard_bytes: int | 
         shards[-1].append(piece)
         size += piece.size
     if not shards:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in _counted(left).items())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in _count_reasons(left).items())
         raise DatabaseError(f"input: no file that can be read ({reasons or 'the folder is empty'})")
     return shards
 
@@ -282,7 +282,7 @@ def _begin(root: Path, plan: dict[str, Any]) -> None:
         write_json(path, plan)
 
 
-def _finished(root: Path, plan: dict[str, Any]) -> Database:
+def _open_finished(root: Path, plan: dict[str, Any]) -> Database:
     """The finished database in `root`, if it is of this plan."""
     database = Database(root)
     build = database.manifest.get("build")
@@ -309,12 +309,12 @@ def _difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
     return f"index was {found.get('index')!r}" if found.get("index") != plan["index"] else "its files are others"
 
 
-def _counted(left: Sequence[tuple[str, str]]) -> collections.Counter[str]:
+def _count_reasons(left: Sequence[tuple[str, str]]) -> collections.Counter[str]:
     return collections.Counter(reason for _, reason in left)
 
 
 def _reasons(root: Path, shards: int, left: list[tuple[str, str]]) -> str:
-    counts = _counted(left)
+    counts = _count_reasons(left)
     for number in range(shards):
         notes = read_json(work_file(root, "read", number, ".json"))
         counts.update(reason for *_, reason in notes["skipped"])

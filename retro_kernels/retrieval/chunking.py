@@ -108,18 +108,18 @@ def parts(documents: Iterable[Text], tokenizer: ChunkTokenizer, chunk_size: int)
                 batch.append((state, previous, False))
                 size += len(previous)
                 if size >= BATCH:
-                    yield from _encoded(batch, tokenizer)
+                    yield from _encode(batch, tokenizer)
                     batch, size = [], 0
             previous = piece
         batch.append((state, previous, True))
         size += len(previous)
         if size >= BATCH:
-            yield from _encoded(batch, tokenizer)
+            yield from _encode(batch, tokenizer)
             batch, size = [], 0
-    yield from _encoded(batch, tokenizer)
+    yield from _encode(batch, tokenizer)
 
 
-def _encoded(batch: list[tuple[_Open, str, bool]], tokenizer: ChunkTokenizer) -> Iterator[Part]:
+def _encode(batch: list[tuple[_Open, str, bool]], tokenizer: ChunkTokenizer) -> Iterator[Part]:
     found = tokenizer.encode_batch([text for _, text, _ in batch])
     for (state, text, last), encoded in zip(batch, found):
         part = state.add(text, encoded, last)

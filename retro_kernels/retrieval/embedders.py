@@ -58,7 +58,7 @@ class HuggingFaceEmbedder:
     ) -> None:
         if batch_tokens is not None:
             validate.integer("batch_tokens", batch_tokens, 1)
-        self.device, bf16 = _placed(device, precision)
+        self.device, bf16 = _choose_device(device, precision)
         folder = model_folder(name, "embedder")
         weights = sorted(folder.glob("*.safetensors"))
         needed = [folder / "config.json", folder / "tokenizer.json"]
@@ -129,7 +129,7 @@ class SentenceTransformerEmbedder:
     """A model of the sentence-transformers package, pooled and normalised as that model says."""
 
     def __init__(self, name: str, *, device: str = "auto", precision: str = "auto") -> None:
-        where, bf16 = _placed(device, precision)
+        where, bf16 = _choose_device(device, precision)
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
@@ -158,7 +158,7 @@ class SentenceTransformerEmbedder:
         return np.asarray(found, np.float32)
 
 
-def _placed(device: str, precision: str) -> tuple[torch.device, bool]:
+def _choose_device(device: str, precision: str) -> tuple[torch.device, bool]:
     """-> the device, and whether to compute in bf16."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}; expected one of {PRECISIONS}")

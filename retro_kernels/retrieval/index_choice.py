@@ -42,7 +42,7 @@ def choose(asked: str, count: int, dim: int) -> Choice:
         if separator and re.fullmatch(r"RFlat|Refine\(.*\)", asked[len(base) + 1 :]):
             spec, settings = base, {"rerank": 4}
             why += "; the database's own embeddings refine it (rerank), no second copy is made"
-    fitted, reason = _fitted(spec, count)
+    fitted, reason = _fit_to_count(spec, count)
     lists = lists_of(fitted)
     if fitted == EXACT:
         settings = {}
@@ -70,15 +70,15 @@ def _by_size(count: int, dim: int) -> tuple[str, str, dict[str, int]]:
         why = f"auto: {count:,} keys, a byte for every number; candidates are compared again by their embeddings"
         return f"IVF{lists},SQ8", why, {"nprobe": NPROBE, "rerank": 4}
     if count <= 30_000_000:
-        return _coded(48, None, 65_536, dim, count)
+        return _choose_code(48, None, 65_536, dim, count)
     if count <= 300_000_000:
-        return _coded(48, None, 262_144, dim, count)
+        return _choose_code(48, None, 262_144, dim, count)
     if count <= 5_000_000_000:
-        return _coded(64, 128, 1_048_576, dim, count)
-    return _coded(32, 256, 4_194_304, dim, count)
+        return _choose_code(64, 128, 1_048_576, dim, count)
+    return _choose_code(32, 256, 4_194_304, dim, count)
 
 
-def _coded(size: int, rotated: int | None, lists: int, dim: int, count: int) -> tuple[str, str, dict[str, int]]:
+def _choose_code(size: int, rotated: int | None, lists: int, dim: int, count: int) -> tuple[str, str, dict[str, int]]:
     """Product codes of `size` bytes after a rotation to `rotated` numbers (None: as many as there are)."""
     while size > dim:
         size //= 2
@@ -92,7 +92,7 @@ def _coded(size: int, rotated: int | None, lists: int, dim: int, count: int) -> 
     )
 
 
-def _fitted(spec: str, count: int) -> tuple[str, str | None]:
+def _fit_to_count(spec: str, count: int) -> tuple[str, str | None]:
     """-> a string that `count` keys suffice to train, and what was changed, if anything."""
     if spec == EXACT:
         return spec, None

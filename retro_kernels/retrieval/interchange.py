@@ -102,7 +102,7 @@ class _Megatron:
         self.vocabulary_size = config.get("retro_gpt_vocab_size")
         infos = read_json(folder / "db" / "indexed_dataset_infos.json")
         self._prefixes = [info["prefix"] for info in infos]
-        self._data = [self._indexed(folder / "data", prefix) for prefix in self._prefixes]
+        self._data = [self._read_indexed(folder / "data", prefix) for prefix in self._prefixes]
         self._path = folder / "db" / "merged" / "train.hdf5"
         self._neighbours = neighbours
         with self._open(self._path) as file:
@@ -120,7 +120,7 @@ class _Megatron:
             raise DatabaseError(f"{path}: holds no table {name!r}; expected a file of Megatron's Retro")
         return file[name]
 
-    def _indexed(self, folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _read_indexed(self, folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """-> tokens of an indexed dataset, and where each sequence begins and how many it has."""
         path = inside(folder, f"{prefix}.idx")
         try:

@@ -81,7 +81,7 @@ def open_neighbours(folder: str | os.PathLike[str], database: str | os.PathLike[
         found = Database(where)
         if found.content_hash() != facts["database_sha256"]:
             raise DatabaseError(f"{where} is not the database that the neighbours in {root} are of: name that one")
-        tokens, starts, ids = (_mapped(root / name) for name in (TOKENS, STARTS, IDS))
+        tokens, starts, ids = (_map_array(root / name) for name in (TOKENS, STARTS, IDS))
     except (KeyError, TypeError) as error:
         raise DatabaseError(f"{root / FACTS} is damaged: {type(error).__name__} {error}") from error
     return TrainingData(root, facts, tokens, starts, ids, found)
@@ -218,7 +218,7 @@ def _search(
 ) -> None:
     """Looks up the neighbours of every chunk of the stream; what is there already is kept."""
     m = corpus.chunk_size
-    tokens = _mapped(root / TOKENS)
+    tokens = _map_array(root / TOKENS)
     chunks = len(tokens) // m
     owners = None if same_document else Owners(corpus, retriever.database, progress)
     meter = Meter("search", chunks, progress)
@@ -272,7 +272,7 @@ def _finish(root: Path, plan: dict[str, Any], retriever: Retriever, corpus: Data
     write_json(root / FACTS, facts)
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _map_array(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
@@ -322,20 +322,20 @@ def _document_hashes(database: Database, meter: Meter) -> np.ndarray:
     hashes = np.zeros(database.num_documents, np.uint64)
     first = np.full(database.num_documents, -1, np.int64)
     at = 0
-    within = _mixed(np.arange(database.chunk_size))
+    within = _mix(np.arange(database.chunk_size))
     for documents, tokens, mask in _blocks(database):
         numbers, begin = np.unique(documents, return_index=True)
         new = first[numbers] < 0
         first[numbers[new]] = at + begin[new]
         place = np.arange(at, at + len(documents)) - first[documents]
         chunks = (((tokens.astype(np.uint64) + np.uint64(1)) * mask) * within).sum(-1, dtype=np.uint64)
-        np.add.at(hashes, documents, chunks * _mixed(place))
+        np.add.at(hashes, documents, chunks * _mix(place))
         at += len(documents)
         meter(0, len(documents), len(documents))
     return hashes
 
 
-def _mixed(numbers: np.ndarray) -> np.ndarray:
+def _mix(numbers: np.ndarray) -> np.ndarray:
     """A random odd-looking uint64 for each number, the same everywhere (SplitMix64's finaliser)."""
     x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -176,7 +176,7 @@ def cut(piece: Piece, piece_bytes: int) -> Iterator[Piece]:
                 start, size = number, 0
             size += group
         yield dataclasses.replace(piece, start=start, stop=len(groups), size=size)
-    elif piece.format == "jsonl" and _packing(piece.path) is None and piece.size > piece_bytes:
+    elif piece.format == "jsonl" and _compression(piece.path) is None and piece.size > piece_bytes:
         parts = -(-piece.size // piece_bytes)
         borders = [piece.size * number // parts for number in range(parts + 1)]
         for start, stop in itertools.pairwise(borders):
@@ -211,13 +211,13 @@ class Reader:
         yield Document(None, self._blocks())
 
     def _blocks(self) -> Iterator[str]:
-        with _problems_named(), _opened(self.piece.path) as file:
-            text = _decoded(file, self.options.encoding, is_html=self.piece.format == "html")
+        with _problems_named(), _open_file(self.piece.path) as file:
+            text = _decode(file, self.options.encoding, is_html=self.piece.format == "html")
             yield from _visible(text, self.options.record_bytes) if self.piece.format == "html" else text
 
     def _lines(self) -> Iterator[Document]:
         piece, limit = self.piece, self.options.record_bytes
-        with _opened(piece.path) as file:
+        with _open_file(piece.path) as file:
             position = piece.start
             if position:
                 # The line that reaches over the border belongs to the piece before.
@@ -293,13 +293,13 @@ class _problems_named:
             raise Problem("damaged Parquet") from error
 
 
-def _packing(path: str) -> str | None:
+def _compression(path: str) -> str | None:
     suffix = os.path.splitext(path.lower())[1]
     return suffix if suffix in PACKED else None
 
 
-def _opened(path: str) -> IO[bytes]:
-    packing = _packing(path)
+def _open_file(path: str) -> IO[bytes]:
+    packing = _compression(path)
     if packing == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if packing == ".zst":
@@ -342,7 +342,7 @@ def _rest_of_line(file: IO[bytes], enough: int | None = None) -> int:
     return read
 
 
-def _decoded(file: IO[bytes], encoding: str, *, is_html: bool) -> Iterator[str]:
+def _decode(file: IO[bytes], encoding: str, *, is_html: bool) -> Iterator[str]:
     """Text of a file in blocks. Raises Problem("binary") at a zero character, UnicodeDecodeError where it is none."""
     block = file.read(BLOCK)
     declared = re.search(rb"<meta[^>]+charset\s*=\s*[\"']?\s*([\w.:-]+)", block[:1024], re.I) if is_html else None

@@ -82,19 +82,19 @@ def evaluate_search(
         queries = index.keys[own].cpu()
     given = torch.as_tensor(queries)
     truth = Index(database, device, {})
-    true, seconds = _timed(functools.partial(_found, truth, given, own, k, {}))
+    true, seconds = _time_search(functools.partial(_found, truth, given, own, k, {}))
     exact_rate = len(given) / seconds
     sweep = _sweep(index)
     points = []
     for done, settings in enumerate(sweep):
         if progress is not None:
             progress(done, len(sweep))
-        found, seconds = _timed(functools.partial(_found, index, given, own, k, settings))
+        found, seconds = _time_search(functools.partial(_found, index, given, own, k, settings))
         hits = (found[:, :, None] == true[:, None]) & (true[:, None] >= 0)
         points.append(Point(settings, float(hits.sum() / (true >= 0).sum().clamp(min=1)), len(given) / seconds))
     if progress is not None:
         progress(len(sweep), len(sweep))
-    recommended, reason = _recommended(points, recall)
+    recommended, reason = _recommend(points, recall)
     return Evaluation(index.description, k, len(given), exact_rate, points, recommended, reason)
 
 
@@ -133,7 +133,7 @@ def _found(index: Index, queries: Tensor, own: Tensor | None, k: int, settings: 
     return ids.gather(-1, others)[:, :k]
 
 
-def _timed(search: Callable[[], Tensor]) -> tuple[Tensor, float]:
+def _time_search(search: Callable[[], Tensor]) -> tuple[Tensor, float]:
     """-> what it finds, and the seconds of the fastest pass."""
     found = search()
     best, begun = float("inf"), time.perf_counter()
@@ -156,7 +156,7 @@ def _sweep(index: Index) -> list[dict[str, int]]:
     return [{**look, "rerank": rerank} for rerank, look in itertools.product(RERANKS, looks)]
 
 
-def _recommended(points: list[Point], recall: float) -> tuple[dict[str, int], str]:
+def _recommend(points: list[Point], recall: float) -> tuple[dict[str, int], str]:
     if not points:
         return {}, "search is exact: there is nothing to set"
     enough = [point for point in points if point.recall >= recall]

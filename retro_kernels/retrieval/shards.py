@@ -172,7 +172,7 @@ class Worker:
         sources: dict[int, tuple[str, int | None]] = {}
         counted = collections.Counter(documents=0, chunks=0, short=0, bytes=0)
 
-        def measured(blocks: Iterable[str]) -> Iterator[str]:
+        def count_bytes(blocks: Iterable[str]) -> Iterator[str]:
             for block in blocks:
                 counted["bytes"] += len(block.encode("utf-8", "surrogatepass"))
                 yield block
@@ -189,7 +189,7 @@ class Worker:
                             skipped.append({"path": piece.name, "record": record, "reason": reasons[ordinal]})
                         else:
                             sources[ordinal] = (piece.name, record)
-                            yield Text(ordinal, measured(document.blocks))
+                            yield Text(ordinal, count_bytes(document.blocks))
                         ordinal += 1
                 except Problem:
                     pass  # noted when it was read the first time
@@ -200,7 +200,7 @@ class Worker:
 
         writer = ShardWriter(self.folder, number, **settings.shape())
         held = 0
-        for window, vectors in self._embedded(windows(parts(documents(), self.tokenizer, settings.chunk_size), WINDOW)):
+        for window, vectors in self._embed(windows(parts(documents(), self.tokenizer, settings.chunk_size), WINDOW)):
             row = ended = characters = 0
             for part in window:
                 count = len(part.offsets)
@@ -229,7 +229,7 @@ class Worker:
         write_json(built, {**counted, "skipped": reasons_counted})
         writer.commit()
 
-    def _embedded(self, found: Iterator[list[Part]]) -> Iterator[tuple[list[Part], np.ndarray | None]]:
+    def _embed(self, found: Iterator[list[Part]]) -> Iterator[tuple[list[Part], np.ndarray | None]]:
         """Every window with its embeddings. The next one is read and tokenised meanwhile, in another thread."""
         with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as pool:
             waiting = pool.submit(next, found, None)

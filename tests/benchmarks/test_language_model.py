@@ -8,7 +8,7 @@ import json
 import numpy as np
 
 from benchmarks import end_to_end, language_model
-from benchmarks.language_model import LONGEST_MATCH, Primed, copied, matches
+from benchmarks.language_model import LONGEST_MATCH, PrimedStream, copy_rule, matches
 from retro_kernels.models import RetroConfig
 from retro_kernels.models.data import Order
 from retro_kernels.models.training import TrainingConfig
@@ -51,12 +51,12 @@ def test_a_fold_is_mixed_by_what_the_other_says_of_matches_of_that_length():
     hit = np.tile([False, True, False, True], 100)
     fold = np.repeat([0, 1], 200)
     probability = np.full(400, 0.1)
-    mixed = copied(probability, length, hit, fold)
+    mixed = copy_rule(probability, length, hit, fold)
     assert (mixed[length == 0] == 0.1).all()
     assert (mixed[length == 2] > 0.95).all()
     # The share w that makes (0.1 + 0.9 w)(0.1 - 0.1 w) the largest is 4/9, of those tried the nearest.
     assert np.abs(mixed[(length == 1) & hit] - (0.1 + 0.9 * 4 / 9)).max() < 0.01
-    wrong = copied(probability, length, np.where(fold == 1, False, hit), fold)
+    wrong = copy_rule(probability, length, np.where(fold == 1, False, hit), fold)
     assert (wrong[fold == 0] == 0.1).all(), "the other fold has no hit, so that nothing is copied"
 
 
@@ -66,7 +66,7 @@ def test_primed_neighbours_hold_what_comes_next_and_are_gone_at_half_of_the_run(
     np.save(tmp_path / "tokens.npy", tokens)
     np.save(tmp_path / "neighbours.npy", np.zeros((rows * n // m, 2, r), np.int32))  # 0: as retrieved
     config = RetroConfig.preset("tiny", max_length=n)
-    stream = Primed(tmp_path, config, TrainingConfig(output=str(tmp_path), steps=100, batch_size=4, seed=1))
+    stream = PrimedStream(tmp_path, config, TrainingConfig(output=str(tmp_path), steps=100, batch_size=4, seed=1))
     order, shares = Order(rows, 1), []
     for place in range(rows):
         batch = stream.batch([order[place]])

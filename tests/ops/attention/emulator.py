@@ -6,13 +6,10 @@ The objects stay in build/emulator; only what changed since is compiled again.
 from __future__ import annotations
 
 import fcntl
-import os
-import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import toolchain
 import torch
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,20 +17,20 @@ SOURCES = ROOT / "csrc" / "cuda"
 FOLDER = ROOT / "build" / "emulator"
 FLAGS = [
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DRK_EMULATED", "-DRK_HAVE_SM90",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas",
+    f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET}", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas",
 ]  # fmt: skip
 
 
 def compiler() -> list[str] | None:
     """The C++ compiler of the CPU kernels, or None."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(shlex.split(name)[0]):
-            return shlex.split(name)
-    return None
+    try:
+        return toolchain.compiler()[0]
+    except toolchain.CannotBuild:
+        return None
 
 
 def build() -> Path:
-    """The library; AssertionError with the compiler's output when it does not compile. Of several processes (pytest -n)
+    """The library; CompileError with the compiler's output when it does not compile. Of several processes (pytest -n)
     one builds and the others wait."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "lock", "w") as lock:
@@ -42,29 +39,14 @@ def build() -> Path:
 
 
 def _build() -> Path:
-    command, include = compiler(), Path(torch.__file__).parent / "include"
+    command, torch_folder = compiler(), Path(torch.__file__).parent
     assert command is not None, "there is no C++ compiler"
-    newest = max(x.stat().st_mtime for pattern in ("*.h", "*.cuh") for x in SOURCES.rglob(pattern))
-    running, objects = [], []
-    for source in sorted([*SOURCES.rglob("*.cu"), *SOURCES.rglob("*.cpp")]):
-        target = FOLDER / ("_".join(source.relative_to(SOURCES).parts) + ".o")
-        objects.append(target)
-        if target.exists() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
-            continue
-        arguments = [*command, *FLAGS, f"-I{include}", "-x", "c++", "-c", str(source), "-o", f"{target}.new"]
-        running.append((target, subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
-    for target, process in running:
-        output = process.communicate()[0].decode(errors="replace")
-        assert process.returncode == 0, output
-        Path(f"{target}.new").replace(target)
+    compiling = [*command, *FLAGS, f"-I{torch_folder / 'include'}", "-x", "c++"]
+    sources = sorted([*SOURCES.rglob("*.cu"), *SOURCES.rglob("*.cpp")])
+    objects = [(compiling, x, FOLDER / ("_".join(x.relative_to(SOURCES).parts) + ".o")) for x in sources]
     library = FOLDER / "libretro_kernels_cuda_emulator.so"
-    if running or not library.exists():
-        fresh = library.with_suffix(f".{os.getpid()}")
-        link = [*command, "-shared", "-o", str(fresh), *map(str, objects)]
-        link += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-        done = subprocess.run(link, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        fresh.replace(library)
+    link = [*command, "-shared", *(str(made) for _, _, made in objects), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    toolchain.make_library("CUDA", library, objects, link)
     return library
 
 
