@@ -99,13 +99,20 @@ def test_token_by_token_is_the_full_computation(name, form, backend):
             torch.testing.assert_close(given, full, atol=2e-5, rtol=1e-5)
 
 
-def test_bit_for_bit_is_more_than_pytorch_gives(monkeypatch):
-    """The test above can fail: with one product for all tokens the bits of the full computation are others."""
-    monkeypatch.setattr("retro_kernels.nn.common.exact", lambda backend: False)
-    layer = build()
+def test_bit_for_bit_rests_on_products_of_one_size(monkeypatch):
+    """What the test above needs on processors whose products round otherwise for another number of rows: every
+    projection of the full computation and of decoding is a product of as many rows."""
+    layer = build("reference")
+    sizes = set()
+    for module in (layer.w_query, layer.w_out):
+        module.register_forward_hook(lambda _, inputs, __: sizes.add(inputs[0].flatten(0, -2).shape[0]))
     hidden, encoded, mask = data(4 * M + 2)
-    given = decode(layer, NeighbourCache([layer], **SIZES), hidden, encoded, mask)
-    assert not torch.equal(given, layer(hidden, encoded, mask))
+    layer(hidden, encoded, mask)
+    decode(layer, NeighbourCache([layer], **SIZES), hidden, encoded, mask)
+    assert len(sizes) == 1
+    monkeypatch.setattr("retro_kernels.nn.common.exact", lambda backend: False)
+    layer(hidden, encoded, mask)
+    assert len(sizes) > 1
 
 
 @torch.no_grad()

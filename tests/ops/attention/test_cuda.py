@@ -211,7 +211,7 @@ def test_opcheck(test):
     settings = [CLOCK, False, False, 0.3, 0.0, 8, 7]
     torch.library.opcheck(cuda.forward, [*tensors, *settings], test_utils=test)
     out, lse = cuda.forward(*tensors, *settings)
-    arguments = [torch.ones_like(out), *tensors, out, lse, *settings, False, False, False]
+    arguments = [torch.ones_like(out), None, *tensors, out, lse, *settings, False, False, False]
     torch.library.opcheck(cuda.backward, arguments, test_utils=test)
 
 
