@@ -4,7 +4,7 @@ VENV := .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 
-.PHONY: bench test install cuda lint clean
+.PHONY: bench test install cuda gpu-kit gpu-rehearsal lint clean
 
 bench: install  ## install, then time fused chunked cross-attention against the alternatives on this machine
 	$(VENV)/bin/retro-kernels bench --quick
@@ -28,11 +28,26 @@ $(VENV)/.installed: pyproject.toml setup.py Makefile $(shell find csrc -type f)
 cuda: install  ## build the CUDA extension into the source tree: needs nvcc, no GPU
 	RETRO_KERNELS_BUILD_CUDA=1 RETRO_KERNELS_BUILD_CPU=0 $(RUN) setup.py --quiet build_ext --inplace
 
+# What a lent GPU machine has: torch 2.11 for CUDA 13 with Triton 3.6, Python 3.12. (PyPI's torch is the CUDA build.)
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= torch==2.11.0
+GPU := .venv-gpu
+
+$(GPU)/.installed: Makefile
+	test -x $(GPU)/bin/python || $(GPU_PYTHON) -m venv $(GPU)
+	$(GPU)/bin/python -m pip install --quiet "$(GPU_TORCH)" numpy setuptools wheel pytest "typer>=0.12" rich safetensors pyyaml
+	touch $@
+
+gpu-kit: $(GPU)/.installed  ## for a GPU machine that has little time: the CUDA extension and compiled Triton kernels, in .gpu-kit
+	RETRO_KERNELS_BUILD_CUDA=1 RETRO_KERNELS_BUILD_CPU=0 $(GPU)/bin/python setup.py --quiet build_ext --inplace
+	mkdir -p .gpu-kit && cp retro_kernels/_cuda.abi3.so .gpu-kit/
+	$(GPU)/bin/python -W ignore -m benchmarks.gpu_kit
+
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info bench-report
+	rm -rf $(VENV) .venv-* .gpu-kit build dist *.egg-info bench-report
 	find . -name '*.abi3.so' -not -path './.venv/*' -delete

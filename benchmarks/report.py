@@ -231,6 +231,7 @@ def _details(document: dict) -> list[str]:
         "p20 ms",
         "p50 ms",
         "p80 ms",
+        "wall ms",
         "samples",
         "GFLOP/s",
         "GB/s",
@@ -246,7 +247,8 @@ def _details(document: dict) -> list[str]:
             ours.append(results.is_ours(row["variant"]))
             errors = ", ".join(f"{error['name']} {float(error['relative']):.0e}" for error in row["errors"])
             rows.append(
-                [row["variant"], *(f"{row[key]:.3f}" for key in ("p20_ms", "p50_ms", "p80_ms")), str(row["samples"]),
+                [row["variant"], *(f"{row[key]:.3f}" for key in ("p20_ms", "p50_ms", "p80_ms")),
+                 f"{row['wall_ms']:.3f}" if row.get("wall_ms") else "-", str(row["samples"]),
                  f"{row['tflops'] * 1e3:,.0f}", f"{row['gigabytes_per_second']:,.1f}",
                  f"{results.percent(row)} ({row['bound']})", results.megabytes(row), errors]
             )  # fmt: skip

@@ -77,7 +77,7 @@ _COUNTS = (
     "samples", "flops", "bytes", "peak_extra_bytes", "scratch_bytes", "whole_scratch_bytes", "saved_bytes",
     "cache_bytes", "parameter_bytes",
 )  # fmt: skip
-_NUMBERS = ("p20_ms", "p50_ms", "p80_ms", "error", "predicted_ms", "border_ms")
+_NUMBERS = ("p20_ms", "p50_ms", "p80_ms", "error", "predicted_ms", "border_ms", "wall_ms")
 COLUMNS = (*_TEXT[:-1], *_NUMBERS[:4], *_COUNTS[:3], *_TRUTH[:1], *_COUNTS[3:], *_TEXT[-1:], *_TRUTH[1:], *_NUMBERS[4:])
 """Of a table. "error" is the largest of a row's relative errors; rates and limits follow from the others."""
 
@@ -113,7 +113,7 @@ def _row(cells: dict, ceilings: dict | None) -> dict:
     row: dict = {name: cells[name] or None for name in _TEXT}
     row |= {name: cells[name] == "yes" for name in _TRUTH}
     row |= {name: int(cells[name]) if cells[name] else None for name in _COUNTS}
-    row |= {name: float(cells[name]) if cells[name] else None for name in _NUMBERS}
+    row |= {name: float(cells[name]) if cells.get(name) else None for name in _NUMBERS}  # older tables lack the last
     error = row.pop("error")
     row["errors"] = [] if error is None else [{"name": "largest", "relative": error}]
     if row["status"] == "ok" and row["p50_ms"] and row["bytes"]:
@@ -347,6 +347,7 @@ OPTION_HEAD = (
     "operation", "workload", "dtype", "mode", "ours ms", "without", "costs", "SDPA ms", "comp. ms", "eager ms",
     "vs SDPA", "vs comp.", "vs eager", "limit", "MB", "SDPA MB",
 )  # fmt: skip
+WALL_HEAD = ("ours wall ms", "SDPA wall ms")
 SUMMARY_LEGEND = (
     "Medians of interleaved rounds; every timed result was checked against an fp64 reference in the same run. "
     "Ours: retro_kernels. SDPA: the fastest way of using scaled_dot_product_attention (every backend, on folded "
@@ -355,6 +356,9 @@ SUMMARY_LEGEND = (
     "ours without the option, in the same rounds; costs: how much longer the option takes. Limit: the least time that "
     "the measured copy bandwidth and multiply-add rate allow, as a share of our time. MB: most memory alive beyond the "
     "inputs, results included."
+)
+WALL_LEGEND = (
+    " Wall: eager calls one after the other, Python included, where the other times are of replayed CUDA graphs."
 )
 
 
@@ -378,7 +382,12 @@ def section_cells(document: dict, rows: list[dict]) -> tuple[tuple[str, ...], li
                 percent(ours), megabytes(ours), megabytes(sdpa),
             ]
         )  # fmt: skip
-    return (SUMMARY_HEAD, cells, 3) if plain else (OPTION_HEAD, cells, 4)
+    head = SUMMARY_HEAD if plain else OPTION_HEAD
+    if any(row.get("cuda_graph") for row in rows):  # a GPU's times are of graphs: what eager calls take stands beside
+        head = (*head, *WALL_HEAD)
+        for row, entry in zip(cells, entries):
+            row += [digits(x["wall_ms"]) if x and x.get("wall_ms") else "-" for x in (entry["ours"], entry["sdpa"])]
+    return head, cells, 3 if plain else 4
 
 
 def cost(entry: dict) -> str:
@@ -425,7 +434,8 @@ LEGENDS = {
 
 def legend(rows: list[dict]) -> str:
     """What stands under a section's table."""
-    return LEGENDS.get(rows[0]["operation"], SUMMARY_LEGEND)
+    graphed = rows[0]["operation"] not in LEGENDS and any(row.get("cuda_graph") for row in rows)
+    return LEGENDS.get(rows[0]["operation"], SUMMARY_LEGEND) + (WALL_LEGEND if graphed else "")
 
 
 def ok_rows(rows: list[dict], *parts: str) -> list[dict]:

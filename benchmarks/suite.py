@@ -37,7 +37,7 @@ class Row:
     p80_ms: float | None = None
     samples: int = 0
     cuda_graph: bool = False
-    eager_ms: float | None = None
+    wall_ms: float | None = None
     """Median on the wall's clock of calls as a program makes them, Python included. On a CPU p50_ms."""
     tflops: float | None = None
     gigabytes_per_second: float | None = None

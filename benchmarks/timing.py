@@ -44,7 +44,7 @@ class Samples:
             "p80_ms": self.percentile(80),
             "samples": len(self.milliseconds),
             "cuda_graph": self.graphed,
-            "eager_ms": sorted(self.eager)[len(self.eager) // 2] if self.eager else self.percentile(50),
+            "wall_ms": sorted(self.eager)[len(self.eager) // 2] if self.eager else self.percentile(50),
         }
 
 

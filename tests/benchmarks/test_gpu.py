@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 
@@ -50,7 +52,7 @@ def test_a_reduced_run(tmp_path, capsys):
     timed = {row["variant"]: row for row in document["rows"] if row["status"] == "ok"}
     assert "eager" in timed
     assert any(name.startswith("retro_kernels") for name in timed)
-    assert all(row["eager_ms"] is not None for row in timed.values())
+    assert all(row["wall_ms"] is not None for row in timed.values())
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["bench.json", "items.jsonl", "log.txt", "report.html", "table.md"]
     assert "No part failed" in capsys.readouterr().out
@@ -58,6 +60,7 @@ def test_a_reduced_run(tmp_path, capsys):
 
 BREAKS = """
 import os
+import re
 import pytest
 from benchmarks import gpu_part
 
@@ -280,3 +283,51 @@ def emulated_library():
     cuda_extension.emulate(emulator.build())
     yield
     cuda_extension.emulate(None)
+
+
+def a_kit(folder, **changes):
+    """A kit of this machine but for `changes`; its extension is no library, and its one Triton kernel no kernel."""
+    folder.mkdir()
+    (folder / "entry").mkdir()
+    (folder / "entry" / "kernel.cubin").write_bytes(b"kernel")
+    with tarfile.open(folder / gpu_kit.CACHE, "w:xz") as archive:
+        archive.add(folder / "entry", "entry")
+    (folder / gpu_kit.EXTENSION).write_bytes(b"library")
+    (folder / gpu_kit.KEY).write_text(json.dumps({**gpu_kit.key(), "cuda": "13.0", "entries": 1, **changes}))
+    return folder
+
+
+@pytest.fixture
+def cuda_13(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name in ("RETRO_KERNELS_CUDA_LIBRARY", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that what unpack sets is undone
+        monkeypatch.delenv(name)
+
+
+def test_a_kit_that_fits_is_used(tmp_path, cuda_13):
+    said = gpu_kit.unpack(a_kit(tmp_path / "kit"), tmp_path / "cache")
+    assert said == ["kit: its CUDA extension is used", "kit: 1 Triton kernels are used"]
+    assert os.environ["RETRO_KERNELS_CUDA_LIBRARY"] == str(tmp_path / "kit" / gpu_kit.EXTENSION)
+    assert gpu_kit.entries(gpu_kit.Path(os.environ["TRITON_CACHE_DIR"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"csrc": "other"}, r"CUDA extension is not used, .* csrc other, here"),
+        ({"cuda": "12.8"}, r"CUDA extension is not used, .* cuda 12.8, here 13.0"),
+        ({"compiler": "other"}, r"1 Triton kernels will not be found, .* compiler other, here"),
+        ({"python": "3.9"}, r"1 Triton kernels will not be found, .* python 3.9, here"),
+        ({"kernels": "other"}, r"the package has changed since"),
+    ],
+)
+def test_a_kit_that_does_not_fit_is_said(changes, said, tmp_path, cuda_13):
+    found = gpu_kit.unpack(a_kit(tmp_path / "kit", **changes), tmp_path / "cache")
+    assert re.search(said, "\n".join(found))
+    assert ("RETRO_KERNELS_CUDA_LIBRARY" in os.environ) == ("not used" not in said)
+
+
+def test_no_kit_is_said(tmp_path, cuda_13):
+    assert "no kit" in gpu_kit.unpack(tmp_path / "nothing")[0]
+    assert "TRITON_CACHE_DIR" not in os.environ

@@ -261,3 +261,17 @@ def test_a_readme_without_marks_is_refused(document, tmp_path, capsys):
 
 def test_non_finite_numbers_become_text():
     assert results.finite({"a": [float("inf"), 1.0]}) == {"a": ["inf", 1.0]}
+
+
+def test_a_gpu_s_tables_tell_what_eager_calls_take_beside_graphs(document):
+    """Through the CSV that is committed, too; a CPU's tables have no such columns."""
+    assert not any("wall" in name for name in results.section_cells(document, document["rows"])[0])
+    for row in document["rows"]:
+        row |= {"cuda_graph": True, "wall_ms": 1.25}
+    again = results.from_csv(results.to_csv(document))
+    for made in (document, again):
+        head, cells, _ = results.section_cells(made, results.sections(made)[0][1])
+        assert head[-2:] == results.WALL_HEAD
+        assert cells[0][-2] == "1.25"
+        assert all(len(row) == len(head) for row in cells)
+        assert "Wall:" in results.legend(results.sections(made)[0][1])
