@@ -4,7 +4,7 @@ VENV := .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 
-.PHONY: bench test install cuda gpu-kit gpu-rehearsal lint clean
+.PHONY: bench test install cuda gpu-kit lint clean
 
 bench: install  ## install, then time fused chunked cross-attention against the alternatives on this machine
 	$(VENV)/bin/retro-kernels bench --quick

@@ -129,13 +129,15 @@ def identity(reduced: bool) -> dict:
 
     import torch
 
+    from retro_kernels import machine
+
     from . import environment
 
     return {
         "device": environment.device_name("cpu" if reduced else "cuda"),
         "reduced": reduced,
         "torch": torch.__version__,
-        "triton": environment.package_version("triton"),
+        "triton": machine.package_version("triton"),
         "python": platform.python_version(),
         "sources": gpu_kit.source_hash(),
     }

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -134,8 +136,18 @@ def compiling(capability: int = CAPABILITY) -> Iterator[Any]:
         yield driver
 
 
-def suite_calls() -> list[tuple[str, Callable[[], None]]]:
-    """Every call that the suite makes of Triton kernels, what matters most first."""
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call that the suite makes of Triton kernels; `run` makes it, on a CPU's tensors, with its gradients."""
+
+    group: str
+    operation: str
+    name: str
+    run: Callable[[], None]
+
+
+def suite_calls(groups: tuple[str, ...] = ()) -> list[Call]:
+    """The suite's calls, or those of the groups, what matters most first."""
     sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("gpu", "ops", "ops/attention")]
     import cases
     import gpu_problems as problems
@@ -146,9 +158,11 @@ def suite_calls() -> list[tuple[str, Callable[[], None]]]:
     from retro_kernels import testing
     from retro_kernels.cli.verify import classes
 
-    found: list[tuple[str, Callable[[], None]]] = []
+    bf16, fp16, fp32 = (problems.DTYPES[name] for name in ("bf16", "fp16", "fp32"))
+    named = {short: name for name, short in testing.SHORT_NAMES.items()}
+    found = _timed("timed", ("bf16",))
 
-    def add(name: str, make: Callable[[], dict]) -> None:
+    def add(group: str, operation: str, name: str, make: Callable[[], dict]) -> None:
         def run() -> None:
             arguments = make()
             grad_out = None
@@ -156,57 +170,52 @@ def suite_calls() -> list[tuple[str, Callable[[], None]]]:
                 grad_out = torch.empty(testing.draw_grad_out(arguments).shape, dtype=arguments["query"].dtype)
             testing.run(arguments, "triton", grad_out)
 
-        found.append((name, run))
+        found.append(Call(group, operation, name, run))
 
-    def add_case(case: Any, dtype: torch.dtype) -> None:
-        add(f"{case} {dtype}", lambda: testing.make(case, dtype))
+    def add_case(group: str, case: testing.Case, dtype: torch.dtype) -> None:
+        add(group, named[case.operation], f"{case}, {str(dtype)[6:]}", lambda: testing.make(case, dtype))
 
-    for workload in _workloads(("bf16",)):
-        found.append(workload)
-    for dtype in problems.DTYPES.values():
+    for name, dtype in problems.DTYPES.items():
         for case in problems.CASES:
-            add_case(case, dtype)
+            add_case(name, case, dtype)
     for one in classes("triton", False):
         for odd in (True, False):
-            add(f"self-check {one} {odd}", lambda one=one, odd=odd: testing.class_problem(one, odd))
-    found += _workloads(("fp16", "fp32"))
-    add("more than 2^31 elements", _beyond_2_31)
+            make = functools.partial(testing.class_problem, one, odd)
+            add("self-check", one.operation, f"self-check of {one}, {'odd' if odd else 'even'}", make)
+    found += _timed("timed besides", ("fp16", "fp32"))
+    add("beyond 2^31", "chunked_cross_attention", "more than 2^31 elements", _beyond_2_31)
     for case, dtype in sanitized.calls(problems.Target("triton", "triton")):
-        add_case(case, dtype)
+        add_case("sanitized", case, dtype)
     for case in cases.EVERY:
-        add_case(case, torch.float32)
-        for dtype in (torch.bfloat16, torch.float16) if case.name in small.HALF else ():
-            add_case(case, dtype)
+        for dtype in (fp32, bf16, fp16) if case.name in small.HALF else (fp32,):
+            add_case("small", case, dtype)
     for case in small.PAPER:
-        for dtype in (torch.float32, torch.bfloat16):
-            add_case(case, dtype)
-    return found
+        for dtype in (fp32, bf16):
+            add_case("small", case, dtype)
+    return [call for call in found if not groups or call.group in groups]
 
 
-def _workloads(dtypes: tuple[str, ...]) -> list[tuple[str, Callable[[], None]]]:
+def _timed(group: str, dtypes: tuple[str, ...]) -> list[Call]:
     """The attentions that the suite times, forward and backward, on memory that nothing was written to."""
     import torch
 
-    from .workloads import ATTENTIONS, CAUSAL_SELF, DTYPES, PLAIN, select
+    from .workloads import ATTENTIONS, DTYPES, PLAIN, select
+
+    def run(workload: Any, dtype: str) -> None:
+        inputs = [torch.empty(shape, dtype=DTYPES[dtype]).requires_grad_() for shape in workload.shapes()]
+        with torch.no_grad():
+            workload.attend(*inputs, backend="triton")
+        out = workload.attend(*inputs, backend="triton")
+        torch.autograd.grad(out, inputs, torch.empty_like(out))
 
     found = []
-    for workload in select(operations=list(ATTENTIONS)):
+    for workload in (one.on("cuda") for one in select(operations=list(ATTENTIONS))):
         if "k40" in workload.name:  # 10 GB each of keys and values
             continue
-        of = workload.on("cuda")
         for dtype in dtypes:
-            if dtype != "bf16" and (of.option != PLAIN or of.operation == CAUSAL_SELF
-                                    or of.name not in ("retro-172m", "encoder-896")):  # fmt: skip
-                continue
-
-            def run(of: Any = of, dtype: str = dtype) -> None:
-                inputs = [torch.empty(shape, dtype=DTYPES[dtype]).requires_grad_() for shape in of.shapes()]
-                with torch.no_grad():
-                    of.attend(*inputs, backend="triton")
-                out = of.attend(*inputs, backend="triton")
-                torch.autograd.grad(out, inputs, torch.empty_like(out))
-
-            found.append((f"{of.operation} {of.option} {of.name} {dtype}", run))
+            if dtype == "bf16" or (workload.option == PLAIN and workload.name in ("retro-172m", "encoder-896")):
+                name = f"{workload.name} {workload.option}, {dtype}"
+                found.append(Call(group, workload.operation, name, functools.partial(run, workload, dtype)))
     return found
 
 
@@ -229,14 +238,14 @@ def compile_calls(shard: int, shards: int, most: int | None, cache: Path) -> Non
     with compiling():
         calls = suite_calls()[:most]
         for number in range(shard, len(calls), shards):
-            name, run = calls[number]
+            call = calls[number]
             began, before = time.monotonic(), entries(cache)
             try:
-                run()
+                call.run()
             except Exception as error:
-                print(f"FAILED {name}: {type(error).__name__}: {error}"[:300], flush=True)
+                print(f"FAILED {call.name}: {type(error).__name__}: {error}"[:300], flush=True)
             took, new = time.monotonic() - began, entries(cache) - before
-            print(f"{number + 1} of {len(calls)}: {name}: {took:.1f} s, {new} kernels", flush=True)
+            print(f"{number + 1} of {len(calls)}: {call.name}: {took:.1f} s, {new} kernels", flush=True)
 
 
 def pack(kit: Path, shards: int, most: int | None = None) -> int:
