@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import models, nn, retrieval
+    from .integrations.retrofit import RetrofitReport, retrofit
     from .integrations.swap import SwapReport, swap
     from .ops.attention.run import backends
     from .ops.backends import BackendStatus
@@ -28,6 +29,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "BackendStatus",
     "Explanation",
+    "RetrofitReport",
     "SwapReport",
     "backends",
     "chunked_cross_attention",
@@ -41,12 +43,13 @@ __all__ = [
     "projected_chunked_cross_attention",
     "projected_chunked_cross_attention_decode",
     "retrieval",
+    "retrofit",
     "swap",
 ]
 
 # Where each public name is; the subpackages `models` and `nn` are names of their own.
 _SOURCES = {
-    ".integrations": ("SwapReport", "swap"),
+    ".integrations": ("RetrofitReport", "SwapReport", "retrofit", "swap"),
     ".ops.attention.run": ("backends",),
     ".ops.backends": ("BackendStatus",),
     ".ops.chunked_cross_attention": ("chunked_cross_attention",),

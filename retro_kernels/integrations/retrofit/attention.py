@@ -1,0 +1,252 @@
+"""The point where a decoder's self-attention meets its neighbours.
+
+transformers' attention modules ask `AttentionInterface` for the function that `config._attn_implementation` names, and
+hand it the turned queries, the keys and values of the whole context, the mask and every keyword argument of the model's
+call. A retrofitted attention reads its config through `LayerConfig`, which names `attend` below; that runs the function
+the model is set to, and then lets the neighbours in. The model's config, its masks and its classes stay as they are.
+
+What belongs to one call (`ModelCall`) comes in as a keyword argument, not through a variable: it is what activation
+checkpointing keeps for the layer that it computes again, and calls may overlap.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ...ops.attention.reference import accumulation_dtype
+
+NAME = "retro_kernels"
+CALL = "retro_kernels_call"
+"""The keyword argument that carries the call to the attentions."""
+CLOSED = {"softmax": -torch.inf, "add": 0.0}
+
+
+class LayerConfig:
+    """The model's config as one attention reads it: everything is the model's, but the name of its attention."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+
+    @property
+    def _attn_implementation(self) -> str:
+        return NAME
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base" or name.startswith("__"):  # not there yet, while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+
+class Gate(nn.Module):
+    """One number a head: with join="softmax" a bias on the neighbours' logits, with join="add" a factor.
+
+    It is a module and used as one, so that PEFT's `modules_to_save=["retro.gate"]` trains and saves a copy.
+    """
+
+    def __init__(self, num_heads: int, join: str, device: torch.device) -> None:
+        super().__init__()
+        self.join = join
+        self.weight = nn.Parameter(torch.full((num_heads,), CLOSED[join], device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the neighbours' log-sum-exp [..., h], or of their attention [..., h, d]."""
+        if self.join == "softmax":
+            return x + self.weight.to(x.dtype)
+        return x * self.weight.to(x.dtype)[:, None]
+
+
+def in_use(module: Any) -> Any:
+    """The module, or the copy of it that PEFT trains in its place."""
+    copies = getattr(module, "modules_to_save", None)
+    if copies is None:
+        return module
+    return next((copies[name] for name in module.active_adapters if name in copies), module.original_module)
+
+
+class RetrofitAttention(nn.Module):
+    """What is added to one self-attention, as its submodule `retro`.
+
+    Args:
+        layer: the attention's number in the decoder.
+        num_heads, num_kv_heads, head_dim, value_head_dim: of the attention.
+        join: "softmax" or "add".
+        eager: the family's own attention function, which `AttentionInterface` does not list.
+        rotary: which of the model's tables of frequencies turns its queries, and whether dimension 2j pairs with
+            2j + 1; None where positions are in the hidden states.
+        encoder_dim: width of the encoder's states, whose keys and values this part then makes; None where the decoder
+            itself reads the neighbours and its keys and values come as they are.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_head_dim: int,
+        join: str,
+        eager: Any,
+        rotary: tuple[int, bool] | None,
+        encoder_dim: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.layer, self.join, self.eager, self.rotary = layer, join, eager, rotary
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.gate: Any = Gate(num_heads, join, device)
+        self.w_key: nn.Linear | None = None
+        self.w_value: nn.Linear | None = None
+        if encoder_dim is not None:
+            self.w_key = nn.Linear(encoder_dim, num_kv_heads * head_dim, device=device, dtype=dtype)
+            self.w_value = nn.Linear(encoder_dim, num_kv_heads * value_head_dim, device=device, dtype=dtype)
+
+    def opening(self) -> torch.Tensor:
+        """Whether a head looks at the neighbours: a bool tensor, so that many parts are read at once."""
+        device = next(self.gate.parameters()).device
+        with torch.no_grad():
+            if self.join == "softmax":
+                values = self.gate(torch.zeros(self.num_heads, device=device))
+            else:
+                values = self.gate(torch.ones(self.num_heads, 1, device=device))
+            return (values != CLOSED[self.join]).any()
+
+    def state(self) -> Any:
+        """Another whenever the gate has changed (by anything but its `.data`)."""
+        try:
+            return getattr(self.gate, "active_adapters", None), [
+                (x.data_ptr(), x._version) for x in self.gate.parameters()
+            ]
+        except RuntimeError:  # a parameter made in inference mode has no version
+            return object()
+
+    def learns(self) -> bool:
+        """Whether closed gates are to get a gradient: a factor of 0 does, a bias of -inf has none."""
+        return self.join == "add" and torch.is_grad_enabled() and any(x.requires_grad for x in self.gate.parameters())
+
+    def keys_and_values(self, states: torch.Tensor, frequencies: torch.Tensor | None) -> tuple[Any, Any]:
+        """Of an encoder's states [..., r, e] -> keys, turned to the positions 0 ... r - 1, and values, [..., r, hk, d]
+        each."""
+        assert self.w_key is not None
+        assert self.w_value is not None
+        key = self.w_key(states.to(self.w_key.weight.dtype)).unflatten(-1, (self.num_kv_heads, -1))
+        value = self.w_value(states.to(self.w_value.weight.dtype)).unflatten(-1, (self.num_kv_heads, -1))
+        if self.rotary is not None and frequencies is not None:
+            places = torch.arange(states.shape[-2], device=states.device)
+            key = rotate(key, *tables(places, frequencies), self.rotary[1])
+        return key, value
+
+
+def tables(angle: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions [...] and frequencies [w] -> cos and sin [..., 1, w], in fp32; of angles that are exact, so in fp64."""
+    turned = angle.double()[..., None, None] * frequencies.double()
+    return turned.cos().float(), turned.sin().float()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Turns the first 2 w dimensions of x [..., h, d] by tables that broadcast to [..., h, w]."""
+    w = cos.shape[-1]
+    turning = x[..., : 2 * w].to(accumulation_dtype(x.dtype))
+    if interleaved:
+        a, b = turning[..., ::2], turning[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = turning[..., :w], turning[..., w:]
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    turned = turned.to(x.dtype)
+    return turned if 2 * w == x.shape[-1] else torch.cat([turned, x[..., 2 * w :]], -1)
+
+
+def own_lse(query: torch.Tensor, key: torch.Tensor, mask: Any, scale: float, softcap: float | None) -> torch.Tensor:
+    """The log-sum-exp of the decoder's own attention: query [b, h, n, d], key [b, hk, N, d] and the mask that its
+    function gets, or none: token i of the last n sees the first N - n + i + 1 (the first n, where the cache is longer
+    than what it holds) -> [b, n, h]."""
+    b, h, n, _ = query.shape
+    hk = key.shape[1]
+    if mask is None and n > 1:
+        key = key[:, :, :n]
+    dtype = accumulation_dtype(query.dtype)
+    query = query.reshape(b, hk, h // hk * n, -1)
+    logits = (query.to(dtype) @ key.transpose(-1, -2).to(dtype)).view(b, h, n, -1) * scale
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    if mask is None and n > 1:
+        logits = logits.masked_fill(torch.ones(n, n, dtype=torch.bool, device=key.device).triu(1), -torch.inf)
+    elif mask is not None:
+        mask = mask[..., : logits.shape[-1]]
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.logsumexp(-1).transpose(1, 2)
+
+
+class Reader:
+    """The call in which the decoder reads neighbours: each attention's keys, turned, and values are kept."""
+
+    def __init__(self, with_gradient: bool) -> None:
+        self.with_gradient = with_gradient
+        self.found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def attend(self, module: Any, base: Any, query: Any, key: Any, value: Any, mask: Any, options: Any) -> Any:
+        check_not_reentrant(self.with_gradient)
+        self.found[module.retro.layer] = (key.transpose(1, 2), value.transpose(1, 2))
+        return base(module, query, key, value, mask, **options)
+
+
+def check_not_reentrant(with_gradient: bool) -> None:
+    if with_gradient and not torch.is_grad_enabled():
+        raise RuntimeError(
+            "retro_kernels.retrofit: gradient checkpointing with use_reentrant=True gives wrong gradients, in silence: "
+            "the neighbours are no positional argument of the layer. Use "
+            'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+        )
+
+
+def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+    """What `AttentionInterface` has under `NAME`: query [b, h, n, d], key and value [b, hk, N, d] ->
+    [b, n, h, d_value] and the base's weights, or None."""
+    call = options.pop(CALL, None)
+    implementation = module.config.base._attn_implementation
+    if implementation in (None, "eager"):
+        base = module.retro.eager
+    else:
+        base = ALL_ATTENTION_FUNCTIONS[implementation]
+    if call is None:
+        return base(module, query, key, value, attention_mask, **options)
+    return call.attend(module, base, query, key, value, attention_mask, options)
+
+
+AttentionInterface.register(NAME, attend)
+
+
+def softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    rows: int,
+    row: int,
+    scale: float,
+    cap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunked cross-attention with capped logits, in plain PyTorch, since the fused operations have none: query
+    [b, t, h, d], whose first token is row `row` of the first chunk of `rows` rows, key and value [b, l, k, r, hk, d],
+    mask bool [b, l, k, r] -> out [b, t, h, d_value] and lse [b, t, h]."""
+    b, t, h, d = query.shape
+    hk, num_chunks = key.shape[4], -(-(row + t) // rows)
+    dtype = accumulation_dtype(query.dtype)
+    q = F.pad(query, (0, 0, 0, 0, row, num_chunks * rows - row - t))
+    q = q.view(b, num_chunks, rows, hk, h // hk, d).to(dtype)
+    k, v = (x[:, :num_chunks].flatten(2, 3).to(dtype) for x in (key, value))
+    logits = cap * (torch.einsum("blmgqd,bltgd->blgqmt", q, k) * (scale / cap)).tanh()
+    logits = logits.masked_fill(~mask[:, :num_chunks].flatten(2)[:, :, None, None, None], -torch.inf)
+    lse = logits.logsumexp(-1)
+    share = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    out = torch.einsum("blgqmt,bltgd->blmgqd", share, v).reshape(b, num_chunks * rows, h, -1)
+    lse = lse.permute(0, 1, 4, 2, 3).reshape(b, num_chunks * rows, h)
+    return out[:, row : row + t].to(query.dtype), lse[:, row : row + t]

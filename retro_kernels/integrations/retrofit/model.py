@@ -1,0 +1,243 @@
+"""`model.retro`: what is added to the whole model, and how neighbours are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...ops import validate
+from . import checks
+from .attention import CALL, CLOSED, LayerConfig, Reader, RetrofitAttention, in_use
+from .call import KeysAndValues
+
+NOT_READ = object()
+
+
+class Retrofit(nn.Module):
+    """The submodule `retro` of a retrofitted model.
+
+    Attributes:
+        settings: chunk_size, num_neighbours, retrieved_length, join, encoder, init and layers, as `retrofit` got them.
+        encoder: the encoder, where the decoder's own layers are none.
+    """
+
+    def __init__(self, model: nn.Module, settings: dict[str, Any], encoder: nn.Module | None) -> None:
+        super().__init__()
+        self.settings = settings
+        self.chunk_size: int = settings["chunk_size"]
+        self.num_neighbours: int = settings["num_neighbours"]
+        self.retrieved_length: int = settings["retrieved_length"]
+        self.join: str = settings["join"]
+        self.encoder = encoder
+        self.frequencies: list[tuple[str, str]] = []
+        """The model's tables of frequencies: a submodule's name and a buffer's."""
+        self.was_trained: list[str] = []
+        """The parameters of the base that had gradients before `freeze`."""
+        self._model = (model,)  # in a tuple, because the model is no part of this one
+        self.found: dict[tuple[int, ...], Any] = {}
+        """The sources of the neighbours of a chunk, by its tokens, since the last prompt."""
+        self.checked = False
+        """Whether it was seen that neighbours change something."""
+        self._open: dict[int, Any] = {}
+        self.force = False
+        """Computes also what closed gates leave out: the probe shows that it changes nothing."""
+
+    @property
+    def model(self) -> Any:
+        return self._model[0]
+
+    def attentions(self) -> Iterator[nn.Module]:
+        """The self-attentions that have a part of ours."""
+        for module in self.model.modules():
+            if isinstance(vars(module).get("_modules", {}).get("retro"), RetrofitAttention):
+                yield module
+
+    def parts(self) -> list[RetrofitAttention]:
+        return [module.retro for module in self.attentions()]  # type: ignore[misc]
+
+    # -- gates
+
+    def gates(self) -> dict[int, torch.Tensor]:
+        """Attention -> its gate [h], a copy: a bias (join="softmax", -inf: closed) or a factor (join="add", 0)."""
+        return {part.layer: in_use(part.gate).weight.detach().clone() for part in self.parts()}
+
+    def active(self) -> frozenset[int]:
+        """The attentions that look at the neighbours: those with an open head, and those that learn to open one. Gates
+        that were open and have not changed since are not read again (an edit of `.data` is not seen, but computing with
+        closed gates is merely of no effect); all others are, in every call, and together. A compiled graph reads no
+        data and takes all to be open."""
+        parts = self.parts()
+        if self.force or torch.compiler.is_compiling():
+            return frozenset(part.layer for part in parts)
+        states = {part.layer: part.state() for part in parts}
+        known = {x.layer for x in parts if x.learns() or states[x.layer] == self._open.get(x.layer, NOT_READ)}
+        unknown = [part for part in parts if part.layer not in known]
+        if unknown:
+            first = unknown[0].opening()
+            flags = torch.stack([first, *(part.opening().to(first.device) for part in unknown[1:])]).tolist()
+            for part, flag in zip(unknown, flags):
+                if flag:
+                    known.add(part.layer)
+                    self._open[part.layer] = states[part.layer]
+        return frozenset(known)
+
+    def set_gates(self, value: float) -> None:
+        """Gives every head of every layer this bias or factor."""
+        with torch.no_grad():
+            for part in self.parts():
+                in_use(part.gate).weight.fill_(value)
+
+    def close_gates(self) -> None:
+        """The model computes what the base computes, to the bit."""
+        self.set_gates(CLOSED[self.join])
+
+    # -- what is added, and how it is taken away
+
+    def added(self) -> dict[str, torch.Tensor]:
+        """Name in the model's state dict -> tensor of all that was added. (Of PEFT's copies, those in use.)"""
+        found = {f"retro.{name}": x for name, x in self.state_dict().items()}
+        for name, part in self.model.named_modules():
+            if isinstance(part, RetrofitAttention):
+                for child, module in part.named_children():
+                    found |= {f"{name}.{child}.{key}": x for key, x in in_use(module).state_dict().items()}
+        return found
+
+    def undo(self) -> None:
+        """Takes everything added away; the model is what it was, and so is which of its parameters have gradients."""
+        model = self.model
+        for module in list(self.attentions()):
+            config: Any = module.config
+            if isinstance(config, LayerConfig):
+                module.config = config.base
+            del module.retro
+        if type(vars(model).get("forward")).__name__ == "RetroForward":
+            del model.forward
+        for name, parameter in model.named_parameters():
+            if name in self.was_trained:
+                parameter.requires_grad_(True)
+        if getattr(model, "retro", None) is self:
+            del model.retro
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Writes what was added to `retro.safetensors` and the settings, with a hash of the base, to `retro.json` in
+        the folder, which is made. `rk.retrofit(base, folder)` puts it on the base again."""
+        from .files import save
+
+        save(self, folder)
+
+    def sources(self, sequences: torch.Tensor | Sequence[Sequence[int]], attention_mask: Any = None) -> list[dict]:
+        """Where the neighbours came from that generated texts have read since the last prompt: for each sequence,
+        chunk -> what the retriever gave as `sources` for it.
+
+        Args:
+            sequences: what `generate` returned.
+            attention_mask: of the prompts [b, n], where they were padded on the left.
+        """
+        rows = sequences.tolist() if isinstance(sequences, torch.Tensor) else [list(row) for row in sequences]
+        if attention_mask is not None:
+            padding = (attention_mask == 0).sum(1).tolist()
+            if len(padding) != len(rows):  # num_return_sequences
+                padding = [x for x in padding for _ in range(len(rows) // len(padding))]
+            rows = [row[start:] for row, start in zip(rows, padding)]
+        m = self.chunk_size
+        named = [{u: self.found.get(tuple(row[u * m : (u + 1) * m])) for u in range(len(row) // m)} for row in rows]
+        return [{u: source for u, source in row.items() if source is not None} for row in named]
+
+    # -- reading neighbours
+
+    def encode(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> KeysAndValues | torch.Tensor:
+        """Neighbours [..., r] -> keys and values of every part, [..., r, hk, d], or an encoder's states [..., r, e]."""
+        leading = tuple(tokens.shape[:-1])
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        there = None
+        if mask is not None:
+            there = mask.reshape(flat.shape)
+            flat = flat.masked_fill(~there, 0)
+            # A neighbour that is missing altogether is read as one token, so that its rows are no softmax over nothing.
+            first = torch.zeros_like(there)
+            first[:, 0] = ~there.any(1)
+            there = there | first
+        if self.encoder is not None:
+            states = self.encoder(flat, torch.ones_like(flat, dtype=torch.bool) if there is None else there)
+            return states.view(*leading, *states.shape[1:])
+        learns = torch.is_grad_enabled() and any(
+            x.requires_grad for name, x in self.model.base_model.named_parameters() if ".retro." not in name
+        )
+        reader = Reader(learns)
+        with torch.set_grad_enabled(learns):
+            self.model.base_model(
+                input_ids=flat, attention_mask=None if there is None else there.long(), use_cache=False,
+                **{CALL: reader},
+            )  # fmt: skip
+        return {
+            layer: (key.unflatten(0, leading), value.unflatten(0, leading))
+            for layer, (key, value) in reader.found.items()
+        }
+
+    def encode_once(self, tokens: torch.Tensor, mask: torch.Tensor) -> KeysAndValues:
+        """Keys and values of neighbours [..., r] of which many may be equal: each is read once."""
+        flat, there = tokens.flatten(0, -2), mask.flatten(0, -2)
+        both = torch.cat([flat.masked_fill(~there, 0), there.long()], -1)
+        different, place = both.unique(dim=0, return_inverse=True)
+        r = tokens.shape[-1]
+        encoded = self.encode(different[:, :r], different[:, r:].bool())
+        made = self.projected(encoded)
+        return {
+            layer: (key[place].unflatten(0, tokens.shape[:-1]), value[place].unflatten(0, tokens.shape[:-1]))
+            for layer, (key, value) in made.items()
+        }
+
+    def projected(self, encoded: KeysAndValues | torch.Tensor) -> KeysAndValues:
+        if isinstance(encoded, dict):
+            return encoded
+        tables = self.tables()
+        return {
+            part.layer: part.keys_and_values(encoded, None if part.rotary is None else tables[part.rotary[0]])
+            for part in self.parts()
+        }
+
+    def tables(self) -> list[torch.Tensor]:
+        return [getattr(self.model.get_submodule(module), buffer) for module, buffer in self.frequencies]
+
+    def visible(self, mask: torch.Tensor) -> torch.Tensor:
+        """Which neighbour tokens are seen. Under one softmax a neighbour's first token is hidden: as the first of its
+        text it is where a decoder's heads look when they look for nothing."""
+        if self.join == "add":
+            return mask
+        seen = mask.clone()
+        seen[..., 0] = False
+        return seen
+
+    def retrieve(
+        self, retriever: Callable[[torch.Tensor], Any], chunks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chunks int64 [s, m] -> neighbours and mask [s, num_neighbours, retrieved_length], on the CPU."""
+        k, r, s = self.num_neighbours, self.retrieved_length, chunks.shape[0]
+        chunks = chunks.cpu()
+        found = retriever(chunks)
+        if not hasattr(found, "tokens"):
+            raise TypeError(f"retriever: gave a {type(found).__name__} without tokens, expected Neighbours")
+        tokens = validate.tensor("the retriever's tokens", found.tokens, checks.INTEGERS).cpu().long()
+        shape = tuple(tokens.shape)
+        if len(shape) != 3 or shape[0] != s or shape[1] > k or shape[2] > r:
+            raise ValueError(
+                f"retriever: gave tokens of shape {list(shape)} for {s} chunks, expected [{s}, k, r] with k at most "
+                f"num_neighbours = {k} and r at most retrieved_length = {r}"
+            )
+        mask = getattr(found, "mask", None)
+        mask = torch.ones(shape, dtype=torch.bool) if mask is None else mask.cpu()
+        validate.tensor("the retriever's mask", mask, (torch.bool,))
+        validate.shape("the retriever's mask", mask, "s, k, r", shape)
+        checks.vocabulary(self, "retriever", tokens.masked_fill(~mask, 0))
+        sources = getattr(found, "sources", None)
+        if sources is not None:
+            if len(sources) != s:
+                raise ValueError(f"retriever: gave sources of {len(sources)} chunks, expected {s}")
+            for i, chunk in enumerate(chunks.tolist()):
+                self.found[tuple(chunk)] = sources[i]
+        full_tokens, full_mask = torch.zeros(s, k, r, dtype=torch.int64), torch.zeros(s, k, r, dtype=torch.bool)
+        full_tokens[:, : shape[1], : shape[2]], full_mask[:, : shape[1], : shape[2]] = tokens, mask
+        return full_tokens, full_mask
