@@ -9,23 +9,10 @@ from pathlib import Path
 
 import torch
 
-from . import environment, peers, real_text, report, results, suite, timing
-from .workloads import (
-    ATTENTIONS,
-    CCA,
-    DECODE,
-    DEFAULT,
-    GOALS,
-    LAYER,
-    MODES,
-    PLAIN,
-    PROJECTED,
-    QUICK,
-    SEED,
-    STEP,
-    Workload,
-    select,
-)
+from . import environment, real_text, report, results, suite, timing
+from .operations import ATTENTIONS, CCA, DECODE, LAYER, MODES, PLAIN, PROJECTED, SEED, STEP, Workload
+from .variants import CompileBudget
+from .workloads import DEFAULT, GOALS, QUICK, select
 
 QUICK_MINUTES = 2.65  # a quick run starts no new measurement after so long; it must end within 3 minutes
 # Parts of the run in order: their operations, and their shares of a limited time and of the compiler's. What a part
@@ -208,7 +195,7 @@ def _part(options: Options, cases, compiling: float, device, ceilings, document:
             max_rounds=20 if quick else 50,
             warm_up=1 if cases[0].operation in ATTENTIONS else 0,  # the others' check is a whole call
         ),
-        budget=peers.CompileBudget(
+        budget=CompileBudget(
             total=compiling * (30.0 if quick else 900.0 if options.minutes is None else 15 * options.minutes),
             per_variant=15.0 if quick else 90.0,
         ),

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
-from . import peers
-from .layers import Projected
-from .peers import Skipped, Variant, sdpa_kernel
-from .workloads import DTYPES, PLAIN, RETRIEVAL, SEED, STEP, Workload
+from .operations import DECODE, DTYPES, PLAIN, RETRIEVAL, SEED, Workload
+from .variants import SDPA_BACKENDS, WITHOUT, Skipped, Variant, own_backends
+from .variants import Attention as Call
 
 PAST = 1024  # tokens in the self-attention's cache of a decoder step
 CPU_STEP_BYTES = 2.6e9  # of fp32 weights: a larger decoder is timed as its last layers
@@ -27,8 +27,12 @@ KEPT: dict = {}  # caches and weights of the case at hand, shared by its variant
 
 
 @dataclass(frozen=True)
-class Decode(Projected):
+class Decode(Workload):
     """One token of each of `batch` sequences, which stand at all rows of a chunk."""
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        return ("query", "encoded", "w_key", "w_value")
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -37,8 +41,8 @@ class Decode(Projected):
     def on(self, device: torch.device | str) -> Workload:
         return self if self.batch is not None else replace(self, batch=1)
 
-    def check_room(self, device: torch.device) -> None:
-        """The reference takes four sequences only."""
+    def fans_in(self) -> tuple[int, ...]:
+        return (1, 1, self.encoder_dim, self.encoder_dim)
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         b, h, hk, d, e = self._batch, self.num_heads, self.kv_heads, self.head_dim, self.encoder_dim
@@ -76,6 +80,17 @@ class Decode(Projected):
         return rk.projected_chunked_cross_attention_decode(
             query, encoded, w_key, w_value, chunk_size=self.chunk_size, position=self.positions(query), backend=backend
         )
+
+    def eager(self) -> Call:
+        return functools.partial(eager, self)
+
+    def variants(
+        self, device: torch.device, *, compiled: bool = True, backends: list[str] | None = None
+    ) -> list[Variant | Skipped]:
+        return variants(self, device, backends=backends)
+
+    def release(self) -> None:
+        KEPT.clear()
 
 
 def cached(name: str, source: Tensor, make: Callable[[], object]) -> object:
@@ -146,10 +161,22 @@ def own_states(workload: Decode, backend: str, query, encoded, w_key, w_value) -
 
 
 @dataclass(frozen=True)
-class Step(Decode):
+class Step(Workload):
     """One token of every sequence through a decoder: self-attention with a cache of PAST tokens and feed-forward in
     every layer, and with the option RETRIEVAL chunked cross-attention in every third. Weights are made here, not
     given: `leaves` are the token's activations and the neighbours' states."""
+
+    @property
+    def inner(self) -> Decode:
+        """The chunked cross-attention inside."""
+        return Decode(**{**vars(self), "operation": DECODE, "option": PLAIN})
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("forward",)
+
+    def on(self, device: torch.device | str) -> Workload:
+        return self if self.batch is not None else replace(self, batch=1)
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -180,10 +207,13 @@ class Step(Decode):
         )
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return ((self._batch, 1, self.width), super().shapes()[1])
+        return ((self._batch, 1, self.width), self.inner.shapes()[1])
 
-    def fans_in(self) -> tuple[int, ...]:
-        return (1, 1)
+    def flops(self, mode: str) -> int:
+        return self.counts("kv", torch.float32)["flops"]
+
+    def bytes(self, mode: str, dtype: torch.dtype) -> int:
+        return self.counts("kv", dtype)["bytes"]
 
     def parameters_of(self) -> dict[str, tuple[int, ...]]:
         """Shapes of one layer's, and of its chunked cross-attention's."""
@@ -204,7 +234,7 @@ class Step(Decode):
         if not self.retrieving:
             flops, cache = 0, 0
         else:
-            one = Decode(**{**vars(self), "option": PLAIN}).counts(form, dtype)
+            one = self.inner.counts(form, dtype)
             flops, cache = len(self.retrieving) * one["flops"], one["cache_bytes"]
             cache *= len(self.retrieving) if form == "kv" else 1
         size = dtype.itemsize
@@ -251,8 +281,18 @@ class Step(Decode):
         return x
 
     def attend(self, *tensors: Tensor, backend: str | None = None, strategy: str = "absorb") -> Tensor:
-        inner = Decode(**{**vars(self), "option": PLAIN})
-        return self.step(lambda query, *x: inner.attend(query, *x[:-1], backend=backend), *tensors)
+        return self.step(lambda query, *x: self.inner.attend(query, *x[:-1], backend=backend), *tensors)
+
+    def eager(self) -> Call:
+        return functools.partial(eager, self)
+
+    def variants(
+        self, device: torch.device, *, compiled: bool = True, backends: list[str] | None = None
+    ) -> list[Variant | Skipped]:
+        return variants(self, device, backends=backends)
+
+    def release(self) -> None:
+        KEPT.clear()
 
 
 def _random(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
@@ -275,19 +315,17 @@ def _norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None, 1e-6)
 
 
-def eager(workload: Decode, *tensors: Tensor, **_) -> Tensor:
+def eager(workload: Decode | Step, *tensors: Tensor, **_) -> Tensor:
     """The operation with every token's keys and values made anew, in eager PyTorch."""
-    if workload.operation != STEP:
+    if isinstance(workload, Decode):
         return reproject_eager(workload, *tensors)
-    return workload.step(lambda *x: reproject_eager(workload, *x[:-1]), *tensors)  # type: ignore[attr-defined]
+    return workload.step(lambda *x: reproject_eager(workload, *x[:-1]), *tensors)
 
 
-def variants(
-    workload: Decode, device: torch.device, *, compiled: bool = True, backends: list[str] | None = None
-) -> list[Variant | Skipped]:
+def variants(workload: Decode | Step, device: torch.device, *, backends: list[str] | None) -> list[Variant | Skipped]:
     """Projecting again, caches with scaled_dot_product_attention, then retro_kernels' forms, and without retrieval."""
     step = isinstance(workload, Step)
-    inner = Decode(**{**vars(workload), "option": PLAIN}) if step else workload
+    inner = workload.inner if isinstance(workload, Step) else workload
 
     def variant(
         name: str, attention: Callable[..., Tensor], form: str, *, layered: bool = False, **settings
@@ -304,7 +342,7 @@ def variants(
     result: list[Variant | Skipped] = [
         Variant("eager", workload, functools.partial(eager, workload), extra=_counts(workload, "none"))
     ]
-    for name, backend in peers.SDPA_BACKENDS[device.type].items():
+    for name, backend in SDPA_BACKENDS[device.type].items():
         context = functools.partial(sdpa_kernel, backend)
         if not step and name != "math":
             result.append(variant(f"sdpa[{name}, projected again]", reproject_sdpa, "none", context=context))
@@ -314,7 +352,7 @@ def variants(
         result.append(variant("sdpa[kv]", cached_sdpa, "kv", layered=True))
     from retro_kernels.ops.chunked_cross_attention_decode.run import BACKENDS
 
-    for name, reason in peers.own_backends(device, backends):
+    for name, reason in own_backends(device, backends):
         if name not in BACKENDS:
             reason = reason or "this version of retro_kernels does not decode in it"
         if reason:
@@ -326,11 +364,11 @@ def variants(
     if step:
         off = workload.with_option(PLAIN)
         way = functools.partial(off.attend)
-        result.append(Variant("retro_kernels" + peers.WITHOUT, off, way, extra=_counts(off, "kv")))
+        result.append(Variant("retro_kernels" + WITHOUT, off, way, extra=_counts(off, "kv")))
     return result
 
 
-def _counts(workload: Decode, form: str, device: torch.device | None = None) -> Callable[[str, str], dict]:
+def _counts(workload: Decode | Step, form: str, device: torch.device | None = None) -> Callable[[str, str], dict]:
     """`device`: where filling the caches of a step is timed, too."""
 
     def extra(dtype: str, mode: str) -> dict:

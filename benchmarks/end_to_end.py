@@ -34,9 +34,9 @@ from retro_kernels import files
 from retro_kernels.models import Neighbours, Retro, RetroConfig
 from retro_kernels.models.loss import linear_cross_entropy
 
-from . import environment, peers, report, results
+from . import attention, environment, report, results
+from .operations import CAUSAL_SELF, CCA, ENCODER_CROSS, ENCODER_SELF
 from .timing import measure_ceilings
-from .workloads import CAUSAL_SELF, CCA, ENCODER_CROSS, ENCODER_SELF
 
 HERE = Path(__file__).resolve().parent
 FILE = "end-to-end.json"
@@ -62,24 +62,24 @@ def config_of(given: argparse.Namespace, **changes: Any) -> RetroConfig:
 @contextlib.contextmanager
 def use_attentions(way: str) -> Iterator[None]:
     """In the block the models' attentions are `way`: "fused" (this library's, as they are), "sdpa" (PyTorch's, on
-    folded tensors, relative positions as a materialised bias) or "eager"; the latter two are `benchmarks.peers`'."""
+    folded tensors, relative positions as a materialised bias) or "eager"; the latter two are those of attention.py."""
     if way == "fused":
         yield
         return
-    attention = getattr(peers, way)
+    attend = getattr(attention, way)
 
     def cross(query, key, value, *, chunk_size, query_offset, chunk_offset, **options):
         workload = _workload(CCA, query, key, options, chunk_size=chunk_size, num_neighbours=key.shape[2])
         whole = F.pad(query, (0, 0, 0, 0, query_offset, 0))
-        return attention(workload, whole, key, value, *_positions(options))[:, query_offset:]
+        return attend(workload, whole, key, value, *_positions(options))[:, query_offset:]
 
     def own(query, key, value, *, causal=False, **options):
         workload = _workload(CAUSAL_SELF if causal else ENCODER_SELF, query, key, options)
-        return attention(workload, query, key, value, *_positions(options))
+        return attend(workload, query, key, value, *_positions(options))
 
     def to_chunk(query, key, value, **options):
         workload = _workload(ENCODER_CROSS, query, key, options)
-        return attention(workload, query, key, value, *_positions(options), rows=True)
+        return attend(workload, query, key, value, *_positions(options), rows=True)
 
     replaced = (
         ("chunked_cross_attention", "chunked_cross_attention", cross),
@@ -99,11 +99,11 @@ def use_attentions(way: str) -> Iterator[None]:
 
 
 def _workload(operation: str, query, key, options: dict[str, Any], **sizes: int) -> Any:
-    """What `peers` asks of a workload. Raises ValueError for an option that its functions leave out."""
+    """What `attention` asks of a workload. Raises ValueError for an option that its functions leave out."""
     known = {"relative_key", "content_bias", "relative_bias", "scale", "stride", "align", "dropout_p", "backend"}
     unknown = [name for name, value in options.items() if name not in known and value is not None]
     if unknown or options.get("dropout_p"):
-        raise ValueError(f"{', '.join(unknown) or 'dropout_p'}: peers.sdpa and peers.eager have no such thing")
+        raise ValueError(f"{', '.join(unknown) or 'dropout_p'}: attention.sdpa and attention.eager have no such thing")
     return SimpleNamespace(operation=operation, head_dim=query.shape[-1], **sizes)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from retro_kernels.ops import evidence, verified_file
 
 from . import results
-from .workloads import CCA, DTYPES, ENCODER_CROSS, ENCODER_SELF, PLAIN
+from .operations import CCA, DTYPES, ENCODER_CROSS, ENCODER_SELF, PLAIN
 
 OPERATIONS = {
     CCA: "chunked_cross_attention", ENCODER_SELF: "neighbour_self_attention",

@@ -49,11 +49,12 @@ def time_workloads(record: Record, planned: list[tuple], compiled: bool, seconds
     as CUDA graphs and, besides, as eager calls on the wall's clock."""
     import torch
 
-    from . import peers, suite, timing
-    from .workloads import MODES
+    from . import suite, timing
+    from .operations import MODES
+    from .variants import CompileBudget
 
     ceilings, device = ceilings_of(record), device_of(record)
-    budget = peers.CompileBudget(0.4 * max(0.0, record.seconds_left()), 20.0)
+    budget = CompileBudget(0.4 * max(0.0, record.seconds_left()), 20.0)
     for workload, dtype in planned:
         name = f"{workload.operation} {workload.option} {workload.name} {dtype}"
         if name in record.done:
@@ -82,7 +83,8 @@ def time_workloads(record: Record, planned: list[tuple], compiled: bool, seconds
 
 def headline(record: Record) -> None:
     """Two timings that a run of a minute already has: chunked cross-attention and the encoder's self-attention."""
-    from .workloads import CCA, ENCODER_SELF, PLAIN, select
+    from .operations import CCA, ENCODER_SELF, PLAIN
+    from .workloads import select
 
     if record.reduced:
         planned = [(workload, "fp32") for workload in select(["tiny"], [CCA], [PLAIN])]
@@ -96,7 +98,8 @@ def headline(record: Record) -> None:
 
 def tables(record: Record) -> None:
     """The workloads of design section 6 against SDPA, FlexAttention and torch.compile, what matters most first."""
-    from .workloads import CAUSAL_SELF, CCA, ENCODER_CROSS, ENCODER_SELF, OPTIONS, PLAIN, RELATIVE, select
+    from .operations import CAUSAL_SELF, CCA, ENCODER_CROSS, ENCODER_SELF, OPTIONS, PLAIN, RELATIVE
+    from .workloads import select
 
     if record.reduced:
         planned = [(workload, "fp32") for workload in select(["tiny"], [ENCODER_CROSS], [PLAIN])]

@@ -24,8 +24,8 @@ import torch
 from retro_kernels import files
 
 from . import environment, timing
+from .operations import DTYPES
 from .timing import Protocol, Timed
-from .workloads import DTYPES
 
 CHUNK = 64
 

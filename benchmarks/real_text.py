@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from . import text_database
+from .operations import SEED
 from .timing import Protocol, Samples, Timed, interleaved, peak_extra_bytes
-from .workloads import SEED
 
 MODEL = "retro-pytorch 0.3.9, README configuration"
 README = {

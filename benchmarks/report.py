@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from . import results
-from .workloads import PROJECTED
+from .operations import PROJECTED
 
 HERE = Path(__file__).resolve().parent
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from retro_kernels import files
 
-from .workloads import (
+from .operations import (
     ATTENTIONS,
     CCA,
     DECODE,

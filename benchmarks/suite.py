@@ -11,10 +11,10 @@ from typing import Protocol as Interface
 
 import torch
 
-from . import peers, verify
-from .peers import CompileBudget, CompileTimeout, Skipped, Variant
+from . import verify
+from .operations import ATTENTIONS, DROPOUT, DTYPES, PLAIN, SEED, Workload
 from .timing import Ceilings, Memory, Protocol, Timed, interleaved, memory, saved_bytes
-from .workloads import ATTENTIONS, DECODE, DROPOUT, DTYPES, LAYER, PLAIN, PROJECTED, SEED, STEP, Workload
+from .variants import WITHOUT, CompileBudget, CompileTimeout, Skipped, Variant
 
 OK, SKIPPED, WRONG, FAILED = "ok", "skipped", "wrong", "failed"
 
@@ -139,10 +139,7 @@ def run(workloads: Iterable[Workload], settings: Settings, ceilings: Ceilings, w
                 add(_case(workload, dtype, mode, inputs, truths, settings, ceilings, watcher))
             del inputs
         del base
-        if workload.operation in (DECODE, STEP):
-            from .decoding import KEPT
-
-            KEPT.clear()
+        workload.release()
         _clean(settings.device)
     return rows
 
@@ -179,7 +176,7 @@ def _case(workload, dtype, mode, inputs, truths, settings: Settings, ceilings, w
     timed: dict[str, Timed] = {}
     ways: dict[str, Variant] = {}
     eager_errors: dict[Workload, list[verify.Error]] = {}
-    for variant in peers.variants(workload, device, compiled=settings.compiled, backends=settings.backends):
+    for variant in workload.variants(device, compiled=settings.compiled, backends=settings.backends):
         why = settings.skip(workload, dtype, mode, variant.name) if settings.skip else None
         if isinstance(variant, Variant) and variant.refusal:
             why = why or variant.refusal(dtype, mode)
@@ -223,7 +220,7 @@ def _case(workload, dtype, mode, inputs, truths, settings: Settings, ceilings, w
             rows[name].status, rows[name].reason = FAILED, "out of memory while all variants were timed"
     for name, samples in found.items():
         row = rows[name]
-        computed = workload.with_option(PLAIN) if name.endswith(peers.WITHOUT) else workload
+        computed = workload.with_option(PLAIN) if name.endswith(WITHOUT) else workload
         # Decoding's ways differ in what they must do; each was given the counts of its own.
         flops, moved = row.flops or computed.flops(mode), row.bytes or computed.bytes(mode, DTYPES[dtype])
         limit, bound = ceilings.floor_seconds(flops, moved, dtype)
@@ -283,7 +280,7 @@ def _results(variant: Variant, inputs, mode):
 def _eager_errors(variant: Variant, inputs, mode, truths) -> dict[Workload, list[verify.Error]]:
     """Of what this variant computes; dropout's measure is the error without it."""
     computed = variant.workload.with_option(PLAIN) if variant.workload.option == DROPOUT else variant.workload
-    result = verify.run(computed, peers.eager_of(computed), inputs, mode)
+    result = verify.run(computed, computed.eager(), inputs, mode)
     return {variant.workload: truths[computed].errors(result)}
 
 
@@ -300,7 +297,7 @@ def _memory(call: Callable[[], object], device: torch.device) -> Memory | None:
 
 def _whole_scratch(workload: Workload, dtype: str, mode: str, ways: dict[str, Variant], device: torch.device):
     """(variant, bytes) of one call of each of our strategies at the whole length, where what is timed is shorter."""
-    whole = workload.whole() if workload.operation in (PROJECTED, LAYER) else None  # type: ignore[attr-defined]
+    whole = workload.whole()
     if whole is None or _too_large(whole, dtype, device):
         return
     inputs = verify.leaves(whole.inputs(DTYPES[dtype], device), mode != "forward")

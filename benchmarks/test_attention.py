@@ -3,17 +3,19 @@
 import pytest
 import torch
 
-from . import environment, peers, suite, verify
+from . import environment, suite, verify
+from .operations import DTYPES, MODES, PLAIN
 from .timing import peak_extra_bytes
-from .workloads import DEFAULT, DTYPES, MODES, PLAIN, QUICK, select
+from .variants import CompileBudget, Variant
+from .workloads import DEFAULT, QUICK, select
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [workload.on(DEVICE) for workload in select(default=QUICK if DEVICE.type == "cpu" else DEFAULT)]
 VARIANTS = [
     (workload, variant.name)
     for workload in CASES
-    for variant in peers.variants(workload, DEVICE, compiled=False)
-    if isinstance(variant, peers.Variant) and not variant.name.startswith("sdpa[math")
+    for variant in workload.variants(DEVICE, compiled=False)
+    if isinstance(variant, Variant) and not variant.name.startswith("sdpa[math")
 ]
 
 
@@ -43,13 +45,13 @@ def test_attention(benchmark, prepared, workload, name, dtype, mode):
     if mode not in workload.modes:
         pytest.skip("it has no backward")
     base, truths = prepared(workload)
-    (variant,) = (v for v in peers.variants(workload, DEVICE, compiled=False) if v.name == name)
+    (variant,) = (v for v in workload.variants(DEVICE, compiled=False) if v.name == name)
     reason = variant.refusal and variant.refusal(dtype, mode)
     if reason:
         pytest.skip(reason)
     inputs = verify.leaves(tuple(t.to(DTYPES[dtype]) for t in base), mode != "forward")
     inputs = suite.inputs_of(variant.workload, inputs)
-    status, reason, errors = suite.check(variant, inputs, mode, truths, peers.CompileBudget(0.0, 0.0), dtype, {})
+    status, reason, errors = suite.check(variant, inputs, mode, truths, CompileBudget(0.0, 0.0), dtype, {})
     if status == suite.SKIPPED:
         pytest.skip(reason)
     assert status == suite.OK, f"not timed, because it is not right: {reason}"

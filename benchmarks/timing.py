@@ -286,7 +286,7 @@ class Ceilings:
 def measure_ceilings(device: torch.device, dtypes: list[str], quick: bool = False) -> Ceilings:
     """Copy bandwidth (bytes read plus written) of a buffer far beyond the caches, and the matrix rate per dtype."""
     from .cpu_peak import multiply_add_rates
-    from .workloads import DTYPES
+    from .operations import DTYPES
 
     on_gpu = device.type == "cuda"
     size = (4 << 30) if on_gpu else (128 << 20 if quick else 512 << 20)
@@ -307,13 +307,3 @@ def measure_ceilings(device: torch.device, dtypes: list[str], quick: bool = Fals
     loops = {} if on_gpu else {name: rate for name, rate in multiply_add_rates().items() if name in dtypes}
     best = {name: max(products[name], loops.get(name, 0.0)) for name in dtypes}
     return Ceilings(bandwidth, best, products, loops)
-
-
-@contextlib.contextmanager
-def stopwatch(into: dict[str, float], name: str) -> Iterator[None]:
-    """Stores the seconds that the block took."""
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        into[name] = time.monotonic() - start

@@ -1,7 +1,7 @@
 """No speed without a check: every timed variant's output and gradients against an fp64 reference, in the same run.
 
 The truth is retro_kernels' backend="reference" on fp64 inputs. The inputs are the same numbers in every precision
-(workloads.py), so one truth judges them all. A result passes when its largest error is at most twice that of the same
+(operations.py), so one truth judges them all. A result passes when its largest error is at most twice that of the same
 computation in eager PyTorch of the same precision, plus a floor of FLOORS times the largest true value, and when its
 direction agrees (COSINES). The eager computation is what sets that measure, so it is judged by EAGER_LIMITS instead.
 Where the tensors are too large for fp64, the first and the last batch entry and key/value head are checked, and the
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from retro_kernels.testing import FP32_TOLERANCE, KERNEL_FLOOR
 
-from .workloads import ATTENTIONS, CAUSAL_SELF, DROPOUT, DROPOUT_P, MODES, SEED, STEP, Workload
+from .operations import ATTENTIONS, CAUSAL_SELF, DROPOUT, DROPOUT_P, MODES, SEED, STEP, Workload
 
 FLOORS = {"fp32": FP32_TOLERANCE, "bf16": KERNEL_FLOOR[torch.bfloat16], "fp16": KERNEL_FLOOR[torch.float16]}
 COSINES = {"fp32": 0.999999, "bf16": 0.9995, "fp16": 0.9999}
@@ -144,8 +144,7 @@ class Truth:
         self.workload = workload
         self.slices = slices(workload)
         self.whole = len(self.slices) == 1
-        if workload.operation not in ATTENTIONS:
-            workload.check_room(inputs[0].device)
+        workload.check_room(inputs[0].device)
         if workload.option == DROPOUT and not self.whole:
             raise ValueError("too large for an fp64 reference, which dropout needs whole")
         self.results = [self._reference(part, inputs) for part in self.slices]
@@ -155,7 +154,8 @@ class Truth:
         workload = self.workload
         mode = workload.modes[-1]
         rows = (workload.rows,) if workload.operation == CAUSAL_SELF else ()
-        logits = 8 * part.group * (workload.pairs()[0] * (2 if rows else 1))
+        pairs = workload.pairs()[0] if workload.operation in ATTENTIONS else 0
+        logits = 8 * part.group * pairs * (2 if rows else 1)
         count = part.kv_heads.stop - part.kv_heads.start
         step = count if workload.option == DROPOUT else max(1, min(count, LARGEST_FP64_LOGITS // max(1, logits)))
         found: list[Result] = []

@@ -6,14 +6,14 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1] / "retro_kernels"
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def modules() -> dict[str, Path]:
-    """Name -> file, of the whole package."""
+def modules(package: str) -> dict[str, Path]:
+    """Name -> file, of a whole package of this repository."""
     found = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 

@@ -8,34 +8,31 @@ import pytest
 import torch
 
 import retro_kernels as rk
-from benchmarks import bench, decoding, layers, peers, suite, timing, verify
-from benchmarks.workloads import (
+from benchmarks import attention, bench, decoding, projected, suite, timing, verify
+from benchmarks.attention import Attention
+from benchmarks.operations import (
     ATTENTIONS,
     CAUSAL_SELF,
     CCA,
     DECODE,
-    DEFAULT,
     DROPOUT,
     ENCODER_CROSS,
     ENCODER_SELF,
-    GOALS,
     LAYER,
     MODES,
     OPTIONS,
     PLAIN,
     PROJECTED,
-    QUICK,
     RELATIVE,
     RETRIEVAL,
     STEP,
-    TINY,
-    WORKLOADS,
     Workload,
-    select,
 )
+from benchmarks.variants import WITHOUT, CompileBudget, CompileTimeout
+from benchmarks.workloads import DEFAULT, GOALS, KINDS, QUICK, TINY, WORKLOADS, select
 
 CPU = torch.device("cpu")
-GROUPED = Workload("grouped", 4, 16, num_kv_heads=2, sequence_length=45, chunk_size=8, retrieved_length=16, batch=2)
+GROUPED = Attention("grouped", 4, 16, num_kv_heads=2, sequence_length=45, chunk_size=8, retrieved_length=16, batch=2)
 EVERY = select(["tiny"], list(ATTENTIONS), [PLAIN, RELATIVE])
 CEILINGS = timing.Ceilings(1e10, {"fp32": 1e11, "bf16": 2e11}, {}, {})
 
@@ -44,7 +41,7 @@ def settings(**changes):
     values = {
         "device": CPU, "dtypes": ["fp32"], "modes": MODES,
         "protocol": timing.Protocol(seconds=0.0, min_rounds=2, max_rounds=2),
-        "budget": peers.CompileBudget(0.0, 0.0), "compiled": False, "backends": ["reference"],
+        "budget": CompileBudget(0.0, 0.0), "compiled": False, "backends": ["reference"],
     }  # fmt: skip
     return suite.Settings(**{**values, **changes})
 
@@ -64,18 +61,18 @@ class Watcher:
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["", "rows"])
-@pytest.mark.parametrize("function", [peers.eager, peers.sdpa, peers.flex])
+@pytest.mark.parametrize("function", [attention.eager, attention.sdpa, attention.flex])
 @pytest.mark.parametrize("workload", [GROUPED, *EVERY], ids=lambda w: f"{w.operation}-{w.option}-{w.name}")
 def test_alternatives_compute_the_operation(workload, function, rows):
     """Against the fp64 reference, output and gradients, with an incomplete last chunk and with grouped heads."""
     inputs = workload.inputs(torch.float64, CPU)
     truth = verify.Truth(workload, inputs)
     fixed = {"rows": rows}
-    if function is peers.flex and workload.operation == CAUSAL_SELF:
-        fixed["block_mask"] = peers.causal_block_mask(workload, CPU)
-    mode = "forward" if function is peers.flex else "forward+backward"
-    attention = functools.partial(function, workload, **fixed)
-    for error in truth.errors(verify.run(workload, attention, verify.leaves(inputs, mode != "forward"), mode)):
+    if function is attention.flex and workload.operation == CAUSAL_SELF:
+        fixed["block_mask"] = attention.causal_block_mask(workload, CPU)
+    mode = "forward" if function is attention.flex else "forward+backward"
+    way = functools.partial(function, workload, **fixed)
+    for error in truth.errors(verify.run(workload, way, verify.leaves(inputs, mode != "forward"), mode)):
         assert error.relative < 1e-12, error
 
 
@@ -84,25 +81,25 @@ def test_shift_moves_every_row_by_one():
     rows, slots = 3, 5
     distances = torch.arange(rows + slots - 1).flip(0).expand(2, rows, -1)  # largest first
     i, t = torch.arange(rows)[:, None], torch.arange(slots)
-    assert torch.equal(peers.shift(distances)[1], i - t + slots - 1)
+    assert torch.equal(attention.shift(distances)[1], i - t + slots - 1)
 
 
 def test_rows_folding_repeats_nothing():
     """Encoder cross-attention folded into rows reads the keys where they are; the repeated form copies them."""
     workload = select(["tiny"], [ENCODER_CROSS])[0]
     query, key, value, _ = workload.inputs(torch.float32, CPU)
-    folded = peers.fold(workload, query, key, value, rows=True)
+    folded = attention.fold(workload, query, key, value, rows=True)
     assert folded.key.data_ptr() == key.data_ptr()
     assert folded.query.data_ptr() == query.data_ptr()
     assert folded.query.shape[2] == workload.num_neighbours * workload.retrieved_length
-    repeated = peers.fold(workload, query, key, value)
+    repeated = attention.fold(workload, query, key, value)
     assert repeated.key.numel() == workload.num_neighbours * key.numel()
 
 
 def test_masked_flex_marks_the_same_pairs():
     """The block mask of FlexAttention's own idiom admits exactly the pairs of chunked cross-attention."""
     workload = WORKLOADS["lucidrains"]
-    mask = peers.chunk_block_mask(workload, CPU)
+    mask = attention.chunk_block_mask(workload, CPU)
     m, keys = workload.chunk_size, workload.keys_per_chunk
     for token, slot in ((62, 0), (63, 0), (63, 255), (63, 256), (126, 255), (127, 255), (127, 256), (2047, 8191)):
         expected = token >= m - 1 and (token - (m - 1)) // m == slot // keys
@@ -130,9 +127,9 @@ def test_a_wrong_variant_is_not_timed(monkeypatch):
     """A shift off by one token is caught, named, and never gets a time."""
 
     def shifted(*arguments, **settings):
-        return peers.eager(*arguments, **settings).roll(1, dims=1)
+        return attention.eager(*arguments, **settings).roll(1, dims=1)
 
-    monkeypatch.setattr(peers, "sdpa", shifted)
+    monkeypatch.setattr(attention, "sdpa", shifted)
     for row in suite.run([TINY], settings(), CEILINGS, Watcher()):
         if row.variant.startswith("sdpa"):
             assert row.status == suite.WRONG
@@ -147,7 +144,7 @@ def test_options_are_timed_beside_none(operation):
     rows = suite.run(cases, settings(modes=("forward+backward",)), CEILINGS, Watcher())
     for option in (RELATIVE, DROPOUT):
         found = {row.variant: row for row in rows if row.option == option}
-        ours, without = found["retro_kernels[reference]"], found["retro_kernels[reference]" + peers.WITHOUT]
+        ours, without = found["retro_kernels[reference]"], found["retro_kernels[reference]" + WITHOUT]
         assert (ours.status, without.status, found["eager"].status) == (suite.OK,) * 3
         assert len(ours.errors) == (7 if option == RELATIVE else 4)
         assert len(without.errors) == 4
@@ -162,8 +159,8 @@ def test_dropout_of_the_wrong_probability_or_scale_is_seen():
 
     def outcome(p, scale=1.0):
         torch.manual_seed(0)
-        attention = functools.partial(peers.eager, workload, dropout_p=p)
-        result = verify.run(workload, lambda *tensors: scale * attention(*tensors), inputs, "forward")
+        way = functools.partial(attention.eager, workload, dropout_p=p)
+        result = verify.run(workload, lambda *tensors: scale * way(*tensors), inputs, "forward")
         return truth.judge_own_dropout(result)
 
     assert outcome(workload.dropout_p) is None
@@ -175,13 +172,13 @@ def test_dropout_of_the_wrong_probability_or_scale_is_seen():
 def test_another_dropout_mask_of_ours_is_wrong(monkeypatch):
     """Ours is compared with a reference that drops the same probabilities: another seed does not pass."""
     (workload,) = select(["tiny"], [ENCODER_SELF], [DROPOUT])
-    real = Workload.attend
+    real = Attention.attend
 
     def reseeded(self, *tensors, backend=None):
         torch.manual_seed(int(tensors[0].dtype == torch.float64))
         return real(self, *tensors, backend=backend)
 
-    monkeypatch.setattr(Workload, "attend", reseeded)
+    monkeypatch.setattr(Attention, "attend", reseeded)
     rows = suite.run([workload], settings(modes=("forward",)), CEILINGS, Watcher())
     assert {row.variant: row.status for row in rows}["retro_kernels[reference]"] == suite.WRONG
 
@@ -190,7 +187,7 @@ def test_a_failing_variant_does_not_stop_the_rest(monkeypatch):
     def broken(*arguments, **settings):
         raise RuntimeError("no kernel is available")
 
-    monkeypatch.setattr(peers, "sdpa", broken)
+    monkeypatch.setattr(attention, "sdpa", broken)
     rows = suite.run([TINY], settings(modes=("forward",)), CEILINGS, Watcher())
     statuses = {row.variant: row.status for row in rows}
     assert statuses["sdpa[flash]"] == suite.SKIPPED
@@ -198,17 +195,17 @@ def test_a_failing_variant_does_not_stop_the_rest(monkeypatch):
 
 
 def test_compile_budget_caps_the_wall_clock():
-    budget = peers.CompileBudget(total=10.0, per_variant=0.05)
+    budget = CompileBudget(total=10.0, per_variant=0.05)
 
     def endless():
         with budget.spend():
             while True:
                 torch.ones(1)
 
-    with pytest.raises(peers.CompileTimeout):
+    with pytest.raises(CompileTimeout):
         endless()
     assert 0.05 <= budget.used < 5
-    assert peers.CompileBudget(1.0, 1.0, used=1.0).allowed == 0
+    assert CompileBudget(1.0, 1.0, used=1.0).allowed == 0
 
 
 def test_compile_beyond_its_budget_is_skipped_and_said():
@@ -246,13 +243,17 @@ def test_corners_are_checked_when_everything_is_too_much(monkeypatch):
     truth = verify.Truth(GROUPED, inputs)
     assert not truth.whole
     result = verify.run(
-        GROUPED, functools.partial(peers.eager, GROUPED), verify.leaves(inputs, True), "forward+backward"
+        GROUPED, functools.partial(attention.eager, GROUPED), verify.leaves(inputs, True), "forward+backward"
     )
     assert verify.judge(truth.errors(result), None, "fp32") is None
     result["key gradient"][-1, ..., -1, :] += 1
     assert "key gradient" in verify.judge(truth.errors(result), None, "fp32")
     result["output"][0, 0, 1] = float("nan")
     assert max(error.largest for error in truth.errors(result)) == float("inf")
+
+
+def test_no_workload_inherits_from_another():
+    assert {kind.__bases__ for kind in KINDS.values()} == {(Workload,)}
 
 
 def test_counts():
@@ -263,7 +264,7 @@ def test_counts():
     query, key, lse = 37 * 2 * 16 * 4, 4 * 32 * 2 * 16 * 4, 37 * 2 * 4
     assert TINY.bytes("forward", torch.float32) == 2 * query + 2 * key + lse
     assert TINY.bytes("forward+backward", torch.float32) == 6 * query + 6 * key + 2 * lse
-    assert GROUPED.bytes("forward", torch.float32) < Workload(**{**vars(GROUPED), "num_kv_heads": None}).bytes(
+    assert GROUPED.bytes("forward", torch.float32) < Attention(**{**vars(GROUPED), "num_kv_heads": None}).bytes(
         "forward", torch.float32
     )
 
@@ -430,8 +431,8 @@ def test_what_is_round_the_attention_is_checked_and_timed(operation):
 @pytest.mark.parametrize("operation", [PROJECTED, LAYER, DECODE])
 def test_a_wrong_projection_is_not_timed(operation, monkeypatch):
     """Keys and values exchanged: caught in the operation, in the layer and in decoding."""
-    name = "reproject_sdpa" if operation == DECODE else "projected"
-    module = decoding if operation == DECODE else layers
+    name = "reproject_sdpa" if operation == DECODE else "project_then"
+    module = decoding if operation == DECODE else projected
     real = getattr(module, name)
 
     def exchanged(*arguments):
@@ -439,17 +440,10 @@ def test_a_wrong_projection_is_not_timed(operation, monkeypatch):
         more = arguments[-3:] if operation == LAYER else ()
         return real(*rest, w_value, w_key, *more)
 
-    eager_of = peers.eager_of
     monkeypatch.setattr(module, name, exchanged)
-    monkeypatch.setattr(
-        peers,
-        "eager_of",
-        lambda workload: (
-            functools.partial(layers.Projected.attend, workload, backend="reference")
-            if operation == PROJECTED
-            else eager_of(workload)
-        ),
-    )
+    # The eager way of the projected operation is exchanged too, and cannot judge it.
+    reference = functools.partial(projected.Projected.attend, backend="reference")
+    monkeypatch.setattr(projected.Projected, "eager", lambda workload: functools.partial(reference, workload))
     (workload,) = select(["tiny"], [operation])
     rows = suite.run([workload], settings(modes=("forward",)), CEILINGS, Watcher())
     statuses = {row.variant: row.status for row in rows}
@@ -458,13 +452,13 @@ def test_a_wrong_projection_is_not_timed(operation, monkeypatch):
 
 def test_counts_of_what_is_round_the_attention():
     """By hand, at the tiny shape: 30 tokens attend to 4 chunks of 32 slots of 896 numbers, 2 heads of 16."""
-    projected, layer, decode, step = (select(["tiny"], [name])[0] for name in AROUND)
+    whole, layer, decode, step = (select(["tiny"], [name])[0] for name in AROUND)
     made = 4 * 4 * 32 * 896 * 32 + 4 * 30 * 32 * 32
     absorbed = 4 * 30 * 896 * 2 * (16 + 32)
-    assert projected.flops("forward") == min(made, absorbed)
-    assert layer.flops("forward") == projected.flops("forward") + 2 * 2 * 37 * 32 * 32
+    assert whole.flops("forward") == min(made, absorbed)
+    assert layer.flops("forward") == whole.flops("forward") + 2 * 2 * 37 * 32 * 32
     states, weights, query = 4 * 32 * 896, 2 * 32 * 896, 37 * 32
-    assert projected.bytes("forward", torch.float32) == 4 * (2 * query + states + weights) + 4 * 37 * 2
+    assert whole.bytes("forward", torch.float32) == 4 * (2 * query + states + weights) + 4 * 37 * 2
     assert decode.counts("kv", torch.float32)["cache_bytes"] == 4 * 2 * 32 * 32
     assert decode.counts("states", torch.float32)["cache_bytes"] == 4 * 32 * 896
     assert decode.counts("states", torch.float32)["bytes"] == 4 * (2 * 32 + 32 * 896 + weights)
@@ -479,15 +473,14 @@ def test_a_cpu_gets_fewer_chunks_of_the_same_shape():
         assert (smaller.sequence_length + 1) % smaller.chunk_size == 0
         assert smaller.attending_tokens == smaller.num_chunks * smaller.chunk_size
         assert smaller.keys_per_chunk == workload.keys_per_chunk
-        assert smaller.flops("forward") < 2 * layers.CPU_FLOPS[workload.operation] or smaller.num_chunks == 1
+        assert smaller.flops("forward") < 2 * projected.CPU_FLOPS[workload.operation] or smaller.num_chunks == 1
 
 
 def test_a_short_case_tells_the_memory_of_its_whole_length(monkeypatch):
     """Both strategies', at TINY's length, of a case with half of its chunks; and the layer at 7.5B has one."""
     (tiny,) = select(["tiny"], [PROJECTED])
-    half = replace(tiny, sequence_length=17)
-    monkeypatch.setattr(layers, "WHOLE", ("tiny",))
-    monkeypatch.setattr(layers, "WORKLOADS", {"tiny": tiny})
+    half = replace(tiny, sequence_length=17, whole_length=tiny.sequence_length)
+    monkeypatch.setattr(projected, "WHOLE", ("tiny",))
     assert half.whole() == tiny
     assert tiny.whole() is None
     backends = None if rk.backends()["cpu"].available else ["reference"]

@@ -1,6 +1,6 @@
-"""The alternatives: each attention as others compute it, from the same tensors.
+"""The attentions, and the alternatives: each attention as others compute it, from the same tensors.
 
-Every way takes the tensors of `Workload.leaves` and returns what retro_kernels returns: whatever shifting, padding,
+Every way takes the tensors of `Attention.leaves` and returns what retro_kernels returns: whatever shifting, padding,
 repeating and folding it needs is inside and is timed, because its user pays for it. All of them fold the operation to a
 plain attention first:
 
@@ -12,43 +12,104 @@ every peer does; `rows` lays the k neighbours' rows of a chunk side by side, so 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
-from .workloads import (
-    ATTENTIONS,
-    CAUSAL_SELF,
-    CCA,
-    DROPOUT,
-    ENCODER_CROSS,
-    LAYER,
-    PLAIN,
-    PROJECTED,
-    RELATIVE,
-    Workload,
-)
+from .operations import CAUSAL_SELF, CCA, DROPOUT, ENCODER_CROSS, ENCODER_SELF, PLAIN, RELATIVE, Workload
+from .variants import SDPA_BACKENDS, WITHOUT, Skipped, Variant, own_backends
+from .variants import Attention as Call
 
-Attention = Callable[..., Tensor]
 
-SDPA_BACKENDS = {
-    "cpu": {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION},
-    "cuda": {
-        "math": SDPBackend.MATH,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-    },
-}
+@dataclass(frozen=True)
+class Attention(Workload):
+    """Chunked cross-attention, one of the encoder's attentions, or the decoder's self-attention."""
+
+    @property
+    def rows(self) -> int:
+        """M of the operation's contract: rows of the tables."""
+        rows = {CCA: self.chunk_size, CAUSAL_SELF: self.sequence_length}
+        return rows.get(self.operation, self.retrieved_length)
+
+    @property
+    def slots(self) -> int:
+        """Tokens on the key's token axis."""
+        slots = {ENCODER_CROSS: self.chunk_size, CAUSAL_SELF: self.sequence_length}
+        return slots.get(self.operation, self.retrieved_length)
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """Names of the differentiable inputs, in order."""
+        positions = ("relative_key", "content_bias", "relative_bias") if self.option == RELATIVE else ()
+        return ("query", "key", "value", *positions)
+
+    def pairs(self) -> tuple[int, int]:
+        """(row, slot) pairs of all sequences and one head that attend, and those among them that need a positional
+        term of their own: one neighbour's of a chunk, whose rows and distances the others share."""
+        b, chunks, r = self._batch, self.num_chunks, self.retrieved_length
+        if self.operation == CCA:
+            one = b * self.attending_tokens * r
+            return one * self.num_neighbours, one
+        if self.operation == CAUSAL_SELF:
+            all_pairs = b * self.sequence_length * (self.sequence_length + 1) // 2
+        else:
+            all_pairs = b * chunks * self.num_neighbours * r * self.slots
+        return all_pairs, all_pairs
+
+    def flops(self, mode: str) -> int:
+        """Multiply-adds count two. Forward: query-key and probability-value products, and one with the positions;
+        backward: five products, the recomputed query-key product among them, and three with the positions."""
+        pairs, positional = (2 * self.num_heads * self.head_dim * number for number in self.pairs())
+        both = mode == "forward+backward"
+        return pairs * (7 if both else 2) + (positional * (4 if both else 1) if self.option == RELATIVE else 0)
+
+    def bytes(self, mode: str, dtype: torch.dtype) -> int:
+        """The fewest bytes that must move: every tensor that one pass needs, read or written once. The backward
+        reads the inputs, the output, its gradient and the log-sum-exp, and writes the gradients."""
+        size = dtype.itemsize
+        query, key, _, *positions = (torch.Size(shape).numel() for shape in self.shapes())
+        lse = query // self.head_dim * 4
+        forward = (2 * query + 2 * key + sum(positions)) * size + lse
+        backward = (4 * query + 4 * key + 2 * sum(positions)) * size + lse
+        return forward + (backward if mode == "forward+backward" else 0)
+
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of every input in the order of `leaves`."""
+        b, n, h, hk, d = self._batch, self.sequence_length, self.num_heads, self.kv_heads, self.head_dim
+        chunks, m, k, r = self.num_chunks, self.chunk_size, self.num_neighbours, self.retrieved_length
+        retrieved = (b, chunks, k, r)
+        query, key = {
+            CCA: ((b, n), retrieved),
+            ENCODER_SELF: (retrieved, retrieved),
+            ENCODER_CROSS: (retrieved, (b, chunks, m)),
+            CAUSAL_SELF: ((b, 1, 1, n), (b, 1, 1, n)),
+        }[self.operation]
+        positions = ((h, self.rows + self.slots - 1, d), (h, d), (h, d)) if self.option == RELATIVE else ()
+        return ((*query, h, d), (*key, hk, d), (*key, hk, d), *positions)
+
+    def attend(self, *tensors: Tensor, backend: str | None = None) -> Tensor:
+        """The operation of retro_kernels on the tensors of `leaves`."""
+        import retro_kernels as rk
+
+        options = dict(zip(self.leaves[3:], tensors[3:]), dropout_p=self.dropout_p, backend=backend)
+        if self.operation == CCA:
+            return rk.chunked_cross_attention(*tensors[:3], chunk_size=self.chunk_size, **options)
+        if self.operation == ENCODER_CROSS:
+            return rk.neighbour_cross_attention(*tensors[:3], **options)
+        return rk.neighbour_self_attention(*tensors[:3], causal=self.operation == CAUSAL_SELF, **options)
+
+    def eager(self) -> Call:
+        return functools.partial(eager, self)
+
+    def variants(
+        self, device: torch.device, *, compiled: bool = True, backends: list[str] | None = None
+    ) -> list[Variant | Skipped]:
+        return variants(self, device, compiled=compiled, backends=backends)
 
 
 @dataclass(frozen=True)
@@ -66,7 +127,7 @@ class Folded:
     causal: bool
 
 
-def fold(workload: Workload, query: Tensor, key: Tensor, value: Tensor, rows: bool = False) -> Folded:
+def fold(workload: Attention, query: Tensor, key: Tensor, value: Tensor, rows: bool = False) -> Folded:
     """`rows`: fold encoder cross-attention's neighbours into rows instead of repeating keys and values."""
     if workload.operation == CCA:
         b, n, _, _ = query.shape
@@ -131,7 +192,7 @@ def hidden(folded: Folded) -> Tensor:
     return torch.ones(i, t, dtype=torch.bool, device=folded.query.device).triu(1)
 
 
-def eager(workload: Workload, query, key, value, *positions, rows=False, dropout_p=0.0) -> Tensor:
+def eager(workload: Attention, query, key, value, *positions, rows=False, dropout_p=0.0) -> Tensor:
     """retro-pytorch's way (scale the query, einsum, mask, softmax, dropout, einsum; logits in the inputs' dtype), and
     Transformer-XL's where there are relative positions (both terms added, then scaled)."""
     folded = fold(workload, query, key, value, rows)
@@ -153,7 +214,7 @@ def eager(workload: Workload, query, key, value, *positions, rows=False, dropout
     return folded.unfold(torch.einsum("bhij,bhjd->bhid", probabilities, values))
 
 
-def sdpa(workload: Workload, query, key, value, *positions, rows=False, dropout_p=0.0) -> Tensor:
+def sdpa(workload: Attention, query, key, value, *positions, rows=False, dropout_p=0.0) -> Tensor:
     """scaled_dot_product_attention on folded tensors; relative positions as a materialised additive bias."""
     folded = fold(workload, query, key, value, rows)
     queries, bias = folded.query, None
@@ -170,7 +231,7 @@ def sdpa(workload: Workload, query, key, value, *positions, rows=False, dropout_
     return folded.unfold(out)
 
 
-def flex(workload: Workload, query, key, value, *positions, rows=False, block_mask=None, attend=None) -> Tensor:
+def flex(workload: Attention, query, key, value, *positions, rows=False, block_mask=None, attend=None) -> Tensor:
     """FlexAttention on the folded tensors; to be compiled (whole, or `attend` alone), because eager FlexAttention
     materialises everything. Relative positions are looked up by distance in its score_mod, so that queries x slots
     never exist."""
@@ -195,7 +256,7 @@ def flex(workload: Workload, query, key, value, *positions, rows=False, block_ma
     )
 
 
-def masked_flex(workload: Workload, query: Tensor, key: Tensor, value: Tensor, *, block_mask) -> Tensor:
+def masked_flex(workload: Attention, query: Tensor, key: Tensor, value: Tensor, *, block_mask) -> Tensor:
     """FlexAttention's own idiom for chunked cross-attention: the sequence unfolded, chunks as a block mask; nothing is
     shifted or padded."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -205,7 +266,7 @@ def masked_flex(workload: Workload, query: Tensor, key: Tensor, value: Tensor, *
     return flex_attention(query.transpose(1, 2), keys, values, block_mask=block_mask, enable_gqa=gqa).transpose(1, 2)
 
 
-def chunk_block_mask(workload: Workload, device: torch.device):
+def chunk_block_mask(workload: Attention, device: torch.device):
     from torch.nn.attention.flex_attention import create_block_mask
 
     m, keys = workload.chunk_size, workload.keys_per_chunk
@@ -219,100 +280,20 @@ def chunk_block_mask(workload: Workload, device: torch.device):
     )
 
 
-def causal_block_mask(workload: Workload, device: torch.device):
+def causal_block_mask(workload: Attention, device: torch.device):
     from torch.nn.attention.flex_attention import create_block_mask
 
     n = workload.sequence_length
     return create_block_mask(lambda batch, head, i, t: t <= i, None, None, n, n, device=str(device))
 
 
-class CompileTimeout(BaseException):
-    """torch.compile took longer than it was allowed. Not an Exception: the compiler would wrap it."""
-
-
-@contextlib.contextmanager
-def wall_clock_limit(seconds: float) -> Iterator[None]:
-    """Raises CompileTimeout in the block after so many seconds; no limit off the main thread or off Unix."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def expire(signum, frame):
-        raise CompileTimeout
-
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-
-
-@dataclass
-class CompileBudget:
-    """Seconds left for all compilation of a run. What one variant does not use is left for the next."""
-
-    total: float
-    per_variant: float
-    used: float = 0.0
-
-    @property
-    def allowed(self) -> float:
-        return min(self.per_variant, self.total - self.used)
-
-    @contextlib.contextmanager
-    def spend(self) -> Iterator[float]:
-        allowed, start = self.allowed, time.monotonic()
-        try:
-            with wall_clock_limit(allowed):
-                yield allowed
-        finally:
-            self.used += time.monotonic() - start
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way of computing a workload. `context` is entered round the call, outside the timed region."""
-
-    name: str
-    workload: Workload
-    """What it computes, and takes the leaves of: the case's workload, or that without its option."""
-    attention: Attention
-    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    compiled: bool = False
-    undropped: Attention | None = None
-    """The same without dropout, where dropout is PyTorch's own and so cannot be compared."""
-    extra: Callable[[str, str], dict] | None = None
-    """(dtype, mode) -> further fields of its row, asked once it was checked."""
-    refusal: Callable[[str, str], str | None] | None = None
-    """(dtype, mode) -> why it cannot run this case, or None."""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A variant that is not timed, and why."""
-
-    name: str
-    reason: str
-
-
-WITHOUT = " without"
-"""Ends the name of retro_kernels' own variants without the case's option."""
-
-
 def variants(
-    workload: Workload, device: torch.device, *, compiled: bool = True, backends: list[str] | None = None
+    workload: Attention, device: torch.device, *, compiled: bool, backends: list[str] | None
 ) -> list[Variant | Skipped]:
     """Every alternative for this workload on this device, retro_kernels' own backends last."""
-    if workload.operation not in ATTENTIONS:
-        from . import decoding, layers
-
-        module = layers if workload.operation in (PROJECTED, LAYER) else decoding
-        return module.variants(workload, device, compiled=compiled, backends=backends)
     dropout = workload.option == DROPOUT
 
-    def way(function: Callable, **fixed) -> Attention:
+    def way(function: Callable, **fixed) -> Call:
         return functools.partial(function, workload, **fixed)
 
     def variant(name: str, function: Callable, wrap=lambda attention: attention, **settings) -> Variant:
@@ -347,7 +328,7 @@ def variants(
     return result + own_variants(workload, device, backends)
 
 
-def _flex(name: str, workload: Workload, device: torch.device, rows: bool) -> Variant | Skipped:
+def _flex(name: str, workload: Attention, device: torch.device, rows: bool) -> Variant | Skipped:
     fixed = {"rows": True} if rows else {}
     if workload.operation == CAUSAL_SELF:
         try:
@@ -363,7 +344,7 @@ def _flex(name: str, workload: Workload, device: torch.device, rows: bool) -> Va
     return Variant(name, workload, _compile(functools.partial(flex, workload, **fixed)), compiled=True)
 
 
-def _block_mask_flex(workload: Workload, device: torch.device, compiled: bool) -> Variant | Skipped:
+def _block_mask_flex(workload: Attention, device: torch.device, compiled: bool) -> Variant | Skipped:
     name = "flex[block mask]"
     if device.type != "cuda":
         return Skipped(name, "measured on a GPU only: its block mask is built for GPU tiles")
@@ -376,7 +357,7 @@ def _block_mask_flex(workload: Workload, device: torch.device, compiled: bool) -
     return Variant(name, workload, _compile(functools.partial(masked_flex, workload, block_mask=mask)), compiled=True)
 
 
-def own_variants(workload: Workload, device: torch.device, backends: list[str] | None = None) -> list:
+def own_variants(workload: Attention, device: torch.device, backends: list[str] | None = None) -> list:
     """retro_kernels[<backend>] for every backend but the reference, which judges and does not compete. It is timed
     when it is asked for by name, or when nothing else can run. Each also without the case's option."""
     result: list[Variant | Skipped] = []
@@ -385,35 +366,7 @@ def own_variants(workload: Workload, device: torch.device, backends: list[str] |
     return result
 
 
-def own_backends(device: torch.device, backends: list[str] | None = None) -> list[tuple[str, str | None]]:
-    """(name, why it does not run here or None) of the backends whose turn it is."""
-    import retro_kernels as rk
-
-    result: list[tuple[str, str | None]] = []
-    for name, state in rk.backends().items():
-        if (backends and name not in backends) or (name == "reference" and not backends):
-            continue
-        reason = None if state.available else str(state.reason)
-        if not reason and {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}.get(name, device.type) != device.type:
-            reason = f"computes on another kind of device than {device.type}"
-        result.append((name, reason))
-    if all(reason for _, reason in result) and not backends:
-        result.append(("reference", None))
-    return result
-
-
-def eager_of(workload: Workload) -> Attention:
-    """What judges the others: the operation in eager PyTorch."""
-    if workload.operation in ATTENTIONS:
-        return functools.partial(eager, workload)
-    from . import decoding, layers
-
-    if workload.operation in (PROJECTED, LAYER):
-        return functools.partial(layers.projected, workload, eager)
-    return functools.partial(decoding.eager, workload)
-
-
-def own_variant(workload: Workload, backend: str) -> list[Variant]:
+def own_variant(workload: Attention, backend: str) -> list[Variant]:
     name = f"retro_kernels[{backend}]"
     result = [Variant(name, workload, functools.partial(workload.attend, backend=backend))]
     if workload.option != PLAIN:
@@ -422,5 +375,5 @@ def own_variant(workload: Workload, backend: str) -> list[Variant]:
     return result
 
 
-def _compile(attention: Attention) -> Attention:
+def _compile(attention: Call) -> Call:
     return torch.compile(attention, dynamic=False)
