@@ -1,44 +1,32 @@
-"""`retro-kernels db`: retrieval databases, one function per subcommand."""
+"""`retro-kernels db`: retrieval databases. Here are `info`, `verify`, `import` and `export`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from . import db_build, db_exchange, db_neighbours, db_search
-
-if TYPE_CHECKING:
-    from retro_kernels.retrieval import Database
+from . import db_build, db_index, db_query
+from .db_common import Folder, show_errors
 
 app = typer.Typer(
     help="Retrieval databases: build one, see what it holds, check it, look something up.", no_args_is_help=True
 )
 app.command("build")(db_build.build)
-app.command("import")(db_exchange.import_)
-app.command("export")(db_exchange.export)
-app.command("neighbours")(db_neighbours.neighbours)
-app.command("query")(db_neighbours.query)
-app.command("index")(db_search.index)
-app.command("evaluate")(db_search.evaluate)
-Folder = Annotated[Path, typer.Argument(help="The database's folder.", show_default=False)]
-
-
-def _open(folder: Path) -> Database:
-    from retro_kernels.retrieval import Database, DatabaseError
-
-    try:
-        return Database(folder)
-    except DatabaseError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+app.command("neighbours")(db_query.neighbours)
+app.command("query")(db_query.query)
+app.command("index")(db_index.index)
+app.command("evaluate")(db_index.evaluate)
 
 
 @app.command()
 def info(folder: Folder) -> None:
     """Says what a database holds: counts, sizes, tokenizer, embedder and index."""
-    database = _open(folder)
+    from retro_kernels.retrieval import Database
+
+    with show_errors():
+        database = Database(folder)
     manifest = database.manifest
     counts = manifest["counts"]
     size = sum(file["bytes"] for shard in manifest["shards"] for file in shard["files"].values())
@@ -67,9 +55,51 @@ def _index_facts(entry: dict | None) -> str:
 @app.command()
 def verify(folder: Folder) -> None:
     """Reads every file and checks every checksum and count. Exit code 1 where something is wrong."""
-    problems = _open(folder).verify()
+    from retro_kernels.retrieval import Database
+
+    with show_errors():
+        problems = Database(folder).verify()
     for line in problems:
         typer.echo(f"error: {line}", err=True)
     if problems:
         raise typer.Exit(1)
     typer.echo("every checksum and count holds")
+
+
+@app.command("import")
+def import_(
+    format: Annotated[str, typer.Argument(help="retro-pytorch or megatron.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="The folder with processed-stats.json, or the Retro project's.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The new database's folder.")],
+    tokenizer: Annotated[str | None, typer.Option(help="The one that made the tokens, as for `db build`.")] = None,
+    chunk_size: Annotated[int, typer.Option(help="Of retro-pytorch's files; Megatron's say their own.")] = 64,
+    neighbours: Annotated[Path | None, typer.Option(help="A folder of Megatron's `query`.")] = None,
+) -> None:
+    """Makes a database of the chunks, embeddings and neighbours that another project made."""
+    from retro_kernels.retrieval.interchange import NEIGHBOURS, import_database
+
+    with show_errors():
+        database = import_database(
+            format, source, out, tokenizer=tokenizer, chunk_size=chunk_size, neighbours=neighbours
+        )
+    typer.echo(f"{out}: {len(database):,} chunks of {database.num_documents:,} documents")
+    if database.manifest["files"]:
+        typer.echo(f"  their neighbours are in {out / NEIGHBOURS}")
+
+
+@app.command()
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="The new Parquet file.", show_default=False)],
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="With a column of embeddings.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="With a column of the tokens' text.")] = False,
+) -> None:
+    """Writes the chunks to Parquet, a row each."""
+    from retro_kernels.retrieval import Database
+    from retro_kernels.retrieval.interchange import export_parquet
+
+    with show_errors():
+        rows = export_parquet(Database(folder), out, embeddings=embeddings, text=text)
+    typer.echo(f"{out}: {rows:,} chunks")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from retro_kernels.retrieval.builder import Progress, Report
+from .db_common import show_errors, show_progress
 
 NONE = "none"
 
@@ -49,73 +46,18 @@ def build(
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16, for the embedder.")] = "auto",
 ) -> None:
     """Builds a database, or goes on with a build that was stopped. Run again, the same command changes nothing."""
-    from retro_kernels.retrieval import DatabaseError, build_database
+    from retro_kernels.retrieval import build_database
 
-    try:
-        with show_progress() as progress:
-            database = build_database(
-                inputs,
-                out,
-                tokenizer=tokenizer,
-                embedder=None if embedder == NONE else embedder,
-                chunk_size=chunk_size,
-                index=None if index == NONE else index,
-                embedding_dtype=embedding_dtype,
-                format=format,
-                text_field=text_field,
-                encoding=encoding,
-                keep_duplicates=keep_duplicates,
-                shard_bytes=shard_bytes,
-                engine=engine,
-                workers=workers,
-                address=address,
-                device=device,
-                precision=precision,
-                progress=progress,
-            )
-    except (DatabaseError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with show_errors(), show_progress() as progress:
+        database = build_database(
+            inputs, out, tokenizer=tokenizer, embedder=None if embedder == NONE else embedder, chunk_size=chunk_size,
+            index=None if index == NONE else index, embedding_dtype=embedding_dtype, format=format,
+            text_field=text_field, encoding=encoding, keep_duplicates=keep_duplicates, shard_bytes=shard_bytes,
+            engine=engine, workers=workers, address=address, device=device, precision=precision, progress=progress,
+        )  # fmt: skip
     facts = database.manifest["build"]
     typer.echo(f"{out}: {len(database):,} chunks of {database.num_documents:,} documents")
     if facts["shorter_than_a_chunk"]:
         typer.echo(f"  {facts['shorter_than_a_chunk']:,} documents are shorter than a chunk and were padded")
     for reason, count in facts["skipped"].items():
         typer.echo(f"  {count:,} left out: {reason} (named in {out / 'skipped.jsonl'})")
-
-
-@contextmanager
-def show_progress() -> Iterator[Report]:
-    """A line on the terminal (standard error) that follows the build."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-    from rich.progress import Progress as Bars
-
-    columns = (
-        TextColumn("{task.description:<6}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[facts]}"),
-    )
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, object] = {}
-
-        def show(at: Progress) -> None:
-            task = tasks.get(at.stage)
-            if task is None:
-                task = tasks[at.stage] = bars.add_task(at.stage, total=1.0, facts="")
-            bars.update(task, completed=at.done, facts=_facts(at))  # type: ignore[arg-type]
-
-        yield show
-
-
-def _facts(at: Progress) -> str:
-    left = ""
-    if at.seconds_left is not None:
-        minutes, seconds = divmod(round(at.seconds_left), 60)
-        left = f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
-    if at.stage in ("match", "search"):
-        return f"{at.chunks:,} chunks, {at.chunks_per_second:,.0f} chunks/s{left}"
-    if at.stage == "read":
-        return f"{at.documents:,} documents{left}"
-    return f"{at.documents:,} documents, {at.chunks:,} chunks, {at.chunks_per_second:,.0f} chunks/s{left}"

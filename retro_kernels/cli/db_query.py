@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .db_build import show_progress
-from .db_exchange import show_errors
+from .db_common import Folder, show_errors, show_progress
 
 if TYPE_CHECKING:
     from retro_kernels.retrieval import Retrieved, Retriever
 
-Folder = Annotated[Path, typer.Argument(help="The database's folder.", show_default=False)]
 Overlap = Annotated[
     float | None,
     typer.Option(help="Drop neighbours that have more than this share of the chunk in one piece, 0 to 1."),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-Folder = Annotated[Path, typer.Argument(help="The database's folder.", show_default=False)]
+from .db_common import Folder, show_errors, show_progress
 
 
 def index(
@@ -18,25 +18,18 @@ def index(
 ) -> None:
     """Gives a finished database an index, or another one. The old one serves until the new one is whole; a stopped
     command goes on when it is run again."""
-    from retro_kernels.retrieval import DatabaseError
     from retro_kernels.retrieval.builder import Meter
     from retro_kernels.retrieval.index import replace_index
 
-    from .db_build import show_progress
+    with show_errors(), show_progress() as report:
+        meter: list[Meter] = []
 
-    try:
-        with show_progress() as report:
-            meter: list[Meter] = []
+        def step(done: int, total: int) -> None:
+            if not meter:
+                meter.append(Meter("index", total, report))
+            meter[0](0, done - meter[0].chunks, done - meter[0].size)
 
-            def step(done: int, total: int) -> None:
-                if not meter:
-                    meter.append(Meter("index", total, report))
-                meter[0](0, done - meter[0].chunks, done - meter[0].size)
-
-            database = replace_index(folder, index, device=device, progress=step)
-    except (DatabaseError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        database = replace_index(folder, index, device=device, progress=step)
     entry = database.manifest["index"]
     typer.echo(f"{folder}: {entry['spec']} over {len(database):,} keys ({entry['why']})")
 
@@ -58,12 +51,12 @@ def evaluate(
     """Compares the index with exact search: recall and queries a second of its settings, and which to take."""
     import numpy as np
 
-    from retro_kernels.retrieval import Database, DatabaseError
+    from retro_kernels.retrieval import Database
     from retro_kernels.retrieval.index import save_settings
     from retro_kernels.retrieval.search_evaluation import evaluate_search
     from retro_kernels.retrieval.search_evaluation import plot as draw
 
-    try:
+    with show_errors(OSError, ImportError):
         given = None if query_file is None else np.load(query_file, allow_pickle=False)
         found = evaluate_search(
             Database(folder), k=k, num_queries=queries, queries=given, recall=recall, seed=seed, device=device
@@ -72,9 +65,6 @@ def evaluate(
             draw(found, plot)
         if save and found.points:
             save_settings(folder, **found.recommended)
-    except (DatabaseError, ValueError, OSError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
         return
