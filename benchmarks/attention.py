@@ -79,7 +79,7 @@ class Attention(Workload):
         return forward + (backward if mode == "forward+backward" else 0)
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of every input in the order of `leaves`."""
+        """The shape of every input, in the order of `leaves`."""
         b, n, h, hk, d = self._batch, self.sequence_length, self.num_heads, self.kv_heads, self.head_dim
         chunks, m, k, r = self.num_chunks, self.chunk_size, self.num_neighbours, self.retrieved_length
         retrieved = (b, chunks, k, r)

@@ -28,7 +28,7 @@ TEXT_SHARE = 0.13  # for the model on real text
 
 @dataclass
 class Options:
-    """What is measured and for how long."""
+    """The cases of a run and its limits of time."""
 
     quick: bool = False
     operations: list[str] = field(default_factory=list)
@@ -41,14 +41,14 @@ class Options:
     real_text: bool = True
     backends: list[str] | None = None
     seconds: float | None = None
-    """Of timing a case, all variants together. None: 2 in a quick run, else 8."""
+    """Seconds of timing a case, all variants together. None: 2 in a quick run, else 8."""
     minutes: float | None = None
     """After so many no new measurement starts. None: 2.65 in a quick run, else no limit."""
     text_length: int | None = None
     """Tokens of real text. None: 2048; in a quick run on a CPU 256."""
 
     def resolved(self) -> Options:
-        """With the defaults of this kind of run filled in. Raises ValueError for what there is not."""
+        """Fills in the defaults of this kind of run. Raises ValueError for an unknown name."""
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: got 'cuda', but torch sees no usable GPU")
@@ -78,7 +78,7 @@ class Options:
                        text_length=length)  # fmt: skip
 
     def cases(self) -> list[Workload]:
-        """What is measured, in every dtype and mode. Raises ValueError for what there is not."""
+        """The workloads to measure, in every dtype and mode. Raises ValueError for an unknown name."""
         found = select(self.workloads, self.operations, self.options, QUICK if self.quick else DEFAULT)
         # What a limited time should not lose comes first: a quick run is in QUICK's order; another begins with what a
         # quick run has, then where goals are stated, then the small before the large. The options of one workload
@@ -96,13 +96,13 @@ class Options:
 
 
 class Progress:
-    """What a run tells while it goes on; this one tells nobody."""
+    """Receives the progress of a run; this one ignores it."""
 
     def case(self, text: str) -> None:
         """A workload or part begins."""
 
     def step(self, text: str) -> None:
-        """What is being done now."""
+        """The next action begins."""
 
     def row(self, row: suite.Row) -> None:
         """A result is there."""
@@ -145,7 +145,7 @@ def _set_limits(rows: list[dict], ceilings: timing.Ceilings) -> None:
 
 
 def _untimed_cases(options: Options) -> list[str]:
-    """Of all operations, workloads and options what this run does not time."""
+    """Lists the operations, workloads and options that this run does not time."""
     timed = {(case.operation, case.option, case.name) for case in options.cases()}
     left = []
     for (operation, option), names in DEFAULT.items():
@@ -235,7 +235,7 @@ def _limited_skip(workload: Workload, dtype: str, mode: str, variant: str) -> st
 
 
 def _too_large_on_cpu(workload: Workload, dtype: str, mode: str, variant: str) -> str | None:
-    """Where one call takes seconds, the ways known to be slowest are represented by one of them."""
+    """Leaves out the slowest ways but one where a call takes seconds."""
     if workload.operation in (DECODE, STEP):
         if variant == "eager" and (workload.operation == STEP or (workload.batch or 1) > 8):
             return "left out on a CPU at this size: SDPA's way of projecting again is faster and stands for it"

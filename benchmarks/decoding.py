@@ -49,7 +49,7 @@ class Decode(Workload):
         return ((b, 1, h, d), (b, self.num_neighbours, self.retrieved_length, e), (hk, d, e), (hk, d, e))
 
     def positions(self, query: Tensor) -> Tensor:
-        """Of every sequence; all attend to their first chunk."""
+        """The position of every sequence; all attend to their first chunk."""
         m = self.chunk_size
         return m - 1 + torch.arange(query.shape[0], device=query.device) % m
 
@@ -94,7 +94,7 @@ class Decode(Workload):
 
 
 def cached(name: str, source: Tensor, make: Callable[[], object]) -> object:
-    """What `make` gives, once for each name as long as `source` is the same tensor."""
+    """Calls `make` once for each name as long as `source` is the same tensor."""
     found = KEPT.get(name)
     if found is None or found[0] is not source:
         KEPT[name] = found = (source, make())
@@ -156,7 +156,7 @@ def own_kv(workload: Decode, backend: str, query, encoded, w_key, w_value, name:
 
 
 def own_states(workload: Decode, backend: str, query, encoded, w_key, w_value) -> Tensor:
-    """The same on the states themselves."""
+    """retro_kernels' decode operation on the encoder's states themselves."""
     return workload.attend(query, encoded, w_key, w_value, backend=backend)
 
 

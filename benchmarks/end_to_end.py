@@ -1,4 +1,4 @@
-"""What retrieval costs a whole model: a training step, and generation, of RETRO and of the same decoder without it.
+"""Measures what retrieval costs a whole model: a training step and generation of RETRO and of its decoder alone.
 
     python -m benchmarks.end_to_end train --preset retro-172m            with fused kernels, folded SDPA and eager code
     python -m benchmarks.end_to_end train --preset retro-425m --ways fused
@@ -48,7 +48,7 @@ SMALL = {
 WAYS = ("fused", "sdpa", "eager")
 PARTS = ("decoder", "readout", "cross-attention", "encoder")
 SAME = 2e-4
-"""How far the loss of one way may be from that of another, as a share."""
+"""The largest relative difference between the losses of two ways."""
 
 
 def config_of(given: argparse.Namespace, **changes: Any) -> RetroConfig:
@@ -99,7 +99,7 @@ def use_attentions(way: str) -> Iterator[None]:
 
 
 def _workload(operation: str, query, key, options: dict[str, Any], **sizes: int) -> Any:
-    """What `attention` asks of a workload. Raises ValueError for an option that its functions leave out."""
+    """The fields of a workload that attention.py reads. Raises ValueError for an option that it leaves out."""
     known = {"relative_key", "content_bias", "relative_bias", "scale", "stride", "align", "dropout_p", "backend"}
     unknown = [name for name, value in options.items() if name not in known and value is not None]
     if unknown or options.get("dropout_p"):

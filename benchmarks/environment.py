@@ -1,4 +1,4 @@
-"""What a number depends on besides the code: versions, device, threads, commit. Every probe may fail alone."""
+"""Describes what a number depends on besides the code: versions, device, threads, commit. A probe may fail alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def device_slug(device) -> str:
 
 
 def default_backend(device) -> str:
-    """Which backend calls on this device take when none is named, as far as is known, and why."""
+    """The backend that a call on this device takes when it names none, as far as is known, and why."""
     from retro_kernels.ops import backends
     from retro_kernels.ops.attention.run import BACKENDS
 

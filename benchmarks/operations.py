@@ -1,5 +1,5 @@
-"""What is timed: the kinds of work, and what every workload has. A file each has the workload of a kind and its
-alternatives: attention.py, projected.py (with the layer round it) and decoding.py (with the decoder step)."""
+"""The kinds of work that are timed, and the interface of every workload. The workload of a kind and its alternatives
+have a file each: attention.py, projected.py (with the layer round it) and decoding.py (with the decoder step)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Workload(ABC):
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Those that are timed; what only generates has no backward."""
+        """The modes that are timed; generation has no backward."""
         return MODES
 
     @property
@@ -95,7 +95,7 @@ class Workload(ABC):
         return DROPOUT_P if self.option == DROPOUT else 0.0
 
     def on(self, device: torch.device | str) -> Workload:
-        """The same with the batch that section 6 gives this kind of device."""
+        """Sets the batch that design section 6 gives this kind of device."""
         if self.batch is not None:
             return self
         return replace(self, batch=8 if torch.device(device).type == "cuda" else 1)
@@ -110,11 +110,11 @@ class Workload(ABC):
 
     @abstractmethod
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of every input in the order of `leaves`."""
+        """The shape of every input, in the order of `leaves`."""
 
     @abstractmethod
     def flops(self, mode: str) -> int:
-        """What the task needs; multiply-adds count two."""
+        """Operations that the task needs; a multiply-add counts two."""
 
     @abstractmethod
     def bytes(self, mode: str, dtype: torch.dtype) -> int:
@@ -145,7 +145,7 @@ class Workload(ABC):
         """Forgets what variants keep of a case between their calls."""
 
     def fans_in(self) -> tuple[int, ...]:
-        """Of every leaf; 1 of what is no weight."""
+        """The fan-in of every leaf; 1 for what is no weight."""
         return (1,) * len(self.leaves)
 
     def inputs(self, dtype: torch.dtype, device: torch.device | str, seed: int = SEED) -> tuple[Tensor, ...]:

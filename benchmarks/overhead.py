@@ -1,4 +1,4 @@
-"""What a call costs beside its arithmetic: microseconds of eager calls of no size, SDPA and ours in one run.
+"""Measures what a call costs beside its arithmetic: eager calls of no size, SDPA and ours in one run, in microseconds.
 
     python -m benchmarks.overhead [--device cuda] [--json FILE]
 
@@ -22,7 +22,7 @@ B, N, M, K, R, H, D, E = 1, 8, 4, 2, 4, 2, 16, 24
 
 
 def microseconds(call: Callable[[], object], seconds: float = 1.0) -> float:
-    """Of one call: the median of the quietest tenth, since others use the machine too."""
+    """Microseconds of one call: the median of the quietest tenth, since others use the machine too."""
     for _ in range(50):
         call()
     times, end = [], time.perf_counter() + seconds

@@ -61,7 +61,7 @@ class Projected(Workload):
         return ((b, n, h, d), encoded, (hk, d, e), (hk, d, e))
 
     def fans_in(self) -> tuple[int, ...]:
-        """Of every leaf; 1 of what is no weight."""
+        """The fan-in of every leaf; 1 for what is no weight."""
         return (1, 1, self.encoder_dim, self.encoder_dim)
 
     def work(self, dtype: torch.dtype, mode: str):
@@ -75,7 +75,7 @@ class Projected(Workload):
         )  # fmt: skip
 
     def flops(self, mode: str) -> int:
-        """Of the strategy that needs fewer: the task's, whatever a way spends on it."""
+        """Operations of the strategy that needs fewer: those of the task, whatever a way spends on it."""
         from retro_kernels.ops.projected_chunked_cross_attention.cost_model import phases
 
         work = self.work(torch.float32, mode)
@@ -172,7 +172,7 @@ class Layer(Workload):
 
 
 def fit(workload: Projected | Layer, device: torch.device | str) -> Workload:
-    """With fewer chunks on a CPU; on a GPU with as many sequences as the fp64 reference has room for."""
+    """Shortens the workload on a CPU; on a GPU takes as many sequences as the fp64 reference has room for."""
     if workload.batch is not None:
         return workload
     if torch.device(device).type == "cuda":
@@ -269,7 +269,7 @@ def _refusal(workload: Projected | Layer, device: torch.device, backend: str, dt
 def _predict(
     workload: Projected | Layer, device: torch.device, backend: str, strategy: str, dtype: str, mode: str
 ) -> dict:
-    """What `rk.explain` says of this strategy, for the row: its time, and whether `auto` takes it. The time of a
+    """Fields of the row that `rk.explain` gives for this strategy: its time, and whether `auto` takes it. The time of a
     layer's other parts is not predicted."""
     found = _explain(workload, device, backend, dtype, mode)
     seconds = next(row.seconds for row in found.rows if row.strategy == strategy)

@@ -70,7 +70,7 @@ class Comparison:
 
 @dataclass
 class Report:
-    """What the real-text part found, JSON-ready but for `asdict`."""
+    """The result of the real-text part; `asdict` makes it JSON."""
 
     model: str
     parameters: int
@@ -78,10 +78,10 @@ class Report:
     device: str
     description: dict[str, str]
     retrieval: list[dict] = field(default_factory=list)
-    """How fast the database was built, searched and read: "what", "rate", "unit"."""
+    """Rates of building, searching and reading the database: "what", "rate", "unit"."""
     swap: str = ""
     swapped: str = ""
-    """What swap replaced, counted."""
+    """Counts of the modules that swap replaced."""
     comparisons: list[Comparison] = field(default_factory=list)
     rows: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

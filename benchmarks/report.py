@@ -302,7 +302,7 @@ def write(document: dict, folder: Path) -> list[Path]:
 
 
 def readme_block(folder: Path) -> str:
-    """What belongs between the marks: the README's tables of every committed device."""
+    """The text between the marks: the README's tables of every committed device."""
     documents = [results.load(path) for path in results.committed(folder)]
     if not documents:
         return "No results are committed yet.\n"
@@ -310,7 +310,7 @@ def readme_block(folder: Path) -> str:
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """What is generated of the committed tables: a page a device, and README.md."""
+    """The pages that are generated of the committed tables: one a device, and README.md."""
     folder, readme = root / "benchmarks" / "results", root / "README.md"
     found = {path.with_suffix(".md"): markdown(results.load(path)) for path in results.committed(folder)}
     return found | {readme: with_block(readme.read_text(), readme_block(folder))}

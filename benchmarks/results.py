@@ -57,7 +57,7 @@ def save(document: dict, path: Path) -> None:
 
 
 def load(path: Path) -> dict:
-    """Of a document or of a table. Raises ValueError when the file is not a result of this schema."""
+    """Reads a document or a table. Raises ValueError when the file is not a result of this schema."""
     text = path.read_text()
     document = from_csv(text) if path.suffix == ".csv" else json.loads(text)
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
@@ -79,7 +79,7 @@ _COUNTS = (
 )  # fmt: skip
 _NUMBERS = ("p20_ms", "p50_ms", "p80_ms", "error", "predicted_ms", "border_ms", "wall_ms")
 COLUMNS = (*_TEXT[:-1], *_NUMBERS[:4], *_COUNTS[:3], *_TRUTH[:1], *_COUNTS[3:], *_TEXT[-1:], *_TRUTH[1:], *_NUMBERS[4:])
-"""Of a table. "error" is the largest of a row's relative errors; rates and limits follow from the others."""
+"""The columns of a table. "error" is the largest relative error of a row; rates and limits follow from the others."""
 
 
 def to_csv(document: dict) -> str:
@@ -152,7 +152,7 @@ def _plain(value):
 
 
 def finite(value):
-    """The same with NaN and infinity as text, which JSON has no number for."""
+    """Turns NaN and infinity into text, since JSON has no number for them."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -294,7 +294,7 @@ def speedup_cells(document: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def ratio(other: dict | None, ours: dict | None) -> float | None:
-    """How many times faster ours is."""
+    """Divides the other's time by ours."""
     return other["p50_ms"] / ours["p50_ms"] if other and ours else None
 
 
@@ -391,7 +391,7 @@ def section_cells(document: dict, rows: list[dict]) -> tuple[tuple[str, ...], li
 
 
 def cost(entry: dict) -> str:
-    """How much longer ours takes with the case's option, in percent."""
+    """The additional time of ours with the case's option, in percent."""
     value = ratio(entry["ours"], entry["without"])
     return "-" if value is None else f"{100 * (value - 1):+.0f}%"
 
@@ -433,13 +433,13 @@ LEGENDS = {
 
 
 def legend(rows: list[dict]) -> str:
-    """What stands under a section's table."""
+    """The text under a section's table."""
     graphed = rows[0]["operation"] not in LEGENDS and any(row.get("cuda_graph") for row in rows)
     return LEGENDS.get(rows[0]["operation"], SUMMARY_LEGEND) + (WALL_LEGEND if graphed else "")
 
 
 def ok_rows(rows: list[dict], *parts: str) -> list[dict]:
-    """Those with a time whose variant contains every part."""
+    """The timed rows whose variant contains every part."""
     return [row for row in rows if row["status"] == "ok" and all(part in row["variant"] for part in parts)]
 
 
@@ -462,7 +462,7 @@ def strategies(rows: list[dict]) -> dict[str, dict]:
 
 
 def regrets(rows: list[dict]) -> list[tuple[float, Case]]:
-    """How many times as long as the faster strategy auto's choice takes, by case where both were timed."""
+    """For each case with both strategies timed: the time of auto's choice over that of the faster."""
     found = []
     for case, group in grouped(rows).items():
         both = strategies(group)
@@ -473,7 +473,7 @@ def regrets(rows: list[dict]) -> list[tuple[float, Case]]:
 
 
 def remark(rows: list[dict]) -> str | None:
-    """What a section's numbers say in sentences, where that is asked of them."""
+    """Sentences about a section's numbers, or None."""
     return " ".join(text for text in (_remark_on_auto(rows), _remark_on_memory(rows)) if text) or None
 
 

@@ -110,7 +110,7 @@ def search_tables(folder: Path) -> str:
 
 
 def block(results: Path) -> str:
-    """What belongs between the marks: a table a device."""
+    """The text between the marks: a table a device."""
     parts = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         rows = build_rows(folder) + gather_rows(folder)

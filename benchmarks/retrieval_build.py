@@ -1,4 +1,4 @@
-"""How fast a retrieval database is built, as a share of what its embedder can do alone, and in how much memory.
+"""Measures building a retrieval database: its speed as a share of the embedder's own, and its memory.
 
     python -m benchmarks.retrieval_build python3.11-doc/html/_sources --every 5 --out results.json
     python -m benchmarks.retrieval_build python3.11-doc/html/_sources --given --copies 20 --out results.json

@@ -1,4 +1,4 @@
-"""How many chunks a second the store reads at random, from page cache.
+"""Measures how many chunks a second the store reads at random, from page cache.
 
     python -m benchmarks.retrieval_gather --out results.json
 

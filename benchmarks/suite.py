@@ -50,7 +50,7 @@ class Row:
     scratch_bytes: int | None = None
     """`peak_extra_bytes` without the output and the returned gradients."""
     whole_scratch_bytes: int | None = None
-    """The same of one call at the workload's whole length (one sequence), where a CPU times fewer chunks."""
+    """`scratch_bytes` of one call at the workload's whole length (one sequence), where a CPU times fewer chunks."""
     errors: list[dict] = field(default_factory=list)
     checked: str | None = None
     saved_bytes: int | None = None
@@ -60,17 +60,17 @@ class Row:
     """Whether `strategy="auto"` takes this row's strategy."""
     predicted_ms: float | None = None
     cache_bytes: int | None = None
-    """What decoding keeps of a chunk's neighbours, for all sequences."""
+    """Bytes that decoding keeps of a chunk's neighbours, for all sequences."""
     parameter_bytes: int | None = None
     border_ms: float | None = None
-    """What a chunk's border costs a decoder step besides: filling the cache."""
+    """Milliseconds of filling the cache when a chunk ends, beside the decoder step."""
 
     def to_json(self) -> dict:
         return asdict(self)
 
 
 class Watcher(Interface):
-    """What a run tells about itself while it goes on."""
+    """Receives the progress of a run."""
 
     def case(self, text: str) -> None: ...
 
@@ -81,7 +81,7 @@ class Watcher(Interface):
 
 @dataclass
 class Settings:
-    """How a run of the suite goes."""
+    """The settings of a run of the suite."""
 
     device: torch.device
     dtypes: list[str]
@@ -164,7 +164,7 @@ def available_memory() -> float:
 
 
 def inputs_of(workload: Workload, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Of a case's inputs those that this workload takes: its leaves, and the output's gradient."""
+    """Selects the inputs that this workload takes of a case's: its leaves and the output's gradient."""
     return (*inputs[: len(workload.leaves)], inputs[-1])
 
 
@@ -269,7 +269,7 @@ def check(variant: Variant, inputs, mode, truths, budget: CompileBudget, dtype, 
 
 
 def _results(variant: Variant, inputs, mode):
-    """What the variant gives, and what it gives without dropout where its dropout is PyTorch's."""
+    """Runs the variant, and once more without dropout where its dropout is PyTorch's."""
     torch.manual_seed(SEED)
     result = verify.run(variant.workload, variant.attention, inputs, mode)
     if variant.undropped is None:
@@ -278,7 +278,7 @@ def _results(variant: Variant, inputs, mode):
 
 
 def _eager_errors(variant: Variant, inputs, mode, truths) -> dict[Workload, list[verify.Error]]:
-    """Of what this variant computes; dropout's measure is the error without it."""
+    """The errors of eager PyTorch for what this variant computes; with dropout, those without it."""
     computed = variant.workload.with_option(PLAIN) if variant.workload.option == DROPOUT else variant.workload
     result = verify.run(computed, computed.eager(), inputs, mode)
     return {variant.workload: truths[computed].errors(result)}

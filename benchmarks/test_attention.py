@@ -21,7 +21,7 @@ VARIANTS = [
 
 @pytest.fixture(scope="module")
 def prepared():
-    """Of one workload after the other: its inputs as bf16 numbers, and its and its plain form's fp64 truth."""
+    """Makes a workload's inputs as bf16 numbers and its fp64 truths, with its option and without; keeps the last."""
     kept = {}
 
     def prepare(workload):

@@ -154,7 +154,7 @@ def _database(plays: list[str], tokenizer: str, embedder: Embedder, chunk_size: 
 
 
 def _measure(retriever: Retriever) -> list[dict]:
-    """How fast the parts of retrieval are on this database, most of a second altogether."""
+    """Measures the parts of retrieval on this database, in most of a second altogether."""
     database = retriever.database
     keys = np.concatenate([np.asarray(block, np.float32) for _, block in database.embeddings()])[:1024]
     ids = torch.randint(len(database), (8192,), generator=torch.Generator().manual_seed(0))

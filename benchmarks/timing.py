@@ -50,7 +50,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Timed:
-    """What is called and timed; `context` is entered round each call, outside the clock."""
+    """A call to time; `context` is entered round each call, outside the clock."""
 
     call: Callable[[], object]
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -58,7 +58,7 @@ class Timed:
 
 @dataclass
 class Protocol:
-    """How long a case is timed: until `seconds` have passed for all variants together, within the round limits."""
+    """The duration of timing a case: until `seconds` have passed for all variants together, within the round limits."""
 
     seconds: float = 10.0
     min_rounds: int = 3
@@ -250,7 +250,7 @@ def saved_bytes(call: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ..
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device can do, measured here and now: the two numbers a floor is made of."""
+    """The rates of this device, measured here and now: the two numbers a floor is made of."""
 
     copy_bytes_per_second: float
     matrix_flops_per_second: dict[str, float]

@@ -36,12 +36,12 @@ class Variant:
 
     name: str
     workload: Workload
-    """What it computes, and takes the leaves of: the case's workload, or that without its option."""
+    """The workload that the variant computes: the case's, or the case's without its option."""
     attention: Attention
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     compiled: bool = False
     undropped: Attention | None = None
-    """The same without dropout, where dropout is PyTorch's own and so cannot be compared."""
+    """The variant without dropout, where dropout is PyTorch's own and so cannot be compared."""
     extra: Callable[[str, str], dict] | None = None
     """(dtype, mode) -> further fields of its row, asked once it was checked."""
     refusal: Callable[[str, str], str | None] | None = None

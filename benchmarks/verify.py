@@ -33,13 +33,13 @@ LARGEST_FP64_LOGITS = 1 << 30
 
 
 def names(workload: Workload) -> tuple[str, ...]:
-    """What a call with gradients gives, in order."""
+    """Names of the results of a call with gradients, in order."""
     return ("output", *(f"{leaf} gradient" for leaf in workload.leaves))
 
 
 @dataclass(frozen=True)
 class Error:
-    """How far one tensor is from the truth."""
+    """The distance of one tensor from the truth."""
 
     name: str
     largest: float
@@ -178,7 +178,7 @@ class Truth:
         return self.workload.attend(*tensors, backend="reference")
 
     def what(self) -> str:
-        """What of a result is compared."""
+        """Describes the part of a result that is compared."""
         if self.whole:
             return "every element"
         corners = "two corners of batch and heads" if self.workload.operation in ATTENTIONS else "four sequences"

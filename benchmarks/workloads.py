@@ -87,7 +87,7 @@ DEFAULT = {
     (DECODE, PLAIN): tuple(f"retro-7.5b-batch-{batch}" for batch in BATCHES),
     (STEP, RETRIEVAL): ("retro-172m-batch-1", "retro-7.5b-batch-1", "retro-7.5b-batch-8"),
 }
-"""What a run times when it is not told, by (operation, option)."""
+"""The workloads that a run times by default, by (operation, option)."""
 
 QUICK = {
     (CCA, PLAIN): ("retro-172m",),
@@ -99,11 +99,11 @@ QUICK = {
 }
 
 GOALS = {(LAYER, "retro-7.5b"), (PROJECTED, "retro-7.5b"), (PROJECTED, "retro-425m"), (CCA, "retro-7.5b")}
-"""Where a goal is stated or the README shows it: a run of limited time takes these (operation, workload) early."""
+"""(operation, workload) with a stated goal or a place in the README: a run of limited time takes them early."""
 
 
 def of_operation(workload: Workload, operation: str, option: str) -> Workload:
-    """The same shape as another operation."""
+    """Makes the workload of another operation with the same shape."""
     return KINDS[operation](**{**vars(workload), "operation": operation, "option": option})
 
 

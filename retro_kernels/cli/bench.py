@@ -150,7 +150,7 @@ def _run(driver: ModuleType, options: Any, console: Any) -> dict:
 
 
 def show_speedups(document: dict, console: Any) -> None:
-    """How many times faster than the fastest alternative, a line an operation."""
+    """Prints a line an operation: how many times faster it is than the fastest alternative."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

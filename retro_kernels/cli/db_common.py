@@ -1,4 +1,4 @@
-"""What the subcommands of `retro-kernels db` share: their errors and their progress on the terminal."""
+"""Errors and progress on the terminal, for all subcommands of `retro-kernels db`."""
 
 from __future__ import annotations
 

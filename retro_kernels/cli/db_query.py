@@ -92,7 +92,7 @@ def query(
 
 
 def _entries(retriever: Retriever, found: Retrieved) -> list[dict[str, Any]]:
-    """What there is to say of each neighbour of the first text; missing ones are left out."""
+    """Describes each neighbour of the first text; missing ones are left out."""
     m = retriever.chunk_size
     entries = []
     for rank, source in enumerate(found.sources[0]):

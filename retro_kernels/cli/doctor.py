@@ -133,7 +133,7 @@ def _driver() -> list[Entry]:
 
 
 def compilers() -> list[Entry]:
-    """What an install from source can use."""
+    """The compilers that an install from source can use."""
     return [entry for name in PROGRAMS for entry in guard(name, functools.partial(_program, name))]
 
 
@@ -183,7 +183,7 @@ def extension() -> list[Entry]:
 
 
 def built() -> Entry:
-    """What the install built and what it left out, in the sentence that setup.py ends with."""
+    """The sentence that setup.py ends with: what it built and what it left out."""
     from retro_kernels import cuda_extension, extension
 
     parts = []

@@ -66,7 +66,7 @@ class DatabaseRetriever:
 
 
 def shown(chunk: str, sources: list[tuple[Any, str]]) -> str:
-    """Which passages informed the tokens after a chunk."""
+    """Describes the passages that informed the tokens after a chunk."""
     lines = [f"\nAfter {' '.join(chunk.split())!r}:" if sources else f"\nAfter {' '.join(chunk.split())!r}: nothing"]
     for source, passage in sources:
         record = "" if source.record is None else f", record {source.record:,}"

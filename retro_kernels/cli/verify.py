@@ -98,7 +98,7 @@ def classes(backend: str, every: bool) -> list[Any]:
         found.append(Class(operation, dtype, head, head, rows, slots, e, words))
 
     def takes(operation: str, dtype: str, head: int, words: tuple[str, ...]) -> bool:
-        """Of the CUDA C++ kernels, roughly; each call is asked anew."""
+        """The options that the CUDA C++ kernels refuse, roughly; the backend judges each call by itself."""
         if operation.endswith("decode"):
             return "key_rotary" not in words
         return dtype != "float32" and head in (64, 96, 128) and set(words) <= {"grouped", "packed"}

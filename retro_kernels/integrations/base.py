@@ -1,4 +1,4 @@
-"""What `swap` and the files of the peers share."""
+"""Types that `swap` and the files of the peers share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _warned: set[str] = set()
 
 
 class FusedForward:
-    """What `swap` puts in place of one module's `forward`: a callable that holds its module and reads its weights.
+    """The replacement of one module's `forward`: a callable that holds its module and reads its weights.
 
     It is an object, not a closure, so that a deep copy or a pickle of the module carries one bound to the copy.
     `positions` is None where swap's argument of that name makes no difference.
@@ -31,7 +31,7 @@ class FusedForward:
 
 
 class Integration(Protocol):
-    """What the file of one peer offers to `swap`."""
+    """The parts of one peer that `swap` can replace."""
 
     LOOKS_FOR: tuple[str, ...]
 
@@ -42,7 +42,7 @@ class Integration(Protocol):
         """Why it is not what this version was written for, or None."""
 
     def note(self, module: nn.Module) -> str | None:
-        """What the user should know about the swapped module, or None."""
+        """A note for the user about the swapped module, or None."""
 
     def likely_class(self, module: nn.Module) -> Class:
         """The class of calls that the fused module makes, as far as the module tells."""

@@ -19,7 +19,7 @@ INTEGRATIONS: tuple[Integration, ...] = (retro_pytorch,)  # type: ignore[assignm
 
 
 class SwapReport:
-    """What `swap` did.
+    """The outcome of `swap`.
 
     Attributes:
         replaced: names of the modules that now run fused, as `named_modules` calls them ("" is the model itself).

@@ -14,7 +14,7 @@ from ..ops import validate
 
 @dataclass(frozen=True, kw_only=True)
 class RetroConfig:
-    """What `Retro` is built from; `config.json` holds the same names.
+    """The sizes and choices that `Retro` is built from; `config.json` holds the same names.
 
     Attributes:
         vocab_size: tokens, of decoder, encoder and readout.

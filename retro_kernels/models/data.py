@@ -177,7 +177,7 @@ class TokenStream:
 
 
 def identity_of(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What identifies the tokenizer of a folder of data; None where it does not say."""
+    """The identity of the tokenizer of a folder of data; None where the folder does not say."""
     path = Path(folder) / FACTS
     return json.loads(path.read_text()).get("tokenizer_identity") if path.is_file() else None
 

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Neighbours(NamedTuple):
-    """What a retriever returns for s chunks."""
+    """The neighbours that a retriever returns for s chunks."""
 
     tokens: torch.Tensor
     """int64 [s, k, r]; any k, and r at most the model's `retrieved_length`."""
     mask: torch.Tensor | None = None
     """bool [s, k, r], True = a token that is there; None: all are."""
     sources: Sequence[Any] | None = None
-    """Where they come from: for each of the s chunks whatever the retriever wants shown."""
+    """The origin of each of the s chunks' neighbours, in whatever form the retriever wants shown."""
 
 
 Retriever = Callable[[torch.Tensor], Neighbours]
@@ -35,7 +35,7 @@ time. If it has an attribute `tokenizer`, that name must be the model's."""
 
 @dataclass
 class Generated:
-    """What `generate` returns."""
+    """The sequences that `generate` returns, and their sources."""
 
     sequences: torch.Tensor
     """int64 [b, longest], on the model's device: prompts and new tokens, filled up with `pad_token_id`."""
@@ -53,7 +53,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; see `generate`."""
+    """The rule by which the next token is chosen; see `generate`."""
 
     do_sample: bool = False
     temperature: float = 1.0

@@ -18,9 +18,9 @@ from .retro import Retro
 
 
 def divide_rows(model: Retro, group: dist.ProcessGroup) -> None:
-    """From now on each process of the group gives the model its part of every row: the tokens, targets and neighbours
-    of as many whole chunks as every other (see `ContextParallel`). The loss is that of its tokens; the sum of the
-    processes' gradients is that of the whole rows.
+    """Divides rows among the group's processes: each gives the model the tokens, targets and neighbours of its part
+    of every row, as many whole chunks as every other (see `ContextParallel`). A process's loss is that of its tokens;
+    the sum of the processes' gradients is that of the whole rows.
 
     Raises ValueError where the processes cannot share the heads of the decoder's self-attention out.
     """
@@ -36,8 +36,8 @@ def divide_rows(model: Retro, group: dist.ProcessGroup) -> None:
 
 def divide_projections(model: Retro, mesh: DeviceMesh) -> None:
     """Gives each process of the mesh (one dimension) an equal share of the heads of every attention, of their
-    projections and relative positions, and of the inner width of every feed-forward. Embeddings and norms are on all.
-    From then on attention dropout differs between the processes; what else torch's generator decides does not.
+    projections and relative positions, and of the inner width of every feed-forward. All processes hold embeddings and
+    norms. Attention dropout then differs between the processes; all other random numbers are the same.
 
     Raises ValueError for heads and widths that the processes do not divide.
     """

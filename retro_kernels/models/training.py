@@ -53,7 +53,7 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What a run is.
+    """The settings of a run.
 
     Attributes:
         output: the run's folder: checkpoints (each a model that `from_pretrained` reads, and what resuming needs) and

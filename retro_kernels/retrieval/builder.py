@@ -1,9 +1,9 @@
 """Builds a retrieval database from files of text: read, tokenise, chunk, embed, index (RETRO, sections 2.1 and 2.3).
 
-What is done when is decided by the input alone and written down first: files in a fixed order, cut into shards. Each
-shard is read once, to find duplicates and what cannot be used, and once more to be written. A shard is whole or absent,
-the manifest comes last, so a build that was killed at any moment goes on where it was and ends byte for byte as an
-uninterrupted one. Float results repeat exactly on one machine with the same number of threads.
+The input alone decides the plan of a build, which is written first: the files in a fixed order, cut into shards. A
+build reads each shard twice: once to find duplicates and unusable documents, once to write the shard. A shard is whole
+or absent, and the manifest comes last. So a build that was killed at any moment resumes, and its database equals that
+of an uninterrupted build byte for byte. Float results repeat exactly on one machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SMALLEST_SHARD, LARGEST_SHARD = 16 << 20, 4 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a build is."""
+    """The progress of a build."""
 
     stage: str
     """"read" (planning), "build" (tokenising and embedding), "index"; of `precompute_neighbours` also "match"
@@ -296,7 +296,7 @@ def _open_finished(root: Path, plan: dict[str, Any]) -> Database:
 
 
 def _request(plan: dict[str, Any]) -> str:
-    """What was asked for, in a hash: the settings and the names and sizes of the input, not where and when it was."""
+    """A hash of the request: the settings and the input's names and sizes, but not its place and time."""
     names = ("name", "format", "size", "file_size", "start", "stop")
     shards = [[[piece[name] for name in names] for piece in shard] for shard in plan["shards"]]
     return hashlib.sha256(json_bytes({**plan, "shards": shards})).hexdigest()

@@ -33,7 +33,7 @@ class Part:
     tokens: np.ndarray
     """Integers [n]."""
     offsets: list[int]
-    """Where each chunk begins in its document, in characters."""
+    """The character of the document at which each chunk begins."""
     texts: list[str]
     """Each chunk's text: the document's, from where the chunk begins to where the next one does."""
     last: bool

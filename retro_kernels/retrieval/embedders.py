@@ -18,7 +18,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class Embedder(Protocol):
-    """What makes the keys. The same text must have the same embedding at every call."""
+    """Makes the keys. The same text must have the same embedding at every call."""
 
     identity: dict[str, Any]
     """JSON: "name", under which it is loaded again, "kind" and "sha256", by which it is recognised."""

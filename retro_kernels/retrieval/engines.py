@@ -1,4 +1,4 @@
-"""Where the shards of a build are worked on: in this process, in a pool of processes, or on Ray.
+"""The engines that work on the shards of a build: this process, a pool of processes, or Ray.
 
 Each engine does `task` ("read" or "build") of a `Worker` for every shard of `numbers` once, in any order, and reports
 progress to `tick`. A shard is whole or absent, so a process that dies costs the shards it was at.
@@ -38,7 +38,7 @@ def in_process(make: Make, task: str, numbers: Sequence[int], tick: Tick) -> Non
 
 
 def in_pool(make: Make, task: str, numbers: Sequence[int], tick: Tick, *, workers: int) -> None:
-    """The same in `workers` processes. One that dies costs the shards it was at, which are done again.
+    """Does every shard in `workers` processes. The shards of a process that dies are done again.
 
     `make` is sent to the processes. Raises DatabaseError where processes keep dying."""
     left = list(numbers)

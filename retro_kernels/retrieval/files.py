@@ -42,7 +42,7 @@ def describe(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def problem_with(folder: Path, entry: dict[str, Any]) -> str | None:
-    """What differs between a file and its manifest entry, or None. Reads the whole file."""
+    """Compares a file with its manifest entry, reading all of it. -> the difference, or None."""
     path = inside(folder, entry.get("path"))
     if not path.is_file():
         return f"{entry['path']}: missing"

@@ -1,4 +1,4 @@
-"""Which of the chunks that an index finds may be neighbours of a chunk (RETRO, sections 2.3 and 2.6).
+"""Filters the chunks that an index finds to those that may be neighbours of a chunk (RETRO, sections 2.3 and 2.6).
 
 All work on whole batches: q chunks with c candidates each, nearest first. A negative number stands for nothing, be it
 an id, a document or a token, and is like nothing.

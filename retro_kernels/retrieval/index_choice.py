@@ -1,4 +1,4 @@
-"""Which index for how many keys, and what becomes of one that has too few.
+"""Chooses an index by the number of keys, and adapts one that has too few.
 
 The sizes follow measurements with real embeddings (docs/retrieval.md) up to some 10^5 keys; above, RETRO's and
 InstructRetro's published choices and arithmetic, not measurements of this project.

@@ -291,7 +291,7 @@ def _array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[b
 
 
 class Owners:
-    """Which documents of the database have the same tokens as those of the corpus at some place."""
+    """Finds the documents of the database that have the same tokens as the corpus at some place."""
 
     def __init__(self, corpus: Database, database: Database, progress: Report | None) -> None:
         same = corpus.content_hash() == database.content_hash()

@@ -47,7 +47,7 @@ class Problem(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How files are read.
+    """Options of reading files.
 
     text_field: the field (JSON Lines) or column (Parquet) that holds the text.
     encoding: of text without a byte order mark. record_bytes: the longest line, row or piece of markup that is read;
@@ -70,7 +70,7 @@ class Piece:
     groups `start` to `stop` of Parquet; stop is -1 for the whole file."""
 
     path: str
-    """Where it is, absolute."""
+    """The file's absolute path."""
     name: str
     """Its path below the input it was found under."""
     format: str

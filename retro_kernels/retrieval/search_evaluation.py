@@ -1,4 +1,4 @@
-"""How well and how fast an index finds what exact search finds, over its settings."""
+"""Measures an index against exact search: recall and speed over its settings."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Point:
     recall: float
     """The share of the true k nearest that is among the k found."""
     queries_per_second: float
-    """With all queries in one call."""
+    """Measured with all queries in one call."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_search` found."""
+    """The result of `evaluate_search`."""
 
     description: str
     k: int

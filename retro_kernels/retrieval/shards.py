@@ -39,7 +39,7 @@ Tick = Callable[[int, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides a database's content, besides its input. JSON."""
+    """The settings that decide a database's content besides its input. JSON."""
 
     chunk_size: int
     tokenizer: dict[str, Any]
@@ -53,7 +53,7 @@ class Settings:
     record_bytes: int
 
     def shape(self) -> dict[str, Any]:
-        """What a shard's writer is opened with."""
+        """The arguments of a shard's writer."""
         names = ("chunk_size", "dim", "embedding_dtype")
         return {"token_dtype": token_dtype(self.vocabulary_size), **{name: getattr(self, name) for name in names}}
 
@@ -62,7 +62,7 @@ class Settings:
 
 
 def work_file(folder: Path, kind: str, number: int, suffix: str) -> Path:
-    """Where the build in `folder` keeps what it found out about a shard."""
+    """The file in which the build in `folder` keeps its findings about a shard."""
     return folder / WORK / kind / f"{number:06d}{suffix}"
 
 

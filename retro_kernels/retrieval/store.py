@@ -43,7 +43,7 @@ EMBEDDING_DTYPES = ("float16", "float32")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a chunk comes from."""
+    """The origin of a chunk."""
 
     document: int
     """The document's number in the database."""
@@ -52,9 +52,9 @@ class Source:
     record: int | None
     """The line (JSON Lines) or row (Parquet) in that file, from 0; None where the file is the document."""
     offset: int
-    """Where the chunk begins in the document's text, in characters."""
+    """The character of the document's text at which the chunk begins."""
     token_offset: int
-    """Where it begins in the document, in tokens."""
+    """The token of the document at which the chunk begins."""
     num_tokens: int
     """Tokens of the chunk that are not padding."""
 
@@ -65,7 +65,7 @@ def token_dtype(vocabulary_size: int) -> str:
 
 
 def file_bytes(manifest: dict[str, Any], shard: dict[str, Any]) -> dict[str, int | None]:
-    """What every file of a shard must measure, in bytes (None: anything)."""
+    """The size that every file of a shard must have, in bytes (None: any)."""
     chunks, documents = shard["chunks"], shard["documents"]
     sizes: dict[str, int | None] = {
         "tokens": chunks * manifest["chunk_size"] * np.dtype(manifest["token_dtype"]).itemsize,
@@ -196,7 +196,7 @@ class Database:
 
     @property
     def index_folder(self) -> Path:
-        """Where `index.build_index` writes."""
+        """The folder that `index.build_index` writes."""
         return self.folder / INDEX_FOLDER
 
     def to(self, device: torch.device | str) -> Database:
@@ -309,7 +309,7 @@ class Database:
         return list(self.problems())
 
     def problems(self) -> Iterator[str]:
-        """What `verify` finds, as it is found."""
+        """Yields the problems that `verify` returns."""
         entries = [file for shard in self.manifest["shards"] for file in shard["files"].values()]
         index = self.manifest["index"]
         entries += (index["files"] if index else []) + self.manifest.get("files", [])

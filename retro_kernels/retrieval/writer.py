@@ -21,7 +21,7 @@ ENTRY = "entry.json"
 
 
 def shard_folder(folder: Path, number: int) -> Path:
-    """Where shard `number` lies once it is committed."""
+    """The folder of shard `number` once it is committed."""
     return folder / SHARD_FOLDER / f"{number:06d}"
 
 
