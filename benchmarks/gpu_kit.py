@@ -199,7 +199,8 @@ def _timed(group: str, dtypes: tuple[str, ...]) -> list[Call]:
     """The attentions that the suite times, forward and backward, on memory that nothing was written to."""
     import torch
 
-    from .workloads import ATTENTIONS, DTYPES, PLAIN, select
+    from .operations import ATTENTIONS, DTYPES, PLAIN
+    from .workloads import select
 
     def run(workload: Any, dtype: str) -> None:
         inputs = [torch.empty(shape, dtype=DTYPES[dtype]).requires_grad_() for shape in workload.shapes()]
