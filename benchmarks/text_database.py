@@ -100,13 +100,14 @@ def build(
         passage, _ = database.chunks(torch.arange(first, first + needed + 1), chunk_size)
         passage = passage.long().view(1, -1)
         found = retriever.retrieve_tokens(passage[:, : needed * chunk_size], documents=torch.tensor([document]))
-        if not bool((found.ids >= 0).all()):
-            raise RuntimeError(f"{int((found.ids < 0).sum())} of {found.ids.numel()} neighbours are missing")
+        ids, tokens = found.ids.cpu(), found.tokens.cpu()
+        if not bool((ids >= 0).all()):
+            raise RuntimeError(f"{int((ids < 0).sum())} of {ids.numel()} neighbours are missing")
         measured = [] if rate is None else [{"what": "building the database", "rate": rate, "unit": "chunks/s"}]
         measured += _measure(retriever)
         index = f"{getattr(retriever.index, 'description', 'exact search')}; {k} of other plays"
     beyond = int((passage >= vocabulary).sum()) / passage.numel()
-    sequence, retrieved = (torch.where(x < vocabulary, x, UNKNOWN) for x in (passage[:, : length + 1], found.tokens))
+    sequence, retrieved = (torch.where(x < vocabulary, x, UNKNOWN) for x in (passage[:, : length + 1], tokens))
     if beyond:
         named["tokenizer"] += f"; {beyond:.2%} of the passage's tokens are not in the model's {vocabulary:,}: [UNK]"
     cut = "" if characters is None else f", the first {characters:,} characters of each"
@@ -117,7 +118,7 @@ def build(
         "index": index,
         "passage": f"{length} tokens from the middle of {plays[document].splitlines()[0].title()}",
     }
-    return Corpus(sequence, retrieved, found.ids[0], database, document, description, measured)
+    return Corpus(sequence, retrieved, ids[0], database, document, description, measured)
 
 
 def _database(plays: list[str], tokenizer: str, embedder: Embedder, chunk_size: int) -> tuple[Database, float | None]:

@@ -11,6 +11,7 @@ import torch
 from ..errors import DatabaseError
 from ..hub import OFFLINE, check_identity, hash_of, model_folder
 from ..ops import validate
+from .devices import find_device
 
 DEFAULT_EMBEDDER = OFFLINE
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
@@ -25,7 +26,10 @@ class Embedder(Protocol):
     dim: int
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """-> float32 [texts, dim]. Many texts at once are best: the embedder sorts them by length."""
+        """-> float32 [texts, dim]. Many texts at once are best: the embedder sorts them by length.
+
+        An embedder may have `embed(texts)` as well, which gives the same as a tensor on the device where it was made: a
+        `Retriever` then searches with it there."""
 
 
 def length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -105,13 +109,17 @@ class HuggingFaceEmbedder:
             "precision": self.precision,
         }
 
-    @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        return self.embed(texts).cpu().numpy()
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """-> float32 [texts, dim] on the embedder's device."""
         tokens = [one.ids for one in self.tokenizer.encode_batch(list(texts))]
         found = torch.empty(len(texts), self.dim, device=self.device)
         for numbers in length_sorted_batches([len(one) for one in tokens], self.batch_tokens):
             found[torch.tensor(numbers, device=self.device)] = self._means([tokens[number] for number in numbers])
-        return found.cpu().numpy()
+        return found
 
     def _means(self, batch: list[list[int]]) -> torch.Tensor:
         lengths = torch.tensor([len(one) for one in batch])
@@ -162,9 +170,7 @@ def _choose_device(device: str, precision: str) -> tuple[torch.device, bool]:
     """-> the device, and whether to compute in bf16."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}; expected one of {PRECISIONS}")
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise DatabaseError(f"device: got {device!r}, but torch sees no GPU: name cpu, or install torch with CUDA")
+    where = find_device(device)
     if precision != "auto":
         return where, precision == "bf16"
     if where.type == "cuda":

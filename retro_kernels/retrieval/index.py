@@ -13,6 +13,7 @@ The last one or two files are the index; the others are deleted by `remove_parts
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import shutil
 import sys
@@ -30,10 +31,13 @@ from torch import Tensor
 from ..errors import DatabaseError
 from ..files import move, replaced, sync, write_json
 from . import exact
+from .devices import check_memory, find_device
 from .files import describe, lock_folder, name_full_disk, problem_with, read_json
 from .index_choice import EXACT, Choice, choose, lists_of
 from .store import INDEX_FOLDER, Database, write_manifest
 
+GPU_LARGEST_K = 2048
+"""Of FAISS's own GPU code, for k and for nprobe."""
 PLAN, TRAINED, WHOLE, LISTS = "plan.json", "trained.faiss", "index.faiss", "lists.ivfdata"
 OTHER_FOLDER = INDEX_FOLDER + ".other"
 PART_BYTES = 256 << 20
@@ -55,13 +59,24 @@ class Index:
 
     kind = EXACT
     num_lists = 0
+    largest_k: int | None = None
+    """What `search` takes at most; None: any number."""
 
-    def __init__(self, database: Database, device: str, settings: dict[str, int]) -> None:
+    def __init__(self, database: Database, device: torch.device, settings: dict[str, int]) -> None:
         searched = self.kind == EXACT
-        self.keys = exact.Keys(list(database.embeddings(1 << 62)), device if searched else "cpu")
+        self.count, self.dim = len(database), database.dim or 0
+        blocks = list(database.embeddings(1 << 62))
+        # Beside a FAISS index the keys are only for `rerank`: the CPU does that unless they are small.
+        where = device if searched or self.count * self.dim * 4 <= exact.HELD_BYTES else torch.device("cpu")
+        check_memory(
+            where,
+            sum(block.nbytes for _, block in blocks),
+            f"the embeddings of {database.folder}",
+            "search on the CPU, or give the database a smaller index (`retro-kernels db index`)",
+        )
+        self.keys = exact.Keys(blocks, where)
         if searched:
             self.keys.hold()
-        self.count, self.dim = len(database), database.dim or 0
         self.device = device
         self.settings = self._checked(settings)
         self.description = f"exact search of {self.count:,} keys on {device}"
@@ -74,8 +89,8 @@ class Index:
         where there are fewer, or the index found fewer, distance inf and id -1. Distances are exact with exact search
         and where `rerank` is at least 1, else those of the compressed keys.
 
-        Raises ValueError for queries of another shape, that are not floating or not finite, for k < 1, and for a
-        setting that the index does not have. May be called from several threads.
+        Raises ValueError for queries of another shape, that are not floating or not finite, for k < 1 or above
+        `largest_k`, and for a setting that the index does not have. May be called from several threads.
         """
         given = torch.as_tensor(queries)
         if given.ndim != 2 or given.shape[1] != self.dim or not given.dtype.is_floating_point:
@@ -85,11 +100,13 @@ class Index:
             )
         if k < 1:
             raise ValueError(f"k: got {k}; expected at least 1")
+        if self.largest_k is not None and k > self.largest_k:
+            raise ValueError(f"k: got {k}; FAISS finds at most {self.largest_k:,} keys on a GPU: ask for fewer there")
         given = given.detach().float()
         if not bool(given.isfinite().all()):
             raise ValueError("queries: got NaN or infinity; expected finite numbers (look at the embedder)")
         distances, ids = self._search(given, k, {**self.settings, **self._checked(settings)})
-        return distances.cpu(), ids.cpu()
+        return distances.to(given.device), ids.to(given.device)
 
     def _search(self, queries: Tensor, k: int, settings: dict[str, int]) -> tuple[Tensor, Tensor]:
         return exact.search(self.keys, queries, k)
@@ -114,7 +131,7 @@ class _FaissIndex(Index):
     kind = "FAISS"
 
     def __init__(
-        self, database: Database, device: str, memory_map: bool | None, shard: bool, settings: dict[str, int]
+        self, database: Database, device: torch.device, memory_map: bool | None, shard: bool, settings: dict[str, int]
     ) -> None:
         self.faiss = import_faiss()
         entry = database.manifest["index"]
@@ -128,8 +145,9 @@ class _FaissIndex(Index):
                 f"{path} holds {self.index.ntotal} vectors of {self.index.d}, the database {len(database)} of "
                 f"{database.dim}: make it anew with `retro-kernels db index {database.folder} --index auto`"
             )
-        if device != "cpu":
-            self.index = on_gpu(self.faiss, self.index, shard)
+        if device.type == "cuda":
+            self.index = on_gpu(self.faiss, self.index, device, shard)
+            self.largest_k = GPU_LARGEST_K
         self.num_lists = lists_of(self.spec) or 0
         self._lock = threading.Lock()
         super().__init__(database, device, {**entry["settings"], **settings})
@@ -146,33 +164,39 @@ class _FaissIndex(Index):
 
     def _search(self, queries: Tensor, k: int, settings: dict[str, int]) -> tuple[Tensor, Tensor]:
         factor = settings.get("rerank", 0)
-        wanted = min(k * max(factor, 1), max(self.count, 1))
+        wanted = min(k * max(factor, 1), max(self.count, 1), self.largest_k or self.count + 1)
         with self._lock:  # FAISS keeps the parameters in the index
             for name, value in settings.items():
                 if SETTINGS[name] is not None:
                     self._set(SETTINGS[name], value)
-            found = self.index.search(np.ascontiguousarray(queries.cpu().numpy()), wanted)
-        distances, ids = (torch.from_numpy(x) for x in found)
-        distances = distances.masked_fill(ids < 0, torch.inf)
+            if queries.is_cuda and hasattr(self.index, "getDevice"):
+                distances, ids = self.index.search(queries.contiguous(), wanted)  # see `on_gpu`
+            else:
+                found = self.index.search(np.ascontiguousarray(queries.cpu().numpy()), wanted)
+                distances, ids = (torch.from_numpy(x) for x in found)
         if factor:
-            rows = max(1, exact.QUERIES * 64 // wanted)
-            parts = [exact.rescored(self.keys, q, i, k) for q, i in zip(queries.cpu().split(rows), ids.split(rows))]
-            if parts:
-                return torch.cat([d for d, _ in parts]), torch.cat([i for _, i in parts])
-        return exact.padded(distances, ids, k)
+            return exact.rescored(self.keys, queries, ids, k)
+        return exact.padded(*exact.in_order(distances, ids), k)
 
     def _set(self, name: str | None, value: int) -> None:
-        space = self.faiss.ParameterSpace() if self.device == "cpu" else self.faiss.GpuParameterSpace()
+        on_a_gpu = self.device.type == "cuda"
+        space = self.faiss.GpuParameterSpace() if on_a_gpu else self.faiss.ParameterSpace()
         space.set_index_parameter(self.index, name, value)
 
 
 def open_index(
-    database: Database, *, device: str = "cpu", memory_map: bool | None = None, shard: bool = False, **settings: int
+    database: Database,
+    *,
+    device: str | torch.device = "cpu",
+    memory_map: bool | None = None,
+    shard: bool = False,
+    **settings: int,
 ) -> Index:
     """The index of `database`, ready to search; exact search over its embeddings where it has none.
 
     Args:
-        device: "cpu", or "cuda": on all GPUs that can be seen (FAISS's GPU code has not been run by this project yet).
+        device: "cpu"; "cuda:1": on that GPU; "cuda": exact search on the current GPU, a FAISS index on all GPUs that
+            can be seen; "auto": on a GPU where there is one. (This project has run neither on a GPU yet.)
         memory_map: leave the index on disk and read what a search touches; None: from 2 GiB on. Exact search on a
             CPU maps its embeddings unless they are below 1 GiB in fp32.
         shard: on several GPUs, a part of the index on each; otherwise a copy on each.
@@ -187,13 +211,12 @@ def open_index(
             f"{database.folder} holds no embeddings, so nothing can be searched: build it with an embedder"
         )
     entry = database.manifest["index"]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = find_device(device)
     if entry is None or entry["kind"] == EXACT:
         if shard:
             raise ValueError("shard: exact search holds all keys on one device; expected False")
-        return Index(database, device, settings)
-    return _FaissIndex(database, device, memory_map, shard, settings)
+        return Index(database, where, settings)
+    return _FaissIndex(database, where, memory_map, shard, settings)
 
 
 def build_index(
@@ -201,7 +224,7 @@ def build_index(
     spec: str = "auto",
     *,
     folder: Path | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     part_bytes: int = PART_BYTES,
     progress: Report | None = None,
 ) -> dict[str, Any]:
@@ -212,12 +235,14 @@ def build_index(
 
     Args:
         spec: "auto" (see `index_choice.choose`), "exact", or a FAISS factory string.
-        folder: where; the database's `index` folder by default. device: "cuda" trains on all GPUs.
+        folder: where; the database's `index` folder by default. device: on "cuda" (all GPUs) or "cuda:1" k-means trains
+            the lists; the rest is done on the CPU.
 
     Raises DatabaseError for a database without embeddings, a string that FAISS refuses, a full disk, or without FAISS.
     """
     if database.dim is None:
         raise DatabaseError(f"{database.folder} holds no embeddings to index: build it with an embedder, or index=None")
+    where = find_device(device)
     choice = choose(spec, len(database), database.dim)
     folder = database.index_folder if folder is None else folder
     entry = {
@@ -228,14 +253,14 @@ def build_index(
         if progress is not None:
             progress(len(database), len(database))
         return {**entry, "files": []}
-    builder = _Builder(database, choice, folder, device, part_bytes, progress)
+    builder = _Builder(database, choice, folder, where, part_bytes, progress)
     with name_full_disk(folder):
         files = builder.run()
     return {**entry, "faiss": builder.faiss.__version__, "files": [describe(database.folder, file) for file in files]}
 
 
 def replace_index(
-    root: str | Path, spec: str = "auto", *, device: str = "cpu", progress: Report | None = None
+    root: str | Path, spec: str = "auto", *, device: str | torch.device = "cpu", progress: Report | None = None
 ) -> Database:
     """Gives a finished database another index. The old one serves until the new one is whole, and is then deleted.
 
@@ -339,26 +364,50 @@ def _said_on_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def on_gpu(faiss: ModuleType, index: Any, shard: bool) -> Any:
-    """The index on all GPUs. A coarse quantizer that has no GPU code (HNSW) stays on the CPU."""
+def on_gpu(faiss: ModuleType, index: Any, device: torch.device, shard: bool = False) -> Any:
+    """The index on the GPU that `device` names, or on all of them where it names none: copied to each, or, with
+    `shard`, a part on each.
+
+    A coarse quantizer that has no GPU code (HNSW) stays on the CPU. What is on one GPU as a whole takes torch's tensors
+    there (FAISS's `contrib.torch_utils`); an index behind a rotation (OPQ), or on several, takes arrays.
+
+    Raises DatabaseError for a FAISS without GPUs, and for an index that has no GPU code."""
     count = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    if not count:
+    if not count or not hasattr(faiss, "StandardGpuResources"):
         raise DatabaseError(
-            "device: got 'cuda', but this FAISS sees no GPU: pip install 'retro_kernels[gpu]' on a machine with one, "
-            "or search on the CPU"
+            f"device: got {str(device)!r}, but this FAISS sees no GPU: pip install 'retro_kernels[gpu]' on a machine "
+            "with one, or search on the CPU"
         )
-    options = faiss.GpuMultipleClonerOptions()
-    options.shard = shard
-    options.useFloat16 = options.useFloat16LookupTables = True
+    one = count == 1 or device.index is not None
+    options = faiss.GpuClonerOptions() if one else faiss.GpuMultipleClonerOptions()
     options.allowCpuCoarseQuantizer = True
-    return faiss.index_cpu_to_all_gpus(index, options)
+    # Tables of product codes fit into shared memory as halves. What is stored as it is stays in fp32.
+    lists = faiss.try_extract_index_ivf(index)
+    options.useFloat16 = lists is not None and isinstance(faiss.downcast_index(lists), faiss.IndexIVFPQ)
+    try:
+        if not one:
+            options.shard = shard
+            return faiss.index_cpu_to_all_gpus(index, options)
+        importlib.import_module("faiss.contrib.torch_utils")  # teaches `search` about tensors
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index, options)
+    except RuntimeError as error:
+        raise DatabaseError(
+            f"device: FAISS cannot put this index on a GPU ({_last_line(error)}): search it on the CPU, or make one of "
+            "lists with SQ8 or PQ codes (`retro-kernels db index`)"
+        ) from None
 
 
 class _Builder:
     """See the module's text. `run` -> the files of the index, the one to open first."""
 
     def __init__(
-        self, database: Database, choice: Choice, folder: Path, device: str, part_bytes: int, progress: Report | None
+        self,
+        database: Database,
+        choice: Choice,
+        folder: Path,
+        device: torch.device,
+        part_bytes: int,
+        progress: Report | None,
     ) -> None:
         self.faiss = import_faiss()
         self.keys = list(database.embeddings(1 << 62))
@@ -422,8 +471,8 @@ class _Builder:
         index = self._factory()
         if not index.is_trained:
             lists = self.faiss.try_extract_index_ivf(index)
-            if lists is not None and self.device != "cpu":
-                lists.clustering_index = on_gpu(self.faiss, self.faiss.IndexFlatL2(lists.d), shard=False)
+            if lists is not None and self.device.type == "cuda":
+                lists.clustering_index = on_gpu(self.faiss, self.faiss.IndexFlatL2(lists.d), self.device)
             try:
                 index.train(self._sample())
             except RuntimeError as error:

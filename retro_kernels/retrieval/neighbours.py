@@ -231,7 +231,7 @@ def _search(
         path.parent.mkdir(exist_ok=True)
         own = None if owners is None else owners(first * m + m * np.arange(count), 2 * m, starts)
         part = torch.from_numpy(tokens[first * m : (first + count) * m].astype(np.int64)).view(count, m)
-        ids = retriever.retrieve(part, documents=own).ids
+        ids = retriever.retrieve(part, documents=own).ids.cpu()
         write_bytes(path, ids.numpy().tobytes())
         meter(0, count, count)
 

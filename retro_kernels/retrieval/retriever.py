@@ -19,7 +19,9 @@ from ..errors import DatabaseError
 from ..hub import check_identity
 from ..tokenizers import open_tokenizer
 from . import filters
+from .devices import find_device
 from .embedders import Embedder, load_embedder
+from .index import Index
 from .store import Database, Source
 
 if TYPE_CHECKING:
@@ -75,7 +77,7 @@ class Retrieved:
     ids: Tensor
     """int64 [..., k], numbers of the database's chunks."""
     distances: Tensor
-    """float32 [..., k], as the index gives them: squared L2."""
+    """float32 [..., k], as the index gives them: squared L2. This, like all before it, is on the retriever's device."""
     sources: Sources
     """For each chunk, in their flattened order, where its k neighbours come from (None for a missing one)."""
 
@@ -104,7 +106,10 @@ class Retriever:
         fetch: candidates of the first searches, growing; then doubled until k survive the filters, the database ends,
             or the index finds no more.
         cache_size: chunks whose neighbours are remembered; 0: none.
-        device: where the index searches and, unless it is an object, the embedder computes.
+        device: where the index searches, the embedder (unless it is an object) computes, and the result lies: "cpu",
+            "cuda", "cuda:1", "auto". With a database whose tokens are there too, `Database(folder).to("cuda")`, nothing
+            but text, tokens to embed and neighbours' numbers passes through the CPU; otherwise they are read from
+            disk. No GPU has run this yet.
         precision: of the embedder; by default the one that made the keys.
         memory_map, search: given to `open_index`; `search` is a dict of its settings, as {"nprobe": 16}.
 
@@ -129,7 +134,7 @@ class Retriever:
         deduplicate: bool = True,
         fetch: Sequence[int] = FETCHED,
         cache_size: int = 1 << 14,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         precision: str | None = None,
         memory_map: bool | None = None,
         search: dict[str, Any] | None = None,
@@ -154,7 +159,8 @@ class Retriever:
             raise DatabaseError(
                 f"{self.database.folder} holds no embeddings, so there is nothing to search: build it with an embedder"
             )
-        self.embedder = _opened(embedder, manifest["embedder"], device, precision)
+        self.device = find_device(device)
+        self.embedder = _opened(embedder, manifest["embedder"], self.device, precision)
         if self.embedder.dim != self.database.dim:
             raise DatabaseError(f"embedder: makes {self.embedder.dim} numbers, the database's keys {self.database.dim}")
         self._tokenizer = open_tokenizer(manifest["tokenizer"])
@@ -163,7 +169,7 @@ class Retriever:
         if index is None:
             from .index import open_index
 
-            index = open_index(self.database, device=device, memory_map=memory_map, **(search or {}))
+            index = open_index(self.database, device=self.device, memory_map=memory_map, **(search or {}))
         elif search or memory_map is not None:
             raise ValueError("search, memory_map: given with an index object; set them when you open it")
         self.index = index
@@ -293,12 +299,19 @@ class Retriever:
 
     def _retrieved(self, ids: Tensor, distances: Tensor, leading: tuple[int, ...]) -> Retrieved:
         k, r = ids.shape[-1], self.retrieved_length
-        tokens, mask = self.database.chunks(ids, r)
+        # Through pinned memory where tokens go from the CPU to a GPU.
+        out = None
+        if self.device.type == "cuda" and self.database.device.type == "cpu":
+            out = (
+                torch.empty(*ids.shape, r, dtype=torch.int32, pin_memory=True),
+                torch.empty(*ids.shape, r, dtype=torch.bool, pin_memory=True),
+            )
+        tokens, mask = (x.to(self.device, non_blocking=True) for x in self.database.chunks(ids, r, out=out))
         return Retrieved(
             tokens.long().view(*leading, k, r),
             mask.view(*leading, k, r),
-            ids.view(*leading, k),
-            distances.view(*leading, k),
+            ids.to(self.device).view(*leading, k),
+            distances.to(self.device).view(*leading, k),
             Sources(self.database, ids),
         )
 
@@ -334,14 +347,21 @@ class Retriever:
     def _texts(self, chunks: Tensor) -> list[str]:
         return [self._tokenizer.decode([token for token in row if token >= 0]) for row in chunks.tolist()]
 
-    def _embed(self, texts: list[str]) -> np.ndarray:
-        parts = [self.embedder(texts[at : at + EMBEDDED]) for at in range(0, len(texts), EMBEDDED)]
-        return np.concatenate(parts) if parts else np.empty((0, self.embedder.dim), np.float32)
+    def _embed(self, texts: list[str]) -> Tensor:
+        """-> float32 [texts, dim], on the embedder's device if it says where that is."""
+        embed = getattr(self.embedder, "embed", self.embedder)
+        parts = [torch.as_tensor(embed(texts[at : at + EMBEDDED])) for at in range(0, len(texts), EMBEDDED)]
+        return torch.cat(parts) if parts else torch.empty(0, self.embedder.dim)
 
-    def _search(
-        self, queries: np.ndarray, chunks: Tensor, own: Tensor, excluded: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
-        """-> ids and distances [q, k] of the nearest chunks that pass the filters."""
+    def _nearest(self, queries: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """-> distances and ids [q, width]. The library's indexes take queries where they are; others get arrays."""
+        given = queries if isinstance(self.index, Index) else queries.cpu().numpy()
+        distances, ids = self.index.search(given, width)
+        return torch.as_tensor(distances), torch.as_tensor(ids)
+
+    def _search(self, queries: Tensor, chunks: Tensor, own: Tensor, excluded: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """-> ids and distances [q, k] of the nearest chunks that pass the filters, on the CPU. Candidates are looked at
+        where the database's tokens are."""
         ids = torch.full((len(queries), k), -1, dtype=torch.int64)
         distances = torch.full((len(queries), k), torch.inf)
         rows = torch.arange(len(queries) if len(self.database) else 0)
@@ -351,8 +371,12 @@ class Retriever:
             left = []
             # So many rows at a time as keep the candidates' tokens within bounds.
             for part in rows.split(max(1, TOKENS_AT_ONCE // (width * self.retrieved_length))):
-                near, found = (torch.as_tensor(x).cpu() for x in self.index.search(queries[part.numpy()], width))
-                kept = self._kept(found, chunks[part], own[part], excluded[part])
+                near, found = self._nearest(queries[part.to(queries.device)], width)
+                where = self.database.device
+                kept = self._kept(
+                    found.to(where), *(x[part].to(where, non_blocking=True) for x in (chunks, own, excluded))
+                ).cpu()
+                near, found = near.cpu(), found.cpu()
                 rank = kept.long().cumsum(-1)
                 row, column = (kept & (rank <= k)).nonzero(as_tuple=True)
                 place = rank[row, column] - 1
@@ -363,8 +387,8 @@ class Retriever:
         return ids, distances
 
     def _widths(self, k: int, plain: bool) -> Iterator[int]:
-        """How many candidates to ask for, time after time."""
-        whole = len(self.database)
+        """How many candidates to ask for, time after time: all of them in the end, or what the index gives at most."""
+        whole = min(len(self.database), getattr(self.index, "largest_k", None) or len(self.database))
         if plain and self.max_overlap is None and not self.deduplicate:
             yield min(k, whole)
             return
@@ -380,15 +404,15 @@ class Retriever:
                 return
 
     def _kept(self, found: Tensor, chunks: Tensor, own: Tensor, excluded: Tensor) -> Tensor:
-        """bool [q, c]: which of the candidates pass the filters."""
+        """bool [q, c]: which of the candidates pass the filters. All on the database's device."""
         kept = found >= 0
         if excluded.numel():
             kept &= ~filters.listed(found, excluded)
         if own.numel():
-            kept &= ~filters.listed(self.database.documents(found).cpu(), own)
+            kept &= ~filters.listed(self.database.documents(found), own)
         if self.max_overlap is None and not self.deduplicate:
             return kept
-        tokens, mask = (x.cpu() for x in self.database.chunks(found, self.retrieved_length))
+        tokens, mask = self.database.chunks(found, self.retrieved_length)
         tokens = tokens.masked_fill(~mask, -1)
         if self.max_overlap is not None:
             limit = self.max_overlap * (chunks >= 0).sum(-1, keepdim=True)
@@ -398,10 +422,12 @@ class Retriever:
         return kept
 
 
-def _opened(embedder: Embedder | str | None, expected: dict[str, Any], device: str, precision: str | None) -> Embedder:
+def _opened(
+    embedder: Embedder | str | None, expected: dict[str, Any], device: torch.device, precision: str | None
+) -> Embedder:
     if embedder is None or isinstance(embedder, str):
         name = expected["name"] if embedder is None else embedder
-        embedder = load_embedder(name, device=device, precision=precision or expected.get("precision", "auto"))
+        embedder = load_embedder(name, device=str(device), precision=precision or expected.get("precision", "auto"))
     check_identity("embedder", expected, embedder.identity)
     return embedder
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .devices import find_device
 from .index import Index, open_index
 from .store import Database
 
@@ -58,7 +59,7 @@ def evaluate_search(
     queries: np.ndarray | Tensor | None = None,
     recall: float = 0.95,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Recall@k and queries a second of every setting of the database's index, and the fastest that reaches `recall`.
@@ -81,7 +82,7 @@ def evaluate_search(
         )
         queries = index.keys[own].cpu()
     given = torch.as_tensor(queries)
-    truth = Index(database, device, {})
+    truth = Index(database, find_device(device), {})
     true, seconds = _time_search(functools.partial(_found, truth, given, own, k, {}))
     exact_rate = len(given) / seconds
     sweep = _sweep(index)

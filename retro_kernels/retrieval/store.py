@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..errors import DatabaseError
 from ..files import json_bytes, write_json
+from .devices import check_memory, find_device
 from .files import inside, problem_with, read_json
 
 MAGIC = "retro-kernels retrieval database"
@@ -202,16 +203,14 @@ class Database:
     def to(self, device: torch.device | str) -> Database:
         """Loads tokens and document numbers onto `device`: a small store can live on the GPU. -> self
 
-        Raises DatabaseError where the GPU's free memory does not hold them."""
-        wanted = torch.device(device)
-        if wanted.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(wanted)
-            needed = sum(shard.nbytes for shard in self._shards)
-            if needed > free:
-                raise DatabaseError(
-                    f"device: the tokens of {self.folder} take {needed:,} bytes, {wanted} has {free:,} free: leave the "
-                    "store where it is, memory-mapped, and gather into pinned memory (out=)"
-                )
+        Raises DatabaseError where there is no such GPU, or its free memory does not hold them."""
+        wanted = find_device(device)
+        check_memory(
+            wanted,
+            sum(shard.nbytes for shard in self._shards),
+            f"the tokens of {self.folder}",
+            "leave the store where it is, memory-mapped, and gather into pinned memory (out=)",
+        )
         self.device = wanted
         for shard in self._shards:
             shard.to(self.device)

@@ -116,6 +116,88 @@ def test_exact_search_is_brute_force(keys, queries, k, dtype, held, monkeypatch)
     np.testing.assert_allclose(of_found, true[0], rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def repeated_keys() -> np.ndarray:
+    """4,000 keys, only 40 of them different: more equal ones than candidates are looked at."""
+    random = np.random.default_rng(2)
+    return random.standard_normal((40, 33)).astype(np.float32)[random.integers(0, 40, 4000)]
+
+
+@pytest.mark.parametrize("block", [16384, 700, 64])
+def test_of_equal_keys_the_first_are_found_for_every_k(repeated_keys, block, monkeypatch):
+    monkeypatch.setattr(exact, "KEYS", block)
+    keys = exact.Keys([(0, repeated_keys[:1234]), (1234, repeated_keys[1234:])])
+    queries = repeated_keys[::200]
+    distances, ids = exact.search(keys, torch.from_numpy(queries), len(repeated_keys))
+    np.testing.assert_array_equal(ids.numpy(), brute_force(repeated_keys, queries, len(repeated_keys))[1])
+    for k in (1, 2, 5, 64, 700):
+        found = exact.search(keys, torch.from_numpy(queries), k)
+        assert torch.equal(found[0], distances[:, :k])
+        assert torch.equal(found[1], ids[:, :k])
+
+
+def test_equal_distances_come_in_the_order_of_faiss_s_exact_index():
+    """Small integers: both compute every distance without rounding, and a hundred keys are equally far."""
+    faiss, random = pytest.importorskip("faiss"), np.random.default_rng(0)
+    keys = random.integers(-2, 3, (3000, 6)).astype(np.float32)
+    flat = faiss.IndexFlatL2(6)
+    flat.add(keys)
+    for count in (3, 40):
+        queries = random.integers(-2, 3, (count, 6)).astype(np.float32)
+        for k in (1, 2, 7, 150):
+            distances, ids = exact.search(exact.Keys([(0, keys)]), torch.from_numpy(queries), k)
+            expected = flat.search(queries, k)
+            np.testing.assert_array_equal(distances.numpy(), expected[0])
+            np.testing.assert_array_equal(ids.numpy(), expected[1])
+
+
+def test_what_the_product_loses_does_not_change_what_is_found(keys, queries, monkeypatch):
+    """With factors rounded to TF32's eleven bits, as torch does on a GPU where it is allowed to."""
+    given = torch.from_numpy(np.concatenate([queries, keys[:40]]))
+    expected = exact.search(exact.Keys([(0, keys)]), given, 5)
+    scores = exact._scores
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+
+    monkeypatch.setattr(exact, "_scores", lambda q, x, half, space: scores(rounded(q), rounded(x), half, space))
+    monkeypatch.setattr(exact, "SPARE", 0)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = exact.search(exact.Keys([(0, keys)]), given, 5)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 7, 96, 384])
+def test_a_distance_has_the_same_bits_in_every_shape(dim):
+    """Against the sum written out, one query and one key at a time."""
+    random = np.random.default_rng(dim)
+    queries, keys = (random.standard_normal((n, dim)).astype(np.float32) for n in (3, 50))
+    found = exact.squared_distances(torch.from_numpy(queries)[:, None], torch.from_numpy(keys))
+    for row, query in enumerate(queries):
+        for column, key in enumerate(keys):
+            terms = list((query - key) ** 2)
+            while len(terms) > 1:
+                first = (len(terms) + 1) // 2
+                terms = [a + b for a, b in zip(terms, terms[first:])] + terms[len(terms) - first : first]
+            assert found[row, column] == (terms[0] if terms else 0.0)
+
+
+@pytest.mark.parametrize("rerank", [0, 4])
+def test_an_index_gives_equal_keys_in_their_order(tmp_path, repeated_keys, rerank):
+    keys = np.concatenate([repeated_keys, np.zeros((4000, 31), np.float32)], axis=1)
+    index = open_index(replace_index(database_with(tmp_path / "db", keys).folder, "IVF16,SQ8"), nprobe=16)
+    whole = index.search(keys[::200], 50, rerank=rerank)[1]
+    for k in (1, 2, 5, 20):
+        assert torch.equal(index.search(keys[::200], k, rerank=rerank)[1], whole[:, :k])
+    assert (whole.diff(dim=-1) > 0).sum() > 0.9 * whole.numel() * 49 / 50
+
+
 def test_the_least_of_each_row_is_found_by_groups(monkeypatch):
     """Where the least values crowd into one group, and where they lie in the rest that fills no group."""
     scores = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0))

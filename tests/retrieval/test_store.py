@@ -112,6 +112,8 @@ def test_chunks_are_gathered_into_what_is_given(folder: Path):
 
 def test_a_store_that_a_gpu_cannot_hold_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
     database = Database(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 200))
     with pytest.raises(DatabaseError, match=r"cuda:0 has 100 free: leave the store where it is"):
         database.to("cuda:0")
