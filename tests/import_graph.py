@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,20 +30,43 @@ def statements(tree: ast.AST, *, later: bool) -> Iterator[ast.Import | ast.Impor
             yield from statements(node, later=later)
 
 
-def imports(name: str, path: Path, known: dict[str, Path], *, later: bool) -> set[str]:
-    """The package's modules that this one imports. What a module's parents import is not its own."""
-    found = set()
-    for node in statements(ast.parse(path.read_text()), later=later):
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imported(name: str, path: Path, known: dict[str, Path], *, later: bool) -> Iterator[tuple[str, str | None]]:
+    """(module, name taken from it or None), as absolute names. What a module's parents import is not its own."""
+    for node in statements(parse(path), later=later):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from ((alias.name, None) for alias in node.names)
             continue
         base = node.module or ""
         if node.level:
             parts = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
             base = ".".join([*parts[: len(parts) - node.level + 1], *([base] if base else [])])
         for alias in node.names:
-            found.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base)
-    return {other for other in found if other in known and other != name}
+            module = f"{base}.{alias.name}"
+            yield (module, None) if module in known else (base, alias.name)
+
+
+def imports(name: str, path: Path, known: dict[str, Path], *, later: bool) -> set[str]:
+    """The package's modules that this one imports."""
+    return {other for other, _ in imported(name, path, known, later=later) if other in known and other != name}
+
+
+@cache
+def names(path: Path) -> set[str] | None:
+    """What a module defines at its top; None where it makes names when they are asked for."""
+    found = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return None if "__getattr__" in found else found
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:

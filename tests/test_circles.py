@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from import_graph import circles, imports, modules
+from import_graph import circles, imported, imports, modules, names
 
 
 @pytest.mark.parametrize("package", ["retro_kernels", "benchmarks"])
@@ -13,6 +13,18 @@ def test_no_circle(package, later):
     graph = {name: imports(name, path, known, later=later) for name, path in known.items()}
     assert sum(map(len, graph.values())) > len(graph)
     assert circles(graph) == []
+
+
+@pytest.mark.parametrize("package", ["retro_kernels", "benchmarks"])
+def test_what_a_module_imports_from_another_is_there(package):
+    """In functions too, which a test may never call."""
+    known, missing = modules("retro_kernels") | modules("benchmarks"), []
+    for name, path in modules(package).items():
+        for module, wanted in imported(name, path, known, later=True):
+            there = names(known[module]) if module in known else None
+            if wanted is not None and there is not None and wanted not in there:
+                missing.append(f"{name} takes {wanted} from {module}")
+    assert missing == []
 
 
 def test_a_circle_would_be_found(tmp_path):
