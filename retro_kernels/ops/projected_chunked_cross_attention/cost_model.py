@@ -22,12 +22,12 @@ import dataclasses
 import functools
 import json
 import math
-import platform
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from ... import machine
 from ..compiling import constant
 
 CONSTANTS = Path(__file__).with_name("constants.json")
@@ -169,18 +169,7 @@ def device_name(device: torch.device) -> str:
     """What rates are kept by: on a CPU its model, torch's threads and instruction set; on a GPU its name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
-@functools.lru_cache(maxsize=1)
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return f"{machine.cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @functools.lru_cache(maxsize=1)
