@@ -78,7 +78,7 @@ def import_(
     neighbours: Annotated[Path | None, typer.Option(help="A folder of Megatron's `query`.")] = None,
 ) -> None:
     """Makes a database of the chunks, embeddings and neighbours that another project made."""
-    from retro_kernels.retrieval.interchange import NEIGHBOURS, import_database
+    from retro_kernels.retrieval.exchange import NEIGHBOURS, import_database
 
     with show_errors():
         database = import_database(
@@ -98,7 +98,7 @@ def export(
 ) -> None:
     """Writes the chunks to Parquet, a row each."""
     from retro_kernels.retrieval import Database
-    from retro_kernels.retrieval.interchange import export_parquet
+    from retro_kernels.retrieval.exchange import export_parquet
 
     with show_errors():
         rows = export_parquet(Database(folder), out, embeddings=embeddings, text=text)

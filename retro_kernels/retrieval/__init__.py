@@ -4,8 +4,8 @@ from ..errors import DatabaseError
 from ..tokenizers import ChunkTokenizer, load_tokenizer, open_tokenizer
 from .builder import Progress, build_database
 from .embedders import Embedder, load_embedder, open_embedder
+from .exchange import export_parquet, import_database
 from .index import Index, build_index, open_index, replace_index
-from .interchange import export_parquet, import_database
 from .neighbours import TrainingData, open_neighbours, precompute_neighbours
 from .retriever import Retrieved, Retriever
 from .store import Database, Source

@@ -24,8 +24,8 @@ from ..files import json_bytes, replaced, write_json
 from ..tokenizers import DEFAULT_TOKENIZER, ChunkTokenizer, load_tokenizer
 from .embedders import DEFAULT_EMBEDDER, Embedder, load_embedder
 from .engines import ENGINES, Run, start_engine
-from .files import describe, lock_folder, name_full_disk, read_json
 from .index import build_index, remove_parts
+from .manifest import describe, lock_folder, name_full_disk, read_json
 from .readers import Options, Piece, Problem, cut, find
 from .shards import PLAN, WORK, Settings, Worker, finished_counts, json_line, remove_work, summarise, work_file
 from .store import EMBEDDING_DTYPES, MANIFEST, Database

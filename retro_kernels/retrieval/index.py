@@ -32,8 +32,8 @@ from ..errors import DatabaseError
 from ..files import move, replaced, sync, write_json
 from . import exact
 from .devices import check_memory, find_device
-from .files import describe, lock_folder, name_full_disk, problem_with, read_json
 from .index_choice import EXACT, Choice, choose, lists_of
+from .manifest import describe, lock_folder, name_full_disk, problem_with, read_json
 from .store import INDEX_FOLDER, Database, write_manifest
 
 GPU_LARGEST_K = 2048

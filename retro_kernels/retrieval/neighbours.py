@@ -29,7 +29,7 @@ import torch
 from ..errors import DatabaseError
 from ..files import replaced, write_bytes, write_json
 from .builder import Meter, Report, build_database
-from .files import describe, inside, lock_folder, name_full_disk, problem_with, read_json
+from .manifest import describe, inside, lock_folder, name_full_disk, problem_with, read_json
 from .retriever import Retriever
 from .store import MANIFEST, Database
 

@@ -23,7 +23,7 @@ from ..hub import check_identity
 from ..tokenizers import ChunkTokenizer, load_tokenizer
 from .chunking import Part, Text, parts, windows
 from .embedders import Embedder, load_embedder
-from .files import name_full_disk, read_json
+from .manifest import name_full_disk, read_json
 from .readers import Options, Piece, Problem, Reader
 from .store import token_dtype
 from .writer import ShardWriter, shard_folder

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..errors import DatabaseError
 from ..files import json_bytes, write_json
 from .devices import check_memory, find_device
-from .files import inside, problem_with, read_json
+from .manifest import inside, problem_with, read_json
 
 MAGIC = "retro-kernels retrieval database"
 VERSION = 1

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import DatabaseError
 from ..files import move, write_json
-from .files import describe, name_full_disk, problem_with, read_json
+from .manifest import describe, name_full_disk, problem_with, read_json
 from .store import EMBEDDING_DTYPES, MAGIC, MANIFEST, TOKEN_DTYPES, VERSION, Database, file_bytes, write_manifest
 
 SHARD_FOLDER = "shards"

@@ -31,7 +31,7 @@ from retro_kernels.retrieval import (
     open_embedder,
 )
 from retro_kernels.retrieval import shards as shards_module
-from retro_kernels.retrieval.files import lock_folder
+from retro_kernels.retrieval.manifest import lock_folder
 from retro_kernels.retrieval.shards import Worker
 from retro_kernels.retrieval.store import MANIFEST
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from retro_kernels.retrieval import Database, DatabaseError, ShardWriter, committed_shard, finish_database
-from retro_kernels.retrieval import files as files_module
+from retro_kernels.retrieval import manifest as manifest_module
 from retro_kernels.retrieval.store import MANIFEST
 
 CHUNK, DIM = 4, 3
@@ -247,12 +247,12 @@ def test_nothing_finished_is_overwritten_and_two_builders_are_refused(folder: Pa
         finish_database(folder, 1, tokenizer={}, embedder={}, **SHAPE)
     assert contents(folder) == before
     with (
-        files_module.lock_folder(tmp_path),
+        manifest_module.lock_folder(tmp_path),
         pytest.raises(DatabaseError, match="another process"),
-        files_module.lock_folder(tmp_path),
+        manifest_module.lock_folder(tmp_path),
     ):
         pass
-    with files_module.lock_folder(tmp_path):
+    with manifest_module.lock_folder(tmp_path):
         pass
 
 

@@ -124,7 +124,7 @@ class Retrofit(nn.Module):
     def save_pretrained(self, folder: Any) -> None:
         """Writes what was added to `retro.safetensors` and the settings, with a hash of the base, to `retro.json` in
         the folder, which is made. `rk.retrofit(base, folder)` puts it on the base again."""
-        from .files import save
+        from .manifest import save
 
         save(self, folder)
 

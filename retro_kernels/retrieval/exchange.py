@@ -19,7 +19,7 @@ import torch
 from ..errors import DatabaseError
 from ..files import replaced
 from ..tokenizers import load_tokenizer, open_tokenizer
-from .files import describe, inside, lock_folder, name_full_disk, read_json
+from .manifest import describe, inside, lock_folder, name_full_disk, read_json
 from .store import Database, token_dtype
 from .writer import ShardWriter, finish_database
 

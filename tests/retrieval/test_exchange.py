@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from retro_kernels.cli import app
 from retro_kernels.retrieval import Database, DatabaseError, build_database, load_tokenizer
-from retro_kernels.retrieval.interchange import NEIGHBOURS, export_parquet, import_database
+from retro_kernels.retrieval.exchange import NEIGHBOURS, export_parquet, import_database
 
 CHUNK = 8
 
