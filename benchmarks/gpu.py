@@ -89,6 +89,8 @@ def stages(targets: tuple[str, ...]) -> list[list[Part]]:
             *correct(("fp16", "fp32"), 100),
         ],
         [Part("small cases", "correctness", 100, small)],
+        [Part("retrieval correctness", "retrieval", 45, ("tests/retrieval/test_gpu.py", "-m", "gpu"))],
+        [Part("retrieval timings", "retrieval", 90, function="benchmarks.retrieval_gpu:run")],
         [Part("tables", "timings", 270, function=f"{timings}:tables")],
         [Part("real text", "timings", 70, function=f"{timings}:real_text")],
     ]
@@ -168,15 +170,17 @@ class Items:
     def document(self) -> dict:
         """Of what stands there now; a part that runs is incomplete."""
         entries = self.entries()
-        document = results.new({}, self.settings) | {"checks": [], "verified": [], "interrupted": self.interrupted}
+        document = results.new({}, self.settings) | {"checks": [], "verified": [], "retrieval": []}
+        document["interrupted"] = self.interrupted
         ended = last_outcomes(entries)
         for (part, name), entry in ended.items():
             document["checks"].append(
                 {"check": f"{part}: {name}", **{key: entry[key] for key in ("status", "detail", "seconds")}}
             )
             document["rows"] += entry.get("rows", [])
+            document["retrieval"] += entry.get("retrieval", [])
             _merge_verdicts(document["verified"], entry.get("verified"))
-            for key in ("environment", "ceilings", "real_text", "retrieval"):
+            for key in ("environment", "ceilings", "real_text"):
                 if entry.get(key):
                     document[key] = entry[key]
         running = dict.fromkeys(entry["part"] for entry in entries if entry.get("part"))
