@@ -112,15 +112,14 @@ def _always(answer: Any) -> Any:
 
 
 @contextlib.contextmanager
-def fake_driver(capability: int) -> Iterator[FakeDriver]:
-    """Within it backend="triton" takes CPU tensors and compiles for a GPU of that compute capability."""
+def kernels_on_cpu(capability: int) -> Iterator[None]:
+    """Within it backend="triton" takes CPU tensors and plans for a GPU of that compute capability."""
     from retro_kernels.ops.attention import triton as attention
     from retro_kernels.ops.chunked_cross_attention_decode import triton as decode
     from retro_kernels.ops.projected_chunked_cross_attention import triton as absorbed
 
     if attention.interpreting():
         raise RuntimeError("TRITON_INTERPRET was set when retro_kernels was imported: nothing would be compiled")
-    made = FakeDriver(capability)
     with contextlib.ExitStack() as stack:
         for module in (attention, decode, absorbed):
             for name in ("unavailable", "refusal"):
@@ -128,8 +127,15 @@ def fake_driver(capability: int) -> Iterator[FakeDriver]:
                     stack.enter_context(mock.patch.object(module, name, _always(None)))
             if hasattr(module, "_compute_capability"):
                 stack.enter_context(mock.patch.object(module, "_compute_capability", _always(capability)))
-        # Triton's own way back, `reset_active`, looks for a real driver.
-        stack.enter_context(mock.patch.object(driver, "_active", made))
+        yield
+
+
+@contextlib.contextmanager
+def fake_driver(capability: int) -> Iterator[FakeDriver]:
+    """Within it backend="triton" takes CPU tensors and compiles for a GPU of that compute capability."""
+    made = FakeDriver(capability)
+    # Triton's own way back, `reset_active`, looks for a real driver.
+    with kernels_on_cpu(capability), mock.patch.object(driver, "_active", made):
         yield made
 
 
