@@ -9,10 +9,13 @@ import fcntl
 import sys
 from pathlib import Path
 
-import toolchain
 import torch
 
 ROOT = Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT / "csrc"))  # for the scripts that import this file; pytest has it
+
+import toolchain  # noqa: E402
+
 SOURCES = ROOT / "csrc" / "cuda"
 FOLDER = ROOT / "build" / "emulator"
 FLAGS = [
