@@ -350,7 +350,7 @@ def variants(workload: Decode | Step, device: torch.device, *, backends: list[st
     if step:
         result.append(variant("sdpa[projected again]", reproject_sdpa, "none"))
         result.append(variant("sdpa[kv]", cached_sdpa, "kv", layered=True))
-    from retro_kernels.ops.chunked_cross_attention_decode.run import BACKENDS
+    from retro_kernels.ops.backends import DECODING as BACKENDS
 
     for name, reason in own_backends(device, backends):
         if name not in BACKENDS:
@@ -382,7 +382,7 @@ def _counts(workload: Decode | Step, form: str, device: torch.device | None = No
 
 def _border_ms(workload: Step, dtype: torch.dtype, device: torch.device) -> float:
     """The fastest of three times that keys and values of all layers are made of a chunk's states in one product."""
-    from retro_kernels.ops.projected_chunked_cross_attention.materialise import project
+    from retro_kernels.ops.materialise import project
 
     encoded = workload.inputs(dtype, device)[1]
     weights = [

@@ -60,7 +60,7 @@ def device_slug(device) -> str:
 def default_backend(device) -> str:
     """The backend that a call on this device takes when it names none, as far as is known, and why."""
     from retro_kernels.ops import backends
-    from retro_kernels.ops.attention.run import BACKENDS
+    from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
     name, why = backends.outlook(BACKENDS, device)
     return f"{name}: {why}"

@@ -3,20 +3,26 @@
     python -m benchmarks.overhead [--device cuda] [--json FILE]
 
 Each figure is the median of the quietest tenth of many calls on one thread, tensors of one chunk. "kernel" is the raw
-operation of the compiled library (CPU only), so that what is above it is this library's Python.
+operation of the compiled library (CPU only), so that what is above it is this library's Python. On a CPU the Triton
+path is timed too, up to its launches, which a fake driver takes (`fake_gpu.py`): what a launch costs in CUDA's own
+driver comes on top.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 import retro_kernels as rk
+
+from . import environment
 
 B, N, M, K, R, H, D, E = 1, 8, 4, 2, 4, 2, 16, 24
 
@@ -35,16 +41,18 @@ def microseconds(call: Callable[[], object], seconds: float = 1.0) -> float:
     return quiet[len(quiet) // 2]
 
 
-def calls(device: str) -> dict[str, Callable[[], object]]:
-    """Name -> a call; those that end with "backward" run both directions."""
+def calls(
+    device: str, backend: str | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Callable[[], object]]:
+    """Name -> a call; those that end with "backward" run both directions. With a `backend` only what it has."""
 
     def draw(*shape: int, gradient: bool = False) -> torch.Tensor:
-        return torch.randn(*shape, device=device, requires_grad=gradient)
+        return torch.randn(*shape, device=device, dtype=dtype, requires_grad=gradient)
 
     q, kv = draw(B, N, H, D), draw(B, N // M, K, R, H, D)
     encoded, w = draw(B, N // M, K, R, E), draw(H, D, E)
     position = torch.full((B,), 5, device=device)
-    layer = rk.nn.ChunkedCrossAttention(H * D, context_dim=E, num_heads=H, chunk_size=M).to(device)
+    layer = rk.nn.ChunkedCrossAttention(H * D, context_dim=E, num_heads=H, chunk_size=M).to(device, dtype)
     hidden = draw(B, N, H * D)
     sdpa = [draw(B, H, N, D) for _ in range(3)]
     trained = [draw(B, N, H, D, gradient=True), *(draw(*kv.shape, gradient=True) for _ in range(2))]
@@ -64,24 +72,41 @@ def calls(device: str) -> dict[str, Callable[[], object]]:
 
     found = {
         "SDPA forward": lambda: F.scaled_dot_product_attention(*sdpa),
-        "CCA forward": lambda: rk.chunked_cross_attention(q, kv, kv, chunk_size=M),
-        "CCA forward, kernel": _kernel(q, kv) if device == "cpu" else None,
-        "self-attention forward": lambda: rk.neighbour_self_attention(self_q, kv, kv),
+        "CCA forward": lambda: rk.chunked_cross_attention(q, kv, kv, chunk_size=M, backend=backend),
+        "CCA forward, kernel": _kernel(q, kv) if device == "cpu" and backend is None else None,
+        "self-attention forward": lambda: rk.neighbour_self_attention(self_q, kv, kv, backend=backend),
         "decode": lambda: rk.chunked_cross_attention_decode(
-            q[:, :1], kv[:, 0], kv[:, 0], chunk_size=M, position=position
+            q[:, :1], kv[:, 0], kv[:, 0], chunk_size=M, position=position, backend=backend
         ),
         "projected decode": lambda: rk.projected_chunked_cross_attention_decode(
-            q[:, :1], encoded[:, 0], w, w, chunk_size=M, position=position
+            q[:, :1], encoded[:, 0], w, w, chunk_size=M, position=position, backend=backend
         ),
         "projected forward, absorb": lambda: rk.projected_chunked_cross_attention(
-            q, encoded, w, w, chunk_size=M, strategy="absorb"
+            q, encoded, w, w, chunk_size=M, strategy="absorb", backend=backend
         ),
         "projected forward, auto": lambda: rk.projected_chunked_cross_attention(q, encoded, w, w, chunk_size=M),
         "layer forward": no_grad(lambda: layer(hidden, encoded)),
         "SDPA forward and backward": both(lambda: F.scaled_dot_product_attention(*sdpa_trained), sdpa_trained),
-        "CCA forward and backward": both(lambda: rk.chunked_cross_attention(*trained, chunk_size=M), trained),
+        "CCA forward and backward": both(
+            lambda: rk.chunked_cross_attention(*trained, chunk_size=M, backend=backend), trained
+        ),
     }
-    return {name: call for name, call in found.items() if call is not None}
+    without = () if backend is None else ("SDPA", "layer", "projected forward, auto")
+    return {name: call for name, call in found.items() if call is not None and not name.startswith(without or "-")}
+
+
+def of_triton() -> Iterator[tuple[str, float]]:
+    """The Triton path in bf16, launched nowhere."""
+    from .fake_gpu import fake_driver
+
+    with fake_driver(90) as driver:
+        for name, call in calls("cpu", "triton", torch.bfloat16).items():
+
+            def forgetful(call: Callable[[], object] = call) -> None:
+                call()
+                driver.launches.clear()
+
+            yield f"Triton: {name}", microseconds(forgetful)
 
 
 def _kernel(q: torch.Tensor, kv: torch.Tensor) -> Callable[[], object]:
@@ -107,12 +132,18 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     figures = {}
-    for name, call in calls(arguments.device).items():
-        figures[name] = microseconds(call)
-        print(f"{name:<30} {figures[name]:8.1f} us")
+    measured: Iterable[tuple[str, float]] = (
+        (name, microseconds(call)) for name, call in calls(arguments.device).items()
+    )
+    if arguments.device == "cpu" and importlib.util.find_spec("triton") is not None:
+        measured = itertools.chain(measured, of_triton())
+    for name, figure in measured:
+        figures[name] = figure
+        print(f"{name:<38} {figure:8.1f} us", flush=True)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"torch": torch.__version__, "device": arguments.device, "microseconds": figures}, file, indent=1)
+            document = {"environment": environment.collect(torch.device(arguments.device)), "microseconds": figures}
+            json.dump(document, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def phases_of(label: str, shape: Shape, itemsize: int) -> list:
 def times(shape: Shape, dtype: torch.dtype, device: torch.device, protocol: Protocol) -> dict[str, float]:
     """Seconds of every pass that can run here, by the beginning of its kinds' names."""
     import retro_kernels as rk
-    from retro_kernels.ops.projected_chunked_cross_attention.materialise import project
+    from retro_kernels.ops.materialise import project
 
     generator = torch.Generator().manual_seed(0)
 
@@ -142,7 +142,7 @@ def times(shape: Shape, dtype: torch.dtype, device: torch.device, protocol: Prot
 
 
 def _absorb_refusal(leaves: list[torch.Tensor]) -> str | None:
-    from retro_kernels.ops.projected_chunked_cross_attention import api
+    from retro_kernels.ops import projected as api
 
     return api.absorb_refusal(api.prepare(*leaves, chunk_size=CHUNK))
 

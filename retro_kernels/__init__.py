@@ -11,15 +11,13 @@ if TYPE_CHECKING:
     from . import models, nn, retrieval
     from .integrations.retrofit import RetrofitReport, retrofit
     from .integrations.swap import SwapReport, swap
-    from .ops.attention.run import backends
-    from .ops.backends import BackendStatus
+    from .ops.backends import BackendStatus, backends
     from .ops.chunked_cross_attention import chunked_cross_attention
-    from .ops.chunked_cross_attention_decode import chunked_cross_attention_decode
+    from .ops.decode import chunked_cross_attention_decode, projected_chunked_cross_attention_decode
+    from .ops.explanation import Explanation, explain
     from .ops.join_attention import join_attention
-    from .ops.neighbour_cross_attention import neighbour_cross_attention
-    from .ops.neighbour_self_attention import neighbour_self_attention
-    from .ops.projected_chunked_cross_attention import Explanation, explain, projected_chunked_cross_attention
-    from .ops.projected_chunked_cross_attention_decode import projected_chunked_cross_attention_decode
+    from .ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
+    from .ops.projected import projected_chunked_cross_attention
 
 try:
     __version__ = version("retro_kernels")
@@ -50,15 +48,13 @@ __all__ = [
 # Where each public name is; the subpackages `models` and `nn` are names of their own.
 _SOURCES = {
     ".integrations": ("RetrofitReport", "SwapReport", "retrofit", "swap"),
-    ".ops.attention.run": ("backends",),
-    ".ops.backends": ("BackendStatus",),
+    ".ops.backends": ("BackendStatus", "backends"),
     ".ops.chunked_cross_attention": ("chunked_cross_attention",),
-    ".ops.chunked_cross_attention_decode": ("chunked_cross_attention_decode",),
+    ".ops.decode": ("chunked_cross_attention_decode", "projected_chunked_cross_attention_decode"),
+    ".ops.explanation": ("Explanation", "explain"),
     ".ops.join_attention": ("join_attention",),
-    ".ops.neighbour_cross_attention": ("neighbour_cross_attention",),
-    ".ops.neighbour_self_attention": ("neighbour_self_attention",),
-    ".ops.projected_chunked_cross_attention": ("Explanation", "explain", "projected_chunked_cross_attention"),
-    ".ops.projected_chunked_cross_attention_decode": ("projected_chunked_cross_attention_decode",),
+    ".ops.neighbour_attention": ("neighbour_cross_attention", "neighbour_self_attention"),
+    ".ops.projected": ("projected_chunked_cross_attention",),
 }
 _broken: Exception | None = None
 _loaded = False

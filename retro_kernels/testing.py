@@ -17,7 +17,8 @@ from unittest import mock
 
 import torch
 
-from .ops import common, validate
+from .ops import checks
+from .ops import memory as ops_memory
 from .ops.attention import reference
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ def as_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     def convert(x: Any) -> Any:
         if isinstance(x, tuple):
             return tuple(convert(part) for part in x)
-        if isinstance(x, torch.Tensor) and x.dtype in validate.FLOATING:
+        if isinstance(x, torch.Tensor) and x.dtype in checks.FLOATING:
             return x.detach().to(dtype, copy=True).requires_grad_(x.requires_grad)
         return x
 
@@ -372,7 +373,7 @@ class Bands:
         self.inputs: list[tuple[torch.Tensor, int]] = []
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """As `ops.common.allocate`, but filled with NaN (an integer with its least value)."""
+        """As `ops.memory.allocate`, but filled with NaN (an integer with its least value)."""
         size = int(torch.Size(shape).numel())
         empty = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
         memory = torch.full((size + 2 * GUARD,), empty, dtype=dtype, device=device)
@@ -408,7 +409,7 @@ def guard_bands() -> Iterator[Bands]:
     """Within it outputs and scratch of fused backends are filled with NaN and lie between guard bands; at its end the
     bands must be untouched."""
     bands = Bands()
-    with mock.patch.object(common, "allocate", bands.allocate):
+    with mock.patch.object(ops_memory, "allocate", bands.allocate):
         yield bands
     bands.check()
 
@@ -498,7 +499,7 @@ def without_unread(arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments
     spoilt = dict(arguments)
     for name in ("key", "value", "encoded"):
-        if name in arguments and arguments[name].dtype in validate.FLOATING:
+        if name in arguments and arguments[name].dtype in checks.FLOATING:
             spoilt[name] = arguments[name].detach().clone()
             spoilt[name][~arguments["valid"]] = float("nan")
     return spoilt

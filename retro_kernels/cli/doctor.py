@@ -159,7 +159,7 @@ def backends() -> tuple[list[Entry], bool]:
         import retro_kernels as rk
         from retro_kernels.ops import backends as choice
         from retro_kernels.ops import verification
-        from retro_kernels.ops.attention.run import BACKENDS
+        from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
         states = rk.backends()
         defaults = {verification.describe(device): choice.outlook(BACKENDS, device) for device in choice.devices()}

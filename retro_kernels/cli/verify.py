@@ -31,7 +31,7 @@ def verify(
     import torch
 
     from ..ops import self_check, verification
-    from ..ops.attention.run import BACKENDS
+    from ..ops.backends import ATTENTION as BACKENDS
 
     on = torch.device(device)
     if on.type == "cuda" and on.index is None and torch.cuda.is_available():

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..ops import backends as backend_choice
 from ..ops import verification
-from ..ops.attention.run import BACKENDS
+from ..ops.backends import ATTENTION as BACKENDS
 from . import retro_pytorch
 from .base import AS_TRAINED, PAPER, FusedForward, Integration
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..files import replaced, write_bytes, write_json
 from ..nn import RotaryPositions
-from ..ops import validate
+from ..ops import checks
 from .config import RetroConfig
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def write(
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    validate.integer("max_shard_size", max_shard_size, 1)
+    checks.integer("max_shard_size", max_shard_size, 1)
     for name, tensor in weights.items():
         if tensor.is_meta:
             raise ValueError(f"model: got {name} on the meta device, which holds no weights, expected a real device")

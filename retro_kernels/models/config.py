@@ -9,7 +9,7 @@ from typing import Any
 from ..nn import common
 from ..nn.neighbour_encoder import ACTIVATIONS
 from ..nn.retro_decoder_block import POSITIONS
-from ..ops import validate
+from ..ops import checks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class RetroConfig:
             "vocab_size", "model_dim", "num_layers", "num_heads", "chunk_size", "num_neighbours", "encoder_dim",
             "encoder_layers", "encoder_heads", "encoder_head_dim", "max_length",
         ):  # fmt: skip
-            validate.integer(name, getattr(self, name), 1)
+            checks.integer(name, getattr(self, name), 1)
         num_kv_heads, head_dim = common.head_sizes(self.model_dim, self.num_heads, self.num_kv_heads, self.head_dim)
         for name, default in (
             ("head_dim", head_dim),
@@ -89,7 +89,7 @@ class RetroConfig:
             ("retrieved_length", 2 * self.chunk_size),
         ):
             given = getattr(self, name)
-            object.__setattr__(self, name, default if given is None else validate.integer(name, given, 1))
+            object.__setattr__(self, name, default if given is None else checks.integer(name, given, 1))
         for name, count in (
             ("cross_attention_layers", self.num_layers),
             ("encoder_cross_attention_layers", self.encoder_layers),
@@ -109,7 +109,7 @@ class RetroConfig:
         for name in ("dropout", "hidden_dropout"):
             common.probability(name, getattr(self, name))
         for name in ("norm_eps", "initializer_range"):
-            if validate.number(name, getattr(self, name)) <= 0.0:
+            if checks.number(name, getattr(self, name)) <= 0.0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected more than 0")
         for name in ("gated_feed_forward", "cross_attention_gate", "tied_embeddings", "shared_embeddings"):
             if not isinstance(getattr(self, name), bool):
@@ -120,7 +120,7 @@ class RetroConfig:
                 "model_dim"
             )
         if self.eos_token_id is not None:
-            validate.integer("eos_token_id", self.eos_token_id, 0, self.vocab_size - 1, "vocab_size - 1")
+            checks.integer("eos_token_id", self.eos_token_id, 0, self.vocab_size - 1, "vocab_size - 1")
         if self.tokenizer is not None and not isinstance(self.tokenizer, str):
             raise TypeError(f"tokenizer: got {self.tokenizer!r}, expected the name of a tokenizer, or None")
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..ops import validate
+from ..ops import checks
 from ..retrieval.neighbours import FACTS, IDS, TOKENS, open_neighbours
 from ..retrieval.store import Database
 from .config import RetroConfig
@@ -187,7 +187,7 @@ class Order:
     number of rows seen is all that a resumed run needs to know."""
 
     def __init__(self, rows: int, seed: int) -> None:
-        self.rows, self.seed = validate.integer("rows", rows, 1), seed
+        self.rows, self.seed = checks.integer("rows", rows, 1), seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __getitem__(self, place: int) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..nn import common
-from ..ops import validate
+from ..ops import checks
 from ..retrieval.filters import longest_common_stretch
 from .data import TokenStream
 from .retro import Retro
@@ -71,14 +71,14 @@ def evaluate(
     for overlap in overlaps:
         if not 0.0 <= overlap <= 1.0:
             raise ValueError(f"overlaps: got {overlap}, expected 0 to 1")
-    validate.integer("batch_size", batch_size, 1)
+    checks.integer("batch_size", batch_size, 1)
     stored = 0 if stream.neighbours is None else stream.neighbours.shape[1]
     if stored == 0 and (overlaps or set(retrieval) - {"off"}):
         raise ValueError(f"retrieval: {stream.folder} has no neighbours, expected retrieval=('off',) and no overlaps")
     ks = [model.config.num_neighbours] if num_neighbours is None else list(num_neighbours)
     for k in ks:
-        validate.integer("num_neighbours", k, 1, max(stored, 1), f"those of {stream.folder}")
-    count = stream.rows if max_rows is None else min(stream.rows, validate.integer("max_rows", max_rows, 1))
+        checks.integer("num_neighbours", k, 1, max(stored, 1), f"those of {stream.folder}")
+    count = stream.rows if max_rows is None else min(stream.rows, checks.integer("max_rows", max_rows, 1))
     rows = list(range(count))
     other = _other_rows(stream.rows, seed) if "random" in retrieval else []
     variants = [(mode, k) for mode in retrieval for k in ([0] if mode == "off" else ks)]

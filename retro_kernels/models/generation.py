@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..nn import NeighbourCache, SelfAttentionCache
-from ..ops import validate
+from ..ops import checks
 
 if TYPE_CHECKING:
     from .retro import Retro
@@ -62,13 +62,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not validate.number("temperature", self.temperature) >= 0.0:
+        if not checks.number("temperature", self.temperature) >= 0.0:
             raise ValueError(f"temperature: got {self.temperature}, expected 0 (the best token) or more")
         if self.top_k is not None:
-            validate.integer("top_k", self.top_k, 1)
-        if self.top_p is not None and not 0.0 < validate.number("top_p", self.top_p) <= 1.0:
+            checks.integer("top_k", self.top_k, 1)
+        if self.top_p is not None and not 0.0 < checks.number("top_p", self.top_p) <= 1.0:
             raise ValueError(f"top_p: got {self.top_p}, expected more than 0 and at most 1")
-        if not validate.number("repetition_penalty", self.repetition_penalty) > 0.0:
+        if not checks.number("repetition_penalty", self.repetition_penalty) > 0.0:
             raise ValueError(f"repetition_penalty: got {self.repetition_penalty}, expected more than 0")
         idle = [
             name for name, unset in (("temperature", (0.0, 1.0)), ("top_k", (None,)), ("top_p", (None,)))
@@ -166,8 +166,8 @@ def generate(
     prompts = _prompts(input_ids, attention_mask)
     model.check_vocabulary("input_ids", torch.tensor([token for prompt in prompts for token in prompt]))
     for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("pad_token_id", pad_token_id, 0)):
-        validate.integer(name, value, low)
-    validate.integer("seed", seed, 0)
+        checks.integer(name, value, low)
+    checks.integer("seed", seed, 0)
     if model.training and (config.dropout or config.hidden_dropout):
         raise ValueError("model: got a model with dropout in training mode, expected evaluation mode: call .eval()")
     longest = max(map(len, prompts)) + max_new_tokens
@@ -341,10 +341,10 @@ class Retrieval:
             )
         self.model, self.retriever, self.stale = model, retriever, stale
         self.m, self.r = config.chunk_size, config.retrieved_length or 0
-        self.k = validate.integer(
+        self.k = checks.integer(
             "num_neighbours", config.num_neighbours if num_neighbours is None else num_neighbours, 1
         )
-        stride = validate.integer("retrieval_stride", self.m if retrieval_stride is None else retrieval_stride, 1)
+        stride = checks.integer("retrieval_stride", self.m if retrieval_stride is None else retrieval_stride, 1)
         if stride % self.m:
             raise ValueError(
                 f"retrieval_stride: got {stride}, expected a multiple of chunk_size = {self.m}: the cache holds the "
@@ -419,7 +419,7 @@ class Retrieval:
             if not hasattr(found, name):
                 raise TypeError(f"retriever: got {type(found).__name__} without {name}, expected Neighbours")
         found = Neighbours(found.tokens, found.mask, found.sources)
-        validate.tensor("the retriever's tokens", found.tokens, (torch.int64, torch.int32))
+        checks.tensor("the retriever's tokens", found.tokens, (torch.int64, torch.int32))
         tokens = found.tokens.cpu()
         shape, s = tuple(tokens.shape), chunks.shape[0]
         if len(shape) != 3 or shape[0] != s or shape[1] > self.k or shape[2] > self.r:
@@ -430,8 +430,8 @@ class Retrieval:
         self.model.check_vocabulary("the retriever's tokens", tokens)
         mask = None if found.mask is None else found.mask.cpu()
         if mask is not None:
-            validate.tensor("the retriever's mask", mask, (torch.bool,))
-            validate.shape("the retriever's mask", mask, "s, k, r", shape)
+            checks.tensor("the retriever's mask", mask, (torch.bool,))
+            checks.shape("the retriever's mask", mask, "s, k, r", shape)
         if found.sources is not None and len(found.sources) != s:
             raise ValueError(f"retriever: got sources of {len(found.sources)} chunks, expected {s}")
         return Neighbours(tokens, mask, found.sources)
@@ -439,11 +439,11 @@ class Retrieval:
 
 def _prompts(input_ids: Any, attention_mask: torch.Tensor | None) -> list[list[int]]:
     if isinstance(input_ids, torch.Tensor):
-        validate.tensor("input_ids", input_ids, (torch.int64, torch.int32))
-        validate.rank("input_ids", input_ids, "b, n")
+        checks.tensor("input_ids", input_ids, (torch.int64, torch.int32))
+        checks.rank("input_ids", input_ids, "b, n")
         rows = input_ids.tolist()
         if attention_mask is not None:
-            validate.shape("attention_mask", attention_mask, "b, n", tuple(input_ids.shape))
+            checks.shape("attention_mask", attention_mask, "b, n", tuple(input_ids.shape))
             rows = [[t for t, there in zip(row, mask) if there] for row, mask in zip(rows, attention_mask.tolist())]
     else:
         if attention_mask is not None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ..nn import NeighbourEncoder, RetroDecoderBlock
 from ..nn.context_parallel import ContextParallel
-from ..ops import validate
+from ..ops import checks
 from ..ops.compiling import readable
 from . import checkpoint
 from .config import RetroConfig
@@ -214,8 +214,8 @@ class Retro(nn.Module):
     ) -> torch.Tensor:
         """Cross-entropy in nats without all logits in memory at a time. `targets` [b, n] int64: the token that follows
         each, -100 where none counts. `reduction`: "mean", "sum" or "none" ([b, n])."""
-        validate.tensor("targets", targets, (torch.int64,), tokens.device)
-        validate.shape("targets", targets, "b, n", tuple(tokens.shape))
+        checks.tensor("targets", targets, (torch.int64,), tokens.device)
+        checks.shape("targets", targets, "b, n", tuple(tokens.shape))
         activations = self.activations(tokens, neighbours, neighbour_mask, sequence_starts)
         return linear_cross_entropy(activations, self.readout_weight, targets, reduction=reduction)
 
@@ -274,8 +274,8 @@ class Retro(nn.Module):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The neighbours and their mask, of the chunks that are complete; None where there is none."""
         config = self.config
-        validate.tensor("tokens", tokens, INTEGERS)
-        validate.rank("tokens", tokens, "b, n")
+        checks.tensor("tokens", tokens, INTEGERS)
+        checks.rank("tokens", tokens, "b, n")
         self.check_vocabulary("tokens", tokens)
         b, n = tokens.shape
         parts = 1 if self.context is None else self.context.size
@@ -290,8 +290,8 @@ class Retro(nn.Module):
             if neighbour_mask is not None:
                 raise ValueError("neighbour_mask: got one without neighbours, expected None")
             return None, None
-        validate.tensor("neighbours", neighbours, INTEGERS, tokens.device)
-        validate.rank("neighbours", neighbours, "b, l, k, r")
+        checks.tensor("neighbours", neighbours, INTEGERS, tokens.device)
+        checks.rank("neighbours", neighbours, "b, l, k, r")
         self.check_vocabulary("neighbours", neighbours)
         if self.encoder is None:
             raise ValueError("neighbours: got some, expected None: cross_attention_layers is empty")
@@ -306,8 +306,8 @@ class Retro(nn.Module):
         if r > (config.retrieved_length or 0):
             raise ValueError(f"neighbours: got r = {r}, expected at most retrieved_length = {config.retrieved_length}")
         if neighbour_mask is not None:
-            validate.tensor("neighbour_mask", neighbour_mask, (torch.bool,), tokens.device)
-            validate.shape("neighbour_mask", neighbour_mask, "b, l, k, r", tuple(neighbours.shape))
+            checks.tensor("neighbour_mask", neighbour_mask, (torch.bool,), tokens.device)
+            checks.shape("neighbour_mask", neighbour_mask, "b, l, k, r", tuple(neighbours.shape))
         if sequence_starts is None:
             neighbours = neighbours[:, :complete]
             neighbour_mask = None if neighbour_mask is None else neighbour_mask[:, :complete]

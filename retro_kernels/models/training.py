@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from ..files import move, write_json
 from ..nn import common
-from ..ops import validate
+from ..ops import checks
 from ..tokenizers import FILE
 from . import checkpoint
 from .config import RetroConfig
@@ -112,18 +112,18 @@ class TrainingConfig:
         for name in (
             "steps", "batch_size", "save_every", "keep", "log_every", "context_parallel", "tensor_parallel",
         ):  # fmt: skip
-            validate.integer(name, getattr(self, name), 1)
-        validate.integer("warmup_steps", self.warmup_steps, 0)
-        validate.integer("seed", self.seed, 0)
+            checks.integer(name, getattr(self, name), 1)
+        checks.integer("warmup_steps", self.warmup_steps, 0)
+        checks.integer("seed", self.seed, 0)
         if self.micro_batch_size is not None:
-            validate.integer("micro_batch_size", self.micro_batch_size, 1)
+            checks.integer("micro_batch_size", self.micro_batch_size, 1)
         for name in ("learning_rate", "final_learning_rate", "weight_decay", "epsilon"):
             value = getattr(self, name)
-            if value is not None and validate.number(name, value) < 0.0:
+            if value is not None and checks.number(name, value) < 0.0:
                 raise ValueError(f"{name}: got {value}, expected at least 0")
         for name, none in (("clip", "no limit"), ("peak_flops", "not given")):
             value = getattr(self, name)
-            if value is not None and not validate.number(name, value) > 0.0:
+            if value is not None and not checks.number(name, value) > 0.0:
                 raise ValueError(f"{name}: got {value}, expected more than 0, or None: {none}")
         common.one_of("precision", self.precision, ("fp32", "bf16"))
         common.one_of("parallel", self.parallel, ("ddp", "fsdp"))

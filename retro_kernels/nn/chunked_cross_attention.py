@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import validate
-from ..ops.attention.arguments import document_starts
+from ..ops import checks, materialise
+from ..ops.checks import document_starts
 from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
-from ..ops.projected_chunked_cross_attention import materialise
 from . import common
 from .positions import RelativePositions, RotaryPositions, t5_buckets
 
@@ -101,21 +100,21 @@ class ChunkedCrossAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.model_dim = validate.integer("model_dim", model_dim, 1)
-        self.num_heads = validate.integer("num_heads", num_heads, 1)
-        self.context_dim = validate.integer("context_dim", model_dim if context_dim is None else context_dim, 1)
+        self.model_dim = checks.integer("model_dim", model_dim, 1)
+        self.num_heads = checks.integer("num_heads", num_heads, 1)
+        self.context_dim = checks.integer("context_dim", model_dim if context_dim is None else context_dim, 1)
         self.num_kv_heads, head_dim = common.head_sizes(model_dim, num_heads, num_kv_heads, head_dim)
         self.head_dim = head_dim
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
-        self.value_head_dim = validate.integer("value_head_dim", value_head_dim, 1)
-        self.chunk_size = validate.integer("chunk_size", chunk_size, 1)
-        self.stride = chunk_size if stride is None else validate.integer("stride", stride, 1, chunk_size, "chunk_size")
+        self.value_head_dim = checks.integer("value_head_dim", value_head_dim, 1)
+        self.chunk_size = checks.integer("chunk_size", chunk_size, 1)
+        self.stride = chunk_size if stride is None else checks.integer("stride", stride, 1, chunk_size, "chunk_size")
         common.one_of("align", align, ("start", "end"))
         if align == "end" and self.stride != chunk_size:
             raise ValueError(f'stride: got {stride} with align="end", expected chunk_size = {chunk_size}')
         self.align = align
         self.dropout = common.probability("dropout", dropout)
-        self.scale = head_dim**-0.5 if scale is None else validate.number("scale", scale)
+        self.scale = head_dim**-0.5 if scale is None else checks.number("scale", scale)
         self.positions = common.one_of("positions", positions, common.POSITIONS)
         self.backend = backend
         self.null_slot = null_slot
@@ -148,7 +147,7 @@ class ChunkedCrossAttention(nn.Module):
             if null is not None:
                 nn.init.normal_(null, std=NULL_SLOT_STD)
 
-        r = 2 * chunk_size if retrieved_length is None else validate.integer("retrieved_length", retrieved_length, 1)
+        r = 2 * chunk_size if retrieved_length is None else checks.integer("retrieved_length", retrieved_length, 1)
         if key_positions is not None:
             if retrieved_length not in (None, len(key_positions)):
                 raise ValueError(
@@ -175,7 +174,7 @@ class ChunkedCrossAttention(nn.Module):
         elif positions == "rotary":
             self.rotary = self._rotary_positions(query_positions, key_positions, rotary_dim, rotary_base, factory)
         elif positions == "bias":
-            num_keys = r if num_neighbours is None else r * validate.integer("num_neighbours", num_neighbours, 1)
+            num_keys = r if num_neighbours is None else r * checks.integer("num_neighbours", num_neighbours, 1)
             size: tuple[int, ...] = (num_heads, chunk_size, num_keys)
             if bias_buckets is not None:
                 buckets, num_buckets = _check_buckets(bias_buckets, num_buckets, chunk_size, num_keys)
@@ -229,8 +228,8 @@ class ChunkedCrossAttention(nn.Module):
             hidden, ("model_dim", self.model_dim), "encoded", encoded, ("context_dim", self.context_dim), neighbour_mask
         )
         n, num_chunks = hidden.shape[1], encoded.shape[1]
-        validate.integer("query_offset", query_offset, 0)
-        validate.integer("chunk_offset", chunk_offset, 0)
+        checks.integer("query_offset", query_offset, 0)
+        checks.integer("chunk_offset", chunk_offset, 0)
         # Tokens before the first chunk are cut off here (zeroed in packed rows) rather than computed and dropped: NaN
         # in them could otherwise reach the gradient of w_query, and the bias of w_out must not reach them.
         silent = None
@@ -401,13 +400,13 @@ class ChunkedCrossAttention(nn.Module):
         if not callable(getattr(cache, "place", None)):
             raise TypeError(f"cache: got {type(cache).__name__}, expected a NeighbourCache")
         cache.place(self)  # raises for a cache of other layers
-        validate.tensor("hidden", hidden, validate.FLOATING)
-        validate.rank("hidden", hidden, "num_slots, t, model_dim")
+        checks.tensor("hidden", hidden, checks.FLOATING)
+        checks.rank("hidden", hidden, "num_slots, t, model_dim")
         cache.check_device("hidden", hidden)
         sizes = (cache.num_slots, hidden.shape[1], self.model_dim)
-        validate.shape("hidden", hidden, "num_slots, t, model_dim", sizes)
-        validate.tensor("position", position, (torch.int64,), hidden.device)
-        validate.shape("position", position, "num_slots", (cache.num_slots,))
+        checks.shape("hidden", hidden, "num_slots, t, model_dim", sizes)
+        checks.tensor("position", position, (torch.int64,), hidden.device)
+        checks.shape("position", position, "num_slots", (cache.num_slots,))
         if self.training and self.dropout > 0.0:
             raise ValueError(f"dropout: got {self.dropout} in training mode, but decoding has none; call .eval() first")
 
@@ -565,17 +564,17 @@ def _places(position: torch.Tensor, t: int) -> torch.Tensor:
 
 
 def _check_buckets(buckets: Any, num_buckets: int | None, chunk_size: int, num_keys: int) -> tuple[torch.Tensor, int]:
-    validate.tensor("bias_buckets", buckets, (torch.int64, torch.int32))
-    validate.shape("bias_buckets", buckets, "m, r | k * r", (chunk_size, num_keys))
+    checks.tensor("bias_buckets", buckets, (torch.int64, torch.int32))
+    checks.shape("bias_buckets", buckets, "m, r | k * r", (chunk_size, num_keys))
     if not readable(buckets):
         if num_buckets is None:
             raise ValueError(
                 "num_buckets: got None and bias_buckets without data (a fake or meta tensor), which do not tell how "
                 "many there are, expected an int"
             )
-        return buckets.to(torch.int64), validate.integer("num_buckets", num_buckets, 1)
+        return buckets.to(torch.int64), checks.integer("num_buckets", num_buckets, 1)
     low, high = int(buckets.min()), int(buckets.max())
-    num_buckets = high + 1 if num_buckets is None else validate.integer("num_buckets", num_buckets, 1)
+    num_buckets = high + 1 if num_buckets is None else checks.integer("num_buckets", num_buckets, 1)
     if low < 0 or high >= num_buckets:
         raise ValueError(f"bias_buckets: got {low} to {high}, expected 0 to num_buckets - 1 = {num_buckets - 1}")
     return buckets.to(torch.int64), num_buckets

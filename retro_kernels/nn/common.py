@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..ops import validate
+from ..ops import checks
 from ..ops.backends import ENVIRONMENT_VARIABLE
 from ..ops.chunked_cross_attention_decode.reference import by_group
 
@@ -18,7 +18,7 @@ PROJECTIONS = ("query", "key", "value", "out")
 
 def head_sizes(model_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
     """-> the number of key/value heads (default `num_heads`) and the head size (default `model_dim / num_heads`)."""
-    num_kv_heads = validate.integer("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads, 1)
+    num_kv_heads = checks.integer("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads, 1)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads = {num_heads}")
     if head_dim is None:
@@ -28,11 +28,11 @@ def head_sizes(model_dim: int, num_heads: int, num_kv_heads: int | None, head_di
                 "give head_dim"
             )
         head_dim = model_dim // num_heads
-    return num_kv_heads, validate.integer("head_dim", head_dim, 1)
+    return num_kv_heads, checks.integer("head_dim", head_dim, 1)
 
 
 def probability(name: str, value: float) -> float:
-    value = validate.number(name, value)
+    value = checks.number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name}: got {value}, expected 0 <= {name} < 1")
     return value
@@ -87,15 +87,15 @@ def check_hidden_and_neighbours(
 ) -> None:
     """Raises unless hidden is [b, n, .], `neighbours`, which the caller calls `name`, [b, l, k, r, .] on its device,
     and the mask bool [b, l, k, r] or None. Both widths come with the names of what they must equal."""
-    validate.tensor("hidden", hidden, validate.FLOATING)
-    validate.rank("hidden", hidden, f"b, n, {hidden_width[0]}")
-    validate.tensor(name, neighbours, validate.FLOATING, hidden.device)
-    validate.rank(name, neighbours, f"b, l, k, r, {width[0]}")
+    checks.tensor("hidden", hidden, checks.FLOATING)
+    checks.rank("hidden", hidden, f"b, n, {hidden_width[0]}")
+    checks.tensor(name, neighbours, checks.FLOATING, hidden.device)
+    checks.rank(name, neighbours, f"b, l, k, r, {width[0]}")
     for what, x, (size_name, size) in (("hidden", hidden, hidden_width), (name, neighbours, width)):
         if x.shape[-1] != size:
             raise ValueError(f"{what}: got width {x.shape[-1]}, expected {size_name} = {size}")
     if hidden.shape[0] != neighbours.shape[0]:
         raise ValueError(f"{name}: got batch {neighbours.shape[0]}, expected {hidden.shape[0]}, the batch of hidden")
     if neighbour_mask is not None:
-        validate.tensor("neighbour_mask", neighbour_mask, (torch.bool,), hidden.device)
-        validate.shape("neighbour_mask", neighbour_mask, "b, l, k, r", tuple(neighbours.shape[:-1]))
+        checks.tensor("neighbour_mask", neighbour_mask, (torch.bool,), hidden.device)
+        checks.shape("neighbour_mask", neighbour_mask, "b, l, k, r", tuple(neighbours.shape[:-1]))

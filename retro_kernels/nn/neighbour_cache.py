@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from ..ops import validate as checks
+from ..ops import checks
 from ..ops.attention.reference import accumulation_dtype, rotate
-from ..ops.chunked_cross_attention_decode import chunked_cross_attention_decode
 from ..ops.chunked_cross_attention_decode.common import QUANTISED
 from ..ops.compiling import readable
-from ..ops.projected_chunked_cross_attention_decode import projected_chunked_cross_attention_decode
+from ..ops.decode import chunked_cross_attention_decode, projected_chunked_cross_attention_decode
 from . import common
 from .chunked_cross_attention import ChunkedCrossAttention, project_neighbours, stack_projections
 

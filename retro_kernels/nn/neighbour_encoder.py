@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import validate
-from ..ops.attention.arguments import document_starts
-from ..ops.neighbour_cross_attention import neighbour_cross_attention
-from ..ops.neighbour_self_attention import neighbour_self_attention
+from ..ops import checks
+from ..ops.checks import document_starts
+from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from . import common
 from .positions import RelativePositions, RotaryPositions, t5_buckets
 
@@ -127,13 +126,13 @@ class NeighbourEncoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.model_dim = validate.integer("model_dim", model_dim, 1)
-        self.context_dim = validate.integer("context_dim", model_dim if context_dim is None else context_dim, 1)
-        num_layers = validate.integer("num_layers", num_layers, 1)
-        num_heads = validate.integer("num_heads", num_heads, 1)
+        self.model_dim = checks.integer("model_dim", model_dim, 1)
+        self.context_dim = checks.integer("context_dim", model_dim if context_dim is None else context_dim, 1)
+        num_layers = checks.integer("num_layers", num_layers, 1)
+        num_heads = checks.integer("num_heads", num_heads, 1)
         num_kv_heads, head_dim = common.head_sizes(model_dim, num_heads, num_kv_heads, head_dim)
-        self.chunk_size = validate.integer("chunk_size", chunk_size, 1)
-        self.stride = chunk_size if stride is None else validate.integer("stride", stride, 1, chunk_size, "chunk_size")
+        self.chunk_size = checks.integer("chunk_size", chunk_size, 1)
+        self.stride = chunk_size if stride is None else checks.integer("stride", stride, 1, chunk_size, "chunk_size")
         self.align = common.one_of("align", align, ("start", "end"))
         if align == "end" and self.stride != chunk_size:
             raise ValueError(f'stride: got {stride} with align="end", expected chunk_size = {chunk_size}')
@@ -166,13 +165,13 @@ class NeighbourEncoder(nn.Module):
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         retrieved_length = 2 * chunk_size if retrieved_length is None else retrieved_length
-        self.retrieved_length = validate.integer("retrieved_length", retrieved_length, 1)
+        self.retrieved_length = checks.integer("retrieved_length", retrieved_length, 1)
         attention: dict[str, Any] = {
             "num_heads": num_heads,
             "num_kv_heads": num_kv_heads,
             "head_dim": head_dim,
             "rows": self.retrieved_length,
-            "scale": head_dim**-0.5 if scale is None else validate.number("scale", scale),
+            "scale": head_dim**-0.5 if scale is None else checks.number("scale", scale),
             "dropout": common.probability("dropout", dropout),
             "biases": common.biased_projections(biases),
             "relative_dim": model_dim if relative_dim is None else relative_dim,
@@ -544,7 +543,7 @@ class NeighbourAttention(nn.Module):
             self.rotary = RotaryPositions(range(rows), range(slots), rotary_dim=rotary_dim, base=rotary_base, **factory)
         elif positions == "bias":
             if num_buckets is not None:
-                validate.integer("num_buckets", num_buckets, 1)
+                checks.integer("num_buckets", num_buckets, 1)
             size = (num_heads, rows, slots) if num_buckets is None else (num_heads, num_buckets)
             self.attention_bias = nn.Parameter(torch.zeros(size, **factory))
 
@@ -621,7 +620,7 @@ class FeedForward(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        validate.integer("feed_forward_dim", inner_dim, 1)
+        checks.integer("feed_forward_dim", inner_dim, 1)
         if isinstance(activation, str):
             activation = ACTIVATIONS[common.one_of("activation", activation, ACTIVATIONS)]
         self.activation, self.dropout = activation, dropout

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import validate
+from ..ops import checks
 
 
 class RelativePositions(nn.Module):
@@ -178,7 +178,7 @@ class RotaryPositions(nn.Module):
 def t5_buckets(rows: int, num_keys: int, num_buckets: int, device: torch.device | str | None = None) -> torch.Tensor:
     """Linear T5 buckets, int64 [rows, num_keys]: the offset key - row, clamped to the `num_buckets` offsets that end at
     num_buckets // 2, counted from 0."""
-    validate.integer("num_buckets", num_buckets, 1)
+    checks.integer("num_buckets", num_buckets, 1)
     high = num_buckets // 2
     low = high - num_buckets + 1
     offset = torch.arange(num_keys, device=device) - torch.arange(rows, device=device)[:, None]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import validate
+from ..ops import checks
 from ..ops.attention.reference import accumulation_dtype, turn
-from ..ops.neighbour_self_attention import neighbour_self_attention
+from ..ops.neighbour_attention import neighbour_self_attention
 from . import common
 from .chunked_cross_attention import ChunkedCrossAttention
 from .context_parallel import ContextParallel
@@ -51,10 +51,10 @@ class CausalSelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads = validate.integer("num_heads", num_heads, 1)
+        self.num_heads = checks.integer("num_heads", num_heads, 1)
         self.num_kv_heads, self.head_dim = common.head_sizes(model_dim, num_heads, num_kv_heads, head_dim)
         common.one_of("positions", positions, POSITIONS)
-        self.max_length = validate.integer("max_length", max_length, 1)
+        self.max_length = checks.integer("max_length", max_length, 1)
         self.scale = self.head_dim**-0.5
         self.context: ContextParallel | None = None
         self.dropout, self.backend = common.probability("dropout", dropout), backend
@@ -141,7 +141,7 @@ class SelfAttentionCache:
 
     def __init__(self, layers: Sequence[CausalSelfAttention], *, num_slots: int, max_length: int) -> None:
         self.place = {id(layer): i for i, layer in enumerate(layers)}
-        self.max_length = validate.integer("max_length", max_length, 1)
+        self.max_length = checks.integer("max_length", max_length, 1)
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
         self.tables: list[Any] = []

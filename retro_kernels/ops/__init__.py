@@ -1,1 +1,2 @@
-"""One folder for each operation: the specification, the fused backends and the choice among them."""
+"""A file for each public operation, a folder for each kernel with its specification and its backends; `call.py` is
+what lies between them."""

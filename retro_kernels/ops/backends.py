@@ -1,7 +1,6 @@
 """The choice of a backend: what can run in this process, what can run one call, and which is taken.
 
-A backend of an operation is a module with `unavailable() -> str | None` (why it cannot run in this process) and
-`refusal(call) -> str | None` (why it cannot run this call). A backend asked for by name runs or raises with that
+`call.py` says what a backend is: a module. A backend asked for by name runs or raises with that
 reason. Without a name the first of the device's order is taken that can run and, on a GPU, has proved itself there
 (`verification.py`); when that is only the reference, a warning says why, once for each reason.
 """
@@ -17,10 +16,34 @@ from typing import Any
 import torch
 
 from . import call_classes, evidence, verification
+from .attention import cpu as attention_cpu
+from .attention import cuda as attention_cuda
+from .attention import reference as attention_reference
+from .chunked_cross_attention_decode import cpu as decoding_cpu
+from .chunked_cross_attention_decode import cuda as decoding_cuda
+from .chunked_cross_attention_decode import reference as decoding_reference
 from .compiling import constant
+from .later import import_later
+from .plans import ENVIRONMENT_VARIABLE
+from .projected_chunked_cross_attention import cpu as absorbed_cpu
+from .projected_chunked_cross_attention import cuda as absorbed_cuda
+from .projected_chunked_cross_attention import reference as absorbed_reference
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-ENVIRONMENT_VARIABLE = "RETRO_KERNELS_BACKEND"
+
+# The backends of each kernel.
+ATTENTION = {
+    "reference": attention_reference, "cpu": attention_cpu, "cuda": attention_cuda,
+    "triton": import_later(f"{__package__}.attention", "triton"),
+}  # fmt: skip
+ABSORBED = {
+    "reference": absorbed_reference, "cpu": absorbed_cpu, "cuda": absorbed_cuda,
+    "triton": import_later(f"{__package__}.projected_chunked_cross_attention", "triton"),
+}  # fmt: skip
+DECODING = {
+    "reference": decoding_reference, "cpu": decoding_cpu, "cuda": decoding_cuda,
+    "triton": import_later(f"{__package__}.chunked_cross_attention_decode", "triton"),
+}  # fmt: skip
 
 # Which is asked first, unless `evidence` has measured that another is faster.
 DEFAULT_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
@@ -36,6 +59,11 @@ class BackendStatus:
     available: bool
     reason: str | None = None
     default: str = ""
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend's name -> whether it can run in this process (`available`) and if not why (`reason`)."""
+    return status(ATTENTION)
 
 
 def status(modules: dict[str, ModuleType]) -> dict[str, BackendStatus]:
@@ -84,7 +112,7 @@ def outlook(modules: dict[str, ModuleType], device: torch.device) -> tuple[str, 
     return "reference", "; ".join(reasons) or f"no fused kernel exists for device type {device.type!r}"
 
 
-def choose(operation: str, modules: dict[str, ModuleType], call: Any, requested: str | None) -> str:
+def choose(modules: dict[str, ModuleType], call: Any, requested: str | None) -> str:
     """The name of the backend that runs `call`. `requested` (the argument) wins over RETRO_KERNELS_BACKEND.
 
     Raises ValueError for an unknown name or a call that the named backend refuses, RuntimeError when the named
@@ -97,13 +125,13 @@ def choose(operation: str, modules: dict[str, ModuleType], call: Any, requested:
             raise RuntimeError(f"{source}={name!r} cannot run here: {reason}")
         reason = modules[name].refusal(call)
         if reason is not None:
-            raise ValueError(f"{source}={name!r} cannot run this {operation}: {reason}")
+            raise ValueError(f"{source}={name!r} cannot run this {call.operation}: {reason}")
         return name
 
     name, reasons = first_fused(modules, call)
     if name is not None:
         return name
-    _warn_of_reference(operation, call.query.device.type, tuple(reasons))
+    _warn_of_reference(call.operation, call.query.device.type, tuple(reasons))
     return "reference"
 
 

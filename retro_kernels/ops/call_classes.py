@@ -17,12 +17,12 @@ def features(call: Any) -> Features:
     on a GPU, so it is kept cheap."""
     query = call.query
     options: list[str] = []
-    projection = getattr(call, "projection", None)
-    encoded = getattr(call, "encoded", None)
+    encoded: Any = getattr(call, "encoded", None)
+    w_value: Any = getattr(call, "w_value", None)
     if encoded is not None:
-        k, r, kv_heads, value_dim = encoded.shape[2], encoded.shape[3], call.w_key.shape[0], call.w_value.shape[1]
-    elif projection is not None:
-        (k, r), (kv_heads, value_dim) = call.key.shape[1:3], projection.w_value.shape[:2]
+        k, r, kv_heads, value_dim = encoded.shape[2], encoded.shape[3], call.w_key.shape[0], w_value.shape[1]
+    elif w_value is not None:
+        (k, r), (kv_heads, value_dim) = call.key.shape[1:3], w_value.shape[:2]
     else:
         (k, r, kv_heads), value_dim = call.key.shape[-4:-1], call.value.shape[-1]
     heads, dtype = query.shape[-2], query.dtype
@@ -37,8 +37,8 @@ def features(call: Any) -> Features:
         options.append("content_bias")
     if call.null_key is not None:
         options.append("null")
-    if getattr(call, "query_rotary", None) is not None:
-        partial = call.query_rotary[0].shape[-1] * 2 != query.shape[-1]
+    if getattr(call, "query_cos", None) is not None:
+        partial = call.query_cos.shape[-1] * 2 != query.shape[-1]
         options.append("rotary_partial" if partial else "rotary")
         if call.rotary_interleaved:
             options.append("rotary_interleaved")
@@ -59,9 +59,9 @@ def features(call: Any) -> Features:
             options.append("projection_biases")
         sizes = (tile(call.stride), tile(k * r), encoded.shape[-1])
     elif call.operation.endswith("decode"):
-        options += _decode_options(call, projection)
+        options += _decode_options(call)
         rows = query.shape[1] * (heads // call.key.shape[3])  # that share a cache's row
-        sizes = (1 if rows == 1 else 16 if rows <= 16 else 32, 0, call.key.shape[-1] if projection is not None else 0)
+        sizes = (1 if rows == 1 else 16 if rows <= 16 else 32, 0, call.key.shape[-1] if w_value is not None else 0)
     else:
         # of CHUNK, whose keys are a chunk's activations, a tile may hold all keys
         sizes = (tile(call.stride), 0 if call.grouping != CHUNK else 64 if r <= 64 else 128, 0)
@@ -81,7 +81,7 @@ def tile(size: Any) -> int:
     return 1024
 
 
-def _decode_options(call: Any, projection: Any) -> list[str]:
+def _decode_options(call: Any) -> list[str]:
     options = []
     if call.key_rotary is not None:
         options.append("key_rotary")
@@ -91,7 +91,7 @@ def _decode_options(call: Any, projection: Any) -> list[str]:
             options.append("unlike_caches")
     elif call.value.dtype != call.query.dtype:
         options.append("unlike_caches")
-    if projection is not None and (projection.bias_key is not None or projection.bias_value is not None):
+    if call.bias_key is not None or call.bias_value is not None:
         options.append("projection_biases")
     return options
 

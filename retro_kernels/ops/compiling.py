@@ -1,9 +1,11 @@
-"""What torch.compile and fake tensors need of eager code: constants, and no look at data that is not there."""
+"""What surrounds a call, and what it needs of eager code: torch.compile and fake tensors constants, and no look at data
+that is not there; autocast, that what has been cast is not cast again."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -39,3 +41,15 @@ def _is_batched(x: torch.Tensor) -> bool:
         if not torch._C._functorch.is_gradtrackingtensor(x):
             return isinstance(x, FakeTensor)
         x = torch._C._functorch.get_unwrapped(x)
+
+
+@constant  # torch 2.11's compiler does not trace the question
+def has_autocast(device: str) -> bool:
+    """Whether this type of device knows autocast."""
+    return torch.amp.is_autocast_available(device)
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """What has been cast already must not be cast again: reference and kernels choose their precision themselves."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import validate
+from . import checks
 from .attention.reference import accumulation_dtype
 
 
@@ -38,19 +38,19 @@ def join_attention(
 
     Raises TypeError or ValueError for wrong dtypes, sizes and devices.
     """
-    validate.tensor("out_a", out_a, validate.FLOATING)
+    checks.tensor("out_a", out_a, checks.FLOATING)
     if out_a.dim() < 2:
         raise ValueError(f"out_a: got shape {list(out_a.shape)}, expected [..., h, d_value]")
     accumulated = accumulation_dtype(out_a.dtype)
-    validate.tensor("out_b", out_b, (out_a.dtype,), out_a.device)
-    validate.shape("out_b", out_b, "..., h, d_value", tuple(out_a.shape))
+    checks.tensor("out_b", out_b, (out_a.dtype,), out_a.device)
+    checks.shape("out_b", out_b, "..., h, d_value", tuple(out_a.shape))
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
-        validate.tensor(name, lse, (accumulated, out_a.dtype), out_a.device)
-        validate.shape(name, lse, "..., h", tuple(out_a.shape[:-1]))
+        checks.tensor(name, lse, (accumulated, out_a.dtype), out_a.device)
+        checks.shape(name, lse, "..., h", tuple(out_a.shape[:-1]))
     a, b = lse_a.to(accumulated), lse_b.to(accumulated)
     if bias is not None:
-        validate.tensor("bias", bias, validate.FLOATING, out_a.device)
-        validate.shape("bias", bias, "h", (out_a.shape[-2],))
+        checks.tensor("bias", bias, checks.FLOATING, out_a.device)
+        checks.shape("bias", bias, "h", (out_a.shape[-2],))
         b = b + bias.to(accumulated)
     # The largest is subtracted only for the range of exp, so it needs no gradient; 0 serves where there is no key.
     largest = torch.maximum(a, b).detach()

@@ -17,7 +17,7 @@ class _Later(ModuleType):
     """A module whose code has not run. Whatever is asked of it runs the code, and turns it into a plain module."""
 
     def __getattribute__(self, attribute: str) -> Any:
-        if attribute not in ("__spec__", "__class__", "__dict__"):  # which the import system asks for
+        if attribute not in ("__spec__", "__class__", "__dict__", "__file__", "__name__"):  # which imports ask for
             _execute(self)
         return ModuleType.__getattribute__(self, attribute)
 

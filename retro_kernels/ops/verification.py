@@ -236,7 +236,8 @@ def kernels_hash(backend: str) -> str:
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     names = ("cuda.py",) if backend == "cuda" else ("triton*.py", "configs.py")
-    sources = [file for name in (*names, "common.py", "run.py", "dropout.py") for file in folder.rglob(name)]
+    names = (*names, "common.py", "call.py", "launching.py", "decode.py", "dropout.py")
+    sources = [file for name in names for file in folder.rglob(name)]
     for file in sorted([*sources, folder.parent / "testing.py"]):
         digest.update(file.relative_to(folder.parent).as_posix().encode() + b"\0" + file.read_bytes())
     if backend == "cuda":

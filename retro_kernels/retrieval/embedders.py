@@ -10,7 +10,7 @@ import torch
 
 from ..errors import DatabaseError
 from ..hub import OFFLINE, check_identity, hash_of, model_folder
-from ..ops import validate
+from ..ops import checks
 from .devices import find_device
 
 DEFAULT_EMBEDDER = OFFLINE
@@ -61,7 +61,7 @@ class HuggingFaceEmbedder:
         self, name: str, *, device: str = "auto", precision: str = "auto", batch_tokens: int | None = None
     ) -> None:
         if batch_tokens is not None:
-            validate.integer("batch_tokens", batch_tokens, 1)
+            checks.integer("batch_tokens", batch_tokens, 1)
         self.device, bf16 = _choose_device(device, precision)
         folder = model_folder(name, "embedder")
         weights = sorted(folder.glob("*.safetensors"))

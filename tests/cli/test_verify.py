@@ -11,7 +11,7 @@ import retro_kernels as rk
 from retro_kernels import extension, testing
 from retro_kernels.cli import app, doctor, verify
 from retro_kernels.ops import backends, self_check, verification
-from retro_kernels.ops.attention.run import BACKENDS
+from retro_kernels.ops.backends import ATTENTION as BACKENDS
 from retro_kernels.ops.call_classes import Class
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))

@@ -17,7 +17,7 @@ from retro_pytorch.retro_pytorch import RETRO, Attention, Encoder, RotaryEmbeddi
 from retro_pytorch.retro_pytorch import ChunkedCrossAttention as Peer
 
 from retro_kernels.integrations import base, retro_pytorch, swap, unswap
-from retro_kernels.ops.attention.run import backends
+from retro_kernels.ops.backends import backends
 
 BACKENDS = ["reference"] + (["cpu"] if backends()["cpu"].available else [])
 M, R, K, DIM, CONTEXT, H, D = 8, 16, 2, 24, 20, 2, 32

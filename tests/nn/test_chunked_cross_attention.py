@@ -9,7 +9,7 @@ import torch
 
 from retro_kernels.nn import ChunkedCrossAttention
 from retro_kernels.nn.positions import t5_buckets
-from retro_kernels.ops.attention.run import backends
+from retro_kernels.ops.backends import backends
 
 FUSED = ["cpu"] if backends()["cpu"].available else []
 BACKENDS = ["reference", *FUSED]

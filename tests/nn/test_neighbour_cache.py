@@ -18,7 +18,7 @@ from retro_kernels.nn import (
     project_neighbours,
 )
 from retro_kernels.nn.neighbour_cache import quantise
-from retro_kernels.ops.attention.run import backends
+from retro_kernels.ops.backends import backends
 
 FUSED = ["cpu"] if backends()["cpu"].available else []
 BACKENDS = ["reference", *FUSED]

@@ -6,7 +6,7 @@ import emulator
 import pytest
 
 from retro_kernels import cuda_extension, testing
-from retro_kernels.ops import common
+from retro_kernels.ops import memory as common
 
 
 @pytest.fixture(scope="session")

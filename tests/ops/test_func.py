@@ -9,7 +9,7 @@ from small_calls import HK, OPERATIONS, B, D, E, H, K, L, M, N, R, draw, null, o
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import retro_kernels as rk
-from retro_kernels.ops.attention.run import BACKENDS
+from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
 SAMPLES = 3
 

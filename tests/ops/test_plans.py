@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import retro_kernels as rk
-from retro_kernels.ops import plans, validate
-from retro_kernels.ops.attention.run import BACKENDS
+from retro_kernels.ops import checks as validate
+from retro_kernels.ops import plans
+from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
 pytestmark = pytest.mark.skipif(BACKENDS["cpu"].unavailable() is not None, reason="the CPU kernels are not built")
 PLANNED = [name for name in OPERATIONS if name in ("cca", "self", "cross")]

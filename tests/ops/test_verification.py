@@ -128,13 +128,13 @@ def test_every_option_of_a_call_belongs_to_its_class():
     """A field that is added to a call must be added to `features`, or be one that no kernel is compiled for."""
     known = {
         "operation", "query", "key", "value", "attention_bias", "relative_key", "content_bias", "relative_bias",
-        "query_rotary", "rotary_interleaved", "null_key", "chunk_spans", "first_visible", "dropout_p", "causal",
-        "stride", "grouping", "encoded", "w_key", "w_value", "bias_key", "bias_value", "projection", "key_rotary",
+        "query_cos", "rotary_interleaved", "null_key", "chunk_spans", "first_visible", "dropout_p", "causal",
+        "stride", "grouping", "encoded", "w_key", "w_value", "bias_key", "bias_value", "key_cos",
     }  # fmt: skip
     # with the others of their pair, or both given and not in every check, or mere numbers
     other = {
-        "key_scale", "value_scale", "null_value", "mask", "valid", "chunk", "position", "chunk_size", "scale", "rows",
-        "first_token", "dropout_seed", "return_lse",
+        "query_sin", "key_sin", "key_scale", "value_scale", "null_value", "mask", "valid", "chunk", "position",
+        "chunk_size", "scale", "rows", "first_token", "dropout_seed", "return_lse",
     }  # fmt: skip
     for kind in (Call, AbsorbedCall, DecodeCall):
         assert {field.name for field in dataclasses.fields(kind)} <= known | other, kind

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...nn.common import one_of
-from ...ops import validate
+from ...ops import checks as validate
 
 if TYPE_CHECKING:
     from .model import Retrofit

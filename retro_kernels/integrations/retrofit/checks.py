@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...ops import validate
+from ...ops import checks as validate
 
 if TYPE_CHECKING:
     from .model import Retrofit

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...ops import validate
+from ...ops import checks as validate
 from . import checks
 from .attention import CALL, CLOSED, LayerConfig, Reader, RetrofitAttention, in_use
 from .call import KeysAndValues

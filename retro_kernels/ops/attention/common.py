@@ -57,112 +57,95 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
-from .. import common
+from .. import call as calls
+from .. import memory
+from ..call import Length, differentiable, optional, outside
 
 CLOCK, NEIGHBOUR, CHUNK = 0, 1, 2
-
-SLOTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? attention_bias, "
-    "Tensor? relative_key, Tensor? content_bias, Tensor? relative_bias, "
-    "Tensor? query_cos, Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, "
-    "Tensor? null_key, Tensor? null_value, Tensor? chunk_spans, Tensor? first_visible, Tensor? dropout_seed"
-)
-SETTINGS = (
-    "int grouping, bool causal, bool rotary_interleaved, float scale, float dropout_p, "
-    "SymInt stride, SymInt first_token"
-)
-# Places in SLOTS of what has a gradient; the backward returns them in this order.
-DIFFERENTIABLE = (0, 1, 2, 4, 5, 6, 7, 12, 13)
-# Places of what the backward's three flags ask for: the bias, the relative positions, the null slot.
-FLAGS = ((4,), (5, 6, 7), (12, 13))
-TENSORS = SLOTS.count("Tensor")
 
 PARTIAL_COPIES = 32  # partial sums of parameter gradients: at most this many of each, on any device
 
 
-def forward_schema(backend: str) -> str:
-    """mask bool [b, l, k, r], True = attend; attention_bias [h, M, r] or [h, M, k * r]; relative_key [h, M + r - 1, d];
-    content_bias, relative_bias, null_key [h, d]; null_value [h, d_value]; cos/sin [M | r, rotary_dim / 2];
-    dropout_seed int64 [1], given when dropout_p > 0
-    -> out [b, lq, kq, n, h, d_value] in the query's dtype, lse [b, lq, kq, n, h] fp32 (natural logarithm, null slot
-    included, before dropout), or with an attention_bias two planes of it (see above)."""
-    return f"attention_forward_{backend}({SLOTS}, {SETTINGS}) -> (Tensor out, Tensor lse)"
+@calls.described
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Call(calls.Call):
+    """One checked call in the form that this module's docstring fixes, which is also that of the private ops.
 
+    mask bool [b, l, k, r], True = attend; attention_bias [h, M, r] or [h, M, k * r]; relative_key [h, M + r - 1, d];
+    content_bias, relative_bias, null_key [h, d]; null_value [h, d_value]; cos and sin [M | r, rotary_dim / 2];
+    dropout_seed int64 [1], given when dropout_p > 0. `rows` is M, the rows of tables.
 
-def backward_schema(backend: str) -> str:
-    """The gradients of its outputs (grad_lse of the natural log-sum-exp, in one plane: dS = P (dP - delta + dlse)), the
-    forward's arguments, its outputs, and which parameter gradients are wanted -> gradients of query, key, value,
-    attention_bias, relative_key, content_bias, relative_bias, null_key, null_value, each contiguous, shaped and
-    typed as its input; those absent or not wanted have no elements."""
-    return (
-        f"attention_backward_{backend}(Tensor grad_out, Tensor? grad_lse, {SLOTS}, Tensor out, Tensor lse, {SETTINGS}, "
-        "bool bias_gradient, bool relative_gradient, bool null_gradient) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    )
+    Results: out [b, lq, kq, n, h, d_value] in the query's dtype, lse [b, lq, kq, n, h] fp32 (natural logarithm, null
+    slot included, before dropout), or with an attention_bias two planes of it (see above).
+    """
+
+    query: torch.Tensor = differentiable()
+    key: torch.Tensor = differentiable()
+    value: torch.Tensor = differentiable()
+    mask: torch.Tensor | None = None
+    attention_bias: torch.Tensor | None = optional("bias")
+    relative_key: torch.Tensor | None = optional("relative")
+    content_bias: torch.Tensor | None = optional("relative")
+    relative_bias: torch.Tensor | None = optional("relative")
+    query_cos: torch.Tensor | None = None
+    query_sin: torch.Tensor | None = None
+    key_cos: torch.Tensor | None = None
+    key_sin: torch.Tensor | None = None
+    null_key: torch.Tensor | None = optional("null")
+    null_value: torch.Tensor | None = optional("null")
+    chunk_spans: torch.Tensor | None = None
+    first_visible: torch.Tensor | None = None
+    dropout_seed: torch.Tensor | None = None
+    grouping: int
+    causal: bool = False
+    rotary_interleaved: bool = False
+    scale: float
+    dropout_p: float = 0.0
+    stride: Length
+    first_token: Length = 0
+    rows: int = outside()
+    operation: str = outside()
+    return_lse: bool = outside()
+
+    @property
+    def query_rotary(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """cos and sin by row."""
+        return None if self.query_cos is None or self.query_sin is None else (self.query_cos, self.query_sin)
+
+    @property
+    def key_rotary(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """cos and sin by slot."""
+        return None if self.key_cos is None or self.key_sin is None else (self.key_cos, self.key_sin)
 
 
 def allocate_forward(
     query: torch.Tensor, value: torch.Tensor, attention_bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, uninitialised; with an `attention_bias` lse has two planes."""
-    out = common.allocate((*query.shape[:-1], value.shape[-1]), query.dtype, query.device)
+    out = memory.allocate((*query.shape[:-1], value.shape[-1]), query.dtype, query.device)
     planes = () if attention_bias is None else (2,)
-    return out, common.allocate((*planes, *query.shape[:-1]), torch.float32, query.device)
+    return out, memory.allocate((*planes, *query.shape[:-1]), torch.float32, query.device)
 
 
-def plain_lse(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """The natural log-sum-exp, of one plane or two."""
-    return lse if lse.dim() < out.dim() else (lse[0] + lse[1]) * math.log(2)
+def plain_lse(lse: torch.Tensor, axes: int = 5) -> torch.Tensor:
+    """The natural log-sum-exp, of one plane, which has so many axes, or of two."""
+    return lse if lse.dim() == axes else (lse[0] + lse[1]) * math.log(2)
 
 
-def allocate_backward(
-    query, key, value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value,
-    bias_gradient, relative_gradient, null_gradient,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """The nine gradients in the schema's order, uninitialised."""
-
-    def like(tensor: torch.Tensor | None, wanted: bool) -> torch.Tensor:
-        if tensor is None or not wanted:
-            return query.new_empty((0,))
-        return common.allocate(tuple(tensor.shape), tensor.dtype, tensor.device)
-
-    return (
-        like(query, True),
-        like(key, True),
-        like(value, True),
-        like(attention_bias, bias_gradient),
-        like(relative_key, relative_gradient),
-        like(content_bias, relative_gradient),
-        like(relative_bias, relative_gradient),
-        like(null_key, null_gradient),
-        like(null_value, null_gradient),
-    )
-
-
-def _fake_forward(query, key, value, *_):
-    return allocate_forward(query, value)
-
-
-def _fake_forward_of_two_planes(query, key, value, mask, attention_bias, *_):
-    return allocate_forward(query, value, attention_bias)
-
-
-def _fake_backward(grad_out, grad_lse, *inputs):
-    return allocate_backward(*(inputs[place] for place in DIFFERENTIABLE), *inputs[-3:])
-
-
-def register(backend: str, forward, backward, devices: tuple[str, ...], *, two_planes: bool = False):
+def register(
+    backend: str, attend: Callable, gradients: Callable, devices: tuple[str, ...], *, two_planes: bool = False
+) -> tuple[Callable, Callable | None]:
     """Registers `attention_forward_<backend>` and `attention_backward_<backend>`; returns both callables. `two_planes`:
     so is its lse with an attention_bias."""
-    fake = _fake_forward_of_two_planes if two_planes else _fake_forward
-    return common.register_pair(
-        "attention", backend, schemas=(forward_schema(backend), backward_schema(backend)),
-        implementations=(forward, backward), fakes=(fake, _fake_backward), devices=devices,
-        differentiable=DIFFERENTIABLE,
-    )  # fmt: skip
+
+    def outputs(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        return allocate_forward(call.query, call.value, call.attention_bias if two_planes else None)
+
+    return calls.register("attention", backend, Call, attend, gradients, devices=devices, outputs=outputs)
 
 
 def attended_chunks(n: int, num_chunks: int, stride: int, first_token: int) -> tuple[int, int]:
@@ -170,38 +153,6 @@ def attended_chunks(n: int, num_chunks: int, stride: int, first_token: int) -> t
     if n == 0 or n <= first_token:
         return 0, 0
     return max(0, -first_token // stride), min(num_chunks, (n - 1 - first_token) // stride + 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One validated call, as an `api.py` hands it to a backend, in the form that this module's docstring fixes.
-    `rows` is M, the rows of tables."""
-
-    operation: str
-    grouping: int
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    attention_bias: torch.Tensor | None
-    relative_key: torch.Tensor | None
-    content_bias: torch.Tensor | None
-    relative_bias: torch.Tensor | None
-    query_rotary: tuple[torch.Tensor, torch.Tensor] | None
-    key_rotary: tuple[torch.Tensor, torch.Tensor] | None
-    rotary_interleaved: bool
-    null_key: torch.Tensor | None
-    null_value: torch.Tensor | None
-    chunk_spans: torch.Tensor | None
-    first_visible: torch.Tensor | None
-    dropout_seed: torch.Tensor | None
-    causal: bool
-    scale: float
-    dropout_p: float
-    rows: int
-    stride: int
-    first_token: int
-    return_lse: bool
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:

@@ -14,14 +14,17 @@ kv head) is computed by one thread in one order, and partial sums are assigned t
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 
 from ... import extension
-from .. import common as ops_common
+from .. import memory
+from ..call import allocate_gradients
 from . import common
 
-RELATIVE_KEY = common.DIFFERENTIABLE[4]  # its place among the slots
+# In the order in which the kernel takes their gradients, and then their partial sums.
+PARAMETERS = ("attention_bias", "relative_key", "content_bias", "relative_bias", "null_key", "null_value")
 COPIES_BYTES = 128 << 20
 
 
@@ -42,65 +45,65 @@ def refusal(call: common.Call) -> str | None:
     return None
 
 
-def _copies(key: torch.Tensor, grouping: int, shapes: list[tuple[int, ...] | None]) -> int:
+def _copies(key: torch.Tensor, grouping: int, shapes: list[tuple[int, ...]]) -> int:
     """Partial sums of each parameter gradient. Tasks are (copy, range of kv heads): few heads get more, and long
     tables of distances fewer, so that one set of sums stays below COPIES_BYTES."""
     batch, num_chunks, neighbours, _, kv_heads, _ = key.shape
     groups = batch * num_chunks * (neighbours if grouping == common.NEIGHBOUR else 1)
     most = min(common.PARTIAL_COPIES, 8 if kv_heads >= 8 else 32)
-    largest = max((math.prod(shape) for shape in shapes if shape is not None), default=1)
+    largest = max(map(math.prod, shapes), default=1)
     return max(1, min(groups, most, COPIES_BYTES // (4 * max(largest, 1))))
 
 
-def _packed_table(relative_key: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+def _packed_table(relative_key: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Room for `relative_key` as the products read it: rows and columns are padded with zeros to whole register tiles,
     and bf16 takes two layouts."""
-    if relative_key is None:
-        return None
     heads, distances, d = relative_key.shape
     width = -(-d // 16) * 16
     if dtype == torch.bfloat16 or width % 128 == 0:
         width += 16
-    return ops_common.allocate((heads, -(-distances // 8) * 8 + 8, width), torch.float32, relative_key.device)
+    return memory.allocate((heads, -(-distances // 8) * 8 + 8, width), torch.float32, relative_key.device)
 
 
-def _forward(query, key, value, mask, attention_bias, *arguments):
-    out, lse = common.allocate_forward(query, value, attention_bias)
-    packed = _packed_table(arguments[RELATIVE_KEY - 5], query.dtype)
-    torch.ops.retro_kernels_cpu.attention_forward(query, key, value, mask, attention_bias, *arguments, packed, out, lse)
+def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
+    packed = None if call.relative_key is None else _packed_table(call.relative_key, call.query.dtype)
+    torch.ops.retro_kernels_cpu.attention_forward(
+        call.query, call.key, call.value, call.mask, call.attention_bias, call.relative_key, call.content_bias,
+        call.relative_bias, call.query_cos, call.query_sin, call.key_cos, call.key_sin, call.null_key, call.null_value,
+        call.chunk_spans, call.first_visible, call.dropout_seed, call.grouping, call.causal, call.rotary_interleaved,
+        call.scale, call.dropout_p, call.stride, call.first_token, packed, out, lse,
+    )  # fmt: skip
     return out, lse
 
 
-def _backward(grad_out, grad_lse, *arguments):
-    slots, (out, lse) = arguments[: common.TENSORS], arguments[common.TENSORS : common.TENSORS + 2]
-    *settings, bias_gradient, relative_gradient, null_gradient = arguments[common.TENSORS + 2 :]
-    flags = (bias_gradient, relative_gradient, null_gradient)
-    gradients = common.allocate_backward(*[*(slots[place] for place in common.DIFFERENTIABLE), *flags])
-    asked = (bias_gradient, *(3 * (relative_gradient,)), *(2 * (null_gradient,)))
-    given = (slots[place] is not None for place in common.DIFFERENTIABLE[3:])
-    totals = [total if wanted and there else None for total, wanted, there in zip(gradients[3:], asked, given)]
-    packed = _packed_table(slots[RELATIVE_KEY], grad_out.dtype)
-    shapes = [None if total is None else tuple(total.shape) for total in totals]
-    if shapes[1] is not None:  # summed in whole vectors, which reach past the table's columns
-        shapes[1] = (*shapes[1][:2], -(-shapes[1][2] // 16) * 16)
-    copies = _copies(slots[1], settings[0], shapes)
-    partial = [
-        None if shape is None else ops_common.allocate((copies, *shape), torch.float32, grad_out.device)
-        for shape in shapes
-    ]
+def gradients(
+    call: common.Call, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    wanted: Collection[str],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    found = allocate_gradients(call, wanted)
+    packed = None if call.relative_key is None else _packed_table(call.relative_key, grad_out.dtype)
+    partial = _partial_sums(call, found) if len(found) > 3 else {}
     torch.ops.retro_kernels_cpu.attention_backward(
-        grad_out,
-        grad_lse,
-        *slots,
-        out.contiguous(),
-        lse.contiguous(),
-        *settings,
-        packed,
-        *gradients[:3],
-        *totals,
-        *partial,
-    )
-    return gradients
+        grad_out, grad_lse, call.query, call.key, call.value, call.mask, call.attention_bias, call.relative_key,
+        call.content_bias, call.relative_bias, call.query_cos, call.query_sin, call.key_cos, call.key_sin,
+        call.null_key, call.null_value, call.chunk_spans, call.first_visible, call.dropout_seed, out.contiguous(),
+        lse.contiguous(), call.grouping, call.causal, call.rotary_interleaved, call.scale, call.dropout_p, call.stride,
+        call.first_token, packed, found["query"], found["key"], found["value"], *map(found.get, PARAMETERS),
+        *map(partial.get, PARAMETERS),
+    )  # fmt: skip
+    return found
 
 
-forward, backward = common.register("cpu", _forward, _backward, devices=("cpu",), two_planes=True)
+def _partial_sums(call: common.Call, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Room for the partial sums of the parameters' gradients."""
+    shapes = {name: tuple(found[name].shape) for name in PARAMETERS if name in found}
+    if "relative_key" in shapes:  # summed in whole vectors, which reach past the table's columns
+        heads, distances, d = shapes["relative_key"]
+        shapes["relative_key"] = (heads, distances, -(-d // 16) * 16)
+    copies = _copies(call.key, call.grouping, list(shapes.values()))
+    device = call.query.device
+    return {name: memory.allocate((copies, *shape), torch.float32, device) for name, shape in shapes.items()}
+
+
+forward, backward = common.register("cpu", attend, gradients, devices=("cpu",), two_planes=True)

@@ -17,10 +17,12 @@ The kernels read the inputs where they are and allocate nothing but their output
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from ... import cuda_extension
-from ..common import refuse_lse_gradient
+from ..call import allocate_gradients, refuse_lse_gradient
 from . import common
 
 HEAD_DIMS = (64, 96, 128)
@@ -39,7 +41,7 @@ def refusal(call: common.Call) -> str | None:
 
 def _refused_option(call: common.Call) -> str | None:
     given = {
-        "attention_bias": call.attention_bias, "relative_key": call.relative_key, "query_rotary": call.query_rotary,
+        "attention_bias": call.attention_bias, "relative_key": call.relative_key, "query_rotary": call.query_cos,
         "null_key": call.null_key, "dropout_p": call.dropout_seed, "causal": call.causal or None,
     }  # fmt: skip
     for name, value in given.items():
@@ -71,37 +73,33 @@ def _refused_shape(call: common.Call) -> str | None:
     return None
 
 
-def _forward(*inputs):
-    query, key, value, mask, chunk_spans, *settings = _taken(inputs)
-    out, lse = common.allocate_forward(query, value)
-    if chunk_spans is not None:  # tokens in no span belong to no program
+def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = common.allocate_forward(call.query, call.value)
+    if call.chunk_spans is not None:  # tokens in no span belong to no program
         out.zero_()
         lse.fill_(float("-inf"))
-    cuda_extension.ops(query).attention_forward(query, key, value, mask, chunk_spans, *settings, out, lse)
+    cuda_extension.ops(call.query).attention_forward(
+        call.query, call.key, call.value, call.mask, call.chunk_spans, call.grouping, call.scale, call.stride,
+        call.first_token, out, lse,
+    )  # fmt: skip
     return out, lse
 
 
-def _backward(grad_out, grad_lse, *inputs):
+def gradients(
+    call: common.Call, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    wanted: Collection[str],
+) -> dict[str, torch.Tensor]:  # fmt: skip
     refuse_lse_gradient(grad_lse, "CUDA")
-    query, key, value, mask, chunk_spans, *settings = _taken(
-        (*inputs[: common.TENSORS], *inputs[common.TENSORS + 2 : -3])
-    )
-    out, lse = inputs[common.TENSORS : common.TENSORS + 2]
-    gradients = common.allocate_backward(*(inputs[place] for place in common.DIFFERENTIABLE), *inputs[-3:])
-    if chunk_spans is not None:
-        gradients[0].zero_()
+    found = allocate_gradients(call, wanted)
+    if call.chunk_spans is not None:
+        found["query"].zero_()
     if not cuda_extension.rows_aligned(grad_out) or grad_out.data_ptr() % 16:  # (an expanded sum's, say) a copy
         grad_out = grad_out.clone(memory_format=torch.contiguous_format)
-    cuda_extension.ops(query).attention_backward(
-        grad_out, query, key, value, mask, chunk_spans, out.contiguous(), lse.contiguous(), *settings, *gradients[:3]
-    )
-    return gradients
+    cuda_extension.ops(call.query).attention_backward(
+        grad_out, call.query, call.key, call.value, call.mask, call.chunk_spans, out.contiguous(), lse.contiguous(),
+        call.grouping, call.scale, call.stride, call.first_token, found["query"], found["key"], found["value"],
+    )  # fmt: skip
+    return found
 
 
-def _taken(inputs: tuple) -> tuple:
-    """Of the op's arguments those that the kernels take; `refusal` has seen that the others are absent."""
-    tensors, (grouping, _, _, scale, _, stride, first_token) = inputs[: common.TENSORS], inputs[common.TENSORS :]
-    return (*tensors[:4], tensors[14], grouping, scale, stride, first_token)
-
-
-forward, backward = common.register("cuda", _forward, _backward, devices=("cpu", "cuda"))
+forward, backward = common.register("cuda", attend, gradients, devices=("cpu", "cuda"))

@@ -3,7 +3,7 @@
 Written to be read beside sections 2.3 and 2.4 and appendix B.1.2 of the RETRO paper (arXiv 2112.04426). It computes in
 fp32 (fp64 for fp64 input), runs on any device and dtype, and is differentiated by PyTorch itself, twice if asked.
 
-`attention` folds each grouping of `common.py` into the same five axes, calls `attend`, and unfolds. Letters of the
+`attend` folds each grouping of `common.py` into the same five axes, calls `attend_folded`, and unfolds. Letters of the
 folded form: g groups, j neighbours whose rows or slots share the group, i row, t token, h heads, d head size.
 """
 
@@ -29,7 +29,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [b, lq, kq, n, h, d_value] in the query's dtype, lse [b, lq, kq, n, h] fp32 (fp64 for fp64)."""
     b, lq, kq, n, h, _ = call.query.shape
     if call.grouping == CLOCK:
@@ -41,7 +41,7 @@ def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = (x.reshape(together[0], 1, *x.shape[3:]) for x in (call.key, call.value))
         mask = None if call.mask is None else call.mask.reshape(together[0], 1, call.mask.shape[3])
         batch = torch.arange(b, device=place.device)[:, None].expand_as(place)
-        out, lse = attend(call, query, key, value, mask, *(x.reshape(*together, n) for x in (batch, place)))
+        out, lse = attend_folded(call, query, key, value, mask, *(x.reshape(*together, n) for x in (batch, place)))
     d_value = call.value.shape[-1]
     return out.reshape(b, lq, kq, n, h, d_value).to(call.query.dtype), lse.reshape(b, lq, kq, n, h)
 
@@ -78,7 +78,7 @@ def _by_clock(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = (torch.where((count > 0)[..., None, None, None, None], x, 0.0) for x in (key, value))
     key, value = key.flatten(0, 1), value.flatten(0, 1)
     mask = None if call.mask is None else call.mask[:, first:last].flatten(0, 1)
-    out, lse = attend(
+    out, lse = attend_folded(
         call, rows.flatten(0, 1)[:, None], key, value, mask, batch.flatten(0, 1)[:, None],
         token.flatten(0, 1)[:, None], inside.flatten(0, 1)[:, None],
     )  # fmt: skip
@@ -90,7 +90,7 @@ def _by_clock(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     return everywhere[:-1], lse[:-1]
 
 
-def attend(
+def attend_folded(
     call: Call,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -34,53 +34,22 @@ In the interpreter bf16 is computed as fp32 on copies, because the interpreter m
 from __future__ import annotations
 
 import warnings
-from collections import namedtuple
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from .. import common as ops_common
-from .. import tuning
+from .. import memory, tuning
+from ..call import allocate_gradients, refuse_lse_gradient
+from ..launching import Launch, launch_all, launched
 from . import common, configs, dropout, triton_backward, triton_forward, triton_parameters, triton_tiles
-from .common import CHUNK, CLOCK, NEIGHBOUR
+from .common import CHUNK, CLOCK, NEIGHBOUR, Call
 from .triton_tiles import triton
 
 _MARGIN = 256  # masked lanes of a tile lie at most this far beyond the last row or slot
-
-
-if TYPE_CHECKING:
-    Arguments = Any
-else:  # of an op, by the names of its schema
-    Arguments = namedtuple("Arguments", [x.split()[-1] for x in f"{common.SLOTS}, {common.SETTINGS}".split(",")])
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch: `kernel[(programs,)](**arguments)` under `settings`, an operation's own LaunchSettings, which
-    were chosen for `kind`."""
-
-    kind: str
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    settings: Any
-
-    def __call__(self) -> None:
-        if self.programs > 0:
-            self.kernel[(self.programs,)](**self.arguments, **self.options())
-
-    def options(self) -> dict[str, Any]:
-        """What the compiler is told. Triton 3.10 ends the fusion of multiplications with additions by default, and the
-        registers of the settings were counted with it."""
-        return {
-            "num_warps": self.settings.num_warps,
-            "num_stages": self.settings.num_stages,
-            "enable_fp_fusion": True,
-        }
 
 
 def _strides(name: str, tensor: torch.Tensor | None, axes: str) -> dict[str, int]:
@@ -97,7 +66,7 @@ def _compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _needs_long_offsets(call: Arguments, grad_out: torch.Tensor | None) -> bool:
+def _needs_long_offsets(call: Call, grad_out: torch.Tensor | None) -> bool:
     """Whether an offset from the first element of a group can pass 2^31, so that 32-bit products would overflow.
     Offsets of groups, batches, neighbours' rows and heads are 64-bit always."""
     _, _, k, r, hk, d = call.key.shape
@@ -119,7 +88,7 @@ def _needs_long_offsets(call: Arguments, grad_out: torch.Tensor | None) -> bool:
     return max(furthest) + 2 * width >= 2**31
 
 
-def _shared_arguments(call: Arguments, grad_out: torch.Tensor | None = None) -> dict[str, Any]:
+def _shared_arguments(call: Call, grad_out: torch.Tensor | None = None) -> dict[str, Any]:
     """What every kernel takes, apart from tiles and the groups it covers."""
     _, lq, kq, n, h, d = call.query.shape
     num_chunks, k, r, hk = call.key.shape[1:5]
@@ -162,7 +131,7 @@ def _shared_arguments(call: Arguments, grad_out: torch.Tensor | None = None) -> 
     }  # fmt: skip
 
 
-def _planes(lse: torch.Tensor, call: Arguments) -> dict[str, torch.Tensor | None]:
+def _planes(lse: torch.Tensor, call: Any) -> dict[str, torch.Tensor | None]:
     """The log-sum-exp, where there is a bias in two planes (common.py)."""
     return {"lse": lse, "log_sum": None} if call.attention_bias is None else {"lse": lse[0], "log_sum": lse[1]}
 
@@ -186,7 +155,7 @@ def _tile_arguments(settings: configs.LaunchSettings) -> dict[str, Any]:
     }
 
 
-def _key_tiles(call: Arguments, settings: configs.LaunchSettings, within: bool) -> dict[str, Any]:
+def _key_tiles(call: Call, settings: configs.LaunchSettings, within: bool) -> dict[str, Any]:
     """How the slots of a group are cut into tiles, and how many slots one evaluation of Philox serves."""
     k, r = call.key.shape[2:4]
     k = k if call.grouping == CLOCK else 1
@@ -198,12 +167,12 @@ def _key_tiles(call: Arguments, settings: configs.LaunchSettings, within: bool) 
     }
 
 
-def _row_tiles(call: Arguments, settings: configs.LaunchSettings) -> int:
+def _row_tiles(call: Call, settings: configs.LaunchSettings) -> int:
     """Row tiles of a group; no tile holds rows of two neighbours."""
     return -(-call.stride // settings.block_rows) * (call.query.shape[2] if call.grouping == CHUNK else 1)
 
 
-def _groups(call: Arguments, attended: bool) -> tuple[int, int]:
+def _groups(call: Call, attended: bool) -> tuple[int, int]:
     """The first group of a sequence and how many there are: all, or those that some token attends to."""
     if call.grouping == CLOCK:
         if not attended or call.chunk_spans is not None:
@@ -213,7 +182,7 @@ def _groups(call: Arguments, attended: bool) -> tuple[int, int]:
     return 0, call.query.shape[1] * (call.query.shape[2] if call.grouping == NEIGHBOUR else 1)
 
 
-def _choice(kind: str, call: Arguments) -> tuple:
+def _choice(kind: str, call: Call) -> tuple:
     """What launch settings depend on: the arguments of `configs.choose`."""
     width = 0 if call.query_cos is None else call.query_cos.shape[1]
     width = configs.tile_width(call.query.shape[-1], call.value.shape[-1], width)
@@ -226,11 +195,11 @@ def _choice(kind: str, call: Arguments) -> tuple:
     return kind, _compute_capability(call.query.device), call.query.dtype, width, features, call.stride
 
 
-def _choose(kind: str, call: Arguments) -> Any:
+def _choose(kind: str, call: Call) -> Any:
     return configs.choose(*_choice(kind, call))
 
 
-def plan_forward(out, lse, call: Arguments, settings: configs.LaunchSettings | None = None) -> Launch:
+def plan_forward(out, lse, call: Call, settings: configs.LaunchSettings | None = None) -> Launch:
     """The forward's launch; there must be groups that some row attends to."""
     settings = settings or _choose("forward", call)
     first_group, num_groups = _groups(call, attended=True)
@@ -247,7 +216,7 @@ def plan_forward(out, lse, call: Arguments, settings: configs.LaunchSettings | N
 SWEPT_ROWS = 512  # NEIGHBOUR: up to so many rows one program makes all gradients of a neighbour and head
 
 
-def backward_kinds(call: Arguments) -> tuple[str, ...]:
+def backward_kinds(call: Call) -> tuple[str, ...]:
     """The launches that make the gradients of query, key and value: one where a tile holds all rows or all keys of a
     group, or two sweeps of one program do, else two. (Causal attention has few and long groups: two.)"""
     h, hk, r = call.query.shape[4], call.key.shape[4], call.key.shape[3]
@@ -265,7 +234,7 @@ def backward_kinds(call: Arguments) -> tuple[str, ...]:
 _FORMS = {"backward": 0, "backward_queries": 0, "backward_shared": 1, "backward_keys": 1, "backward_sweeps": 2}
 
 
-def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, call: Arguments) -> list[Launch]:
+def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, call: Call) -> list[Launch]:
     """The backward's launches: those of `backward_kinds`, and one each for the parameters wanted. `copies` are the
     partial sums of the gradients of attention_bias, relative_key, content_bias, relative_bias, null_key, null_value,
     [copies, ...] fp32, None where not wanted; those of attention_bias and relative_key are zero."""
@@ -330,7 +299,7 @@ def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, call: Arg
     return launches
 
 
-def _tune(kinds: tuple[str, ...], call: Arguments, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+def _tune(kinds: tuple[str, ...], call: Call, run: Callable[[], tuple[torch.Tensor, ...]]) -> None:
     """Times the candidates of each kind of launch that has not been tuned yet, and uses the fastest from then on.
     `run` executes the operation under the settings in force and returns what it computed."""
     if call.query.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -392,91 +361,117 @@ def _interpretable(x: Any) -> Any:
     return x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x
 
 
-def _on_device_of(tensor: torch.Tensor):
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+_HERE = nullcontext()
 
 
-def _forward(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    call = Arguments(*inputs)
+def _on_device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
     with _on_device_of(out):
-        nothing = out.numel() == 0 or _groups(call, attended=True)[1] == 0
-        if nothing or call.chunk_spans is not None:  # tokens in no span belong to no program
-            _fill_with_nothing(out, lse)
-        if nothing:
-            return out, lse
-        if interpreting() and call.query.dtype == torch.bfloat16:
-            wide = torch.zeros_like(out, dtype=torch.float32)
-            plan_forward(wide, lse, Arguments(*map(_interpretable, inputs)))()
-            out.copy_(wide)
-            return out, lse
-
-        def run() -> tuple[torch.Tensor, ...]:
-            plan_forward(out, lse, call)()
-            return out, lse
-
-        if tuning.enabled():
-            _tune(("forward",), call, run)
-        run()
+        settled = _settled()
+        if not (settled and launched(call, "forward", {"out": out, **_planes(lse, call)})):
+            _attend(call, out, lse, settled)
     return out, lse
 
 
-def _backward(grad_out, grad_lse, *inputs) -> tuple[torch.Tensor, ...]:
-    ops_common.refuse_lse_gradient(grad_lse, "Triton")
-    tensors, (out, lse), settings = (
-        inputs[: common.TENSORS],
-        inputs[common.TENSORS : common.TENSORS + 2],
-        inputs[-10:-3],
-    )
-    call = Arguments(*tensors, *settings)
-    gradients = common.allocate_backward(*(tensors[place] for place in common.DIFFERENTIABLE), *inputs[-3:])
+def _settled() -> bool:
+    """Whether launch settings are a matter of the call alone."""
+    return not configs.overrides and not tuning.enabled()
+
+
+def _attend(call: Call, out: torch.Tensor, lse: torch.Tensor, settled: bool) -> None:
+    nothing = out.numel() == 0 or _groups(call, attended=True)[1] == 0
+    if nothing or call.chunk_spans is not None:  # tokens in no span belong to no program
+        _fill_with_nothing(out, lse)
+    if nothing:
+        return
+    if interpreting() and call.query.dtype == torch.bfloat16:
+        wide = torch.zeros_like(out, dtype=torch.float32)
+        plan_forward(wide, lse, call.mapped(_interpretable))()
+        out.copy_(wide)
+        return
+
+    def run() -> tuple[torch.Tensor, ...]:
+        launch_all(call, "forward", [plan_forward(out, lse, call)], keep=settled)
+        return out, lse
+
+    if tuning.enabled():
+        _tune(("forward",), call, run)
+    run()
+
+
+PARAMETERS = ("attention_bias", "relative_key", "content_bias", "relative_bias", "null_key", "null_value")
+
+
+def gradients(
+    call: Call, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    wanted: Collection[str],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    refuse_lse_gradient(grad_lse, "Triton")
+    found = allocate_gradients(call, wanted)
     with _on_device_of(out):
         groups = _groups(call, attended=True)[1]
         if groups == 0 or call.query.numel() == 0:
-            for gradient in gradients:
+            for gradient in found.values():
                 gradient.zero_()
-            return gradients
+            return found
         if call.chunk_spans is not None:  # tokens in no span belong to no program
-            gradients[0].zero_()
+            found["query"].zero_()
         if grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
+        _differentiate(call, grad_out, out.contiguous(), lse.contiguous(), found, groups)
+    return found
 
-        num_copies = min(common.PARTIAL_COPIES, call.query.shape[0] * groups)
-        parameters = gradients[3:]
-        copies = tuple(
-            ops_common.allocate((num_copies, *x.shape), torch.float32, x.device) if x.numel() else None
-            for x in parameters
-        )
-        backward = (grad_out, out.contiguous(), lse.contiguous(), gradients[:3], copies, call)
-        widened = interpreting() and call.query.dtype == torch.bfloat16
-        if widened:
-            wide = tuple(torch.zeros_like(gradient, dtype=torch.float32) for gradient in gradients[:3])
-            backward = (
-                *map(_interpretable, backward[:3]), wide, copies, Arguments(*map(_interpretable, (*tensors, *settings)))
-            )  # fmt: skip
 
-        def run() -> tuple[torch.Tensor, ...]:
-            for copy in copies[:2]:
-                if copy is not None:
-                    copy.zero_()
-            for launch in plan_backward(*backward):
-                launch()
-            return (*backward[3], *(copy for copy in copies if copy is not None))
+def _differentiate(
+    call: Call, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, found: dict[str, torch.Tensor],
+    groups: int,
+) -> None:  # fmt: skip
+    num_copies = min(common.PARTIAL_COPIES, call.query.shape[0] * groups)
+    copies = {
+        name: memory.allocate((num_copies, *found[name].shape), torch.float32, out.device)
+        for name in PARAMETERS if name in found and found[name].numel()
+    }  # fmt: skip
+    computed = {name: found[name] for name in ("query", "key", "value")}
+    backward = (grad_out, out, lse)
+    widened = interpreting() and call.query.dtype == torch.bfloat16
+    if widened:
+        computed = {name: torch.zeros_like(x, dtype=torch.float32) for name, x in computed.items()}
+        backward, call = tuple(map(_interpretable, backward)), call.mapped(_interpretable)
+    key = ("backward", tuple(found), grad_out.stride())
 
-        if tuning.enabled():
-            _tune(tuple(launch.kind for launch in plan_backward(*backward)), backward[-1], run)
-        run()
-        if widened:
-            for gradient, result in zip(gradients[:3], wide, strict=True):
-                gradient.copy_(result)
-        for gradient, copy in zip(parameters, copies, strict=True):
-            if copy is None:
-                gradient.zero_()
-            elif gradient.dtype == torch.float32:
-                torch.sum(copy, 0, out=gradient)
-            else:
-                gradient.copy_(copy.sum(0))
-    return gradients
+    def run(settled: bool = False) -> tuple[torch.Tensor, ...]:
+        for name in ("attention_bias", "relative_key"):
+            if name in copies:
+                copies[name].zero_()
+        made = {"grad_out": grad_out, "out": out, **_planes(lse, call)}
+        made |= {f"grad_{name}": x for name, x in computed.items()}
+        made |= {f"{name.removeprefix('attention_')}_copies": x for name, x in copies.items()}
+        if not (settled and launched(call, key, made)):
+            results = tuple(computed.values()), tuple(copies.get(name) for name in PARAMETERS)
+            launch_all(call, key, plan_backward(*backward, *results, call), keep=settled)
+        return (*computed.values(), *copies.values())
+
+    if tuning.enabled():
+        launches = plan_backward(*backward, tuple(computed.values()), tuple(map(copies.get, PARAMETERS)), call)
+        _tune(tuple(launch.kind for launch in launches), call, run)
+    run(_settled())
+    if widened:
+        for name, result in computed.items():
+            found[name].copy_(result)
+    for name in PARAMETERS:
+        if name in copies and found[name].dtype == torch.float32:
+            torch.sum(copies[name], 0, out=found[name])
+        elif name in copies:
+            found[name].copy_(copies[name].sum(0))
+        elif name in found:
+            found[name].zero_()
 
 
 @lru_cache(maxsize=1)
@@ -520,4 +515,4 @@ def refusal(call) -> str | None:
     return None
 
 
-forward, backward = common.register("triton", _forward, _backward, devices=("cpu", "cuda"), two_planes=True)
+forward, backward = common.register("triton", attend, gradients, devices=("cpu", "cuda"), two_planes=True)

@@ -26,89 +26,106 @@ from collections.abc import Callable
 
 import torch
 
-from .. import common
+from .. import call as calls
+from .. import memory
 from ..attention.common import turn
+from ..call import Length
 
 IDLE, ATTENDS, BEYOND = 0, 1, 2
 
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
 
-ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? logit_bias, Tensor? null_logit, "
-    "Tensor? null_value, Tensor? key_cos, Tensor? key_sin, Tensor? key_scale, Tensor? value_scale, "
-    "Tensor position, Tensor? valid, Tensor? chunk, bool rotary_interleaved, float scale, SymInt chunk_size"
-)
+
+@calls.described
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Call(calls.Call):
+    """What the private op takes: query [b, t, h, d]; key, value [b, k, r, hk, d | d_value], in the query's dtype or
+    quantised; mask bool [b, k, r]; null_value [h, d_value]; key_cos, key_sin [r, w]; key_scale, value_scale fp32
+    [b, k, r]; position int64, valid bool and chunk int64 [b], contiguous; every last stride 1 but the masks' and the
+    scales' -> out [b, t, h, d_value] in the query's dtype, lse [b, t, h] fp32, the null slot included."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None = None
+    logit_bias: torch.Tensor | None = None
+    null_logit: torch.Tensor | None = None
+    null_value: torch.Tensor | None = None
+    key_cos: torch.Tensor | None = None
+    key_sin: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
+    position: torch.Tensor
+    valid: torch.Tensor | None = None
+    chunk: torch.Tensor | None = None
+    rotary_interleaved: bool = False
+    scale: float
+    chunk_size: Length
 
 
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """What makes keys and values of encoder states: w_key [hk, d, e], w_value [hk, d_value, e], and their biases."""
-
-    w_key: torch.Tensor
-    w_value: torch.Tensor
-    bias_key: torch.Tensor | None
-    bias_value: torch.Tensor | None
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class DecodeCall:
-    """One validated call. With a `projection`, key and value are both the encoder states [b, k, r, 1, e]."""
+    """One checked call. With w_key [hk, d, e], w_value [hk, d_value, e] and their biases, the projection, key and value
+    are both the encoder states [b, k, r, 1, e]."""
 
     operation: str
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    projection: Projection | None
-    mask: torch.Tensor | None
-    attention_bias: torch.Tensor | None
-    relative_key: torch.Tensor | None
-    content_bias: torch.Tensor | None
-    relative_bias: torch.Tensor | None
-    query_rotary: tuple[torch.Tensor, torch.Tensor] | None
-    key_rotary: tuple[torch.Tensor, torch.Tensor] | None
-    rotary_interleaved: bool
-    null_key: torch.Tensor | None
-    null_value: torch.Tensor | None
-    key_scale: torch.Tensor | None
-    value_scale: torch.Tensor | None
+    w_key: torch.Tensor | None = None
+    w_value: torch.Tensor | None = None
+    bias_key: torch.Tensor | None = None
+    bias_value: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    attention_bias: torch.Tensor | None = None
+    relative_key: torch.Tensor | None = None
+    content_bias: torch.Tensor | None = None
+    relative_bias: torch.Tensor | None = None
+    query_cos: torch.Tensor | None = None
+    query_sin: torch.Tensor | None = None
+    key_cos: torch.Tensor | None = None
+    key_sin: torch.Tensor | None = None
+    rotary_interleaved: bool = False
+    null_key: torch.Tensor | None = None
+    null_value: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
     position: torch.Tensor
-    valid: torch.Tensor | None
-    chunk: torch.Tensor | None
+    valid: torch.Tensor | None = None
+    chunk: torch.Tensor | None = None
     chunk_size: int
     scale: float
+
+    @property
+    def query_rotary(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """cos and sin by row."""
+        return None if self.query_cos is None or self.query_sin is None else (self.query_cos, self.query_sin)
+
+    @property
+    def key_rotary(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """cos and sin by slot."""
+        return None if self.key_cos is None or self.key_sin is None else (self.key_cos, self.key_sin)
 
     def needs_gradient(self) -> bool:
         """Whether autograd would record this call."""
         parts = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        if self.projection is not None:
-            parts += [getattr(self.projection, field.name) for field in dataclasses.fields(self.projection)]
-        common.refuse_forward_mode(parts)
-        return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and common.requires_grad(x) for x in parts)
-
-
-def decode_schema(backend: str) -> str:
-    """query [b, t, h, d]; key, value [b, k, r, hk, d | d_value], in the query's dtype or quantised; mask
-    bool [b, k, r]; null_value [h, d_value]; key_cos, key_sin [r, w]; key_scale, value_scale fp32 [b, k, r]; position
-    int64, valid bool and chunk int64 [b], contiguous; every last stride 1 but the masks' and the scales'
-    -> out [b, t, h, d_value] in the query's dtype, lse [b, t, h] fp32, the null slot included."""
-    return f"decode_{backend}({ARGUMENTS}) -> (Tensor out, Tensor lse)"
+        calls.refuse_forward_mode(parts)
+        return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and calls.requires_grad(x) for x in parts)
 
 
 def allocate_outputs(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, uninitialised."""
-    out = common.allocate((*query.shape[:-1], value.shape[-1]), query.dtype, query.device)
-    return out, common.allocate(tuple(query.shape[:-1]), torch.float32, query.device)
+    out = memory.allocate((*query.shape[:-1], value.shape[-1]), query.dtype, query.device)
+    return out, memory.allocate(tuple(query.shape[:-1]), torch.float32, query.device)
 
 
-def _fake(query, key, value, *_):
-    return allocate_outputs(query, value)
+def register(backend: str, attend: Callable, devices: tuple[str, ...]) -> Callable:
+    """Registers `decode_forward_<backend>`; returns the callable."""
 
+    def outputs(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        return allocate_outputs(call.query, call.value)
 
-def register(backend: str, implementation, devices: tuple[str, ...]):
-    """Registers `decode_<backend>`; returns the callable."""
-    return common.register(
-        decode_schema(backend), implementation=implementation, fake=_fake, devices=devices, returns=("out", "lse")
-    )
+    return calls.register("decode", backend, Call, attend, devices=devices, outputs=outputs)[0]
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:

@@ -36,7 +36,9 @@ from __future__ import annotations
 import torch
 
 from ... import extension
-from .. import common as ops_common
+from .. import memory
+from ..call import define
+from ..memory import unit_last_stride
 from . import common
 
 LARGEST_HEAD = 4096
@@ -55,20 +57,23 @@ def refusal(call: common.DecodeCall) -> str | None:
     return common.refusal("CPU", call, LARGEST_HEAD)
 
 
-def _decode(query, key, value, mask, logit_bias, null_logit, null_value, key_cos, *rest):
+def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value, kernels = call.query, call.key, call.value, torch.ops.retro_kernels_cpu
     out, lse = common.allocate_outputs(query, value)
-    splits = torch.ops.retro_kernels_cpu.decode_splits(query, key, value, key_cos)
+    splits = kernels.decode_splits(query, key, value, call.key_cos)
     partial = None
     if splits > 1:
         shape = (splits, *lse.shape, value.shape[-1] + 2)
-        partial = ops_common.allocate(shape, torch.float32, query.device)
-    torch.ops.retro_kernels_cpu.decode(
-        query, key, value, mask, logit_bias, null_logit, null_value, key_cos, *rest, out, lse, partial
-    )
+        partial = memory.allocate(shape, torch.float32, query.device)
+    kernels.decode(
+        query, key, value, call.mask, call.logit_bias, call.null_logit, call.null_value, call.key_cos, call.key_sin,
+        call.key_scale, call.value_scale, call.position, call.valid, call.chunk, call.rotary_interleaved, call.scale,
+        call.chunk_size, out, lse, partial,
+    )  # fmt: skip
     return out, lse
 
 
-decode = common.register("cpu", _decode, devices=("cpu",))
+forward = common.register("cpu", attend, devices=("cpu",))
 
 
 # Rows of a matrix up to which the weights are multiplied here; with more, PyTorch's own product was measured to be
@@ -77,7 +82,7 @@ LARGEST_PROJECTED = {torch.float32: 32, torch.bfloat16: 8}
 
 
 def _allocate_projected(x, weight, transposed):
-    return ops_common.allocate((*x.shape[:2], weight.shape[1 if transposed else 2]), x.dtype, x.device)
+    return memory.allocate((*x.shape[:2], weight.shape[1 if transposed else 2]), x.dtype, x.device)
 
 
 def _project(x, weight, transposed):
@@ -86,7 +91,7 @@ def _project(x, weight, transposed):
     return out
 
 
-_project_few = ops_common.register(
+_project_few = define(
     "decode_project_cpu(Tensor x, Tensor weight, bool transposed) -> Tensor",
     implementation=_project, fake=_allocate_projected, devices=("cpu",),
     returns=("x",),
@@ -95,7 +100,7 @@ _project_few = ops_common.register(
 
 def project_few(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
     """`common.project` in a kernel of csrc/cpu: the weights are read once, in place."""
-    return _project_few(ops_common.unit_last_stride(x), ops_common.unit_last_stride(weight), transposed)
+    return _project_few(unit_last_stride(x), unit_last_stride(weight), transposed)
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:

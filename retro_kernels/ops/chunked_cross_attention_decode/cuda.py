@@ -22,7 +22,8 @@ from __future__ import annotations
 import torch
 
 from ... import cuda_extension
-from .. import common as ops_common
+from .. import memory
+from ..call import define
 from . import common
 
 LARGEST_HEAD = 4096  # kMostColumns in csrc/cuda/decode/problem.h
@@ -73,29 +74,28 @@ def tile(rows: int, slots: int, shared_by: int) -> int:
     return size
 
 
-def _decode(
-    query, key, value, mask, logit_bias, null_logit, null_value, key_cos, key_sin, key_scale, value_scale, position,
-    valid, chunk, interleaved, scale, chunk_size,
-):  # fmt: skip
+def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value = call.query, call.key, call.value
     out, lse = common.allocate_outputs(query, value)
     b, t, h, _ = query.shape
     _, k, r, hk, d_value = value.shape
     slots = tile(t * (h // hk), k * r, b * hk)
     splits = -(-(k * r) // slots)
-    sums = ops_common.allocate((splits, b, t, h, d_value), torch.float32, query.device)
-    statistics = ops_common.allocate((2, splits, b, t, h), torch.float32, query.device)
+    sums = memory.allocate((splits, b, t, h, d_value), torch.float32, query.device)
+    statistics = memory.allocate((2, splits, b, t, h), torch.float32, query.device)
     cuda_extension.ops(query).decode_attend(
-        query, key, value, mask, logit_bias, null_logit, null_value, key_scale, value_scale, position, valid, chunk,
-        scale, chunk_size, slots, sums, statistics, out, lse,
+        query, key, value, call.mask, call.logit_bias, call.null_logit, call.null_value, call.key_scale,
+        call.value_scale, call.position, call.valid, call.chunk, call.scale, call.chunk_size, slots, sums, statistics,
+        out, lse,
     )  # fmt: skip
     return out, lse
 
 
-decode = common.register("cuda", _decode, devices=("cpu", "cuda"))
+forward = common.register("cuda", attend, devices=("cpu", "cuda"))
 
 
 def _allocate_projected(x, weight, transposed):
-    return ops_common.allocate((*x.shape[:2], weight.shape[1 if transposed else 2]), x.dtype, x.device)
+    return memory.allocate((*x.shape[:2], weight.shape[1 if transposed else 2]), x.dtype, x.device)
 
 
 def _project(x, weight, transposed):
@@ -104,7 +104,7 @@ def _project(x, weight, transposed):
     return out
 
 
-_project_few = ops_common.register(
+_project_few = define(
     "decode_project_cuda(Tensor x, Tensor weight, bool transposed) -> Tensor",
     implementation=_project, fake=_allocate_projected, devices=("cpu", "cuda"), returns=("x",),
 )  # fmt: skip

@@ -26,7 +26,7 @@ def refusal(call: common.DecodeCall) -> None:
     """The specification refuses nothing."""
 
 
-def decode(call: common.DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(call: common.DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [b, t, h, d_value] in the query's dtype, lse [b, t, h] fp32 (fp64 for fp64), detached."""
     b, t, h, d = call.query.shape
     m = call.chunk_size
@@ -48,21 +48,20 @@ def decode(call: common.DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
     taken = torch.zeros(b * (m + 1), dtype=torch.bool, device=row.device).index_fill(0, place, True)
     taken = taken.view(b, m + 1)[:, None, :m]
 
-    query_rotary = call.query_rotary
-    if query_rotary is not None and call.key_rotary is None:  # the cache holds keys already turned
-        tables = tuple(table.detach().to(compute) for table in query_rotary)
-        chunk = attention.rotate(chunk.to(compute), tables, call.rotary_interleaved)  # type: ignore[arg-type]
-        query_rotary = None
+    query_cos, query_sin = call.query_cos, call.query_sin
+    if query_cos is not None and query_sin is not None and call.key_rotary is None:  # the cache's keys are turned
+        tables = query_cos.detach().to(compute), query_sin.detach().to(compute)
+        chunk = attention.rotate(chunk.to(compute), tables, call.rotary_interleaved)
+        query_cos = query_sin = None
     rows = Call(
         operation=call.operation, grouping=CLOCK, query=chunk, key=key, value=value, mask=mask,
         attention_bias=call.attention_bias, relative_key=call.relative_key, content_bias=call.content_bias,
-        relative_bias=call.relative_bias, query_rotary=query_rotary, key_rotary=call.key_rotary,
-        rotary_interleaved=call.rotary_interleaved, null_key=call.null_key, null_value=call.null_value,
-        chunk_spans=None, first_visible=None, dropout_seed=None, causal=False, scale=call.scale, dropout_p=0.0, rows=m,
-        stride=m, first_token=0, return_lse=True,
+        relative_bias=call.relative_bias, query_cos=query_cos, query_sin=query_sin, key_cos=call.key_cos,
+        key_sin=call.key_sin, rotary_interleaved=call.rotary_interleaved, null_key=call.null_key,
+        null_value=call.null_value, scale=call.scale, rows=m, stride=m, return_lse=True,
     )  # fmt: skip
     nowhere = torch.zeros(b, 1, m, dtype=torch.int64, device=row.device)
-    out, lse = attention.attend(rows, chunk, key, value, mask, nowhere, nowhere, taken)
+    out, lse = attention.attend_folded(rows, chunk, key, value, mask, nowhere, nowhere, taken)
     out, lse = (torch.cat([x[:, 0], x.new_full((b, 1, *x.shape[3:]), idle)], dim=1).flatten(0, 1)[place]
                 for x, idle in ((out, 0.0), (lse, float("-inf"))))  # fmt: skip
     out, lse = out.view(b, t, h, value.shape[-1]).to(call.query.dtype), lse.view(b, t, h)
@@ -76,10 +75,9 @@ def _keys_and_values(
     """[b, k, r, hk, d | d_value]: dequantised, and projected where the cache holds encoder states. `seen`: bool
     [b, k, r], the tokens that some query sees."""
     key = _dequantised(call.key, call.key_scale, compute)
-    value = key if call.projection is not None else _dequantised(call.value, call.value_scale, compute)
-    if call.projection is None:
-        return key, value
-    encoded, projection = key[..., 0, :], call.projection
+    if call.w_key is None or call.w_value is None:
+        return key, _dequantised(call.value, call.value_scale, compute)
+    encoded = key[..., 0, :]
     encoded = torch.where(seen[..., None], encoded, 0.0)  # NaN would reach the gradients of w_key and w_value
     k, r = encoded.shape[1:3]
 
@@ -87,7 +85,7 @@ def _keys_and_values(
         flat = weight.to(compute).flatten(0, 1), None if bias is None else bias.to(compute).flatten()
         return by_group(lambda states: F.linear(states, *flat), encoded, k * r).unflatten(-1, weight.shape[:2])
 
-    return project(projection.w_key, projection.bias_key), project(projection.w_value, projection.bias_value)
+    return project(call.w_key, call.bias_key), project(call.w_value, call.bias_value)
 
 
 def by_group(linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: int) -> torch.Tensor:

@@ -35,14 +35,10 @@ In the interpreter bf16 is computed as fp32 on copies, because the interpreter m
 
 from __future__ import annotations
 
-from collections import namedtuple
-from typing import TYPE_CHECKING, Any
-
 import torch
 
-from .. import common as ops_common
+from .. import memory
 from ..attention.triton import (
-    Launch,
     _compute_capability,
     _interpretable,
     _on_device_of,
@@ -50,7 +46,9 @@ from ..attention.triton import (
     interpreting,
     unavailable,  # noqa: F401 - what ops/backends.py asks
 )
+from ..launching import Launch, launch_all, launched
 from . import common, configs, triton_kernels
+from .common import Call
 
 LARGEST_HEAD = 4096
 LARGEST_TURNED = 256  # a key that is turned is held whole
@@ -58,22 +56,34 @@ LARGEST_TURNED = 256  # a key that is turned is held whole
 _TILES_AT_ONCE = 16  # of the second launch
 _VALUES_AT_ONCE = 128
 
-if TYPE_CHECKING:
-    Arguments = Any
-else:  # of the op, by the names of its schema
-    Arguments = namedtuple("Arguments", [part.split()[-1] for part in common.ARGUMENTS.split(",")])
+
+def _scratch(call: Call, settings: configs.LaunchSettings) -> dict[str, torch.Tensor]:
+    """What the first launch leaves for the second."""
+    b, t, h, _ = call.query.shape
+    _, k, r, _, d_value = call.value.shape
+    key_tiles, device = -(-k * r // settings.block_keys), call.query.device
+    return {
+        "sums": memory.allocate((key_tiles, b, t, h, d_value), torch.float32, device),
+        "statistics": memory.allocate((2, key_tiles, b, t, h), torch.float32, device),
+    }
 
 
-def plan(out, lse, call: Arguments) -> list[Launch]:
+def _choose(call: Call) -> configs.LaunchSettings:
+    _, t, h, d = call.query.shape
+    b, k, r, hk, d_value = call.value.shape
+    width = 0 if call.key_cos is None else call.key_cos.shape[1]
+    return configs.choose(call.query.dtype, t * (h // hk), max(d, d_value), width, k * r, b * hk)
+
+
+def plan(out, lse, call: Call, scratch: dict[str, torch.Tensor] | None = None) -> list[Launch]:
     """The two launches; no size may be 0 but that of the cache's slots."""
     b, t, h, d = call.query.shape
     _, k, r, hk, d_value = call.value.shape
     rows, slots = t * (h // hk), k * r
     width = 0 if call.key_cos is None else call.key_cos.shape[1]
-    settings = configs.choose(call.query.dtype, rows, max(d, d_value), width, slots, b * hk)
+    settings = _choose(call)
+    scratch = scratch or _scratch(call, settings)
     row_tiles, key_tiles = -(-rows // settings.block_rows), -(-slots // settings.block_keys)
-    sums = ops_common.allocate((key_tiles, b, t, h, d_value), torch.float32, out.device)
-    statistics = ops_common.allocate((2, key_tiles, b, t, h), torch.float32, out.device)
     # As bytes: the interpreter cannot mask a load with a bool that was loaded, and sm_80 knows no float8.
     as_bytes = {
         name: getattr(call, name).view(torch.uint8)
@@ -81,12 +91,12 @@ def plan(out, lse, call: Arguments) -> list[Launch]:
         if getattr(call, name) is not None and getattr(call, name).dtype in (torch.bool, torch.float8_e4m3fn)
     }
     shared = {
-        "position": call.position, "valid": call.valid, "chunk": call.chunk, "sums": sums, "statistics": statistics,
+        "position": call.position, "valid": call.valid, "chunk": call.chunk, **scratch,
         "num_tokens": t, "num_heads": h, "chunk_size": call.chunk_size, "key_tiles": key_tiles, "num_rows": b * t * h,
         "VALUE_DIM": d_value,
     }  # fmt: skip
     attend = {
-        **{name: x for name, x in call._asdict().items() if x is None or isinstance(x, torch.Tensor)},
+        **{name: getattr(call, name) for name in call.form.tensors},
         **shared, "scale": float(call.scale), "num_kv_heads": hk, "heads_per_key": h // hk, "retrieved_length": r,
         "num_slots": slots, "row_tiles": row_tiles,
         **_strides("query", call.query, "bth"), **_strides("key", call.key, "bkrh"),
@@ -121,20 +131,24 @@ def plan(out, lse, call: Arguments) -> list[Launch]:
     ]
 
 
-def _decode(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    call = Arguments(*inputs)
+def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = common.allocate_outputs(call.query, call.value)
     if out.numel() == 0:
         return out, lse
     with _on_device_of(out):
         if interpreting() and call.query.dtype == torch.bfloat16:
             wide = torch.zeros_like(out, dtype=torch.float32)
-            for launch in plan(wide, lse, Arguments(*map(_interpretable, inputs))):
+            for launch in plan(wide, lse, call.mapped(_interpretable)):
                 launch()
             out.copy_(wide)
-        else:
-            for launch in plan(out, lse, call):
-                launch()
+            return out, lse
+        kept, settled = call.memory or {}, not configs._override
+        settings = kept.get("settings") if settled else None
+        scratch = _scratch(call, settings or _choose(call))
+        if settings is None or not launched(call, "decode", {"out": out, "lse": lse, **scratch}):
+            launch_all(call, "decode", plan(out, lse, call, scratch), keep=settled)
+            if settled:
+                kept["settings"] = _choose(call)
     return out, lse
 
 
@@ -159,4 +173,4 @@ def refusal(call: common.DecodeCall) -> str | None:
 
 
 project = common.project
-decode = common.register("triton", _decode, devices=("cpu", "cuda"))
+forward = common.register("triton", attend, devices=("cpu", "cuda"))

@@ -23,44 +23,53 @@ each weight's gradient) and of one chunk's states. Every sum has a fixed order: 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
-from .. import common
-
-SLOTS = (
-    "Tensor query, Tensor encoded, Tensor w_key, Tensor w_value, Tensor? bias_key, Tensor? bias_value, Tensor? mask, "
-    "Tensor? attention_bias, Tensor? relative_key, Tensor? content_bias, Tensor? relative_bias, "
-    "Tensor? null_key, Tensor? null_value, Tensor? chunk_spans, Tensor? dropout_seed"
-)
-SETTINGS = "float scale, float dropout_p, SymInt stride, SymInt first_token"
-# Places in SLOTS of what has a gradient; the backward returns them in this order.
-DIFFERENTIABLE = (0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12)
-# Places of what the backward's flags ask for: the states, the weights, the bias, the relative positions, the null slot.
-FLAGS = ((1,), (2, 3, 4, 5), (7,), (8, 9, 10), (11, 12))
+from .. import call as calls
+from .. import memory
+from ..call import Length, differentiable, optional, outside
 
 PARTIAL_COPIES = 4  # of the weights' gradients; they are large: 29 MB in fp32 at 32 heads of 128 and e = 896
 
 
-def forward_schema(backend: str) -> str:
-    """query [b, n, h, d], encoded [b, l, k, r, e], w_key [hk, d, e], w_value [hk, d_value, e], bias_key [hk, d],
+@calls.described
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Call(calls.Call):
+    """One checked call of the absorbed strategy, which is also the form of the private ops.
+
+    query [b, n, h, d], encoded [b, l, k, r, e], w_key [hk, d, e], w_value [hk, d_value, e], bias_key [hk, d],
     bias_value [hk, d_value], mask bool [b, l, k, r], attention_bias [h, m, r | k * r], relative_key [h, m + r - 1, d],
     content_bias, relative_bias, null_key [h, d], null_value [h, d_value], chunk_spans int32 [b, l, 2],
-    dropout_seed int64 [1] -> out [b, n, h, d_value] in the query's dtype, lse [b, n, h] fp32, or with an attention_bias
-    [2, b, n, h], two planes of it (`ops/attention/common.py`)."""
-    return f"absorbed_forward_{backend}({SLOTS}, {SETTINGS}) -> (Tensor out, Tensor lse)"
+    dropout_seed int64 [1]. `rows` is m, the rows of tables.
 
+    Results: out [b, n, h, d_value] in the query's dtype, lse [b, n, h] fp32, or with an attention_bias [2, b, n, h],
+    two planes of it (`ops/attention/common.py`).
+    """
 
-def backward_schema(backend: str) -> str:
-    """The gradients of its outputs (grad_lse [b, n, h], of the natural log-sum-exp), the forward's arguments, its
-    outputs, and which gradients are wanted -> gradients of query, encoded, w_key, w_value, bias_key, bias_value,
-    attention_bias, relative_key, content_bias, relative_bias, null_key, null_value,
-    each contiguous, shaped and typed as its input; those absent or not wanted have no elements."""
-    return (
-        f"absorbed_backward_{backend}(Tensor grad_out, Tensor? grad_lse, {SLOTS}, Tensor out, Tensor lse, {SETTINGS}, "
-        "bool encoded_gradient, bool weight_gradient, bool bias_gradient, bool relative_gradient, bool null_gradient) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    )
+    query: torch.Tensor = differentiable()
+    encoded: torch.Tensor = differentiable("encoded")
+    w_key: torch.Tensor = differentiable("weight")
+    w_value: torch.Tensor = differentiable("weight")
+    bias_key: torch.Tensor | None = optional("weight")
+    bias_value: torch.Tensor | None = optional("weight")
+    mask: torch.Tensor | None = None
+    attention_bias: torch.Tensor | None = optional("bias")
+    relative_key: torch.Tensor | None = optional("relative")
+    content_bias: torch.Tensor | None = optional("relative")
+    relative_bias: torch.Tensor | None = optional("relative")
+    null_key: torch.Tensor | None = optional("null")
+    null_value: torch.Tensor | None = optional("null")
+    chunk_spans: torch.Tensor | None = None
+    dropout_seed: torch.Tensor | None = None
+    scale: float
+    dropout_p: float = 0.0
+    stride: Length
+    first_token: Length
+    rows: int = outside()
+    operation: str = outside()
+    return_lse: bool = outside()
 
 
 def allocate_forward(
@@ -68,79 +77,18 @@ def allocate_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse, uninitialised; with an `attention_bias` lse has two planes."""
     b, n, h, _ = query.shape
-    out = common.allocate((b, n, h, w_value.shape[1]), query.dtype, query.device)
+    out = memory.allocate((b, n, h, w_value.shape[1]), query.dtype, query.device)
     planes = () if attention_bias is None else (2,)
-    return out, common.allocate((*planes, b, n, h), torch.float32, query.device)
+    return out, memory.allocate((*planes, b, n, h), torch.float32, query.device)
 
 
-def allocate_backward(
-    query, encoded, w_key, w_value, bias_key, bias_value, attention_bias, relative_key, content_bias, relative_bias,
-    null_key, null_value,
-    encoded_gradient, weight_gradient, bias_gradient, relative_gradient, null_gradient,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """The twelve gradients in the schema's order, uninitialised."""
-
-    def like(tensor: torch.Tensor | None, wanted: bool) -> torch.Tensor:
-        if tensor is None or not wanted:
-            return query.new_empty((0,))
-        return common.allocate(tuple(tensor.shape), tensor.dtype, tensor.device)
-
-    return (
-        like(query, True),
-        like(encoded, encoded_gradient),
-        *(like(x, weight_gradient) for x in (w_key, w_value, bias_key, bias_value)),
-        like(attention_bias, bias_gradient),
-        *(like(x, relative_gradient) for x in (relative_key, content_bias, relative_bias)),
-        *(like(x, null_gradient) for x in (null_key, null_value)),
-    )
-
-
-def _fake_forward(query, encoded, w_key, w_value, *_):
-    return allocate_forward(query, w_value)
-
-
-def _fake_forward_of_two_planes(query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, *_):
-    return allocate_forward(query, w_value, attention_bias)
-
-
-def _fake_backward(grad_out, grad_lse, *inputs):
-    return allocate_backward(*(inputs[place] for place in DIFFERENTIABLE), *inputs[-5:])
-
-
-def register(backend: str, forward, backward, devices: tuple[str, ...], *, two_planes: bool = False):
+def register(
+    backend: str, attend: Callable, gradients: Callable, devices: tuple[str, ...], *, two_planes: bool = False
+) -> tuple[Callable, Callable | None]:
     """Registers `absorbed_forward_<backend>` and `absorbed_backward_<backend>`; returns both callables. `two_planes`:
     so is its lse with an attention_bias."""
-    fake = _fake_forward_of_two_planes if two_planes else _fake_forward
-    return common.register_pair(
-        "absorbed", backend, schemas=(forward_schema(backend), backward_schema(backend)),
-        implementations=(forward, backward), fakes=(fake, _fake_backward), devices=devices,
-        differentiable=DIFFERENTIABLE,
-    )  # fmt: skip
 
+    def outputs(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        return allocate_forward(call.query, call.w_value, call.attention_bias if two_planes else None)
 
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One validated call of the absorbed strategy, tensors as in `forward_schema`. `rows` is m, the rows of tables."""
-
-    operation: str
-    query: torch.Tensor
-    encoded: torch.Tensor
-    w_key: torch.Tensor
-    w_value: torch.Tensor
-    bias_key: torch.Tensor | None
-    bias_value: torch.Tensor | None
-    mask: torch.Tensor | None
-    attention_bias: torch.Tensor | None
-    relative_key: torch.Tensor | None
-    content_bias: torch.Tensor | None
-    relative_bias: torch.Tensor | None
-    null_key: torch.Tensor | None
-    null_value: torch.Tensor | None
-    chunk_spans: torch.Tensor | None
-    dropout_seed: torch.Tensor | None
-    scale: float
-    dropout_p: float
-    rows: int
-    stride: int
-    first_token: int
-    return_lse: bool
+    return calls.register("absorbed", backend, Call, attend, gradients, devices=devices, outputs=outputs)

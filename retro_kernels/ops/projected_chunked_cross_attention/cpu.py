@@ -19,12 +19,16 @@ at most 8, and the ranges' sums are added up in order.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 
 from ... import extension
-from .. import common as ops_common
+from .. import memory
 from ..attention import common as attention_common
-from ..attention.cpu import _packed_table
+from ..attention.cpu import PARAMETERS, _packed_table
+from ..call import allocate_gradients
 from . import common
 
 MOST_WIDTH = 8192
@@ -50,102 +54,90 @@ def refusal(call: common.Call) -> str | None:
     return None
 
 
-def _core(query, encoded, w_key, w_value, mask, attention_bias, relative_key, content_bias, relative_bias, null_key,
-          null_value, chunk_spans, dropout_seed):  # fmt: skip
-    """The slots of the core's problem; key and value are the shapes of what is never made."""
-    key, value = (w.new_empty(w.shape[1]).expand(*encoded.shape[:4], *w.shape[:2]) for w in (w_key, w_value))
+def _core(call: common.Call) -> tuple[Any, ...]:
+    """The tensors of the core's problem; key and value are the shapes of what is never made."""
+    key, value = (
+        w.new_empty(w.shape[1]).expand(*call.encoded.shape[:4], *w.shape[:2]) for w in (call.w_key, call.w_value)
+    )
+    absent = None
     return (
-        query[:, None, None], key, value, mask, attention_bias, relative_key, content_bias, relative_bias,
-        None, None, None, None, null_key, null_value, chunk_spans, None, dropout_seed,
+        call.query[:, None, None], key, value, call.mask, call.attention_bias, call.relative_key, call.content_bias,
+        call.relative_bias, absent, absent, absent, absent, call.null_key, call.null_value, call.chunk_spans, absent,
+        call.dropout_seed,
     )  # fmt: skip
 
 
-def _settings(query, relative_key, scale, dropout_p, stride, first_token):
-    packed = _packed_table(relative_key, query.dtype)
-    return attention_common.CLOCK, False, False, scale, dropout_p, stride, first_token, packed
+def _settings(call: common.Call) -> tuple[Any, ...]:
+    packed = None if call.relative_key is None else _packed_table(call.relative_key, call.query.dtype)
+    scale, dropout_p = call.scale, call.dropout_p
+    return attention_common.CLOCK, False, False, scale, dropout_p, call.stride, call.first_token, packed
 
 
-def _forward(
-    query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, relative_key, content_bias,
-    relative_bias, null_key, null_value, chunk_spans, dropout_seed, scale, dropout_p, stride, first_token,
-):  # fmt: skip
-    out, lse = common.allocate_forward(query, w_value, attention_bias)
+def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = common.allocate_forward(call.query, call.w_value, call.attention_bias)
     torch.ops.retro_kernels_cpu.absorbed_forward(
-        *_core(query, encoded, w_key, w_value, mask, attention_bias, relative_key, content_bias, relative_bias,
-               null_key, null_value, chunk_spans, dropout_seed),
-        *_settings(query, relative_key, scale, dropout_p, stride, first_token),
-        encoded, w_key, w_value, bias_key, bias_value, out[:, None, None], lse[..., None, None, :, :],
+        *_core(call), *_settings(call), call.encoded, call.w_key, call.w_value, call.bias_key, call.bias_value,
+        out[:, None, None], lse[..., None, None, :, :],
     )  # fmt: skip
     return out, lse
 
 
-def _backward(
-    grad_out, grad_lse, query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, relative_key,
-    content_bias, relative_bias, null_key, null_value, chunk_spans, dropout_seed, out, lse, scale, dropout_p, stride,
-    first_token, *flags,
-):  # fmt: skip
-    given = (query, encoded, w_key, w_value, bias_key, bias_value, attention_bias, relative_key, content_bias,
-             relative_bias, null_key, null_value)  # fmt: skip
-    encoded_gradient, weight_gradient, bias_gradient, relative_gradient, null_gradient = flags
-    gradients = list(common.allocate_backward(*given, *flags))
-    # bias_key's gradient is found in null_key's
-    with_null = null_gradient or (weight_gradient and bias_key is not None)
-    computed = gradients
-    if with_null and not null_gradient:
-        computed = list(common.allocate_backward(
-            *given, encoded_gradient, weight_gradient, bias_gradient, relative_gradient, True
-        ))  # fmt: skip
-    asked = (True, encoded_gradient, *2 * (weight_gradient,), False, weight_gradient, bias_gradient,
-             *3 * (relative_gradient,), *2 * (with_null,))  # fmt: skip
-    wanted = [x if flag and like is not None else None for x, flag, like in zip(computed, asked, given)]
+def gradients(
+    call: common.Call, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    wanted: Collection[str],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    made = dict.fromkeys(wanted)
+    if "bias_key" in wanted and call.null_key is not None:  # found in null_key's
+        made |= dict.fromkeys(("null_key", "null_value"))
+    found = allocate_gradients(call, made)
 
-    def allocate(*shape):
-        return ops_common.allocate(shape, torch.float32, query.device)
+    def allocate(*shape: int) -> torch.Tensor:
+        return memory.allocate(shape, torch.float32, call.query.device)
 
-    def padded(size):
+    def padded(size: int) -> int:
         return -(-size // 16) * 16
 
-    heads, d, e = w_key.shape
-    _, _, k, r, _ = encoded.shape
+    heads, d, e = call.w_key.shape
+    _, _, k, r, _ = call.encoded.shape
     slots, key_block = k * r, 256 if e <= 4096 else 128
-    width = padded(e + 2 * (bias_key is not None or bias_value is not None))
+    width = padded(e + 2 * (call.bias_key is not None or call.bias_value is not None))
     blocks = min(4, max(1, -(-slots // key_block)), max(1, MOST_STATES // (width * key_block)))
     columns = padded(slots) if slots <= key_block else blocks * key_block
-    partial = [None if x is None else allocate(1, *x.shape) for x in wanted[6:]]
-    if partial[1] is not None:  # summed in whole vectors, which reach past the table's columns
-        partial[1] = allocate(1, *relative_key.shape[:2], padded(d))
+    partial = {name: allocate(1, *found[name].shape) for name in PARAMETERS if name in found}
+    if "relative_key" in partial:  # summed in whole vectors, which reach past the table's columns
+        partial["relative_key"] = allocate(1, *found["relative_key"].shape[:2], padded(d))
+    many = slots > key_block or call.relative_key is not None
     torch.ops.retro_kernels_cpu.absorbed_backward(
-        grad_out[:, None, None], None if grad_lse is None else grad_lse[:, None, None],
-        *_core(query, encoded, w_key, w_value, mask, attention_bias, relative_key, content_bias, relative_bias,
-               null_key, null_value, chunk_spans, dropout_seed),
+        grad_out[:, None, None], None if grad_lse is None else grad_lse[:, None, None], *_core(call),
         out.contiguous()[:, None, None], lse.contiguous()[..., None, None, :, :],
-        *_settings(query, relative_key, scale, dropout_p, stride, first_token),
-        encoded, w_key, w_value, bias_key, bias_value, computed[0][:, None, None], *wanted[1:4], *wanted[5:], *partial,
-        allocate(min(heads, 8), width, columns + 16) if encoded_gradient else None,
-        *(allocate(heads, width, padded(w.shape[1])) if weight_gradient else None for w in (w_key, w_value)),
-        allocate(query.shape[2], stride, padded(d)) if slots > key_block or relative_key is not None else None, blocks,
+        *_settings(call), call.encoded, call.w_key, call.w_value, call.bias_key, call.bias_value,
+        found["query"][:, None, None], *map(found.get, ("encoded", "w_key", "w_value", "bias_value")),
+        *map(found.get, PARAMETERS), *map(partial.get, PARAMETERS),
+        allocate(min(heads, 8), width, columns + 16) if "encoded" in found else None,
+        *(allocate(heads, width, padded(w.shape[1])) if "w_key" in found else None for w in (call.w_key, call.w_value)),
+        allocate(call.query.shape[2], call.stride, padded(d)) if many else None, blocks,
     )  # fmt: skip
-    gradients[:10] = computed[:10]
-    if weight_gradient and bias_key is not None:
+    if "bias_key" in found:
         # It moves all logits of a row but the null slot's, and the gradients of a row's logits add up to zero.
-        of_null = partial[4]
-        if of_null is None:
-            gradients[4].zero_()  # or NaN, where a row of NaN is: then w_key's gradient has it in every column
-            gradients[4].masked_fill_(gradients[2][..., :1].isnan().any(-1), float("nan"))
+        if call.null_key is None:
+            found["bias_key"].zero_()  # or NaN, where a row of NaN is: then w_key's gradient has it in every column
+            found["bias_key"].masked_fill_(found["w_key"][..., :1].isnan().any(-1), float("nan"))
         else:
-            gradients[4].copy_(-of_null.view(heads, -1, d).sum(1))
+            found["bias_key"].copy_(-partial["null_key"].view(heads, -1, d).sum(1))
         if grad_lse is not None:  # but to the gradient of the row's log-sum-exp
-            of_lse = _of_lse(query, content_bias, lse, grad_lse).view(heads, -1, d).sum(1) * scale
-            gradients[4].copy_(of_lse if of_null is None else of_lse - of_null.view(heads, -1, d).sum(1))
-    return tuple(gradients)
+            of_lse = _of_lse(call, lse, grad_lse).view(heads, -1, d).sum(1) * call.scale
+            if call.null_key is not None:
+                of_lse = of_lse - partial["null_key"].view(heads, -1, d).sum(1)
+            found["bias_key"].copy_(of_lse)
+    return {name: found[name] for name in wanted}
 
 
-def _of_lse(query, content_bias, lse, grad_lse) -> torch.Tensor:
+def _of_lse(call: common.Call, lse: torch.Tensor, grad_lse: torch.Tensor) -> torch.Tensor:
     """fp32 [h, d], the sum of grad_lse * q' over the rows that see something."""
     alive = (lse if lse.dim() == grad_lse.dim() else lse[0]) != float("-inf")
-    rows = query.float() if content_bias is None else query.float() + content_bias.float()
+    rows = call.query.float() if call.content_bias is None else call.query.float() + call.content_bias.float()
     rows, weights = torch.where(alive[..., None], rows, 0.0), torch.where(alive, grad_lse, 0.0)
     return torch.einsum("bnh,bnhd->hd", weights, rows)
 
 
-forward, backward = common.register("cpu", _forward, _backward, devices=("cpu",), two_planes=True)
+forward, backward = common.register("cpu", attend, gradients, devices=("cpu",), two_planes=True)

@@ -92,24 +92,24 @@ def _refused_shape(call: common.Call) -> str | None:
     return None
 
 
-def _forward(
-    query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, relative_key, content_bias,
-    relative_bias, null_key, null_value, chunk_spans, dropout_seed, scale, dropout_p, stride, first_token,
-):  # fmt: skip
-    out, lse = common.allocate_forward(query, w_value)
+def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = common.allocate_forward(call.query, call.w_value)
+    encoded = call.encoded
     if encoded.shape[0] > 1 and encoded.stride(0) != encoded.shape[1] * encoded.stride(1):
         encoded = encoded.contiguous()  # the copy engine walks sequences and chunks as one axis
     # the shapes of what is never made
-    key, value = (query.new_empty(w.shape[1]).expand(*encoded.shape[:4], *w.shape[:2]) for w in (w_key, w_value))
-    cuda_extension.ops(query).absorbed_forward(
-        query[:, None, None], key, value, mask, scale, stride, first_token, encoded, w_key, w_value, out[:, None, None],
-        lse[:, None, None],
+    key, value = (
+        call.query.new_empty(w.shape[1]).expand(*encoded.shape[:4], *w.shape[:2]) for w in (call.w_key, call.w_value)
+    )
+    cuda_extension.ops(call.query).absorbed_forward(
+        call.query[:, None, None], key, value, call.mask, call.scale, call.stride, call.first_token, encoded,
+        call.w_key, call.w_value, out[:, None, None], lse[:, None, None],
     )  # fmt: skip
     return out, lse
 
 
-def _backward(*_):
+def gradients(*_):
     raise RuntimeError("the absorbed CUDA kernel has no gradient: call it under torch.no_grad()")
 
 
-forward, backward = common.register("cuda", _forward, _backward, devices=("cpu", "cuda"))
+forward, backward = common.register("cuda", attend, gradients, devices=("cpu", "cuda"))

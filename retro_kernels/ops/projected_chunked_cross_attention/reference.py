@@ -19,7 +19,7 @@ def refusal(call: Call) -> None:
     """The specification refuses nothing."""
 
 
-def absorbed(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out [b, n, h, d_value] in the query's dtype, lse [b, n, h] fp32 (fp64 for fp64 input)."""
     b, n, h, d = call.query.shape
     compute = attention_reference.accumulation_dtype(call.query.dtype)
@@ -34,12 +34,12 @@ def absorbed(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         operation=call.operation, grouping=attention_common.CLOCK, query=call.query.view(b, 1, 1, n, h, d),
         key=project(call.w_key, call.bias_key), value=project(call.w_value, call.bias_value), mask=call.mask,
         attention_bias=call.attention_bias, relative_key=call.relative_key, content_bias=call.content_bias,
-        relative_bias=call.relative_bias, query_rotary=None, key_rotary=None, rotary_interleaved=False,
-        null_key=call.null_key, null_value=call.null_value, chunk_spans=call.chunk_spans, first_visible=None,
-        dropout_seed=call.dropout_seed, causal=False, scale=call.scale, dropout_p=call.dropout_p, rows=call.rows,
-        stride=call.stride, first_token=call.first_token, return_lse=call.return_lse,
+        relative_bias=call.relative_bias, null_key=call.null_key, null_value=call.null_value,
+        chunk_spans=call.chunk_spans, dropout_seed=call.dropout_seed, scale=call.scale, dropout_p=call.dropout_p,
+        rows=call.rows, stride=call.stride, first_token=call.first_token,
+        return_lse=call.return_lse,
     )  # fmt: skip
-    out, lse = attention_reference.attention(core)
+    out, lse = attention_reference.attend(core)
     return out[:, 0, 0], lse[:, 0, 0]
 
 

@@ -20,17 +20,16 @@ In the interpreter bf16 is computed as fp32 on copies, because the interpreter m
 
 from __future__ import annotations
 
-from collections import namedtuple
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 
-from .. import common as ops_common
+from .. import memory
 from ..attention import common as attention_common
 from ..attention import dropout
 from ..attention.configs import power_of_two
 from ..attention.triton import (
-    Launch,
     _compute_capability,
     _fill_with_nothing,
     _interpretable,
@@ -40,19 +39,16 @@ from ..attention.triton import (
     interpreting,
     unavailable,  # noqa: F401 - what ops/backends.py asks
 )
+from ..call import allocate_gradients, refuse_lse_gradient
+from ..launching import Launch
 from . import common, configs, triton_backward, triton_forward, triton_tiles
+from .common import Call
 
 _MARGIN = 512  # masked lanes of a tile lie at most this far beyond the last row or slot
-_TENSORS = common.SLOTS.count("Tensor")
 SOURCES = tuple(str(module.__file__) for module in (triton_tiles, triton_forward, triton_backward))
 
-if TYPE_CHECKING:
-    Arguments = Any
-else:  # of an op, by the names of its schema
-    Arguments = namedtuple("Arguments", [x.split()[-1] for x in f"{common.SLOTS}, {common.SETTINGS}".split(",")])
 
-
-def _groups(call: Arguments) -> tuple[int, int]:
+def _groups(call: Call) -> tuple[int, int]:
     """The first chunk of a sequence that some token may attend to, and how many there are."""
     if call.chunk_spans is not None:
         return 0, call.encoded.shape[1]
@@ -62,7 +58,7 @@ def _groups(call: Arguments) -> tuple[int, int]:
     return first, max(last - first, 0)
 
 
-def _long(call: Arguments, grad_out: torch.Tensor | None) -> bool:
+def _long(call: Call, grad_out: torch.Tensor | None) -> bool:
     """Whether an offset inside a chunk or a head's weights can pass 2^31."""
     _, _, k, r, e = call.encoded.shape
     _, _, h, d = call.query.shape
@@ -82,7 +78,7 @@ def _long(call: Arguments, grad_out: torch.Tensor | None) -> bool:
     return max(furthest) + 2 * (e + _MARGIN) >= 2**31
 
 
-def _arguments(kind: str, call: Arguments, out, lse, grad_out=None) -> tuple[configs.LaunchSettings, dict[str, Any]]:
+def _arguments(kind: str, call: Call, out, lse, grad_out=None) -> tuple[configs.LaunchSettings, dict[str, Any]]:
     _, n, h, d = call.query.shape
     _, num_chunks, k, r, e = call.encoded.shape
     hk, d_value, _ = call.w_value.shape
@@ -95,7 +91,7 @@ def _arguments(kind: str, call: Arguments, out, lse, grad_out=None) -> tuple[con
     first_group, num_groups = _groups(call)
     moved = [(x.stride(2), x.stride(3)) for x in (call.encoded, call.mask) if x is not None]
     blocks = -(-r // settings.block_slots)
-    tensors = {name: x for name, x in call._asdict().items() if x is None or isinstance(x, torch.Tensor)}
+    tensors = {name: getattr(call, name) for name in call.form.tensors}
     if call.mask is not None:  # as bytes: Triton's interpreter cannot use a bool that was loaded as a mask
         tensors["mask"] = call.mask.view(torch.uint8)
     return settings, {
@@ -125,7 +121,7 @@ def _arguments(kind: str, call: Arguments, out, lse, grad_out=None) -> tuple[con
     }  # fmt: skip
 
 
-def plan_forward(out, lse, call: Arguments) -> Launch:
+def plan_forward(out, lse, call: Call) -> Launch:
     """The forward's launch; some chunk must be attended."""
     settings, arguments = _arguments("forward", call, out, lse)
     heads = settings.heads if call.query.shape[2] % settings.heads == 0 else 1
@@ -133,22 +129,25 @@ def plan_forward(out, lse, call: Arguments) -> Launch:
     return Launch("forward", triton_forward.forward_kernel, programs, {**arguments, "HEADS": heads}, settings)
 
 
-_COPIES = (
-    "w_key", "w_value", "bias_key", "bias_value", "bias", "relative_key", "content_bias", "relative_bias", "null_key",
-    "null_value",
+# What is summed over chunks, in scratch of each program's own; of it, what goes through the logits' scale.
+SUMMED = (
+    "w_key", "w_value", "bias_key", "bias_value", "attention_bias", "relative_key", "content_bias", "relative_bias",
+    "null_key", "null_value",
 )  # fmt: skip
+SCALED = ("w_key", "bias_key", "relative_key", "content_bias", "relative_bias", "null_key")
 
 
-def plan_heads(grad_out, out, lse, grad_query, copies: tuple, call: Arguments) -> Launch:
-    """The launch of every gradient but the states'. `copies`: fp32 [copies, ...] and zero, None where not wanted."""
+def plan_heads(grad_out, out, lse, grad_query, copies: Mapping[str, torch.Tensor], call: Call) -> Launch:
+    """The launch of every gradient but the states'. `copies`: fp32 [copies, ...] and zero, of those of `SUMMED` that
+    are wanted."""
     settings, arguments = _arguments("backward_heads", call, out, lse, grad_out)
-    wanted = [x for x in copies if x is not None]
+    wanted = list(copies.values())
     num_items = call.query.shape[0] * arguments["num_groups"] * arguments["row_tiles"]
     num_copies = wanted[0].shape[0] if wanted else num_items
-    bias = copies[4]
+    bias = copies.get("attention_bias")
     arguments |= {
         "grad_out": grad_out, **_strides("grad_out", grad_out, "bnh"), "grad_query": grad_query,
-        **{f"{name}_copies": x for name, x in zip(_COPIES, copies, strict=True)},
+        **{f"{name.removeprefix('attention_')}_copies": copies.get(name) for name in SUMMED},
         "num_items": num_items, "num_copies": num_copies, "SUMS": bool(wanted),
         "table_rows": 0 if bias is None else bias.shape[2], "table_columns": 0 if bias is None else bias.shape[3],
     }  # fmt: skip
@@ -156,7 +155,7 @@ def plan_heads(grad_out, out, lse, grad_query, copies: tuple, call: Arguments) -
     return Launch("backward_heads", triton_backward.backward_heads_kernel, num_copies * lanes, arguments, settings)
 
 
-def plan_states(grad_out, out, lse, grad_encoded, call: Arguments) -> Launch:
+def plan_states(grad_out, out, lse, grad_encoded, call: Call) -> Launch:
     """The launch of the states' gradient, of every chunk."""
     settings, arguments = _arguments("backward_states", call, out, lse, grad_out)
     arguments |= {"first_group": 0, "num_groups": call.encoded.shape[1]}
@@ -166,7 +165,7 @@ def plan_states(grad_out, out, lse, grad_encoded, call: Arguments) -> Launch:
     if grad_encoded.dtype != torch.float32:
         num_copies = min(configs.STATE_PROGRAMS, num_items)
         shape = (num_copies, settings.block_slots, call.encoded.shape[-1])
-        sums = ops_common.allocate(shape, torch.float32, grad_encoded.device)
+        sums = memory.allocate(shape, torch.float32, grad_encoded.device)
     arguments |= {
         "grad_out": grad_out, **_strides("grad_out", grad_out, "bnh"), "grad_encoded": grad_encoded, "sums": sums,
         "num_items": num_items, "num_copies": num_copies,
@@ -174,8 +173,7 @@ def plan_states(grad_out, out, lse, grad_encoded, call: Arguments) -> Launch:
     return Launch("backward_states", triton_backward.backward_states_kernel, num_copies, arguments, settings)
 
 
-def _forward(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    call = Arguments(*inputs)
+def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = common.allocate_forward(call.query, call.w_value, call.attention_bias)
     with _on_device_of(out):
         nothing = out.numel() == 0 or _groups(call)[1] == 0
@@ -185,56 +183,54 @@ def _forward(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
             return out, lse
         if interpreting() and call.query.dtype == torch.bfloat16:
             wide = torch.zeros_like(out, dtype=torch.float32)
-            plan_forward(wide, lse, Arguments(*map(_interpretable, inputs)))()
+            plan_forward(wide, lse, call.mapped(_interpretable))()
             out.copy_(wide)
         else:
             plan_forward(out, lse, call)()
     return out, lse
 
 
-def _backward(grad_out, grad_lse, *inputs) -> tuple[torch.Tensor, ...]:
-    ops_common.refuse_lse_gradient(grad_lse, "Triton")
-    tensors, (out, lse), settings = inputs[:_TENSORS], inputs[_TENSORS : _TENSORS + 2], inputs[_TENSORS + 2 : -5]
-    call = Arguments(*tensors, *settings)
-    gradients = common.allocate_backward(*(tensors[place] for place in common.DIFFERENTIABLE), *inputs[-5:])
+def gradients(
+    call: Call, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    wanted: Collection[str],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    refuse_lse_gradient(grad_lse, "Triton")
+    found = allocate_gradients(call, wanted)
     with _on_device_of(out):
         num_groups = _groups(call)[1]
         if num_groups == 0 or call.query.numel() == 0:
-            for gradient in gradients:
+            for gradient in found.values():
                 gradient.zero_()
-            return gradients
+            return found
         if call.chunk_spans is not None:  # tokens in no span belong to no program
-            gradients[0].zero_()
+            found["query"].zero_()
         if grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
         results = grad_out, out.contiguous(), lse.contiguous()
-        outputs = gradients[:2]
+        computed = {name: found[name] for name in ("query", "encoded") if name in found}
         widened = interpreting() and call.query.dtype == torch.bfloat16
         if widened:
-            results = tuple(map(_interpretable, results))
-            call = Arguments(*map(_interpretable, call))
-            outputs = tuple(torch.zeros_like(x, dtype=torch.float32) for x in outputs)
+            results, call = tuple(map(_interpretable, results)), call.mapped(_interpretable)
+            computed = {name: torch.zeros_like(x, dtype=torch.float32) for name, x in computed.items()}
 
-        parameters = gradients[2:]
         num_copies = min(common.PARTIAL_COPIES, call.query.shape[0] * num_groups)
-        copies = tuple(
-            ops_common.allocate((num_copies, *x.shape), torch.float32, x.device).zero_() if x.numel() else None
-            for x in parameters
-        )
-        plan_heads(*results, outputs[0], copies, call)()
-        scaled = (0, 2, 5, 6, 7, 8)  # through the logits' scale: w_key, bias_key, relative_*, content_bias, null_key
-        for place, (gradient, copy) in enumerate(zip(parameters, copies, strict=True)):
-            if copy is not None:
-                gradient.copy_(copy.sum(0) * (call.scale if place in scaled else 1.0))
-            else:
-                gradient.zero_()
-        del copies, copy  # the scratch of the states may take their place
-        if outputs[1].numel():
-            plan_states(*results, outputs[1], call)()
+        copies = {
+            name: memory.allocate((num_copies, *found[name].shape), torch.float32, out.device).zero_()
+            for name in SUMMED if name in found and found[name].numel()
+        }  # fmt: skip
+        plan_heads(*results, computed["query"], copies, call)()
+        for name in SUMMED:
+            if name in copies:
+                found[name].copy_(copies[name].sum(0) * (call.scale if name in SCALED else 1.0))
+            elif name in found:
+                found[name].zero_()
+        copies.clear()  # the scratch of the states may take its place
+        if "encoded" in computed and computed["encoded"].numel():
+            plan_states(*results, computed["encoded"], call)()
         if widened:
-            for gradient, wide in zip(gradients[:2], outputs, strict=True):
-                gradient.copy_(wide)
-    return gradients
+            for name, wide in computed.items():
+                found[name].copy_(wide)
+    return found
 
 
 def refusal(call) -> str | None:
@@ -259,4 +255,4 @@ def refusal(call) -> str | None:
     return None
 
 
-forward, backward = common.register("triton", _forward, _backward, devices=("cpu", "cuda"), two_planes=True)
+forward, backward = common.register("triton", attend, gradients, devices=("cpu", "cuda"), two_planes=True)

@@ -162,7 +162,7 @@ def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -
     relative, rotary = features.startswith("relative"), features.startswith("options")
     table = (empty(rows, d // 2, dtype=torch.float32), empty(slots, d // 2, dtype=torch.float32)) if rotary else ()
     others = relative or rotary
-    call = backend.Arguments(
+    call = common.Call(
         query=empty(*query), key=empty(*key), value=empty(*key), mask=empty(*key[:4], dtype=torch.bool),
         attention_bias=empty(h, rows, slots, dtype=torch.float32) if others and not causal else None,
         relative_key=empty(h, rows + slots - 1, d) if relative else None,
@@ -194,7 +194,7 @@ def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -
         if kind == "forward":
             return sm, backend.plan_forward(out, lse, call, settings)
         launches = backend.plan_backward(
-            empty(*query), out, lse, tuple(empty(*x.shape) for x in call[:3]), copies, call
+            empty(*query), out, lse, tuple(empty(*x.shape) for x in (call.query, call.key, call.value)), copies, call
         )
     return sm, next(launch for launch in launches if launch.kind == name)
 

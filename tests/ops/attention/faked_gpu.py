@@ -6,9 +6,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from retro_kernels.ops import backends, plans, self_check, verification
-from retro_kernels.ops.attention.run import BACKENDS
-from retro_kernels.ops.chunked_cross_attention_decode.run import BACKENDS as DECODE_BACKENDS
-from retro_kernels.ops.projected_chunked_cross_attention.api import BACKENDS as ABSORBED_BACKENDS
+from retro_kernels.ops.backends import ABSORBED as ABSORBED_BACKENDS
+from retro_kernels.ops.backends import ATTENTION as BACKENDS
+from retro_kernels.ops.backends import DECODING as DECODE_BACKENDS
 
 NAME = "NVIDIA H100 80GB HBM3"
 MODULES = (BACKENDS, DECODE_BACKENDS, ABSORBED_BACKENDS)

@@ -11,7 +11,7 @@ import torch
 
 import retro_kernels as rk
 from retro_kernels.ops import backends as backend_choice
-from retro_kernels.ops.attention.run import BACKENDS
+from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
 SHAPE = cases.Case("", b=2, n=21, m=8, k=2, r=16, h=4, hk=2, d=16, d_value=12)
 

@@ -10,8 +10,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import retro_kernels as rk
-from retro_kernels.ops.attention.common import CLOCK, SLOTS
-from retro_kernels.ops.attention.run import BACKENDS
+from retro_kernels.ops.attention.common import CLOCK, Call
+from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu
@@ -44,7 +44,7 @@ def op_arguments():
         "query_sin": query_sin, "key_cos": key_cos, "key_sin": key_sin,
         "dropout_seed": torch.tensor([5], device=DEVICE),
     }  # fmt: skip
-    tensors = [given.get(slot.split()[-1]) for slot in SLOTS.split(", ")]
+    tensors = [given.get(name) for name in Call.form.tensors]
     return tensors, [CLOCK, False, False, 0.3, 0.25, 4, 3]
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import retro_kernels as rk
-from retro_kernels.ops import common
-from retro_kernels.ops.attention.run import BACKENDS
+from retro_kernels.ops import memory as common
+from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
 # The CUDA kernels take few of the cases and have theirs in test_cuda.py.
 FUSED = [name for name in BACKENDS if name not in ("reference", "cuda")]

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import retro_kernels as rk
 from retro_kernels import extension
-from retro_kernels.ops import common
+from retro_kernels.ops import memory as common
 from retro_kernels.ops.attention import cpu
-from retro_kernels.ops.attention.common import CLOCK, FLAGS, SLOTS
+from retro_kernels.ops.attention.common import CLOCK, Call
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -181,25 +181,24 @@ def test_nothing_is_allocated_but_outputs_and_bounded_partial_sums(monkeypatch):
         for side in ("query", "key")
         for part, table in zip(("cos", "sin"), arguments[f"{side}_rotary"])
     }
-    slots = [given.get(slot.split()[-1]) for slot in SLOTS.split(", ")]
-    settings = (CLOCK, False, False, 0.25, 0.0, 8, 7)
+    given = {name: given.get(name) for name in Call.form.tensors}
+    call = Call(**given, grouping=CLOCK, scale=0.25, stride=8, first_token=7)
     with Watch():
-        out, lse = cpu._forward(*slots, *settings)
+        out, lse = cpu.attend(call)
     assert sorted(shapes) == sorted([tuple(out.shape), tuple(lse.shape)])
     assert set(made) <= {"aten::empty.memory_format", "retro_kernels_cpu::attention_forward"}
     shapes.clear()
     made.clear()
     grad_out = torch.randn_like(out)
     with Watch():
-        gradients = cpu._backward(grad_out, None, *slots, out, lse, *settings, *(True for _ in FLAGS))
-    gradients = [x for x in gradients if x.numel()]
+        wanted = [name for name in Call.form.groups if given[name] is not None]
+        gradients = list(cpu.gradients(call, grad_out, None, out, lse, wanted).values())
     parameters = [tuple(x.shape) for x in gradients[3:]]
     copies = [shape for shape in shapes if shape[1:] in parameters]
     assert sorted(shapes) == sorted([*(tuple(x.shape) for x in gradients), *copies])
     assert len(copies) == 3
     assert all(shape[0] <= 32 for shape in copies)
-    # new_empty makes what stands for an absent gradient, without elements
-    assert set(made) <= {"aten::empty.memory_format", "aten::new_empty", "retro_kernels_cpu::attention_backward"}
+    assert set(made) <= {"aten::empty.memory_format", "retro_kernels_cpu::attention_backward"}
 
 
 def test_an_unknown_level_is_refused():

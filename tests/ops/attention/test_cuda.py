@@ -14,9 +14,9 @@ import torch
 
 import retro_kernels as rk
 from retro_kernels import cuda_extension
-from retro_kernels.ops import common
+from retro_kernels.ops import memory as common
 from retro_kernels.ops.attention import cuda
-from retro_kernels.ops.attention.common import CLOCK, SLOTS
+from retro_kernels.ops.attention.common import CLOCK, Call
 
 pytestmark = pytest.mark.usefixtures("emulated")
 Case = cases.Case
@@ -207,7 +207,7 @@ def test_opcheck(test):
     x = cases.make(Case("", d=64, options=("mask",)), torch.bfloat16)
     given = {"query": x["query"].detach()[:, None, None], "mask": x["neighbour_mask"]}
     given |= {name: x[name].detach() for name in ("key", "value")}
-    tensors = [given.get(slot.split()[-1]) for slot in SLOTS.split(", ")]
+    tensors = [given.get(name) for name in Call.form.tensors]
     settings = [CLOCK, False, False, 0.3, 0.0, 8, 7]
     torch.library.opcheck(cuda.forward, [*tensors, *settings], test_utils=test)
     out, lse = cuda.forward(*tensors, *settings)

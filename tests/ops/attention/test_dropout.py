@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from retro_kernels.ops.attention import dropout
-from retro_kernels.ops.attention.run import BACKENDS
+from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import retro_kernels as rk
-from retro_kernels.ops.attention.run import BACKENDS
+from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
 SIZES = {"b": 2, "n": 9, "m": 4, "l": 2, "k": 2, "r": 5, "t": 1}
 H, D, D_VALUE, E = 2, 16, 8, 24

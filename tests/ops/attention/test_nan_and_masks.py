@@ -12,7 +12,7 @@ import torch
 
 import retro_kernels as rk
 from retro_kernels import extension
-from retro_kernels.ops.attention.run import BACKENDS
+from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
 NAN, INF = float("nan"), float("inf")
 # The levels of the CPU's instruction sets are as many backends here: they have to agree.

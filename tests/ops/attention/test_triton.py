@@ -93,8 +93,9 @@ def test_long_offsets_compute_the_same(monkeypatch):
 def test_long_offsets_are_taken_when_a_chunk_is_beyond_2_31_elements(shape, long):
     key = torch.empty(shape, device="meta")
     query = torch.empty(1, 1, 1, 256, shape[4], 128, device="meta")
-    call = backend.Arguments(*(None,) * common.TENSORS, common.CLOCK, False, False, 1.0, 0.0, 64, 63)
-    call = call._replace(query=query, key=key, value=key)
+    call = common.Call(
+        query=query, key=key, value=key, grouping=common.CLOCK, scale=1.0, stride=64, first_token=63
+    )  # fmt: skip
     assert backend._needs_long_offsets(call, query) is long
 
 

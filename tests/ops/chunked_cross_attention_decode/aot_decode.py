@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1] / "attention"))
 import aot
 
 from retro_kernels.ops.attention import triton_tiles
-from retro_kernels.ops.chunked_cross_attention_decode import configs, triton_kernels
+from retro_kernels.ops.chunked_cross_attention_decode import common, configs, triton_kernels
 from retro_kernels.ops.chunked_cross_attention_decode import triton as backend
 
 TABLE = Path(__file__).with_name("compiled_settings.json")
@@ -66,7 +66,7 @@ def launch_of(identifier: str):
         return empty(*shape, dtype=dtype) if there else None
 
     everything, turned = options == "options", options == "rotary"
-    call = backend.Arguments(
+    call = common.Call(
         query=empty(b, t, hk, d), key=empty(b, k, r, hk, d, dtype=cache), value=empty(b, k, r, hk, d, dtype=cache),
         mask=empty(b, k, r, dtype=torch.bool), logit_bias=maybe(everything, b, t, hk, r),
         null_logit=maybe(everything, b, t, hk), null_value=maybe(everything, hk, d, dtype=dtype),

@@ -7,9 +7,9 @@ import torch
 
 import retro_kernels as rk
 from retro_kernels.ops.attention import reference as attention
+from retro_kernels.ops.backends import DECODING as BACKENDS
 from retro_kernels.ops.chunked_cross_attention_decode import common as common_decode
 from retro_kernels.ops.chunked_cross_attention_decode import configs
-from retro_kernels.ops.chunked_cross_attention_decode.run import BACKENDS
 
 M, K, R, H, D = 8, 2, 11, 4, 20
 

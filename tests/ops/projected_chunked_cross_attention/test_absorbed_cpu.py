@@ -11,7 +11,7 @@ import torch
 import retro_kernels as rk
 from retro_kernels import extension
 from retro_kernels.ops.attention import reference
-from retro_kernels.ops.projected_chunked_cross_attention.api import projected_chunked_cross_attention
+from retro_kernels.ops.projected import projected_chunked_cross_attention
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 

@@ -179,7 +179,7 @@ def test_scratch_does_not_grow_with_the_sequence():
         x = on_device(arguments(case, torch.float16, biases=False))
         with (
             mock.patch.object(configs, "STATE_PROGRAMS", 2),
-            mock.patch.object(backend.ops_common, "allocate", side_effect=backend.ops_common.allocate) as allocate,
+            mock.patch.object(backend.memory, "allocate", side_effect=backend.memory.allocate) as allocate,
         ):
             given = run(x, torch.randn(case.out_shape).to(DEVICE), **ABSORB)
         allocated = sum(torch.Size(call.args[0]).numel() for call in allocate.call_args_list)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import retro_kernels as rk
-from retro_kernels.ops.attention.run import BACKENDS as CORE
-from retro_kernels.ops.projected_chunked_cross_attention import api, cost_model
+from retro_kernels.ops import projected as api
+from retro_kernels.ops.backends import ATTENTION as CORE
+from retro_kernels.ops.projected_chunked_cross_attention import cost_model
 from retro_kernels.ops.projected_chunked_cross_attention.cost_model import Constants, Phase, Work
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import retro_kernels as rk
-from retro_kernels.ops.attention.run import BACKENDS as CORE
-from retro_kernels.ops.projected_chunked_cross_attention import materialise
-from retro_kernels.ops.projected_chunked_cross_attention.api import BACKENDS as ABSORBED
+from retro_kernels.ops import materialise
+from retro_kernels.ops.backends import ABSORBED
+from retro_kernels.ops.backends import ATTENTION as CORE
 
 E = 24
 OPTIONS = [

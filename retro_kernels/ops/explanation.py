@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from .. import backends as backend_choice
-from ..attention import arguments
-from ..attention import common as attention_common
-from ..attention.run import BACKENDS as CORE
-from . import cost_model
-from .api import BACKENDS, Given, absorb_refusal, prepare, work
+from . import backends as backend_choice
+from . import checks
+from .attention import common as attention_common
+from .backends import ABSORBED, ATTENTION
+from .projected import Given, absorb_refusal, prepare, work
+from .projected_chunked_cross_attention import cost_model
 
 PAIRS = ("query_rotary", "key_rotary")
 TENSORS = (
@@ -152,8 +152,8 @@ def _explain(given: Given, strategy: str, sizes: cost_model.Work) -> Explanation
     call = given.call
     device, dtype = call.query.device, call.query.dtype
     known = cost_model.constants(device, dtype)
-    core, core_reason = _backend(CORE, _core_call(given), given.backend)
-    absorbing, absorbing_reason = _backend(BACKENDS, call, given.backend)
+    core, core_reason = _backend(ATTENTION, _core_call(given), given.backend)
+    absorbing, absorbing_reason = _backend(ABSORBED, call, given.backend)
     refused = absorb_refusal(given)
     if given.query_rotary is not None:
         absorbing = None
@@ -212,15 +212,16 @@ def _core_call(given: Given) -> attention_common.Call:
     call = given.call
     places = call.encoded.shape[:4]
     key, value = (weight.new_zeros(()).expand(*places, *weight.shape[:2]) for weight in (call.w_key, call.w_value))
+    query_cos, query_sin = checks.pair(given.query_rotary)
+    key_cos, key_sin = checks.pair(given.key_rotary)
     return attention_common.Call(
         operation=call.operation, grouping=attention_common.CLOCK, query=call.query[:, None, None], key=key,
         value=value, mask=call.mask, attention_bias=call.attention_bias, relative_key=call.relative_key,
         content_bias=call.content_bias, relative_bias=call.relative_bias,
-        query_rotary=arguments.pair(given.query_rotary), key_rotary=arguments.pair(given.key_rotary),
+        query_cos=query_cos, query_sin=query_sin, key_cos=key_cos, key_sin=key_sin,
         rotary_interleaved=given.rotary_interleaved, null_key=call.null_key, null_value=call.null_value,
-        chunk_spans=call.chunk_spans, first_visible=None, dropout_seed=None, causal=False, scale=call.scale,
-        dropout_p=call.dropout_p, rows=call.rows, stride=call.stride, first_token=call.first_token,
-        return_lse=call.return_lse,
+        chunk_spans=call.chunk_spans, scale=call.scale, dropout_p=call.dropout_p, rows=call.rows,
+        stride=call.stride, first_token=call.first_token, return_lse=call.return_lse,
     )  # fmt: skip
 
 

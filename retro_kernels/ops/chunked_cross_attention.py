@@ -3,15 +3,11 @@ of `ops/attention/common.py`, and runs it on the backend that `ops/backends.py` 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from .. import validate
-from ..attention import arguments
-from ..attention.common import CLOCK, Call
-from ..attention.run import autocast, planned, rotary, run
-from ..compiling import readable
+from . import backends, checks, plans
+from .attention.common import CLOCK, Call, plain_lse
+from .compiling import readable
 
 
 def chunked_cross_attention(
@@ -89,60 +85,62 @@ def chunked_cross_attention(
         CPU; on a GPU, in a compiled graph and under vmap, which do not look at data, the tokens left without come out
         NaN.
     """
+    query_cos, query_sin = checks.pair(query_rotary)
+    key_cos, key_sin = checks.pair(key_rotary)
+    given = {
+        "query": query, "key": key, "value": value, "mask": neighbour_mask, "attention_bias": attention_bias,
+        "relative_key": relative_key, "content_bias": content_bias, "relative_bias": relative_bias,
+        "query_cos": query_cos, "query_sin": query_sin, "key_cos": key_cos, "key_sin": key_sin, "null_key": null_key,
+        "null_value": null_value,
+    }  # fmt: skip
     signature = None
     if type(dropout_p) in (int, float) and dropout_p == 0 and sequence_starts is None:
-        signature, known = planned(
+        signature = plans.signature(
+            backend,
             ("chunked_cross_attention", chunk_size, rotary_interleaved, scale, stride, align, query_offset,
-             chunk_offset, return_lse, backend),
-            (query, key, value, neighbour_mask, attention_bias, relative_key, content_bias, relative_bias,
-             *rotary(query_rotary), *rotary(key_rotary), null_key, null_value),
+             chunk_offset, return_lse),
+            given,
         )  # fmt: skip
-        if known is not None:
-            out, lse = known
-            b, _, _, n, h, d_value = out.shape
-            out = out.view(b, n, h, d_value)
-            return (out, lse.view(b, n, h)) if return_lse else out
-    validate.tensor("query", query, validate.FLOATING)
-    query, key, value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value = autocast(
-        query, key, value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value
+        plan = plans.get(signature)
+        if plan is not None:
+            out, lse = plan(given)
+            return (out, plain_lse(lse).view(out.shape[:-1])) if return_lse else out
+    checks.tensor("query", query, checks.FLOATING)
+    query, key, value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value = (
+        checks.autocast(
+            query, key, value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value
+        )
     )
-    arguments.check_heads(query, key, value, "b, n, h, d", "b, l, k, r, hk, d")
+    checks.heads(query, key, value, "b, n, h, d", "b, l, k, r, hk, d")
     b, n, h, d = query.shape
     _, l, k, r, hk, _ = key.shape
     d_value = value.shape[-1]
-    validate.shape("key", key, "b, l, k, r, hk, d", (b, l, k, r, hk, d))
-    validate.shape("value", value, "b, l, k, r, hk, d_value", (b, l, k, r, hk, d_value))
-    m = validate.integer("chunk_size", chunk_size, 1)
-    arguments.check_mask("neighbour_mask", neighbour_mask, query, "b, l, k, r", (b, l, k, r))
-    arguments.check_positions(
-        query, arguments.Tables(m, r, "m", "r", (("k * r", k * r),)), attention_bias, relative_key, content_bias,
+    checks.shape("key", key, "b, l, k, r, hk, d", (b, l, k, r, hk, d))
+    checks.shape("value", value, "b, l, k, r, hk, d_value", (b, l, k, r, hk, d_value))
+    m = checks.integer("chunk_size", chunk_size, 1)
+    checks.mask("neighbour_mask", neighbour_mask, query, "b, l, k, r", (b, l, k, r))
+    checks.positions(
+        query, checks.Tables(m, r, "m", "r", (("k * r", k * r),)), attention_bias, relative_key, content_bias,
         relative_bias, query_rotary, key_rotary, rotary_interleaved,
     )  # fmt: skip
-    arguments.check_null_slot(query, d_value, null_key, null_value)
+    checks.null_slot(query, d_value, null_key, null_value)
     stride, first_token, spans, missing = clock(
         "key", query, l, m, stride, align, query_offset, chunk_offset, sequence_starts
     )
-    dropout_p, dropout_seed = arguments.checked_dropout(dropout_p, query)
+    dropout_p, dropout_seed = checks.dropout_of(dropout_p, query)
     call = Call(
         operation="chunked_cross_attention", grouping=CLOCK, query=query.view(b, 1, 1, n, h, d), key=key, value=value,
         mask=neighbour_mask, attention_bias=attention_bias, relative_key=relative_key, content_bias=content_bias,
-        relative_bias=relative_bias, query_rotary=arguments.pair(query_rotary), key_rotary=arguments.pair(key_rotary),
+        relative_bias=relative_bias, query_cos=query_cos, query_sin=query_sin, key_cos=key_cos, key_sin=key_sin,
         rotary_interleaved=rotary_interleaved, null_key=null_key, null_value=null_value, chunk_spans=spans,
-        first_visible=None, dropout_seed=dropout_seed, causal=False, scale=arguments.checked_scale(scale, query),
-        dropout_p=dropout_p, rows=m, stride=stride, first_token=first_token,
-        return_lse=return_lse,
+        dropout_seed=dropout_seed, scale=checks.scale_of(scale, query), dropout_p=dropout_p, rows=m, stride=stride,
+        first_token=first_token, return_lse=return_lse,
     )  # fmt: skip
-    out, lse = run(call, backend, signature, arrange=_add_group_axes)
-    out, lse = out.view(b, n, h, d_value), lse.view(b, n, h)
+    chosen = backends.choose(backends.ATTENTION, call, backend)
+    out, lse = plans.run(backends.ATTENTION, chosen, call, signature, given, (b, n, h, d_value))
     if missing is not None:
         out = out.masked_fill(missing[..., None, None], float("nan"))
-    return (out, lse) if return_lse else out
-
-
-def _add_group_axes(slots: list[Any]) -> None:
-    query = slots[0]
-    b, n, h, d = query.shape
-    slots[0] = query.view(b, 1, 1, n, h, d)
+    return (out, plain_lse(lse).view(b, n, h)) if return_lse else out
 
 
 def clock(
@@ -159,7 +157,7 @@ def clock(
     """-> stride and first token of the clock (`ops/attention/common.py`), and with `sequence_starts` the spans and what
     `_spans` says is missing. Checks that the `num_chunks` of the argument `name` cover all tokens."""
     b, n = query.shape[:2]
-    s = m if stride is None else validate.integer("stride", stride, 1, m, "chunk_size")
+    s = m if stride is None else checks.integer("stride", stride, 1, m, "chunk_size")
     if sequence_starts is None:
         return s, _first_token(name, n, num_chunks, m, s, align, query_offset, chunk_offset), None, None
     if align != "start" or query_offset != 0 or chunk_offset != 0:
@@ -167,14 +165,14 @@ def clock(
             f"sequence_starts: got align {align!r}, query_offset {query_offset} and chunk_offset {chunk_offset} "
             'too, expected align="start" and no offsets: every document has its own clock'
         )
-    starts = arguments.document_starts(sequence_starts, query, b, n)
+    starts = checks.document_starts(sequence_starts, query, b, n)
     return s, m - 1, *_spans(name, starts, num_chunks, m, s)
 
 
 def _first_token(name, n, num_chunks, m, stride, align, query_offset, chunk_offset) -> int:
     """The token (of the query tensor) that is row 0 of the first chunk; checks that the chunks cover all tokens."""
-    validate.integer("query_offset", query_offset, 0)
-    validate.integer("chunk_offset", chunk_offset, 0)
+    checks.integer("query_offset", query_offset, 0)
+    checks.integer("chunk_offset", chunk_offset, 0)
     if align == "end":
         if stride != m or query_offset != 0 or chunk_offset != 0:
             raise ValueError(

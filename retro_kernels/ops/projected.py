@@ -10,20 +10,15 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .. import backends as backend_choice
-from .. import validate
-from ..attention import arguments
-from ..attention.common import attended_chunks, plain_lse
-from ..attention.run import autocast, without_autocast
-from ..chunked_cross_attention.api import clock
-from ..common import fused, requires_grad
-from ..later import import_later
-from . import cost_model, cpu, cuda, materialise, reference
-from .common import DIFFERENTIABLE, FLAGS, Call
+from . import backends as backend_choice
+from . import checks, materialise, plans
+from .attention.common import attended_chunks, plain_lse
+from .backends import ABSORBED
+from .call import requires_grad
+from .chunked_cross_attention import clock
+from .projected_chunked_cross_attention import cost_model
+from .projected_chunked_cross_attention.common import Call
 
-triton = import_later(__package__, "triton")
-
-BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton, "cuda": cuda}
 STRATEGIES = ("auto", "materialise", "absorb")
 RECOMPUTED_SLICES = 16  # with `recompute`: K and V of one slice, and their gradients, are alive at a time
 
@@ -134,13 +129,13 @@ def prepare(
     backend=None,
 ) -> Given:  # fmt: skip
     """Autocast and every check of `projected_chunked_cross_attention`."""
-    validate.tensor("query", query, validate.FLOATING)
+    checks.tensor("query", query, checks.FLOATING)
     (query, encoded, w_key, w_value, bias_key, bias_value, attention_bias, relative_key, content_bias, relative_bias,
-     null_key, null_value) = autocast(
+     null_key, null_value) = checks.autocast(
         query, encoded, w_key, w_value, bias_key, bias_value, attention_bias, relative_key, content_bias, relative_bias,
         null_key, null_value,
     )  # fmt: skip
-    m = validate.integer("chunk_size", chunk_size, 1)
+    m = checks.integer("chunk_size", chunk_size, 1)
     _check(query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(STRATEGIES)}")
@@ -152,11 +147,11 @@ def prepare(
                 'recompute: got True with strategy="absorb", which keeps neither keys nor values, expected False'
             )
     k, r = encoded.shape[2:4]
-    arguments.check_positions(
-        query, arguments.Tables(m, r, "m", "r", (("k * r", k * r),)), attention_bias, relative_key, content_bias,
+    checks.positions(
+        query, checks.Tables(m, r, "m", "r", (("k * r", k * r),)), attention_bias, relative_key, content_bias,
         relative_bias, query_rotary, key_rotary, rotary_interleaved,
     )  # fmt: skip
-    arguments.check_null_slot(query, w_value.shape[1], null_key, null_value)
+    checks.null_slot(query, w_value.shape[1], null_key, null_value)
     stride, first_token, spans, missing = clock(
         "encoded", query, encoded.shape[1], m, stride, align, query_offset, chunk_offset, sequence_starts
     )
@@ -164,7 +159,7 @@ def prepare(
         operation="projected_chunked_cross_attention", query=query, encoded=encoded, w_key=w_key, w_value=w_value,
         bias_key=bias_key, bias_value=bias_value, mask=neighbour_mask, attention_bias=attention_bias,
         relative_key=relative_key, content_bias=content_bias, relative_bias=relative_bias, null_key=null_key,
-        null_value=null_value, chunk_spans=spans, dropout_seed=None, scale=arguments.checked_scale(scale, query),
+        null_value=null_value, chunk_spans=spans, dropout_seed=None, scale=checks.scale_of(scale, query),
         dropout_p=dropout_p, rows=m, stride=stride, first_token=first_token, return_lse=return_lse,
     )  # fmt: skip
     return Given(
@@ -187,8 +182,8 @@ def absorb_refusal(given: Given) -> str | None:
     if name == "reference":
         return "the reference makes keys and values either way"
     if name is not None:
-        return backend_choice.why_not(BACKENDS, name, given.call)
-    name, reasons = backend_choice.first_fused(BACKENDS, given.call)
+        return backend_choice.why_not(ABSORBED, name, given.call)
+    name, reasons = backend_choice.first_fused(ABSORBED, given.call)
     return None if name else "no fused kernel can absorb this call: " + ("; ".join(reasons) or "none on this device")
 
 
@@ -227,27 +222,27 @@ def work(given: Given, backward: bool | None = None) -> cost_model.Work:
 
 
 def _check(query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask) -> None:
-    validate.rank("query", query, "b, n, h, d")
+    checks.rank("query", query, "b, n, h, d")
     b, _, h, d = query.shape
     dtype, device = query.dtype, query.device
-    validate.tensor("encoded", encoded, (dtype,), device)
-    validate.rank("encoded", encoded, "b, l, k, r, e")
+    checks.tensor("encoded", encoded, (dtype,), device)
+    checks.rank("encoded", encoded, "b, l, k, r, e")
     for name, weight in (("w_key", w_key), ("w_value", w_value)):
-        validate.tensor(name, weight, (dtype,), device)
-        validate.rank(name, weight, "hk, d, e")
+        checks.tensor(name, weight, (dtype,), device)
+        checks.rank(name, weight, "hk, d, e")
     _, l, k, r, e = encoded.shape
     hk, d_value = w_key.shape[0], w_value.shape[1]
-    validate.shape("encoded", encoded, "b, l, k, r, e", (b, l, k, r, e))
+    checks.shape("encoded", encoded, "b, l, k, r, e", (b, l, k, r, e))
     if hk == 0 or h % hk != 0:
         raise ValueError(f"w_key: got {hk} key/value heads, expected a divisor of the query's {h} heads")
-    validate.shape("w_key", w_key, "hk, d, e", (hk, d, e))
-    validate.shape("w_value", w_value, "hk, d_value, e", (hk, d_value, e))
+    checks.shape("w_key", w_key, "hk, d, e", (hk, d, e))
+    checks.shape("w_value", w_value, "hk, d_value, e", (hk, d_value, e))
     either = (dtype, torch.float32)
     for name, bias, size in (("bias_key", bias_key, d), ("bias_value", bias_value, d_value)):
         if bias is not None:
-            validate.tensor(name, bias, either, device)
-            validate.shape(name, bias, "hk, " + ("d" if name == "bias_key" else "d_value"), (hk, size))
-    arguments.check_mask("neighbour_mask", neighbour_mask, query, "b, l, k, r", (b, l, k, r))
+            checks.tensor(name, bias, either, device)
+            checks.shape(name, bias, "hk, " + ("d" if name == "bias_key" else "d_value"), (hk, size))
+    checks.mask("neighbour_mask", neighbour_mask, query, "b, l, k, r", (b, l, k, r))
 
 
 def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -305,22 +300,12 @@ def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _absorb(given: Given) -> tuple[torch.Tensor, torch.Tensor]:
-    dropout_p, dropout_seed = arguments.checked_dropout(given.call.dropout_p, given.call.query)
+    dropout_p, dropout_seed = checks.dropout_of(given.call.dropout_p, given.call.query)
     call = dataclasses.replace(given.call, dropout_p=dropout_p, dropout_seed=dropout_seed)
-    chosen = backend_choice.choose(call.operation, BACKENDS, call, given.backend)
-    if chosen == "reference":
-        with without_autocast(call.query):
-            out, lse = reference.absorbed(call)
-    else:
-        tensors = (
-            call.query, call.encoded, call.w_key, call.w_value, call.bias_key, call.bias_value, call.mask,
-            call.attention_bias, call.relative_key, call.content_bias, call.relative_bias, call.null_key,
-            call.null_value, call.chunk_spans, call.dropout_seed,
-        )  # fmt: skip
-        settings = (call.scale, call.dropout_p, call.stride, call.first_token)
-        module = BACKENDS[chosen]
-        out, lse = fused(module.forward, module.backward, DIFFERENTIABLE, FLAGS, settings, tensors, call.return_lse)
-        lse = plain_lse(out, lse)
+    chosen = backend_choice.choose(ABSORBED, call, given.backend)
+    b, n, h, _ = call.query.shape
+    out, lse = plans.run(ABSORBED, chosen, call, None, {}, (b, n, h, call.w_value.shape[1]))
+    lse = plain_lse(lse, axes=3)
     if given.missing is not None:
         out = out.masked_fill(given.missing[..., None, None], float("nan"))
     return out, lse

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .. import common
-from ..chunked_cross_attention import chunked_cross_attention
+from . import call
+from .chunked_cross_attention import chunked_cross_attention
 
 
 def _products(
@@ -26,24 +26,25 @@ def _products(
     return tuple(part.unflatten(-1, weight.shape[:2]) for part, weight in zip(parts, weights))
 
 
-class _Project(torch.autograd.Function):
-    """See `project`. Keeps nothing but its arguments.
+class _Products:
+    """The rule (`call.py`) of `project`. It keeps nothing but its arguments.
 
     A masked token's key and value are never read and their gradients are exactly 0, so the forward may compute them
     from whatever the token holds; 0 times NaN would reach a weight's gradient only, whose product is therefore taken
     with a copy of the states in which masked tokens are 0. The copy lives in the backward alone.
     """
 
+    keeps_results = False
+    direct = False
+
     @staticmethod
-    def forward(ctx, encoded, mask, bias, *weights):
-        ctx.save_for_backward(encoded, mask, *weights)
-        ctx.with_bias = bias is not None
+    def forward(encoded, mask, bias, *weights):
         return _products(encoded, bias, weights)
 
     @staticmethod
-    def backward(ctx, *grads):
-        encoded, mask, *weights = ctx.saved_tensors
-        encoded_wanted, _, bias_wanted, *weights_wanted = ctx.needs_input_grad
+    def backward(saved, grads, needed):
+        encoded, mask, bias, *weights = saved
+        encoded_wanted, _, bias_wanted, *weights_wanted = needed
         flat = [grad.reshape(-1, grad.shape[-2] * grad.shape[-1]) for grad in grads]
         grad_encoded = grad_bias = None
         grad_weights: list[torch.Tensor | None] = [None] * len(weights)
@@ -59,29 +60,9 @@ class _Project(torch.autograd.Function):
                 (grad.t() @ states).view(weight.shape) if wanted else None
                 for grad, weight, wanted in zip(flat, weights, weights_wanted)
             ]
-        if ctx.with_bias and bias_wanted:
+        if bias is not None and bias_wanted:
             grad_bias = torch.cat([grad.sum(0) for grad in flat])
         return grad_encoded, None, grad_bias, *grad_weights
-
-
-class _ProjectInTransform(torch.autograd.Function):
-    """`_Project` as torch.func's transforms need it (`ops/common.py`, `_FusedInTransform`)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(encoded, mask, bias, *weights):
-        return _products(encoded, bias, weights)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        encoded, mask, bias, *weights = inputs
-        ctx.save_for_backward(encoded, mask, *weights)
-        ctx.save_for_forward(encoded, mask, *weights)
-        ctx.with_bias = bias is not None
-
-    backward = staticmethod(_Project.backward)
-    jvp = staticmethod(common.raise_for_tangents)
 
 
 def project(
@@ -99,12 +80,10 @@ def project(
             weight.new_zeros(weight.shape[:2]).flatten() if x is None else x.to(weight.dtype).flatten()
             for weight, x in zip(weights, biases)
         ])  # fmt: skip
-    if torch._C._are_functorch_transforms_active():
-        return _ProjectInTransform.apply(encoded, mask, bias, *weights)
-    common.refuse_forward_mode((encoded, bias, *weights))
-    if not common.recorded((encoded, bias, *weights)):
-        return _products(encoded, bias, weights)
-    return _Project.apply(*common.apart((encoded, mask, bias, *weights)))
+    return call.record(_PRODUCTS, (encoded, mask, bias, *weights))
+
+
+_PRODUCTS = _Products()
 
 
 def attend(
