@@ -107,8 +107,6 @@ def swapped_copy(model: nn.Module) -> tuple[nn.Module, str, str]:
     """A copy with the same weights and fused attentions, what swap said, and what it replaced, counted."""
     import retro_kernels as rk
 
-    if not hasattr(rk, "swap"):
-        raise Unavailable("this version of retro_kernels has no swap")
     twin = copy.deepcopy(model)
     report = rk.swap(twin)
     if not report.replaced:  # on a GPU where no fused kernel can run: what would be timed is the model as it was
