@@ -19,7 +19,7 @@ from ttsem import sanitize
 
 from benchmarks import fake_gpu, rehearsal
 from retro_kernels import testing
-from retro_kernels.ops import common
+from retro_kernels.ops import memory
 from retro_kernels.testing import Case
 
 PART = "ttsem"
@@ -56,7 +56,7 @@ NAMES = {short: name for name, short in testing.SHORT_NAMES.items()}
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As `ops.common.allocate`, filled with NaN."""
+    """As `ops.memory.allocate`, filled with NaN."""
     empty = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
     return torch.full(shape, empty, dtype=dtype, device=device)
 
@@ -69,7 +69,7 @@ def execute(case: Case) -> str:
         grad_out = torch.randn(case.out_shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     with (
         fake_gpu.kernels_on_cpu(90),
-        mock.patch.object(common, "allocate", allocate),
+        mock.patch.object(memory, "allocate", allocate),
         sanitize.session(90, cuda_is_cpu=False) as state,
     ):
         given = testing.run(arguments, "triton", grad_out)
