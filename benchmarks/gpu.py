@@ -152,8 +152,6 @@ class Items:
     folder: Path
     settings: dict
     began: float
-    parts: dict[str, dict] = field(default_factory=dict)
-    """Name -> status, detail and seconds, of those that have ended."""
     order: list[str] = field(default_factory=list)
     interrupted: bool = True
 
@@ -183,9 +181,10 @@ class Items:
             for key in ("environment", "ceilings", "real_text"):
                 if entry.get(key):
                     document[key] = entry[key]
+        states = {entry["part"]: entry["state"] for entry in entries if "state" in entry}
         running = dict.fromkeys(entry["part"] for entry in entries if entry.get("part"))
         for name in dict.fromkeys([*self.order, *running]):
-            state = self.parts.get(name) or {"status": INCOMPLETE, "detail": "it was not finished", "seconds": 0.0}
+            state = states.get(name) or {"status": INCOMPLETE, "detail": "it was not finished", "seconds": 0.0}
             document["parts"].append({"name": name, **state})
         document["environment"] = document["environment"] or {
             "device": "unknown",
@@ -243,7 +242,7 @@ def resume(source: Path, target: Path, mine: dict) -> None:
     if before != mine:
         other = {key: (before or {}).get(key) for key in mine if (before or {}).get(key) != mine[key]}
         raise ValueError(f"--resume: {source} is of another run ({other}), expected { ({k: mine[k] for k in other}) }")
-    kept = last_outcomes(entries).values()
+    kept = [*last_outcomes(entries).values(), *(entry for entry in entries if "state" in entry)]
     fresh = target.with_name(f"{target.name}.new")
     fresh.write_text("".join(json.dumps(entry) + "\n" for entry in ({"identity": mine}, *kept)))
     fresh.replace(target)
@@ -320,7 +319,8 @@ class Running:
             status, why = SKIPPED, "; ".join(dict.fromkeys(x["detail"] for x in outcomes))
         detail = "; ".join(filter(None, (detail, why)))[:500]
         seconds = round(time.monotonic() - self.began, 1)
-        self.items.parts[self.part.name] = {"status": status, "detail": detail, "seconds": seconds}
+        self.outcome = {"status": status, "detail": detail, "seconds": seconds}
+        self.items.add(part=self.part.name, state=self.outcome)
 
 
 def run_stage(stage: list[Part], items: Items, end: float, reduced: bool, say) -> None:
@@ -333,15 +333,16 @@ def run_stage(stage: list[Part], items: Items, end: float, reduced: bool, say) -
                 part = waiting.pop(0)
                 until = min(time.monotonic() + part.seconds * (4 if reduced else 1) + GRACE_SECONDS, end)
                 if until - GRACE_SECONDS - time.monotonic() < 5:
-                    items.parts[part.name] = {"status": INCOMPLETE, "detail": "the time was used up", "seconds": 0.0}
+                    late = {"status": INCOMPLETE, "detail": "the time was used up", "seconds": 0.0}
+                    items.add(part=part.name, state=late)
                     say(f"{part.name}: the time was used up")
                     continue
                 running.append(Running(part, items, until, reduced))
             for one in list(running):
                 if one.finished(say):
                     running.remove(one)
-                    state = items.parts[one.part.name]
-                    say(f"{one.part.name}: {state['status']} in {state['seconds']:.0f} s: {state['detail']}")
+                    outcome = one.outcome
+                    say(f"{one.part.name}: {outcome['status']} in {outcome['seconds']:.0f} s: {outcome['detail']}")
                     size = -1
             if size != items.size():
                 size = items.size()
@@ -361,13 +362,15 @@ def run(
     spent: float = 0.0,
     former: Path | None = None,
     say=print,
+    prepared: tuple[str, ...] = (),
 ) -> int:
-    """The parts, in `limit` seconds since the process began, which was `spent` seconds ago -> the exit code."""
+    """The parts, in `limit` seconds since the process began, which was `spent` seconds ago -> the exit code.
+    `prepared`: what was said of the kit and the extension, for the record."""
     from . import report
 
     began = time.monotonic() - spent
     out.mkdir(parents=True, exist_ok=True)
-    items = Items(out, {"suite": "gpu", "reduced": reduced, "limit_seconds": limit}, began)
+    items = Items(out, {"suite": "gpu", "reduced": reduced, "limit_seconds": limit, "prepared": prepared}, began)
     mine = identity(reduced)
     if former is not None:
         resume(former, items.file, mine)
@@ -456,8 +459,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         planned = chosen(options.parts, targets)
         options.out.mkdir(parents=True, exist_ok=True)
-        prepare(options.wheel, options.out, reduced, max(1.0, 0.6 * options.limit - since_start()), print)
-        return run(options.out, planned, reduced, options.limit, since_start(), options.resume)
+        prepared: list[str] = []
+        prepare(options.wheel, options.out, reduced, max(1.0, 0.6 * options.limit - since_start()), prepared.append)
+        print("\n".join(prepared), flush=True)
+        spent, notes = since_start(), tuple(prepared)
+        return run(options.out, planned, reduced, options.limit, spent, options.resume, prepared=notes)
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         parser.error(str(error))
 

@@ -28,7 +28,8 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-KIT = ROOT / ".gpu-kit"
+KIT = ROOT / ".gpu-kit"  # all of it travels
+WORK = ROOT / "build" / "gpu-kit"
 CAPABILITY = 90
 MOST_BYTES = 60 << 20  # the machine takes 64 MiB, the sources among them
 EXTENSION, CACHE, KEY = "_cuda.abi3.so", "triton-cache.tar.xz", "kit.json"
@@ -110,16 +111,26 @@ def entries(folder: Path) -> int:
 
 @contextlib.contextmanager
 def compiling(capability: int = CAPABILITY) -> Iterator[Any]:
-    """Within it backend="triton" takes CPU tensors, compiles for a GPU of that capability and builds the launchers."""
+    """Within it backend="triton" takes CPU tensors, compiles for a GPU of that capability and builds the launchers. The
+    entries of Triton's cache that are used, made before or not, get the present time."""
+    from triton import knobs
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import build
 
     from .fake_gpu import fake_driver
 
+    def kernel(*, metadata_group: dict[str, str], **_: Any) -> None:
+        os.utime(Path(next(iter(metadata_group.values()))).parent)
+
+    def load(name: str, path: str) -> mock.MagicMock:
+        os.utime(Path(path).parent)
+        return mock.MagicMock()  # there is no driver to load it for
+
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(nvidia, "library_dirs", return_value=[nvidia.libdevice_dir, folder]),
-        mock.patch.object(build, "_load_module_from_path", mock.MagicMock()),  # there is no driver to load them for
+        mock.patch.object(build, "_load_module_from_path", load),
+        mock.patch.object(knobs.compilation, "listener", kernel),
         fake_driver(capability) as driver,
     ):
         # An empty library of the driver's name, which what is built here is linked with.
@@ -192,7 +203,9 @@ def suite_calls(groups: tuple[str, ...] = ()) -> list[Call]:
     for case in small.PAPER:
         for dtype in (fp32, bf16):
             add_case("small", case, dtype)
-    return [call for call in found if not groups or call.group in groups]
+    if groups:  # in their order
+        return [call for group in groups for call in found if call.group == group]
+    return found
 
 
 def _timed(group: str, dtypes: tuple[str, ...]) -> list[Call]:
@@ -251,14 +264,15 @@ def compile_calls(shard: int, shards: int, most: int | None, cache: Path) -> Non
 
 def pack(kit: Path, shards: int, most: int | None = None) -> int:
     """Compiles, packs, writes the key -> how many calls failed. RuntimeError for a kit that is too large to travel."""
-    cache = kit / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = WORK / "cache"
+    for folder in (kit, cache):
+        folder.mkdir(parents=True, exist_ok=True)
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1", "PYTHONPATH": str(ROOT)}
-    began, failed = time.monotonic(), 0
-    command = [sys.executable, "-m", "benchmarks.gpu_kit", "--kit", str(kit), "--shards", str(shards)]
+    began, failed = time.time(), 0
+    command = [sys.executable, "-m", "benchmarks.gpu_kit", "--shards", str(shards)]
     command += [] if most is None else ["--calls", str(most)]
-    logs = [(kit / f"shard-{number}.log").open("w+") for number in range(shards)]
+    logs = [(WORK / f"shard-{number}.log").open("w+") for number in range(shards)]
     running = [
         subprocess.Popen(
             [*command, "--shard", str(number)], env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
@@ -271,11 +285,12 @@ def pack(kit: Path, shards: int, most: int | None = None) -> int:
         lines = [line for line in log.read().splitlines() if line.startswith("FAILED") or code]
         print("\n".join(lines[-30:]), flush=True)
         failed += len(lines)
+    used = [folder for folder in sorted(cache.iterdir()) if folder.is_dir() and folder.stat().st_mtime >= began - 1]
     with tarfile.open(kit / CACHE, "w:xz", preset=6) as archive:
-        for file in sorted(cache.glob("*/*")):
-            if file.suffix != ".lock":
-                archive.add(file, file.relative_to(cache))
-    made = {**key(), "capability": CAPABILITY, "entries": entries(cache), "seconds": round(time.monotonic() - began)}
+        for folder in used:
+            archive.add(folder, folder.name)
+    kernels = sum(any(folder.glob("*.cubin")) for folder in used)
+    made = {**key(), "capability": CAPABILITY, "entries": kernels, "seconds": round(time.time() - began)}
     (kit / KEY).write_text(json.dumps(made, indent=1) + "\n")
     size = sum((kit / name).stat().st_size for name in (EXTENSION, CACHE, KEY) if (kit / name).exists())
     print(f"{kit}: {made['entries']} Triton kernels, {size / 2**20:.1f} MiB, {made['seconds']} s")
@@ -292,7 +307,7 @@ def main() -> int:
     parser.add_argument("--shard", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.shard is not None:
-        compile_calls(options.shard, options.shards, options.calls, options.kit / "cache")
+        compile_calls(options.shard, options.shards, options.calls, WORK / "cache")
         return 0
     return 1 if pack(options.kit.resolve(), options.shards, options.calls) else 0
 

@@ -43,9 +43,7 @@ class Record:
         self.parent = os.getppid()
 
     def write(self, **entry: object) -> None:
-        from . import results
-
-        line = json.dumps(results.finite({"part": self.part, **entry}), default=results._plain) + "\n"
+        line = json.dumps({"part": self.part, **entry}, default=lambda value: value.tolist()) + "\n"
         with self.file.open("ab") as stream:
             stream.write(line.encode())  # one write: parts that run side by side share the file
 

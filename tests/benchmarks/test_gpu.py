@@ -101,7 +101,7 @@ def test_what_hangs_ends_with_its_part_and_is_done_again_by_a_resumed_run(tmp_pa
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 1.0)
     hangs = "import time\ndef test_a(): pass\ndef test_b(): time.sleep(600)\ndef test_c(): pass\n"
     began = time.monotonic()
-    code, document, _ = run(tmp_path, part_of(tmp_path, hangs), limit=100 + 16, spent=100)
+    code, document, _ = run(tmp_path, part_of(tmp_path, hangs), limit=100 + 24, spent=100)
     assert time.monotonic() - began < 60
     assert code == 1
     assert outcomes(document) == {"test_a": "ok"}
@@ -119,6 +119,11 @@ def test_what_hangs_ends_with_its_part_and_is_done_again_by_a_resumed_run(tmp_pa
     )
     assert code == 0
     assert outcomes(document) == {"test_a": "ok", "test_b": "ok", "test_c": "ok"}
+    # Another command adds its part to them: so the sanitizers' verdicts come beside the rest.
+    code, document, _ = run(tmp_path, part_of(tmp_path, "def test_a(): pass", name="another"), former=tmp_path / "out")
+    assert code == 0
+    assert {part["name"]: part["status"] for part in document["parts"]} == {"stand-in": "ok", "another": "ok"}
+    assert len(document["checks"]) == 4
 
 
 def test_a_run_of_other_code_is_not_gone_on_with(tmp_path, monkeypatch):
@@ -173,7 +178,11 @@ def test_a_suite_that_is_killed_leaves_what_it_had(tmp_path, how):
             "report.html",
             "table.md",
         ]
-    time.sleep(1)
+    if how == "SIGKILL":  # the part's process finds out by itself
+        until = time.monotonic() + 60
+        while '"ended": "late"' not in items.read_text():
+            assert time.monotonic() < until
+            time.sleep(0.1)
     before = items.read_text()
     time.sleep(0.5)
     assert items.read_text() == before

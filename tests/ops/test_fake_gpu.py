@@ -1,6 +1,9 @@
 """What a GPU would meet before its first kernel, met here: the GPU branch of the choice of a backend, eager and under
 torch.compile, and every operation's plan, arguments and compilation down to a cubin for sm_90.
 
+A case an operation, on whatever PyTorch is there. `make gpu-rehearsal` walks every case of the GPU suite, gradients on
+CUDA tensors among them, for which it needs PyTorch's CUDA build and a Triton of a GPU machine: several GB to download.
+
 Each test is a process of its own: the others of this suite have their kernels interpreted, and these must not be."""
 
 import json
