@@ -74,7 +74,8 @@ def test_files_are_renamed_in_one_place():
     found = []
     for folder in ("retro_kernels", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
+            text = path.read_text()
+            for node in ast.walk(ast.parse(text)) if "os.re" in text else ():
                 if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.replace", "os.rename"):
                     found.append(path.relative_to(ROOT).as_posix())
     assert found == ["retro_kernels/files.py"]
