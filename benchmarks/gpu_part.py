@@ -165,6 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--function", metavar="MODULE:NAME", help="instead of tests: is given the record")
     parser.add_argument("tests", nargs="*", help="what pytest is given")
     options = parser.parse_args(arguments)
+    if "retrieval" in options.part:
+        # Before torch: where torch's C++ library is in the process, index_factory of FAISS's build for CUDA 13 fails.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("faiss")
     done = set(json.loads(options.done.read_text())) if options.done else set()
     record = Record(options.file, options.part, options.seconds, done, options.reduced)
     how, detail = DONE, ""

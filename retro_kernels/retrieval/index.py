@@ -447,6 +447,12 @@ class _Builder:
         try:
             index = self.faiss.index_factory(self.dim, self.choice.spec, self.faiss.METRIC_L2)
         except RuntimeError as error:
+            if "bad_cast" in str(error):
+                raise DatabaseError(
+                    f"index: this build of FAISS ({self.faiss.__version__}) makes no index in a process that has "
+                    "loaded torch before it (std::bad_cast): `import faiss` before torch and retro_kernels, or install "
+                    "another build of FAISS"
+                ) from None
             raise DatabaseError(
                 f"index: FAISS refuses {self.choice.spec!r} for embeddings of {self.dim} numbers ({_last_line(error)})"
             ) from None

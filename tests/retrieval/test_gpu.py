@@ -207,6 +207,19 @@ def test_what_has_no_gpu_code_is_refused(tmp_path, keys, fake):
         open_index(database, device="cuda")
 
 
+def test_a_faiss_that_came_after_torch_says_what_to_do(folder, monkeypatch):
+    """As `faiss-cuda` 1.14.1 was seen to fail, on a machine without a GPU."""
+    faiss = FakeFaiss(pytest.importorskip("faiss"))
+
+    def factory(*_):
+        raise RuntimeError("C++ exception std::bad_cast")
+
+    faiss.index_factory = factory
+    monkeypatch.setattr(index_module, "import_faiss", lambda: faiss)
+    with pytest.raises(DatabaseError, match=r"index: .* `import faiss` before torch"):
+        build_index(Database(folder), "IVF64,SQ8")
+
+
 def test_more_keys_than_faiss_finds_on_a_gpu_are_refused_and_not_asked_for(tmp_path, fake, monkeypatch):
     """A retriever asks for no more either, and a rerank looks at fewer candidates."""
     monkeypatch.setattr(index_module, "GPU_LARGEST_K", 40)
