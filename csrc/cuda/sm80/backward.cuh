@@ -41,8 +41,14 @@ RK_DEVICE void zero_rows(uint16_t* data, const Places& places, int first, int la
 }
 
 // ONE_BLOCK: no group has more than ROWS rows, and no two query heads share keys.
+//
+// Two blocks share a multiprocessor, so that one computes while the other waits at its barriers or for its copies. Of a
+// thread's 128 registers at most 64 may then hold sums while scores, which take 32, are made: so values are stored before
+// the keys' sum begins where there is one block of rows, and where there are several, sums over tiles and sums over blocks
+// are never under way at once. Heads of 128 in several blocks do not fit into 128 registers. (128 rows of more than 64
+// take too much of an A100's shared memory for two; newer GPUs have more.)
 template <class T, int DIM, int ROWS, int KEYS, bool ONE_BLOCK>
-RK_KERNEL(256, DIM == 64 ? 2 : 1)
+RK_KERNEL(256, DIM < 128 || (ONE_BLOCK && ROWS == 64) ? 2 : 1)
 attention_backward(RK_PARAMETER Problem p) {
   using Shape = BackwardShape<DIM, ROWS, KEYS>;
   constexpr int kThreads = Shape::kThreads, kScoreTiles = KEYS / Shape::kKeySplits / 8;
@@ -66,7 +72,7 @@ attention_backward(RK_PARAMETER Problem p) {
     return tile;
   };
   const int first_tile = following(0);
-  const bool one_tile = following(first_tile + 1) >= tiles, sweeps = blocks > 1 && !one_tile;
+  const bool sweeps = !ONE_BLOCK && following(first_tile + 1) < tiles;
 
   const Places grad_key = slot_places(p, g, p.grad_key_stride, kv_head);
   const Places grad_value = slot_places(p, g, p.grad_value_stride, kv_head);
@@ -133,13 +139,15 @@ attention_backward(RK_PARAMETER Problem p) {
     multiply<T, DIM, 2>(
         grad, [&](uint32_t(&a)[4], int k) { load_a<DIM>(a, Shape::kGradOut, row, k); },
         [&](uint32_t(&b)[4], int k, int n) { load_b_transposed<DIM>(b, Shape::kValue, k, first_key + n); });
+    int lane = lane_index();
+    if (DIM > 64) renew(lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int y = row + lane_index() / 4 + 8 * half;
+      const int y = row + lane / 4 + 8 * half;
       const float shift = shared_pointer<const float>(Shape::kShift)[y];
       const float delta = shared_pointer<const float>(Shape::kDelta)[y];
       static_assert(KEYS / Shape::kKeySplits <= 32, "a warp's slots have a bit each");
-      const auto bits = static_cast<uint32_t>(visible(tile) >> (first_key + lane_index() % 4 * 2));
+      const auto bits = static_cast<uint32_t>(visible(tile) >> (first_key + lane % 4 * 2));
       const uint32_t seen = shift == kNothing ? 0 : bits;
 #pragma unroll
       for (int n = 0; n < kScoreTiles; ++n) {
@@ -150,7 +158,7 @@ attention_backward(RK_PARAMETER Problem p) {
           w[e] = seen >> (8 * n + e) & 1 ? weight : 0.0f;
           d[e] = w[e] * (grad[n][2 * half + e] - delta);
         }
-        const int x = first_key + 8 * n + lane_index() % 4 * 2;
+        const int x = first_key + 8 * n + lane % 4 * 2;
         if (weights_too) *shared_pointer<uint32_t>(Shape::Square::pair(Shape::kWeights, y, x)) = pack(T(), w[0], w[1]);
         *shared_pointer<uint32_t>(Shape::Square::pair(Shape::kGradScores, y, x)) = pack(T(), d[0], d[1]);
       }
@@ -174,6 +182,21 @@ attention_backward(RK_PARAMETER Problem p) {
       to[half] = p.grad_query + places.at(i) + split * kQueryColumns;
     }
     store_rows<T>(grad_rows, factor, to, wanted);
+  };
+
+  // The gradient of the tile's keys or values, of which `sums` has this warp's part.
+  const auto store_slots = [&](int tile, float(&sums)[kKeyColumns / 8][4], float by, uint16_t* data, const Places& places) {
+    const float factor[2] = {by, by};
+    uint16_t* to[2];
+    bool wanted[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int slot = tile * KEYS + my_key + lane_index() / 4 + 8 * half;
+      wanted[half] = slot < g.slots;
+      if (p.mask && !(visible(tile) >> (slot % KEYS) & 1)) clear_row(sums, half);
+      to[half] = data + (wanted[half] ? places.at(slot) : 0) + my_column;
+    }
+    store_rows<T>(sums, factor, to, wanted);
   };
 
   if (sweeps)
@@ -213,7 +236,7 @@ attention_backward(RK_PARAMETER Problem p) {
     }
     const int next = following(tile + 1);
     float grad_keys[kKeyColumns / 8][4], grad_values[kKeyColumns / 8][4];
-    clear(grad_keys);
+    if (!ONE_BLOCK) clear(grad_keys);
     clear(grad_values);
     for (int block = 0; block < blocks; ++block) {
       const bool fresh = block != loaded;
@@ -234,9 +257,9 @@ attention_backward(RK_PARAMETER Problem p) {
       const bool ahead = block == blocks - 1 && next < tiles;  // values, then keys, are free for the next tile
       if (ahead) start_keys(next, Shape::kValue, p.value, value);
       if (!sweeps) {
-        if (tile == first_tile) clear(grad_rows);
+        if (!ONE_BLOCK || tile == first_tile) clear(grad_rows);
         add_grad_rows();
-        if (one_tile || next >= tiles) store_grad_rows(block);
+        if (!ONE_BLOCK || next >= tiles) store_grad_rows(block);
       }
       if (ahead) {
         block_barrier();
@@ -246,23 +269,16 @@ attention_backward(RK_PARAMETER Problem p) {
       multiply<T, ROWS, 2>(
           grad_values, [&](uint32_t(&a)[4], int k) { load_a_transposed<KEYS>(a, Shape::kWeights, my_key, k); },
           [&](uint32_t(&b)[4], int k, int n) { load_b<DIM>(b, Shape::kGradOut, k, my_column + n); });
+      if (ONE_BLOCK) {
+        store_slots(tile, grad_values, 1.0f, p.grad_value, grad_value);
+        clear(grad_keys);
+      }
       multiply<T, ROWS, 2>(
           grad_keys, [&](uint32_t(&a)[4], int k) { load_a_transposed<KEYS>(a, Shape::kGradScores, my_key, k); },
           [&](uint32_t(&b)[4], int k, int n) { load_b<DIM>(b, Shape::kQuery, k, my_column + n); });
     }
-    const float one[2] = {1.0f, 1.0f}, scale[2] = {p.scale, p.scale};
-    uint16_t *to_key[2], *to_value[2];
-    bool wanted[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int slot = tile * KEYS + my_key + lane_index() / 4 + 8 * half;
-      wanted[half] = slot < g.slots;
-      if (p.mask && !(visible(tile) >> (slot % KEYS) & 1)) clear_row(grad_keys, half), clear_row(grad_values, half);
-      to_key[half] = p.grad_key + (wanted[half] ? grad_key.at(slot) : 0) + my_column;
-      to_value[half] = p.grad_value + (wanted[half] ? grad_value.at(slot) : 0) + my_column;
-    }
-    store_rows<T>(grad_values, one, to_value, wanted);
-    store_rows<T>(grad_keys, scale, to_key, wanted);
+    if (!ONE_BLOCK) store_slots(tile, grad_values, 1.0f, p.grad_value, grad_value);
+    store_slots(tile, grad_keys, p.scale, p.grad_key, grad_key);
   }
 }
 

@@ -29,6 +29,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[3] / "csrc"))  # as pytest's settings have it
 import emulator
 
 TABLE = Path(__file__).with_suffix(".json")

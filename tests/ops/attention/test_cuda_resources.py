@@ -7,6 +7,7 @@ hash; one file of them is compiled anew in every run where there is an nvcc.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import cuda_resources
@@ -41,6 +42,24 @@ def test_nothing_spills_and_all_fits(committed):
                 assert costs["stack"] == 0, label
                 assert costs["registers"] <= 255, label
                 assert costs["shared"] <= cuda_resources.LARGEST_SHARED[architecture], label
+
+
+# Of a multiprocessor: registers, which a warp takes in units of 256, and bytes of shared memory, of which a block takes
+# a KiB more than it asks for (CUDA Programming Guide, compute capabilities).
+REGISTERS, SHARED = 65536, {"sm_80": 164 << 10, "sm_90a": 228 << 10, "sm_100": 228 << 10}
+BACKWARD = re.compile(r"attention_backward<(?:BFloat16|Float16), (\d+), (\d+), \d+, (true|false)>")
+
+
+def test_two_blocks_of_the_backward_share_a_multiprocessor(committed):
+    """But for heads of 128 in several blocks of rows, and what fills an A100's shared memory."""
+    for architecture, shared in SHARED.items():
+        for name, costs in committed["sm80/backward.cu"][architecture].items():
+            dim, rows, one_block = BACKWARD.fullmatch(name).groups()
+            alone = (dim, one_block) == ("128", "false") or (int(dim) > 64 and rows == "128" and shared < 200 << 10)
+            alone = alone or (dim, rows) == ("128", "128")
+            by_registers = REGISTERS // (8 * 256 * -(-costs["registers"] * 32 // 256))
+            by_shared = shared // (costs["shared"] + 1024)
+            assert min(by_registers, by_shared) >= (1 if alone else 2), f"{architecture} {name}: {costs}"
 
 
 def test_the_machine_code_has_what_it_must_and_nothing_that_stalls(committed):
