@@ -142,7 +142,10 @@ def main() -> None:
         print(f"{name:<38} {figure:8.1f} us", flush=True)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
-            document = {"environment": environment.collect(torch.device(arguments.device)), "microseconds": figures}
+            document = {
+                "environment": environment.collect(torch.device(arguments.device)),
+                "microseconds": figures,
+            }
             json.dump(document, file, indent=1)
 
 

@@ -399,7 +399,9 @@ def _run(
     chosen = backends.choose(backends.DECODING, call, backend)
     module = backends.DECODING[chosen]
     if signature is not None and chosen in plans.REMEMBERED:
-        plans.keep(signature, _Plan(module, call, given, synchronise))
+        plan = _Plan(module, call, given, synchronise)
+        plans.keep(signature, plan)
+        return plan(given)
     with without_autocast(call.query):
         if chosen == "reference":
             return module.attend(call)

@@ -142,7 +142,7 @@ def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
                 launch()
             out.copy_(wide)
             return out, lse
-        kept, settled = call.memory or {}, not configs._override
+        kept, settled = {} if call.memory is None else call.memory, not configs._override
         settings = kept.get("settings") if settled else None
         scratch = _scratch(call, settings or _choose(call))
         if settings is None or not launched(call, "decode", {"out": out, "lse": lse, **scratch}):
