@@ -68,7 +68,7 @@ _S = LaunchSettings
 
 # (kind, precision, generation or None for any) -> width -> settings at 64 rows without and with options. Spills,
 # registers and shared memory of what was compiled are listed in tests/ops/attention/compiled_settings.json, made by
-# aot.py beside it: not all is, and what is not may spill. No speed has been measured on a GPU.
+# aot.py beside it, whose `PART` says what that is: not all, and what is not may spill. No GPU has measured a speed.
 _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None, LaunchSettings | None]]] = {
     # 64 x 64: 2 or 3 programs share a multiprocessor; at 128 wide 3 stages spill 64 bytes where causal
     ("forward", "half", 90): {
@@ -217,6 +217,10 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
 # a smaller tile, or None, the next form. (kind, precision, generation, width, features with or without dropout)
 _BEFORE_3_9: dict[tuple[str, str, int, int, str], LaunchSettings | None] = {
     ("forward", "half", 80, 64, "plain"): _S(64, 64, 4, 2),  # 3 stages spill 8 bytes
+    ("forward", "half", 80, 64, "relative"): _S(32, 32, 4, 3),  # 2 stages spill 8 bytes
+    ("backward_bias", "half", 90, 64, "relative"): _S(64, 32, 8, 1),  # 64 keys spill 104 bytes in the encoder
+    ("backward_bias", "half", 100, 128, "options"): _S(16, 32, 8, 1),  # 64 x 64 spills 72 bytes, 32 x 64 160
+    ("backward", "half", 100, 128, "relative"): _S(64, 16, 8, 1),  # 32 keys spill 32 bytes
     # one pass spills 96 to 296 bytes in every tile, and 64 rows of the queries 8 to 88
     ("backward", "half", 90, 64, "relative"): None,
     ("backward_queries", "half", 90, 64, "relative"): _S(32, 64, 8, 1),
@@ -293,13 +297,17 @@ def rule(
             return None
         if small is not None:
             return replace(small, block_rows=min(small.block_rows, power_of_two(rows)))
-    if (kind, precision, generation, size) == ("forward", "half", 100, 128) and features.startswith("relative"):
-        return _S(min(64, power_of_two(rows)), 32, 8, 1)  # 114 registers
-    if features.startswith("relative") and generation == 90 and precision == "half" and size == 64:
-        # Two programs share a multiprocessor: 104 KB each, where 64 keys take 128. Going back 64 keys spill 16 bytes.
+    if features.startswith("relative") and generation == 100 and precision == "half" and size == 128:
+        if kind == "forward":
+            return _S(min(64, power_of_two(rows)), 32, 8, 1)  # 114 registers
+        if kind == "backward_bias":
+            return _S(min(16, power_of_two(rows)), 64, 8, 1)  # 64 x 64 spills 16 bytes, 32 x 64 272
+    if features.startswith("relative") and generation >= 90 and precision == "half" and size == 64:
+        # Two programs share a multiprocessor: 104 KB each, where 64 keys take 128, and on sm_100 spill 40 bytes. Going
+        # back on sm_90 64 keys spill 16 bytes.
         if kind == "forward":
             return _S(min(64, power_of_two(rows)), 32, 4, 2)
-        if kind == "backward" and rows <= 64:
+        if kind == "backward" and generation == 90 and rows <= 64:
             return _S(min(64, power_of_two(rows)), 32, 8, 1)
     by_width = _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
     found = by_width.get(size, (None, None))[options]

@@ -1,12 +1,13 @@
 """Compiles the Triton kernels ahead of time, without a GPU, under the launch settings that `configs.py` ships.
 
     python tests/ops/attention/aot.py [--seconds S] [PATTERN ...]  # what the table lacks, into compiled_settings.json
-    python tests/ops/attention/aot.py --list ID ...                # only these, as JSON on the standard output
+    python tests/ops/attention/aot.py --list ID ...  # only these, as JSON on the standard output (ID throughout: of
+                                                     # sm_89, by Triton and not from sm_86's PTX)
 
-The table has a part for each version of Triton; an entry is kept while the kernels' source and its setting are what
-they were, so that a run that was cut short goes on. It must run without TRITON_INTERPRET, and once with each version
-(`VERSIONS`): another version's environment needs this one's packages on its path. An identifier is target, kind of
-launch, shape (`SHAPES`), dtype, width of the head, features (`configs.FEATURES`), and perhaps `long`: 64-bit offsets.
+An entry of the table is kept while the kernels' code and its setting are what they were, so that a run that was cut
+short goes on. It must run without TRITON_INTERPRET, and once with each version (`VERSIONS`): another version's
+environment needs this one's packages on its path. An identifier is target, kind of launch, shape (`SHAPES`), dtype,
+width of the head, features (`FEATURES`), and perhaps `long`, 64-bit offsets, or `rows16`, a stride of 16.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -35,11 +39,12 @@ VERSIONS = ("3.6.0", "3.9.0")  # of torch 2.11, the oldest supported, and the ne
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Bytes a program. sm_80's own is 163 KB, but its settings serve the others.
 SHARED_LIMIT = {**dict.fromkeys((80, 86, 89, 120), 99 * 1024), 90: 227 * 1024, 100: 227 * 1024}
+SAME_PTX = {89: 86}  # Triton makes the same PTX for both, and ptxas another machine code
 TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
                 torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
 
 # Groupings at the paper's sizes: chunked cross-attention, the same packed, encoder self-attention, encoder
-# cross-attention, a decoder's packed self-attention; `wide` ones are beyond one tile.
+# cross-attention, a decoder's packed self-attention.
 SHAPES = ("clock", "packed", "neighbour", "chunk", "causal")
 SHIPPED = {
     "forward": ("clock", "neighbour", "chunk", "causal"),
@@ -56,62 +61,84 @@ SHIPPED = {
 # The encoder's shapes take two launches only where the one that stands before them does not fit.
 ONE_LAUNCH = {"neighbour": "backward_sweeps", "chunk": "backward_shared"}
 ROWS = {"backward_rows": 128, "backward_sweeps": 256}
-EXTRA = (
-    *(f"sm_{sm} {kind} {shape} fp16 64 plain" for sm in (90,)
-      for kind, shape in (("forward", "clock"), ("backward", "clock"), ("backward_shared", "chunk"))),
-    *(f"sm_{sm} {kind} {shape} bf16 64 plain long" for sm in (90,)
-      for kind, shape in (("forward", "clock"), ("backward", "clock"), ("backward_shared", "chunk"))),
-)  # fmt: skip
 
-# What is known to fall short: bytes of stack a thread that may spill.
+
+class Options(NamedTuple):
+    """Which options a call has, and by which of `configs.FEATURES` its setting is chosen."""
+
+    chosen_by: str
+    bias: bool = False
+    rotary: bool = False
+    null: bool = False
+    relative: bool = False
+    dropout: bool = False
+
+
+FEATURES = {
+    "plain": Options("plain"),
+    "bias": Options("options", bias=True),
+    "rotary": Options("options", rotary=True),
+    "options": Options("options", bias=True, rotary=True, null=True),
+    "options_dropout": Options("options_dropout", bias=True, rotary=True, null=True, dropout=True),
+    "distances": Options("relative", relative=True),  # the paper's relative positions
+    "relative": Options("relative", bias=True, null=True, relative=True),
+    "relative_dropout": Options("relative_dropout", bias=True, null=True, relative=True, dropout=True),
+}
+HEAVIEST = ("plain", "options_dropout", "relative_dropout")  # of every class of settings
+
+# Bytes of stack a thread that what is known to fall short may spill, in one version of Triton at least.
 MAY_SPILL = {
-    "sm_90 backward_relative clock bf16 128 relative": 40,
-    "sm_90 backward_relative chunk bf16 128 relative": 48,
-    "sm_90 backward_relative causal bf16 128 relative": 48,
+    r"sm_\d+ backward_relative \w+ bf16 128 \w+": 64,  # every other tile spills more
+    "sm_80 backward clock bf16 128 options": 16,  # all options at once: neither a bias nor rotary tables alone
+    # ptxas' own choice, for more programs at a time: 80 and 128 registers are far from 255
+    "sm_100 backward_keys clock bf16 64 plain": 8,
+    "sm_100 backward_(queries|keys) clock bf16 128 options": 8,
 }
 
 
-def all_by_wgmma(kind: str, width: str, features: str) -> bool:
-    """Whether sm_90 multiplies by WGMMA throughout. Relative positions, whose run of distances and its products stand
-    beside the tile, and rotary tables at 128 wide leave room for tiles below a WGMMA's 64 rows only, going back."""
-    if kind == "backward_null":
+def all_by_wgmma(kind: str, settings: configs.LaunchSettings) -> bool:
+    """Whether sm_90 multiplies by WGMMA throughout: a WGMMA makes at least 64 rows of a product, which are rows or keys
+    of the tile by what a kernel sums, and both where it makes all gradients."""
+    rows, keys = settings.block_rows >= 64, settings.block_keys >= 64
+    by_kind = {"forward": rows, "backward_queries": rows, "backward_bias": rows, "backward_keys": keys}
+    if kind in ("backward_relative", "backward_null"):  # tiles of 16, and no product
         return False
-    return kind == "forward" or features == "plain" or (width == "64" and features == "options")
+    return by_kind.get(kind, rows and keys)
+
+
+def below_wgmma(version: str) -> set[str]:
+    """Of bf16 in chunked cross-attention on sm_90, the kinds, widths and features that do not."""
+    chosen = product((90,), CLOCK, ("bf16",), (64, 128), ("plain", "options", "relative"), version)
+    others = ("backward_null", "backward_relative")  # which never do
+    found = {
+        x for x in chosen if x.split()[1] not in others and not all_by_wgmma(x.split()[1], settings_of(x, version))
+    }
+    return {" ".join(x.split()[i] for i in (1, 4, 5)) for x in found}
 
 
 def settings_of(identifier: str, version: str | None = None) -> configs.LaunchSettings | None:
     """Of a version of Triton, by default the one installed."""
-    target, kind, _, dtype, width, features = identifier.split()[:6]
-    rows = ROWS.get(kind, 64)
+    target, kind, _, dtype, width, features, *others = identifier.split()
+    rows = 16 if "rows16" in others else ROWS.get(kind, 64)
     kind = "backward" if kind == "backward_rows" else kind
     numbers = None if version is None else tuple(map(int, version.split(".")[:2]))
-    return configs.rule(kind, int(target[3:]), DTYPES[dtype], int(width), features, rows, numbers)
+    width = configs.tile_width(int(width), int(width), 0)
+    return configs.rule(kind, int(target[3:]), DTYPES[dtype], width, FEATURES[features].chosen_by, rows, numbers)
 
 
-# What is compiled, in the order of importance: targets, shapes, dtypes, widths, features.
-CLOCKS = ("clock",)
-PART = (
-    ((90,), CLOCKS, ("bf16",), (64, 128), ("plain", "options", "relative")),
-    ((80, 100), CLOCKS, ("bf16",), (64, 128), ("plain", "options", "relative")),
-    ((90,), SHAPES, ("bf16",), (64, 128), ("plain", "relative")),
-    ((90,), CLOCKS, ("bf16",), (64, 128), ("options_dropout", "relative_dropout")),
-    ((80, 100), SHAPES, ("bf16",), (64,), ("plain",)),
-    ((86, 89, 120), CLOCKS, ("bf16",), (64, 128), ("plain", "relative")),
-    ((80, 90), CLOCKS, ("fp32",), (64, 128), ("plain",)),
-    ((80, 90, 100), CLOCKS, ("bf16",), (256,), ("plain",)),
-    ((90,), CLOCKS, ("fp16",), (64,), ("plain",)),
-)
+CLOCK = ("clock",)
+# What is compiled: targets, shapes, dtypes, widths, features.
+PART = (((90, 80, 100), CLOCK, ("bf16",), (64, 128), ("plain", "distances", "options", "relative")),)
 
 
 def identifiers(version: str | None = None) -> list[str]:
-    """What is compiled of what a version may choose. (`universe` counts all of that.)"""
-    found = [identifier for part in PART for identifier in product(*part, version)]
-    return list(dict.fromkeys((*found, *EXTRA)))
+    """What is compiled of what a version may choose."""
+    return list(dict.fromkeys(x for part in PART for x in product(*part, version)))
 
 
 def universe(version: str | None = None) -> list[str]:
-    """All that a version may choose, 64-bit offsets apart."""
-    return product(tuple(SHARED_LIMIT), SHAPES, tuple(DTYPES), (64, 128, 256), configs.FEATURES, version)
+    """All that a version may choose at the paper's sizes, 64-bit offsets apart."""
+    return product(tuple(SHARED_LIMIT), SHAPES, tuple(DTYPES), (64, 128, 256), tuple(FEATURES), version)
 
 
 def product(targets, shapes, dtypes, widths, features, version: str | None) -> list[str]:
@@ -130,22 +157,22 @@ def product(targets, shapes, dtypes, widths, features, version: str | None) -> l
 
 
 def applies(kind: str, shape: str, features: str) -> bool:
-    if kind in ("backward_bias", "backward_null") and features == "plain":
-        return False
-    if shape == "packed" and features != "plain":  # spans change nothing but two loads
-        return False
-    return kind != "backward_relative" or features.startswith("relative")
+    options = FEATURES[features]
+    if shape == "packed":  # spans change nothing but two loads
+        return features == "plain"
+    needed = {"backward_bias": options.bias, "backward_null": options.null, "backward_relative": options.relative}
+    return needed.get(kind, True)
 
 
 def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -> tuple[int, backend.Launch]:
-    """The launch at the paper's sizes with a mask; with every option at once that a feature stands for."""
-    target, kind, shape, dtype_name, width, features, *offsets = identifier.split()
-    sm, d, dtype = int(target[3:]), int(width), DTYPES[dtype_name]
+    """The launch at the paper's sizes with a mask."""
+    target, kind, shape, dtype_name, width, features, *others = identifier.split()
+    sm, d, dtype, options = int(target[3:]), int(width), DTYPES[dtype_name], FEATURES[features]
 
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    b, l, k, h, m, r = 2, 4, 2, 16, 64, 128
+    b, l, k, h, m, r = 2, 4, 2, 16, 16 if "rows16" in others else 64, 128
     hk = 4 if kind in ("backward_queries", "backward_keys") else h
     causal, spans, first_visible = shape == "causal", None, None
     if shape in ("clock", "packed"):
@@ -159,21 +186,23 @@ def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -
         grouping, query, key = common.NEIGHBOUR, (b, *lk, rows, h, d), (b, *lk, rows, hk, d)
         first_visible = empty(b, rows, dtype=torch.int32) if causal else None
     slots = key[3]
-    relative, rotary = features.startswith("relative"), features.startswith("options")
-    table = (empty(rows, d // 2, dtype=torch.float32), empty(slots, d // 2, dtype=torch.float32)) if rotary else ()
-    others = relative or rotary
+    table = (empty(rows, d // 2, dtype=torch.float32), empty(slots, d // 2, dtype=torch.float32))
+    query_table, key_table = table if options.rotary else (None, None)
+
+    def where(wanted, *shape, dtype=dtype):
+        return empty(*shape, dtype=dtype) if wanted else None
+
     call = common.Call(
         query=empty(*query), key=empty(*key), value=empty(*key), mask=empty(*key[:4], dtype=torch.bool),
-        attention_bias=empty(h, rows, slots, dtype=torch.float32) if others and not causal else None,
-        relative_key=empty(h, rows + slots - 1, d) if relative else None,
-        content_bias=empty(h, d) if relative else None, relative_bias=empty(h, d) if relative else None,
-        query_cos=table[0] if table else None, query_sin=table[0] if table else None,
-        key_cos=table[1] if table else None, key_sin=table[1] if table else None,
-        null_key=empty(h, d) if others else None, null_value=empty(h, d) if others else None,
+        attention_bias=where(options.bias and not causal, h, rows, slots, dtype=torch.float32),
+        relative_key=where(options.relative, h, rows + slots - 1, d),
+        content_bias=where(options.relative, h, d), relative_bias=where(options.relative, h, d),
+        query_cos=query_table, query_sin=query_table, key_cos=key_table, key_sin=key_table,
+        null_key=where(options.null, h, d), null_value=where(options.null, h, d),
         chunk_spans=spans, first_visible=first_visible,
-        dropout_seed=empty(1, dtype=torch.int64) if features.endswith("dropout") else None,
+        dropout_seed=where(options.dropout, 1, dtype=torch.int64),
         grouping=grouping, causal=causal, rotary_interleaved=False, scale=d**-0.5,
-        dropout_p=0.1 if features.endswith("dropout") else 0.0, stride=stride,
+        dropout_p=0.1 if options.dropout else 0.0, stride=stride,
         first_token=m - 1 if grouping == common.CLOCK else 0,
     )  # fmt: skip
     out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
@@ -188,7 +217,7 @@ def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -
     passes = backend.backward_kinds if kind in parameters else lambda _: (name,)
     with (
         configs.override(**{name: settings}),
-        mock.patch.object(backend, "_needs_long_offsets", return_value=bool(offsets)),
+        mock.patch.object(backend, "_needs_long_offsets", return_value="long" in others),
         mock.patch.object(backend, "backward_kinds", passes),
     ):
         if kind == "forward":
@@ -210,6 +239,11 @@ def in_words(settings: configs.LaunchSettings) -> str:
     return tile if settings.precision == "ieee" else f"{tile}, {settings.precision}"
 
 
+def from_words(words: str) -> configs.LaunchSettings:
+    """What `in_words` put in words."""
+    return configs.LaunchSettings(*map(int, re.findall(r"\d+", words)[:4]))
+
+
 def compile_launch(identifier: str, settings: configs.LaunchSettings | None = None) -> dict[str, object]:
     sm, launch = launch_of(identifier, settings)
     return {"settings": in_words(launch.settings), **machine_code(sm, launch)}
@@ -219,7 +253,7 @@ def machine_code(sm: int, launch: backend.Launch) -> dict[str, object]:
     """Registers, stack and shared memory of a launch's machine code, and which instructions are in it."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
 
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
@@ -236,16 +270,20 @@ def machine_code(sm: int, launch: backend.Launch) -> dict[str, object]:
             attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", sm, 32),
+        target=GPUTarget("cuda", SAME_PTX.get(sm, sm), 32),
         options=launch.options(),
     )
+    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    if sm in SAME_PTX:
+        ptx = ptx.replace(f".target sm_{SAME_PTX[sm]}", f".target sm_{sm}")
+        compiler = make_backend(GPUTarget("cuda", sm, 32))
+        cubin = compiler.make_cubin(ptx, {}, compiler.parse_options(launch.options()), sm)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
-    ptx = compiled.asm["ptx"]
     return {
         "registers": registers,
         "stack": stack + local,
@@ -271,12 +309,20 @@ def contracted(ptx: str) -> int:
 
 def faults(identifier: str, result: dict) -> list[str]:
     """What the gate forbids."""
-    target, kind, _, dtype, width, features = identifier.split()[:6]
-    found = machine_faults(int(target[3:]), result, MAY_SPILL.get(identifier, 0))
-    whole = result["wgmma"] and not result["mma"]
-    if target == "sm_90" and dtype != "fp32" and all_by_wgmma(kind, width, features) and not whole:
-        found.append(f"not every product is a WGMMA: {result['wgmma']} wgmma and {result['mma']} mma instructions")
+    target, kind, _, dtype, _, features = identifier.split()[:6]
+    found = machine_faults(int(target[3:]), result, may_spill(identifier))
+    whole, counts = bool(result["wgmma"] and not result["mma"]), f"{result['wgmma']} wgmma and {result['mma']} mma"
+    if target == "sm_90" and dtype != "fp32" and whole != all_by_wgmma(kind, from_words(result["settings"])):
+        found.append(f"all_by_wgmma says otherwise of {counts} instructions")
+    if target == "sm_90" and dtype != "fp32" and kind == "forward" and FEATURES[features].relative:
+        threads = 32 * from_words(result["settings"]).num_warps
+        if 2 * (result["shared"] + 1024) > 228 * 1024 or 2 * threads * result["registers"] > 65536:
+            found.append("a multiprocessor has no room for two programs")
     return found
+
+
+def may_spill(identifier: str) -> int:
+    return max((bytes for pattern, bytes in MAY_SPILL.items() if re.fullmatch(pattern, identifier)), default=0)
 
 
 def machine_faults(sm: int, result: dict, may_spill: int = 0) -> list[str]:
@@ -295,27 +341,47 @@ def machine_faults(sm: int, result: dict, may_spill: int = 0) -> list[str]:
 
 
 def kernels_hash() -> str:
-    """Of the kernels' source."""
+    """Of the kernels' code."""
+    return hash_of(backend.SOURCES)
+
+
+@lru_cache
+def hash_of(files: tuple[str, ...]) -> str:
+    """Of the tokens of Python files, comments apart."""
     digest = hashlib.sha256()
-    for file in backend.SOURCES:
-        digest.update(Path(file).read_bytes())
+    for file in files:
+        with tokenize.open(file) as lines:
+            for token in tokenize.generate_tokens(lines.readline):
+                if token.type not in (tokenize.COMMENT, tokenize.NL):
+                    digest.update(f"{token.string}\0".encode())
     return digest.hexdigest()[:16]
 
 
+COLUMNS = ("settings", "registers", "stack", "shared", "atomics", "wgmma", "mma", "contracted")
+
+
 def read(module) -> dict[str, dict[str, dict]]:
-    """By version, what the table of an aot module has of the kernels as they are."""
+    """By version and identifier, what the table of an aot module has of the kernels as they are."""
+    versions: dict[str, dict[str, dict]] = {version: {} for version in VERSIONS}
     content = json.loads(module.TABLE.read_text(encoding="utf-8")) if module.TABLE.exists() else {}
-    return content.get("versions", {}) if content.get("kernels") == module.kernels_hash() else {}
+    if content.get("kernels") == module.kernels_hash():
+        for name, found in content["compiled"].items():
+            for place, row in found.items():
+                version, target = place.split()
+                versions[version][f"{target} {name}"] = dict(zip(COLUMNS, row, strict=True))
+    return versions
 
 
 def write(module, versions: dict[str, dict[str, dict]]) -> None:
-    """One line an entry."""
-    parts = [
-        f' "{version}": {{\n' + ",\n".join(f"  {json.dumps(x)}: {json.dumps(row)}" for x, row in rows.items()) + "\n }"
-        for version, rows in sorted(versions.items())
-    ]
-    start = f'{{"kernels": "{module.kernels_hash()}", "versions": {{\n'
-    module.TABLE.write_text(start + ",\n".join(parts) + "\n}}\n", encoding="utf-8")
+    """A line has what was compiled of one launch: for every version and target its `COLUMNS`."""
+    lines: dict[str, dict[str, list]] = {}
+    for version, rows in versions.items():
+        for identifier, row in rows.items():
+            target, name = identifier.split(maxsplit=1)
+            lines.setdefault(name, {})[f"{version} {target}"] = [row[column] for column in COLUMNS]
+    start = f'{{"kernels": "{module.kernels_hash()}", "columns": {json.dumps(COLUMNS)}, "compiled": {{\n'
+    body = ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(lines.items()))
+    module.TABLE.write_text(f"{start}{body}\n}}}}\n", encoding="utf-8")
 
 
 def main(module, arguments: list[str]) -> int:
@@ -324,15 +390,20 @@ def main(module, arguments: list[str]) -> int:
         print("it must run without TRITON_INTERPRET", file=sys.stderr)
         return 2
     if arguments[:1] == ["--list"]:
-        print(json.dumps({identifier: module.compile_launch(identifier) for identifier in arguments[1:]}))
+        found = {}
+        for identifier in arguments[1:]:
+            with mock.patch.dict(SAME_PTX, clear=identifier.endswith(" throughout")):
+                found[identifier] = module.compile_launch(identifier)
+        print(json.dumps(found))
         return 0
     import triton
 
     limited = arguments[:1] == ["--seconds"]
     end = time.monotonic() + float(arguments[1]) if limited else float("inf")
     patterns = arguments[2 if limited else 0 :] or [".*"]
-    version, wanted = triton.__version__, module.identifiers()
-    for identifier in (x for pattern in patterns for x in wanted if re.fullmatch(pattern, x)):
+    version = triton.__version__
+    wanted = module.identifiers(version)
+    for identifier in dict.fromkeys(x for pattern in patterns for x in wanted if re.fullmatch(pattern, x)):
         if read(module).get(version, {}).get(identifier, {}).get("settings") == module.described(identifier):
             continue
         if time.monotonic() > end:
@@ -341,13 +412,14 @@ def main(module, arguments: list[str]) -> int:
         with open(module.__file__) as lock:  # another version may be compiled at the same time
             fcntl.flock(lock, fcntl.LOCK_EX)
             versions = read(module)
-            rows = {**versions.get(version, {}), identifier: row}
+            rows = {**versions[version], identifier: row}
             write(module, {**versions, version: {name: rows[name] for name in wanted if name in rows}})
-        print(f"{identifier:56} {row['settings']:30} {row['registers']:4} registers {row['shared']:7} shared"
-              f"  {'; '.join(module.faults(identifier, row))}", flush=True)  # fmt: skip
-    rows = read(module).get(version, {})
+        found = module.faults(identifier, row)
+        if found:
+            print(f"{identifier}: {row['settings']}, {row['registers']} registers: {'; '.join(found)}", flush=True)
+    rows = read(module)[version]
     bad = [x for x in rows if module.faults(x, rows[x])]
-    print(f"{version}: {len(rows)} of {len(wanted)} compiled, {len(bad)} fall short: {bad}")
+    print(f"{version}: {len(rows)} of {len(wanted)} compiled, {len(bad)} fall short")
     return 1 if bad else 0
 
 

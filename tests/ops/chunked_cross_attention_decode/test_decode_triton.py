@@ -21,6 +21,7 @@ from retro_kernels.ops.chunked_cross_attention_decode.configs import LaunchSetti
 
 pytest.importorskip("triton")
 
+import aot
 import aot_decode
 
 runs = pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable()))
@@ -203,7 +204,7 @@ class TestMachineCode:
     """No spill, no atomic, shared memory that fits: of every shipped setting in a committed table, which is tied to the
     kernels by a hash, and of a few compiled anew."""
 
-    committed = json.loads(aot_decode.TABLE.read_text(encoding="utf-8"))
+    committed = aot.read(aot_decode)
 
     @pytest.fixture(scope="class")
     def fresh(self):
@@ -213,16 +214,15 @@ class TestMachineCode:
         assert out.returncode == 0, out.stderr
         return json.loads(out.stdout.splitlines()[-1])
 
-    def test_the_committed_table_is_of_these_kernels_and_settings(self):
-        assert self.committed["kernels"] == aot_decode.kernels_hash(), (
-            "the kernels or their launch settings have changed since the table was made: run `python "
-            "tests/ops/chunked_cross_attention_decode/aot_decode.py` without TRITON_INTERPRET and commit the result"
-        )
-        rows = self.committed["versions"]["3.9.0"]
-        assert set(FRESH) <= set(rows) <= set(aot_decode.identifiers())
+    @pytest.mark.parametrize("version", aot.VERSIONS)
+    def test_everything_that_is_listed_is_compiled_as_it_is_chosen(self, version):
+        """An empty table is of other kernels: run aot_decode.py with each Triton, without TRITON_INTERPRET."""
+        rows = self.committed[version]
+        chosen = {x: aot_decode.described(x, version) for x in aot_decode.identifiers(version)}
+        assert {x: row["settings"] for x, row in rows.items()} == chosen
 
     def test_every_setting_passed_the_gate(self):
-        for rows in self.committed["versions"].values():
+        for rows in self.committed.values():
             assert {x: found for x in rows if (found := aot_decode.faults(x, rows[x]))} == {}
 
     @pytest.mark.parametrize("identifier", FRESH)
