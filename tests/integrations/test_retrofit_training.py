@@ -124,3 +124,26 @@ def test_trainer_keeps_the_columns_trains_the_gates_and_saves(tmp_path):
 def columns(trainer):
     trainer._set_signature_columns_if_needed()
     return trainer._signature_columns
+
+
+def test_fsdp_shares_out_the_parts_with_their_layers():
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        models = []
+        for shared in (False, True):
+            model = decoder()
+            rk.retrofit(model, gate=0.0, **SETTINGS)
+            if shared:
+                mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+                for layer in model.model.layers:
+                    distributed.fsdp.fully_shard(layer, mesh=mesh)
+                distributed.fsdp.fully_shard(model, mesh=mesh)
+            out = call(model)
+            out.loss.backward()
+            grads = [part.gate.weight.grad for part in model.retro.parts()]
+            models.append((out.logits, [x.full_tensor() if shared else x for x in grads]))
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close(models[1], models[0])
+    assert all(x.abs().min() > 0 for x in models[0][1])

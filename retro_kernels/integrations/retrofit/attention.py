@@ -20,10 +20,12 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...ops.attention.reference import accumulation_dtype
+from ...ops.neighbour_self_attention import neighbour_self_attention
 
 NAME = "retro_kernels"
 CALL = "retro_kernels_call"
 """The keyword argument that carries the call to the attentions."""
+NARROW = 16
 CLOSED = {"softmax": -torch.inf, "add": 0.0}
 
 
@@ -110,13 +112,10 @@ class RetrofitAttention(nn.Module):
 
     def opening(self) -> torch.Tensor:
         """Whether a head looks at the neighbours: a bool tensor, so that many parts are read at once."""
-        device = next(self.gate.parameters()).device
-        with torch.no_grad():
-            if self.join == "softmax":
-                values = self.gate(torch.zeros(self.num_heads, device=device))
-            else:
-                values = self.gate(torch.ones(self.num_heads, 1, device=device))
-            return (values != CLOSED[self.join]).any()
+        weight = in_use(self.gate).weight.detach()
+        if hasattr(weight, "full_tensor"):  # FSDP2 has shared it out; every process asks
+            weight = weight.full_tensor()
+        return (weight != CLOSED[self.join]).any()
 
     def state(self) -> Any:
         """Another whenever the gate has changed (by anything but its `.data`)."""
@@ -166,12 +165,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 
 def own_lse(query: torch.Tensor, key: torch.Tensor, mask: Any, scale: float, softcap: float | None) -> torch.Tensor:
     """The log-sum-exp of the decoder's own attention: query [b, h, n, d], key [b, hk, N, d] and the mask that its
-    function gets, or none: token i of the last n sees the first N - n + i + 1 (the first n, where the cache is longer
-    than what it holds) -> [b, n, h]."""
+    function gets. Without one, one token sees everything, and several, which begin a text, see what came before.
+    -> [b, n, h]."""
     b, h, n, _ = query.shape
     hk = key.shape[1]
     if mask is None and n > 1:
         key = key[:, :, :n]
+        if softcap is None:  # in memory linear in n; the values, which are not asked for, are as narrow as may be
+            q, k = (x.transpose(1, 2)[:, None, None] for x in (query, key))
+            value = key.new_zeros(NARROW).expand(b, 1, 1, n, hk, NARROW)
+            return neighbour_self_attention(q, k, value, causal=True, scale=scale, return_lse=True)[1].view(b, n, h)
     dtype = accumulation_dtype(query.dtype)
     query = query.reshape(b, hk, h // hk * n, -1)
     logits = (query.to(dtype) @ key.transpose(-1, -2).to(dtype)).view(b, h, n, -1) * scale

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...ops.attention.reference import accumulation_dtype
 from ...ops.chunked_cross_attention import chunked_cross_attention
-from ...ops.join_attention import join_attention
 from .attention import RetrofitAttention, check_not_reentrant, own_lse, rotate, softcapped, tables
 
 KeysAndValues = dict[int, tuple[torch.Tensor, torch.Tensor]]
@@ -127,6 +127,16 @@ def _gathered(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(1, index)
 
 
+def joined(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> torch.Tensor:
+    """`rk.join_attention` without the common log-sum-exp, in few operations, since a token that is generated waits for
+    each: the second's share of the softmax is a sigmoid, and where it is 0 the first keeps its bits."""
+    share = (lse_b - lse_a.clamp(min=torch.finfo(lse_a.dtype).min)).sigmoid()[..., None]
+    if out_a.dtype == share.dtype:
+        return torch.lerp(out_a, out_b.to(out_a.dtype), share)
+    dtype = accumulation_dtype(out_a.dtype)
+    return torch.lerp(out_a.to(dtype), out_b.to(dtype), share.to(dtype)).to(out_a.dtype)
+
+
 class ModelCall:
     """What the attentions need in one call of the model.
 
@@ -178,9 +188,7 @@ class ModelCall:
         if part.join == "add":
             new = out + part.gate(found).to(out.dtype)
         else:
-            lse = part.gate(lse)
-            new, _ = join_attention(out, own_lse(query, key, mask, scale, cap), found.to(out.dtype), lse)
-            new = torch.where((lse == -torch.inf)[..., None], out, new)
+            new = joined(out, own_lse(query, key, mask, scale, cap), found, part.gate(lse))
         if self.watch and not self.changed:
             self.changed = not torch.equal(new, out)
         return new, weights
