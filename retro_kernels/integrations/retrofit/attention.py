@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...ops.attention.reference import accumulation_dtype
-from ...ops.neighbour_self_attention import neighbour_self_attention
+from ...ops.neighbour_attention import neighbour_self_attention
 
 NAME = "retro_kernels"
 CALL = "retro_kernels_call"
