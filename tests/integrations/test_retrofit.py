@@ -17,7 +17,7 @@ from decoders import FAMILIES, SETTINGS, K, M, R, V, batch, decoder  # noqa: E40
 from models_common import Lookup  # noqa: E402
 from oracle_llama import logits as oracle  # noqa: E402
 
-from retro_kernels.integrations.retrofit.call import ModelCall  # noqa: E402
+from retro_kernels.integrations.retrofit.call import ModelCall, joined  # noqa: E402
 from retro_kernels.models import Neighbours  # noqa: E402
 
 JOINS = ("softmax", "add")
@@ -273,6 +273,21 @@ def test_a_layer_whose_gates_are_closed_runs_nothing_of_ours(monkeypatch):
     with torch.no_grad():
         model(ids, neighbours=neighbours, neighbour_mask=mask)
     assert layers == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_short_join_is_join_attention(dtype):
+    torch.manual_seed(0)
+    given = [torch.randn(6, 3, 4).to(dtype), torch.randn(6, 3), torch.randn(6, 3, 4).to(dtype), torch.randn(6, 3)]
+    given[3][:2] = -torch.inf
+    given[1][0] = -torch.inf  # a row of padding
+    found = joined(*given)
+    assert torch.equal(found[:2], given[0][:2])
+    torch.testing.assert_close(found[1:], rk.join_attention(*given)[0][1:])
+    for x in given:
+        x.requires_grad_()
+    for x in torch.autograd.grad(joined(*given).float().sum(), given):
+        assert torch.isfinite(x).all()
 
 
 def gradients(model, **given):

@@ -91,7 +91,7 @@ def retrofit(
             other arguments but `encoder` (where it was a module) and `freeze` come from there.
         encoder: what reads the neighbours. "own": the decoder. "fresh": a new `rk.nn.NeighbourEncoder` over the
             decoder's embeddings. Or a module that takes tokens int64 [s, r] and a mask bool [s, r] and gives states
-            [s, r, e], or two sizes; its width e is `encoder.output_dim`, or found by a call.
+            [s, r, e], of any width e.
         init: where the neighbours' keys and values come from. "self_attention": the layer's own projections, with
             encoder="own". "random": two new projections a layer, for other encoders.
         join: "softmax": the text so far and the neighbours under one softmax, the gate a bias on the neighbours'

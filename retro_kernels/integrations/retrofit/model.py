@@ -124,7 +124,7 @@ class Retrofit(nn.Module):
     def save_pretrained(self, folder: Any) -> None:
         """Writes what was added to `retro.safetensors` and the settings, with a hash of the base, to `retro.json` in
         the folder, which is made. `rk.retrofit(base, folder)` puts it on the base again."""
-        from .manifest import save
+        from .files import save
 
         save(self, folder)
 
