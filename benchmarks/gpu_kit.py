@@ -91,6 +91,9 @@ def unpack(kit: Path = KIT, folder: Path | None = None) -> list[str]:
     folder = folder or Path(tempfile.mkdtemp(prefix="retro-kernels-triton-"))
     with tarfile.open(kit / CACHE) as archive:
         archive.extractall(folder, filter="data")
+    for group in folder.glob("*/__grp__*.json"):  # Triton looks for an entry's files where they lay when it was made
+        names = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.with_name(name)) for name in names}}))
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     other = differing("python", "triton", "compiler")
     if other:

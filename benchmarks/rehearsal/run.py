@@ -87,14 +87,16 @@ def python_of(part: Part) -> Path:
     return python
 
 
-def run(part: Part, python: Path) -> int:
+def run(part: Part, python: Path, only: str | None = None) -> int:
     """-> its exit code. Its rows, versions and seconds are written."""
     file = RESULTS / f"{part.module}.json"
     rows = file.with_suffix(".rows")
+    rows.unlink(missing_ok=True)
     environment = {name: x for name, x in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
     command = [str(python), "-W", "ignore", "-m", f"benchmarks.rehearsal.{part.module}", "--out", str(rows)]
+    command += [] if only is None else ["--only", only]
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     versions = subprocess.run(
         [str(python), "-c", "import json, sys, importlib.metadata as m; print(json.dumps({d.name: d.version for d in "
@@ -167,6 +169,7 @@ def _line(text: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.rehearsal.run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(part.module for part in PARTS))
+    parser.add_argument("--only", metavar="REGEX", help='of the rows only those whose "operation: case" matches')
     parser.add_argument("--page", action="store_true", help="write docs/rehearsal.md and run nothing")
     options = parser.parse_args(arguments)
     names = [part.module for part in known()]
@@ -177,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     codes = {}
     for part in [] if options.page else known():
         if not options.parts or part.module in options.parts:
-            codes[part.module] = run(part, python_of(part))
+            codes[part.module] = run(part, python_of(part), options.only)
     PAGE.write_text(page())
     failed = [name for name, code in codes.items() if code]
     print(f"{PAGE.relative_to(ROOT)}: " + (f"not all shown by {', '.join(failed)}" if failed else "all shown"))

@@ -97,12 +97,19 @@ def test_a_crash_and_a_spoilt_context_cost_one_test_each(tmp_path):
 
 
 def test_what_hangs_ends_with_its_part_and_is_done_again_by_a_resumed_run(tmp_path, monkeypatch):
-    """The limit counts from the start of the process; what was finished is not done again."""
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1.0)
+    """What was finished is not done again."""
     hangs = "import time\ndef test_a(): pass\ndef test_b(): time.sleep(600)\ndef test_c(): pass\n"
-    began = time.monotonic()
-    code, document, _ = run(tmp_path, part_of(tmp_path, hangs), limit=100 + 24, spent=100)
-    assert time.monotonic() - began < 60
+    finished = gpu.Running.finished
+
+    def late(self, say):
+        """The part's time is up as soon as test_b has begun."""
+        if any("test_b" in entry.get("item", "") for entry in self.items.entries()):
+            self.until = 0.0
+        return finished(self, say)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.Running, "finished", late)
+        code, document, _ = run(tmp_path, part_of(tmp_path, hangs))
     assert code == 1
     assert outcomes(document) == {"test_a": "ok"}
     assert document["parts"][0]["status"] == "incomplete"
@@ -124,6 +131,15 @@ def test_what_hangs_ends_with_its_part_and_is_done_again_by_a_resumed_run(tmp_pa
     assert code == 0
     assert {part["name"]: part["status"] for part in document["parts"]} == {"stand-in": "ok", "another": "ok"}
     assert len(document["checks"]) == 4
+
+
+def test_a_part_begins_only_where_time_is_left(tmp_path):
+    """Of the limit what passed before the run is taken off: it counts from the start of the process."""
+    code, document, _ = run(tmp_path, part_of(tmp_path, "def test_a(): pass"), limit=100, spent=85)
+    assert code == 1
+    assert document["parts"][0]["detail"] == "the time was used up"
+    assert document["checks"] == []
+    assert document["seconds"] >= 85
 
 
 def test_a_run_of_other_code_is_not_gone_on_with(tmp_path, monkeypatch):
@@ -299,6 +315,8 @@ def a_kit(folder, **changes):
     folder.mkdir()
     (folder / "entry").mkdir()
     (folder / "entry" / "kernel.cubin").write_bytes(b"kernel")
+    group = {"child_paths": {"kernel.cubin": "/where/it/was/made/entry/kernel.cubin"}}
+    (folder / "entry" / "__grp__kernel.json").write_text(json.dumps(group))
     with tarfile.open(folder / gpu_kit.CACHE, "w:xz") as archive:
         archive.add(folder / "entry", "entry")
     (folder / gpu_kit.EXTENSION).write_bytes(b"library")
@@ -318,7 +336,11 @@ def test_a_kit_that_fits_is_used(tmp_path, cuda_13):
     said = gpu_kit.unpack(a_kit(tmp_path / "kit"), tmp_path / "cache")
     assert said == ["kit: its CUDA extension is used", "kit: 1 Triton kernels are used"]
     assert os.environ["RETRO_KERNELS_CUDA_LIBRARY"] == str(tmp_path / "kit" / gpu_kit.EXTENSION)
-    assert gpu_kit.entries(gpu_kit.Path(os.environ["TRITON_CACHE_DIR"])) == 1
+    cache = gpu_kit.Path(os.environ["TRITON_CACHE_DIR"])
+    assert gpu_kit.entries(cache) == 1
+    # Triton looks for an entry's files at the paths of this file.
+    paths = json.loads((cache / "entry" / "__grp__kernel.json").read_text())["child_paths"]
+    assert paths == {"kernel.cubin": str(cache / "entry" / "kernel.cubin")}
 
 
 @pytest.mark.parametrize(
