@@ -140,7 +140,7 @@ def page() -> str:
     for part in known():
         link = f"[{part.module}](../benchmarks/rehearsal/{part.module}.py)"
         if part.module not in found:
-            lines.append(f"| {link} | - | - | - | - | it was not run yet |")
+            lines.append(f"| {link} | - | - | - | - | no results are committed |")
             continue
         document = found[part.module]
         shown = sum(row["ok"] for row in document["rows"])
