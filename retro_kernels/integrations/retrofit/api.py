@@ -117,9 +117,11 @@ def retrofit(
     ):  # fmt: skip
         validate.integer(name, value, low)
     try:
-        from . import files, structure
+        import transformers  # noqa: F401
     except ImportError as error:
         raise ImportError(f"retrofit needs transformers (pip install 'retro_kernels[retrofit]'): {error}") from error
+    from . import files, structure
+
     decoder = structure.decoder_of(model)
     if hasattr(decoder, "retro"):
         raise ValueError("model: it is retrofitted already; call model.retro.undo() first")
