@@ -38,3 +38,13 @@ def test_workflow_and_hooks_are_complete():
         assert any("run" in step for step in job["steps"])
     ids = {hook["id"] for repository in hooks["repos"] for hook in repository["hooks"]}
     assert {"ruff-check", "ruff-format", "results"} <= ids
+
+
+def test_an_install_holds_every_package_and_no_other():
+    """pyproject.toml lists them, since `benchmarks` is installed under another name."""
+    listed = set(re.findall(r'^  "(retro_kernels[\w.]*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    folders = {
+        path.parent.relative_to(ROOT) for top in ("retro_kernels", "benchmarks") for path in (ROOT / top).rglob("*.py")
+    }
+    names = {".".join(folder.parts) for folder in folders}
+    assert listed == {f"retro_kernels.{name}" if name.startswith("benchmarks") else name for name in names}
