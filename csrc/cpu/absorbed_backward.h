@@ -6,7 +6,9 @@
 //
 // A call takes a range of kv heads and up to kMostBlocks key blocks of one chunk, whose states it packs once. Its share
 // of dE' goes to the range's own partial sum, which `absorbed_states` adds up; dWk' and dWv' are added to one sum, in
-// which heads lie apart. The columns of biases give the biases' gradients.
+// which heads lie apart. The columns of biases give the biases' gradients. The query's gradient takes its share of
+// bias_key, bias_key times the sum of the slots' dS, not from B: that sum is dlse less the null slot's dS, exactly, where
+// the sum of rounded dS is off by what bias_value leaves of delta's rounding.
 #pragma once
 #include "absorbed.h"
 #include "backward.h"
@@ -89,6 +91,17 @@ RK_INLINE void unpanel(int64_t rows, int64_t columns, const float* from, int64_t
   }
 }
 
+// bias_key's share of the query's gradient, of all slots at once.
+static void add_bias_key(const Absorbed& a, const Sizes& z, const BackwardBuffers& f, const Rows& rows, int64_t kv) {
+  const Problem& p = a.p;
+  widen_operand(a.bias_key, kv * a.bias_key.stride0, p.dim, f.wide);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (f.lse[i] == infinity()) continue;  // it saw nothing
+    const float sum = (p.grad_lse ? p.grad_lse[rows.position[i]] : 0.0f) - f.null_grad[i];
+    add_scaled(f.grad_query + i * z.dim, sum, f.wide, p.dim);
+  }
+}
+
 // One range of kv heads, [first_head, last_head), against the slots [begin, end) of a (batch, chunk).
 template <class T, bool kPairs>
 static void absorbed_backward_typed(const Absorbed& a, int64_t place, int64_t begin, int64_t end, int64_t range,
@@ -121,6 +134,7 @@ static void absorbed_backward_typed(const Absorbed& a, int64_t place, int64_t be
       make_rows(p, item, block, &rows);
       pack_backward_rows<T, kPairs>(p, item, z, f, rows, first, first, 0);
       if (!first || !p.null_key.data) __builtin_memset(f.grad_query, 0, (size_t)(rows.padded * z.dim) * 4);
+      if (first && a.bias_key.data) add_bias_key(a, z, f, rows, kv);
       if (!first && p.relative_key.data) __builtin_memset(f.grad_query_relative, 0, (size_t)(kRows * z.dim) * 4);
       const int64_t row_depth = rows.padded / per;
       if (blocks.count > 0) {
@@ -181,6 +195,9 @@ static void absorbed_backward_typed(const Absorbed& a, int64_t place, int64_t be
                                               f.grad_across, kPairs ? z.dim_value : z.ld_value, kPanel,
                                               a.w_value_total + kv * s.padded * z.dim_value, z.dim_value, &none);
         }
+        if (a.bias_key.data)
+          for (int64_t i = 0; i < rows.padded; i += kPanel)
+            __builtin_memset(g.turned + i / kPanel * panel + a.width * kPanel, 0, 2 * kPanel * 4);
         pair_rows<kPairs>(round_up(s.all, 2), rows.padded, g.turned, panel, g.turned_pairs, panel_pairs);
         const int64_t panel_rows = round_up(z.dim, 16) * kPanel;
         multiply_across<kPairs>(g.w_key, round_up(p.dim, 8), depth, g.turned_pairs, panel_pairs, rows.padded, g.grad_rows,

@@ -17,7 +17,7 @@ struct BackwardBuffers {
   float *p_down, *ds_down, *ds_across;  // pairs along the rows, along the rows, along the keys
   float* p_across = nullptr;            // pairs along the keys, where it is wanted
   float *grad_query, *grad_key, *grad_value;
-  float *lse, *log_sum, *delta, *null_key, *null_value, *wide, *wide_grad;
+  float *lse, *log_sum, *delta, *null_grad, *null_key, *null_value, *wide, *wide_grad;
   // relative positions: the rows that meet the table, as above, and their gradients
   float *query_relative, *query_relative_panels, *query_relative_across, *grad_query_relative;
   float *content_bias, *relative_bias;
@@ -46,6 +46,7 @@ struct BackwardBuffers {
     lse = arena->take(kRows);
     log_sum = arena->take(p.bias.data ? kRows : 0);
     delta = arena->take(kRows);
+    null_grad = arena->take(kRows);  // dS of the null slot
     null_key = arena->take(kMaxDim);
     null_value = arena->take(kMaxDim);
     wide = arena->take(kMaxDim);
@@ -89,6 +90,7 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
       f.lse[i] = infinity();
       if (p.bias.data) f.log_sum[i] = 0.0f;
       f.delta[i] = 0.0f;
+      f.null_grad[i] = 0.0f;
       continue;
     }
     const T* query_row = (const T*)p.query + row_offset(p.query_stride, item, rows, i);
@@ -104,6 +106,7 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
     if (p.bias.data) f.log_sum[i] = p.log_sum[position];
     f.delta[i] = dot(grad_row, (const T*)p.out + position * p.dim_value, p.dim_value);
     if (p.grad_lse) f.delta[i] -= p.grad_lse[position];  // dS = P (dP - delta + dlse)
+    f.null_grad[i] = 0.0f;
     if (!p.null_key.data) continue;
 
     const float* wide_grad = grad;
@@ -121,6 +124,7 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
     const float probability = exp2(smaller(vfloat{}, splat(below)))[0];
     const float kept = null_kept >> i & 1 ? survivor : 0.0f;
     const float ds = probability * (kept * dot(wide_grad, f.null_value, z.dim_value) - f.delta[i]);
+    f.null_grad[i] = ds;
     if (grad_query)
       for (int64_t j = 0; j < z.dim; ++j) dq[j] = ds * f.null_key[j];
     if (parameters && p.null_key_partial) {

@@ -60,6 +60,10 @@ def test_every_parameter_has_its_own_dtype(backend, case, names, dtype, guarded)
         some = [(), *((name,) for name in names), names]
     for fp32 in some:
         arguments = cases.make(dataclasses.replace(case, fp32=fp32), dtype)
+        if "bias_value" in arguments:
+            # As large as the values' differences and no larger: what a rounded output costs absorbed gradients beyond
+            # that is said in projected_chunked_cross_attention/cpu.py, and is not what this test is about.
+            arguments["bias_value"].data.mul_(0.25)
         assert {name for name in names if arguments[name].dtype == torch.float32} == set(fp32)
         grad_out = torch.randn(case.out_shape, generator=torch.Generator().manual_seed(1)).to(dtype).double()
         expected, given = cases.expect(arguments, grad_out), cases.run(arguments, backend, grad_out)

@@ -98,6 +98,17 @@ def test_half_precision_is_within_twice_the_error_of_pytorch(place, case, dtype,
     cases.assert_twice(run(arguments), plain, expected, dtype)
 
 
+def test_both_biases_cost_no_more_than_in_pytorch(isa, guarded):
+    """bias_value makes the output large, whose rounding moves all of a row's dS alike; bias_key times their sum must
+    not reach the query's gradient."""
+    case = cases.Case("", b=1, n=61, m=16, k=2, r=32, h=2, hk=1, d=64, l=3)
+    arguments = make(case, 512, torch.bfloat16, biases=True)
+    with mock.patch.object(reference, "accumulation_dtype", lambda dtype: dtype):
+        plain = materialised(arguments)
+    expected = materialised(cases.as_dtype(arguments, torch.float64))
+    cases.assert_twice(run(arguments), plain, expected, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_number_of_threads_changes_no_bit(dtype):
     case = cases.Case("", n=200, h=4, hk=2, k=5, r=60, options=("mask", "null", "relative", "relative_biases"))
