@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 from . import results
-from .operations import PROJECTED
 
 HERE = Path(__file__).resolve().parent
 
@@ -54,36 +53,19 @@ def markdown(document: dict) -> str:
 
 
 def readme_markdown(document: dict) -> str:
-    """The tables that the README shows of one run, and where the rest is."""
+    """The table that the README shows of one run, and where the rest is."""
     slug = document["environment"]["device_slug"]
     lines = [
         *_heading(document),
-        *_sections(document, results.readme_sections(document), left_out=README_LEAVES_OUT),
-        f"[benchmarks/results/{slug}.md](benchmarks/results/{slug}.md) has every table of this run: more workloads and "
-        "columns, relative positions, dropout, the whole layer, a model on real text. Every variant stands in "
-        f"[{slug}.csv](benchmarks/results/{slug}.csv), of which `python -m benchmarks.report` draws a page with plots.",
+        *_markdown_table(results.README_HEAD, results.readme_cells(document), left=3),
+        "",
+        results.README_LEGEND,
+        "",
+        f"[benchmarks/results/{slug}.md](benchmarks/results/{slug}.md) has every table of this run: forward "
+        "alone, more sizes, relative positions, dropout, projections by either strategy, decoding, a decoder's step, a "
+        f"model on real text; [{slug}.csv](benchmarks/results/{slug}.csv) has every variant.",
     ]
     return "\n".join(lines).rstrip() + "\n"
-
-
-README_LEAVES_OUT = {
-    PROJECTED: (
-        "predicted",
-        "comp. ms",
-        "eager ms",
-        "MB SDPA",
-        "scratch SDPA",
-        "saved K, V",
-        "saved abs.",
-        "saved SDPA",
-    )
-}
-"""By operation, columns of its table that the README does not show."""
-README_LEGENDS = {
-    PROJECTED: "Keys and values of all neighbours are made (K, V), or their projections absorbed; what "
-    '`strategy="auto"` takes is named, its time bold. vs best: how many times faster that is than the fastest '
-    "alternative. MB: most memory alive beyond the inputs; scratch: the same without output and returned gradients."
-}
 
 
 def _heading(document: dict) -> list[str]:
@@ -97,19 +79,16 @@ def _heading(document: dict) -> list[str]:
     ]
 
 
-def _sections(document: dict, sections, left_out: dict[str, tuple[str, ...]] | None = None) -> list[str]:
+def _sections(document: dict, sections) -> list[str]:
     """Their tables, remarks and legends."""
     lines = []
     for number, (title, rows) in enumerate(sections):
         head, cells, left = results.section_cells(document, rows)
-        kept = [i for i, name in enumerate(head) if name not in (left_out or {}).get(rows[0]["operation"], ())]
-        head, cells = [head[i] for i in kept], [[row[i] for i in kept] for row in cells]
         lines += [f"{title}:", "", *_markdown_table(head, cells, left), ""]
         lines += [f"{text}\n" for text in [results.remark(rows)] if text]
         following = sections[number + 1][1] if number + 1 < len(sections) else None
         if following is None or results.legend(following) != results.legend(rows):
-            shown = README_LEGENDS.get(rows[0]["operation"]) if left_out else None
-            lines += [shown or results.legend(rows), ""]
+            lines += [results.legend(rows), ""]
     return lines
 
 
@@ -302,7 +281,7 @@ def write(document: dict, folder: Path) -> list[Path]:
 
 
 def readme_block(folder: Path) -> str:
-    """The text between the marks: the README's tables of every committed device."""
+    """The text between the marks: the README's table of every committed device."""
     documents = [results.load(path) for path in results.committed(folder)]
     if not documents:
         return "No results are committed yet.\n"

@@ -16,10 +16,7 @@ from retro_kernels import files
 
 from .operations import (
     ATTENTIONS,
-    CCA,
     DECODE,
-    ENCODER_CROSS,
-    ENCODER_SELF,
     LAYER,
     OPERATIONS,
     OPTIONS,
@@ -200,23 +197,43 @@ def sections(document: dict) -> list[tuple[str, list[dict]]]:
     return [(title, found) for title, found in plain + others + around if found]
 
 
-README_WORKLOADS = ("retro-172m", "retro-425m", "retro-7.5b", "encoder-896", "encoder-4096")
-"""Whose attentions the README shows."""
+README_WORKLOADS = ("retro-172m", "retro-7.5b", "encoder-896")
+README_HEAD = (
+    "forward and backward",
+    "workload",
+    "dtype",
+    "ours ms",
+    "SDPA ms",
+    "compiled ms",
+    "eager ms",
+    "vs fastest",
+)
+README_LEGEND = """\
+Medians of interleaved rounds; every timed result was checked against an fp64 reference in the same run. SDPA: the
+fastest way of using scaled_dot_product_attention on folded tensors; compiled: the faster of torch.compile and
+FlexAttention; eager: retro-pytorch's way; vs fastest: how many times faster ours is than the fastest of these."""
 
 
-def readme_sections(document: dict) -> list[tuple[str, list[dict]]]:
-    """Those of `sections` that the README shows: the attentions of a RETRO without options, the projected operation
-    at three sizes, and generation."""
-    found = []
-    for title, rows in sections(document):
-        operation = rows[0]["operation"]
-        if operation in (CCA, ENCODER_SELF, ENCODER_CROSS, PROJECTED):
-            rows = [row for row in rows if row["option"] == PLAIN and row["workload"] in README_WORKLOADS]
-        elif operation not in (DECODE, STEP):
-            rows = []
-        if rows:
-            found.append((title, rows))
-    return found
+def readme_cells(document: dict) -> list[list[str]]:
+    """The rows that the README shows of one run: a training step's attentions, without options, in bf16 and, of
+    chunked cross-attention, the largest in fp32, too."""
+    cells, order = [], list(ATTENTIONS)
+    entries = [entry for entry in summary(document) if entry["operation"] in order]
+    for entry in sorted(entries, key=lambda entry: order.index(entry["operation"])):
+        operation, workload, dtype = (entry[name] for name in ("operation", "workload", "dtype"))
+        if (entry["option"], entry["mode"]) != (PLAIN, "forward+backward") or workload not in README_WORKLOADS:
+            continue
+        if dtype != "bf16" and (dtype, workload) != ("fp32", "retro-7.5b"):
+            continue
+        others = [entry[name] for name in ("sdpa", "compiled", "eager")]
+        best = min((row for row in others if row), key=lambda row: row["p50_ms"], default=None)
+        cells.append(
+            [
+                ATTENTIONS[operation], workload, dtype, *(milliseconds(row) for row in (entry["ours"], *others)),
+                times(ratio(best, entry["ours"])),
+            ]
+        )  # fmt: skip
+    return cells
 
 
 def summary(document: dict, rows: list[dict] | None = None) -> list[dict]:
