@@ -89,7 +89,7 @@ def stages(targets: tuple[str, ...]) -> list[list[Part]]:
             *correct(("fp16", "fp32"), 100),
         ],
         [Part("small cases", "correctness", 100, small)],
-        [Part("retrieval correctness", "retrieval", 45, ("tests/retrieval/test_gpu.py", "-m", "gpu"))],
+        [Part("retrieval correctness", "retrieval", 45, ("tests/retrieval/test_gpu_search.py", "-m", "gpu"))],
         [Part("retrieval timings", "retrieval", 90, function="benchmarks.retrieval_gpu:run")],
         [Part("tables", "timings", 270, function=f"{timings}:tables")],
         [Part("real text", "timings", 70, function=f"{timings}:real_text")],

@@ -48,3 +48,9 @@ def test_an_install_holds_every_package_and_no_other():
     }
     names = {".".join(folder.parts) for folder in folders}
     assert listed == {f"retro_kernels.{name}" if name.startswith("benchmarks") else name for name in names}
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest could not collect them together."""
+    names = [path.name for path in ROOT.glob("tests/**/*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))

@@ -17,7 +17,7 @@ struct BackwardBuffers {
   float *p_down, *ds_down, *ds_across;  // pairs along the rows, along the rows, along the keys
   float* p_across = nullptr;            // pairs along the keys, where it is wanted
   float *grad_query, *grad_key, *grad_value;
-  float *lse, *log_sum, *delta, *null_grad, *null_key, *null_value, *wide, *wide_grad;
+  float *lse, *log_sum, *delta, *null_grad, *null_key, *null_value, *null_output, *wide, *wide_grad;
   // relative positions: the rows that meet the table, as above, and their gradients
   float *query_relative, *query_relative_panels, *query_relative_across, *grad_query_relative;
   float *content_bias, *relative_bias;
@@ -49,6 +49,7 @@ struct BackwardBuffers {
     null_grad = arena->take(kRows);  // dS of the null slot
     null_key = arena->take(kMaxDim);
     null_value = arena->take(kMaxDim);
+    null_output = arena->take(kMaxDim);  // null_value as a row outputs it that saw nothing else
     wide = arena->take(kMaxDim);
     wide_grad = arena->take(kMaxDim);
     content_bias = arena->take(kMaxDim);
@@ -116,6 +117,7 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
       __builtin_memset(f.null_value, 0, kMaxDim * 4);
       widen_operand(p.null_key, rows.head[i] * p.null_key.stride0, p.dim, f.null_key);
       widen_operand(p.null_value, rows.head[i] * p.null_value.stride0, p.dim_value, f.null_value);
+      for (int64_t j = 0; j < kMaxDim; ++j) f.null_output[j] = f.null_value[j] * survivor;
     }
     const float* wide_query = query;
     if (kPairs) widen_row((const bfloat_t*)query, p.dim, f.wide, z.dim), wide_query = f.wide;
@@ -123,7 +125,8 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
     const float below = (logit - f.lse[i]) - (p.bias.data ? f.log_sum[i] : 0.0f);
     const float probability = exp2(smaller(vfloat{}, splat(below)))[0];
     const float kept = null_kept >> i & 1 ? survivor : 0.0f;
-    const float ds = probability * (kept * dot(wide_grad, f.null_value, z.dim_value) - f.delta[i]);
+    const float of_null = kept > 0.0f ? dot(wide_grad, f.null_output, z.dim_value) : 0.0f;
+    const float ds = probability * (of_null - f.delta[i]);
     f.null_grad[i] = ds;
     if (grad_query)
       for (int64_t j = 0; j < z.dim; ++j) dq[j] = ds * f.null_key[j];
