@@ -85,7 +85,7 @@ class Proof:
     @property
     def name(self) -> str:
         size = f"forward, heads of {self.dim}, 64 rows, {64 * self.neighbours} slots, {self.heads} block(s)"
-        return size + (", a barrier taken out" if self.barrier else "")
+        return size + (", control: a barrier taken out" if self.barrier else "")
 
     def source(self) -> str:
         names = [parameter.split()[-1].lstrip("*") for parameter in FORWARD]
