@@ -56,7 +56,8 @@ def neighbour_self_attention(
             l = k = 1, and excludes `attention_bias`. Tokens see their own document only, and positions restart with it.
         scale: any number; default d ** -0.5.
         dropout_p: in [0, 1), on the probabilities; rounded to a multiple of 2 ** -16.
-        return_lse: also return the natural logarithm of the softmax's sum.
+        return_lse: also return the natural logarithm of the softmax's sum. It has a gradient on "reference" and "cpu";
+            on "triton" and "cuda" a backward that needs its gradient, and under torch.compile any, raises RuntimeError.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses, RETRO_KERNELS_BACKEND overrides None.
 
     Returns:
@@ -166,7 +167,8 @@ def neighbour_cross_attention(
         rotary_interleaved: pairs dimensions 2j and 2j + 1 instead of j and j + w.
         scale: any number; default d ** -0.5.
         dropout_p: in [0, 1), on the probabilities; rounded to a multiple of 2 ** -16.
-        return_lse: also return the natural logarithm of the softmax's sum.
+        return_lse: also return the natural logarithm of the softmax's sum. It has a gradient on "reference" and "cpu";
+            on "triton" and "cuda" a backward that needs its gradient, and under torch.compile any, raises RuntimeError.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses, RETRO_KERNELS_BACKEND overrides None.
 
     Returns:
