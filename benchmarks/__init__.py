@@ -1,1 +1,1 @@
-"""The benchmark suite. From the repository: `benchmarks`; in an installed wheel: `retro_kernels.benchmarks`."""
+"""Measurements that are not shipped: the GPU run, whole models, retrieval, rates, overhead; and their results."""

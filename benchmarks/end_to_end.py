@@ -31,12 +31,11 @@ import torch
 import torch.nn.functional as F
 
 from retro_kernels import files
+from retro_kernels.bench import attention, environment, report, results
+from retro_kernels.bench.operations import CAUSAL_SELF, CCA, ENCODER_CROSS, ENCODER_SELF
+from retro_kernels.bench.timing import measure_ceilings
 from retro_kernels.models import Neighbours, Retro, RetroConfig
 from retro_kernels.models.loss import linear_cross_entropy
-
-from . import attention, environment, report, results
-from .operations import CAUSAL_SELF, CCA, ENCODER_CROSS, ENCODER_SELF
-from .timing import measure_ceilings
 
 HERE = Path(__file__).resolve().parent
 FILE = "end-to-end.json"
@@ -297,7 +296,7 @@ def peer(given: argparse.Namespace) -> dict[str, Any]:
     same widths, heads, layers and vocabulary; both with the same stored neighbours."""
     from retro_pytorch import TrainingWrapper
 
-    from .real_text import README, load_model
+    from retro_kernels.bench.real_text import README, load_model
 
     theirs = load_model(torch.device("cpu")).eval()
     vocabulary = theirs.token_emb.num_embeddings

@@ -17,10 +17,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from retro_kernels.bench import results
+from retro_kernels.bench.operations import CCA, DTYPES, ENCODER_CROSS, ENCODER_SELF, PLAIN
 from retro_kernels.ops import evidence, verified_file
-
-from . import results
-from .operations import CCA, DTYPES, ENCODER_CROSS, ENCODER_SELF, PLAIN
 
 OPERATIONS = {
     CCA: "chunked_cross_attention", ENCODER_SELF: "neighbour_self_attention",

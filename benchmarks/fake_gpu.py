@@ -114,9 +114,9 @@ def _always(answer: Any) -> Any:
 @contextlib.contextmanager
 def kernels_on_cpu(capability: int) -> Iterator[None]:
     """Within it backend="triton" takes CPU tensors and plans for a GPU of that compute capability."""
-    from retro_kernels.ops.attention import triton as attention
-    from retro_kernels.ops.chunked_cross_attention_decode import triton as decode
-    from retro_kernels.ops.projected_chunked_cross_attention import triton as absorbed
+    from retro_kernels.ops.absorbed.triton import launch as absorbed
+    from retro_kernels.ops.attention.triton import launch as attention
+    from retro_kernels.ops.decoding.triton import launch as decode
 
     if attention.interpreting():
         raise RuntimeError("TRITON_INTERPRET was set when retro_kernels was imported: nothing would be compiled")

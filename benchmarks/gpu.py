@@ -33,7 +33,9 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import gpu_kit, results
+from retro_kernels.bench import results
+
+from . import gpu_kit
 from .gpu_part import AGAIN, DONE, FAILED, LATE, OK, SKIPPED
 
 LIMIT_SECONDS = 520.0
@@ -132,8 +134,7 @@ def identity(reduced: bool) -> dict:
     import torch
 
     from retro_kernels import machine
-
-    from . import environment
+    from retro_kernels.bench import environment
 
     return {
         "device": environment.device_name("cpu" if reduced else "cuda"),
@@ -366,7 +367,7 @@ def run(
 ) -> int:
     """The parts, in `limit` seconds since the process began, which was `spent` seconds ago -> the exit code.
     `prepared`: what was said of the kit and the extension, for the record."""
-    from . import report
+    from retro_kernels.bench import report
 
     began = time.monotonic() - spent
     out.mkdir(parents=True, exist_ok=True)

@@ -215,8 +215,8 @@ def _timed(group: str, dtypes: tuple[str, ...]) -> list[Call]:
     """The attentions that the suite times, forward and backward, on memory that nothing was written to."""
     import torch
 
-    from .operations import ATTENTIONS, DTYPES, PLAIN
-    from .workloads import select
+    from retro_kernels.bench.operations import ATTENTIONS, DTYPES, PLAIN
+    from retro_kernels.bench.workloads import select
 
     def run(workload: Any, dtype: str) -> None:
         inputs = [torch.empty(shape, dtype=DTYPES[dtype]).requires_grad_() for shape in workload.shapes()]

@@ -18,7 +18,7 @@ def ceilings_of(record: Record):
     """Environment, copy bandwidth and matrix rates of this device: measured by the first part that needs them."""
     import json
 
-    from . import environment, timing
+    from retro_kernels.bench import environment, timing
 
     device = device_of(record)
     for line in record.file.read_text().splitlines():
@@ -49,9 +49,9 @@ def time_workloads(record: Record, planned: list[tuple], compiled: bool, seconds
     as CUDA graphs and, besides, as eager calls on the wall's clock."""
     import torch
 
-    from . import suite, timing
-    from .operations import MODES
-    from .variants import CompileBudget
+    from retro_kernels.bench import suite, timing
+    from retro_kernels.bench.operations import MODES
+    from retro_kernels.bench.variants import CompileBudget
 
     ceilings, device = ceilings_of(record), device_of(record)
     budget = CompileBudget(0.4 * max(0.0, record.seconds_left()), 20.0)
@@ -83,8 +83,8 @@ def time_workloads(record: Record, planned: list[tuple], compiled: bool, seconds
 
 def headline(record: Record) -> None:
     """Two timings that a run of a minute already has: chunked cross-attention and the encoder's self-attention."""
-    from .operations import CCA, ENCODER_SELF, PLAIN
-    from .workloads import select
+    from retro_kernels.bench.operations import CCA, ENCODER_SELF, PLAIN
+    from retro_kernels.bench.workloads import select
 
     if record.reduced:
         planned = [(workload, "fp32") for workload in select(["tiny"], [CCA], [PLAIN])]
@@ -98,8 +98,8 @@ def headline(record: Record) -> None:
 
 def tables(record: Record) -> None:
     """The workloads of design section 6 against SDPA, FlexAttention and torch.compile, what matters most first."""
-    from .operations import CAUSAL_SELF, CCA, ENCODER_CROSS, ENCODER_SELF, OPTIONS, PLAIN, RELATIVE
-    from .workloads import select
+    from retro_kernels.bench.operations import CAUSAL_SELF, CCA, ENCODER_CROSS, ENCODER_SELF, OPTIONS, PLAIN, RELATIVE
+    from retro_kernels.bench.workloads import select
 
     if record.reduced:
         planned = [(workload, "fp32") for workload in select(["tiny"], [ENCODER_CROSS], [PLAIN])]
@@ -156,8 +156,8 @@ def self_check(record: Record) -> None:
 
 def real_text(record: Record) -> None:
     """A retro-pytorch model on real text, with and without rk.swap, where its packages are there."""
-    from . import real_text as real
-    from . import timing
+    from retro_kernels.bench import real_text as real
+    from retro_kernels.bench import timing
 
     reduced = record.reduced
     small = dict(

@@ -48,12 +48,11 @@ import numpy as np
 import torch
 
 from retro_kernels import files, retrieval
+from retro_kernels.bench import environment, report, results
 from retro_kernels.models import Retro, RetroConfig
 from retro_kernels.models.data import ABSENT, Batch, Order, TokenStream
 from retro_kernels.models.evaluation import OVERLAPS, evaluate
 from retro_kernels.models.training import METRICS, Trainer, TrainingConfig, checkpoints
-
-from . import environment, report, results
 
 HELD_OUT_EVERY = 10
 VOCABULARY = 4096

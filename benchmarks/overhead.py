@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import retro_kernels as rk
-
-from . import environment
+from retro_kernels.bench import environment
 
 B, N, M, K, R, H, D, E = 1, 8, 4, 2, 4, 2, 16, 24
 

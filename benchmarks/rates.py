@@ -1,4 +1,4 @@
-"""Measures the rates of the cost model (retro_kernels/ops/projected_chunked_cross_attention/cost_model.py) here.
+"""Measures the rates of the cost model (retro_kernels/ops/absorbed/cost_model.py) here.
 
 python -m benchmarks.rates              measure, and print each shape's time against what the fitted rates predict
 python -m benchmarks.rates --write      also put them into constants.json, in place of this device's entry
@@ -22,10 +22,9 @@ from pathlib import Path
 import torch
 
 from retro_kernels import files
-
-from . import environment, timing
-from .operations import DTYPES
-from .timing import Protocol, Timed
+from retro_kernels.bench import environment, timing
+from retro_kernels.bench.operations import DTYPES
+from retro_kernels.bench.timing import Protocol, Timed
 
 CHUNK = 64
 
@@ -54,7 +53,7 @@ SMALL = (Shape(896, 2, 64, 64, 1), Shape(896, 2, 128, 128, 1))
 
 def measure(device: torch.device, dtypes: list[str], say=print) -> dict:
     """-> this device's entry of constants.json."""
-    from retro_kernels.ops.projected_chunked_cross_attention import cost_model
+    from retro_kernels.ops.absorbed import cost_model
 
     protocol = Protocol(seconds=1e9, min_rounds=7, max_rounds=7)
     rates: dict[str, dict] = {}
@@ -86,7 +85,7 @@ def measure(device: torch.device, dtypes: list[str], say=print) -> dict:
 
 
 def work_of(shape: Shape, itemsize: int):
-    from retro_kernels.ops.projected_chunked_cross_attention.cost_model import Work
+    from retro_kernels.ops.absorbed.cost_model import Work
 
     return Work(
         shape.chunks * CHUNK, shape.chunks, shape.slots, shape.encoder_dim, shape.heads, shape.heads, shape.head_dim,
@@ -96,7 +95,7 @@ def work_of(shape: Shape, itemsize: int):
 
 def phases_of(label: str, shape: Shape, itemsize: int) -> list:
     """The phases of both strategies whose kind begins with `label`."""
-    from retro_kernels.ops.projected_chunked_cross_attention.cost_model import STRATEGIES, phases
+    from retro_kernels.ops.absorbed.cost_model import STRATEGIES, phases
 
     work = work_of(shape, itemsize)
     return [phase for strategy in STRATEGIES for phase in phases(strategy, work) if phase.kind.startswith(label)]
@@ -195,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="may be repeated (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    from retro_kernels.ops.projected_chunked_cross_attention.cost_model import CONSTANTS
+    from retro_kernels.ops.absorbed.cost_model import CONSTANTS
 
     entry = measure(torch.device(options.device), options.dtype or list(DTYPES))
     print(json.dumps(entry, indent=1))

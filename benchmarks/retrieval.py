@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from . import report
+from retro_kernels.bench import report
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -27,10 +27,9 @@ import numpy as np
 import torch
 
 from retro_kernels import retrieval
+from retro_kernels.bench import environment, results
+from retro_kernels.retrieval.corpus.readers import find
 from retro_kernels.retrieval.embedders import DEFAULT_EMBEDDER
-from retro_kernels.retrieval.readers import find
-
-from . import environment, results
 
 
 class Timed:

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from retro_kernels.bench import environment, results
 from retro_kernels.retrieval import Database, ShardWriter, finish_database
-
-from . import environment, results
 
 CHUNK, DOCUMENT = 64, 1024
 ROWS, ROUNDS = 8192, 200

@@ -33,11 +33,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.retrieval import DatabaseError, Embedder, exact, load_embedder
-from retro_kernels.retrieval import index as library
+from retro_kernels.bench import text_database
+from retro_kernels.retrieval import DatabaseError, Embedder, load_embedder
 from retro_kernels.retrieval.embedders import DEFAULT_EMBEDDER
+from retro_kernels.retrieval.index import exact
+from retro_kernels.retrieval.index import index as library
 
-from . import gpu_kit, text_database
+from . import gpu_kit
 from .gpu_part import Record, Skip
 from .gpu_timings import device_of
 

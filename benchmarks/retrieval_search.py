@@ -3,7 +3,7 @@
     python -m benchmarks.retrieval_search DB --out results.json [--index IVF1024,SQ8 ...]
 
 Every index is built in a copy of the database that links the shards; its settings are swept by
-`retrieval.search_evaluation`, with 1,000 of the database's own chunks as queries, each without itself. Exact search is
+`retrieval.index.evaluation`, with 1,000 of the database's own chunks as queries, each without itself. Exact search is
 timed beside FAISS's IndexFlatL2 in the same rounds.
 """
 
@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from retro_kernels.retrieval.index.index.index import import_faiss
 
+from retro_kernels.bench import environment, results
 from retro_kernels.retrieval import Database, open_index, replace_index
-from retro_kernels.retrieval.index import import_faiss
-from retro_kernels.retrieval.search_evaluation import evaluate_search
-
-from . import environment, results
+from retro_kernels.retrieval.index.evaluation import evaluate_search
 
 INDEXES = ("IVF{lists},SQ8", "IVF{lists},RaBitQ", "OPQ48,IVF{lists},PQ48")
 BATCHES, KS, ROUNDS = (1, 64, 1024), (2, 64), 5

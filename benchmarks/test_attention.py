@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from . import environment, suite, verify
-from .operations import DTYPES, MODES, PLAIN
-from .timing import peak_extra_bytes
-from .variants import CompileBudget, Variant
-from .workloads import DEFAULT, QUICK, select
+from retro_kernels.bench import environment, suite, verify
+from retro_kernels.bench.operations import DTYPES, MODES, PLAIN
+from retro_kernels.bench.timing import peak_extra_bytes
+from retro_kernels.bench.variants import CompileBudget, Variant
+from retro_kernels.bench.workloads import DEFAULT, QUICK, select
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [workload.on(DEVICE) for workload in select(default=QUICK if DEVICE.type == "cpu" else DEFAULT)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import real_text, text_database
+from retro_kernels.bench import real_text, text_database
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTH = 512

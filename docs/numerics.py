@@ -47,7 +47,7 @@ def table(backend: str) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
-    from benchmarks.report import with_block
+    from retro_kernels.bench.report import with_block
 
     page = HERE / "numerics.md"
     block = table(sys.argv[1] if len(sys.argv) > 1 else "cpu")

@@ -15,9 +15,9 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from benchmarks import results  # noqa: E402
-from benchmarks.operations import PROJECTED  # noqa: E402
-from benchmarks.report import with_block  # noqa: E402
+from retro_kernels.bench import results  # noqa: E402
+from retro_kernels.bench.operations import PROJECTED  # noqa: E402
+from retro_kernels.bench.report import with_block  # noqa: E402
 
 COLOURS = {"materialise": "#3d85c6", "absorb": "#d1491f"}
 MARKERS = {"fp32": "o", "bf16": "s", "fp16": "^"}

@@ -11,7 +11,7 @@ from import_graph import circles, imported, imports, modules, names
 def test_no_circle(package, later):
     known = modules(package)
     graph = {name: imports(name, path, known, later=later) for name, path in known.items()}
-    assert sum(map(len, graph.values())) > len(graph)
+    assert any(graph.values())
     assert circles(graph) == []
 
 

@@ -104,8 +104,8 @@ def run(part: Part, python: Path, only: str | None = None) -> int:
          *(package.split("=")[0] for package in part.packages)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    from benchmarks import environment as versioned
-    from benchmarks import results
+    from retro_kernels.bench import environment as versioned
+    from retro_kernels.bench import results
 
     document = {
         "part": part.module,

@@ -148,7 +148,7 @@ void decode(RK_DECODE_ARGUMENTS, Tensor out, Tensor lse, MaybeTensor partial) {
   }
   if (out.numel() == 0) return;
 
-  // The states of ops/chunked_cross_attention_decode/common.py: what is idle or beyond the border is written here.
+  // The states of ops/decoding/common.py: what is idle or beyond the border is written here.
   std::vector<uint8_t> attends(b * t);
   const int64_t row_bytes = p.dim_value * (p.type == kFloat32 ? 4 : 2);
   for (int64_t i = 0; i < b * t; ++i) {

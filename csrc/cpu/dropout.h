@@ -1,4 +1,4 @@
-// Which probabilities dropout keeps: Philox4x32-7 as in retro_kernels/ops/attention/dropout.py. Rows run down the lanes;
+// Which probabilities dropout keeps: Philox4x32-7 as in retro_kernels/ops/dropout.py. Rows run down the lanes;
 // one evaluation serves 8 neighbouring slots of every lane's row.
 #pragma once
 #include "layout.h"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -17,16 +16,8 @@ FOLDER = "bench-report"
 
 
 def load(name: str) -> ModuleType:
-    """A module of the benchmark suite: the installed one, or the source tree's."""
-    try:
-        return importlib.import_module(f"retro_kernels.benchmarks.{name}")
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("retro_kernels.benchmarks"):
-            raise
-    root = str(Path(__file__).resolve().parents[2])
-    if root not in sys.path:
-        sys.path.append(root)
-    return importlib.import_module(f"benchmarks.{name}")
+    """A module of the benchmark suite, loaded when it is needed: it imports torch."""
+    return importlib.import_module(f"retro_kernels.bench.{name}")
 
 
 def bench(

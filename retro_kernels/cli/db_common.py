@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from retro_kernels.retrieval.builder import Progress, Report
+    from retro_kernels.retrieval.build.builder import Progress, Report
 
 Folder = Annotated[Path, typer.Argument(help="The database's folder.", show_default=False)]
 

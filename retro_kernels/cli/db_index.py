@@ -18,8 +18,8 @@ def index(
 ) -> None:
     """Gives a finished database an index, or another one. The old one serves until the new one is whole; a stopped
     command goes on when it is run again."""
-    from retro_kernels.retrieval.builder import Meter
-    from retro_kernels.retrieval.index import replace_index
+    from retro_kernels.retrieval.build.builder import Meter
+    from retro_kernels.retrieval.index.index.index import replace_index
 
     with show_errors(), show_progress() as report:
         meter: list[Meter] = []
@@ -52,9 +52,9 @@ def evaluate(
     import numpy as np
 
     from retro_kernels.retrieval import Database
-    from retro_kernels.retrieval.index import save_settings
-    from retro_kernels.retrieval.search_evaluation import evaluate_search
-    from retro_kernels.retrieval.search_evaluation import plot as draw
+    from retro_kernels.retrieval.index.evaluation import evaluate_search
+    from retro_kernels.retrieval.index.evaluation import plot as draw
+    from retro_kernels.retrieval.index.index.index import save_settings
 
     with show_errors(OSError, ImportError):
         given = None if query_file is None else np.load(query_file, allow_pickle=False)

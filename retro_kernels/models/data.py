@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ..ops import checks
-from ..retrieval.neighbours import FACTS, IDS, TOKENS, open_neighbours
-from ..retrieval.store import Database
+from ..retrieval.database import Database
+from ..retrieval.training_data import FACTS, IDS, TOKENS, open_neighbours
 from .config import RetroConfig
 from .loss import IGNORED
 

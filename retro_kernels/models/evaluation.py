@@ -13,7 +13,7 @@ import torch
 
 from ..nn import common
 from ..ops import checks
-from ..retrieval.filters import longest_common_stretch
+from ..retrieval.corpus.filters import longest_common_stretch
 from .data import TokenStream
 from .retro import Retro
 

@@ -13,7 +13,7 @@ from ..nn import ChunkedCrossAttention, RelativePositions
 from ..nn.context_parallel import ContextParallel
 from ..nn.neighbour_encoder import FeedForward, NeighbourAttention
 from ..nn.retro_decoder_block import CausalSelfAttention
-from ..ops.attention.dropout import set_stream
+from ..ops.dropout import set_stream
 from .retro import Retro
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..ops import checks
 from ..ops.backends import ENVIRONMENT_VARIABLE
-from ..ops.chunked_cross_attention_decode.reference import by_group
+from ..ops.decoding.reference import by_group
 
 POSITIONS = ("none", "relative", "rotary", "bias")
 PROJECTIONS = ("query", "key", "value", "out")

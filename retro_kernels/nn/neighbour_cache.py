@@ -9,9 +9,9 @@ import torch
 
 from ..ops import checks
 from ..ops.attention.reference import accumulation_dtype, rotate
-from ..ops.chunked_cross_attention_decode.common import QUANTISED
 from ..ops.compiling import readable
 from ..ops.decode import chunked_cross_attention_decode, projected_chunked_cross_attention_decode
+from ..ops.decoding.common import QUANTISED
 from . import common
 from .chunked_cross_attention import ChunkedCrossAttention, project_neighbours, stack_projections
 

@@ -16,33 +16,33 @@ from typing import Any
 import torch
 
 from . import call_classes, evidence, verification
+from .absorbed import cpu as absorbed_cpu
+from .absorbed import cuda as absorbed_cuda
+from .absorbed import reference as absorbed_reference
 from .attention import cpu as attention_cpu
 from .attention import cuda as attention_cuda
 from .attention import reference as attention_reference
-from .chunked_cross_attention_decode import cpu as decoding_cpu
-from .chunked_cross_attention_decode import cuda as decoding_cuda
-from .chunked_cross_attention_decode import reference as decoding_reference
 from .compiling import constant
+from .decoding import cpu as decoding_cpu
+from .decoding import cuda as decoding_cuda
+from .decoding import reference as decoding_reference
 from .later import import_later
 from .plans import ENVIRONMENT_VARIABLE
-from .projected_chunked_cross_attention import cpu as absorbed_cpu
-from .projected_chunked_cross_attention import cuda as absorbed_cuda
-from .projected_chunked_cross_attention import reference as absorbed_reference
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
 # The backends of each kernel.
 ATTENTION = {
     "reference": attention_reference, "cpu": attention_cpu, "cuda": attention_cuda,
-    "triton": import_later(f"{__package__}.attention", "triton"),
+    "triton": import_later(f"{__package__}.attention.triton", "launch"),
 }  # fmt: skip
 ABSORBED = {
     "reference": absorbed_reference, "cpu": absorbed_cpu, "cuda": absorbed_cuda,
-    "triton": import_later(f"{__package__}.projected_chunked_cross_attention", "triton"),
+    "triton": import_later(f"{__package__}.absorbed.triton", "launch"),
 }  # fmt: skip
 DECODING = {
     "reference": decoding_reference, "cpu": decoding_cpu, "cuda": decoding_cuda,
-    "triton": import_later(f"{__package__}.chunked_cross_attention_decode", "triton"),
+    "triton": import_later(f"{__package__}.decoding.triton", "launch"),
 }  # fmt: skip
 
 # Which is asked first, unless `evidence` has measured that another is faster.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .attention import dropout as random
+from . import dropout as random
 from .compiling import has_autocast
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

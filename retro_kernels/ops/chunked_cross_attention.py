@@ -63,7 +63,7 @@ def chunked_cross_attention(
         null_key, null_value: [h, d] and [h, d_value], one always visible slot without position.
         scale: any number; default d ** -0.5.
         dropout_p: in [0, 1), on the probabilities; rounded to a multiple of 2 ** -16. Every backend drops the same
-            probabilities for the same state of torch's generator (`ops/attention/dropout.py`).
+            probabilities for the same state of torch's generator (`ops/dropout.py`).
         stride: tokens between retrievals, 1 <= stride <= m; default m.
         align: "end" puts the incomplete chunk first (Megatron): token i >= p = (n - 1) mod m has chunk (i - p) // m.
         query_offset, chunk_offset: the absolute position of query[:, 0] and absolute chunk of key[:, 0], for a slice of

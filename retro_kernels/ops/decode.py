@@ -11,9 +11,9 @@ import torch
 
 from . import backends, checks, plans
 from .call import dispatch
-from .chunked_cross_attention_decode import common, cpu
-from .chunked_cross_attention_decode.common import QUANTISED, DecodeCall
 from .compiling import readable, without_autocast
+from .decoding import common, cpu
+from .decoding.common import QUANTISED, DecodeCall
 
 
 def chunked_cross_attention_decode(

@@ -9,10 +9,10 @@ import torch
 
 from . import backends as backend_choice
 from . import checks
+from .absorbed import cost_model
 from .attention import common as attention_common
 from .backends import ABSORBED, ATTENTION
 from .projected import Given, absorb_refusal, prepare, work
-from .projected_chunked_cross_attention import cost_model
 
 PAIRS = ("query_rotary", "key_rotary")
 TENSORS = (

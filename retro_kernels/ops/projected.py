@@ -12,12 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from . import backends as backend_choice
 from . import checks, materialise, plans
+from .absorbed import cost_model
+from .absorbed.common import Call
 from .attention.common import attended_chunks, plain_lse
 from .backends import ABSORBED
 from .call import requires_grad
 from .chunked_cross_attention import clock
-from .projected_chunked_cross_attention import cost_model
-from .projected_chunked_cross_attention.common import Call
 
 STRATEGIES = ("auto", "materialise", "absorb")
 RECOMPUTED_SLICES = 16  # with `recompute`: K and V of one slice, and their gradients, are alive at a time

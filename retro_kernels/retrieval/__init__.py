@@ -2,14 +2,14 @@
 
 from ..errors import DatabaseError
 from ..tokenizers import ChunkTokenizer, load_tokenizer, open_tokenizer
-from .builder import Progress, build_database
+from .build.builder import Progress, build_database
+from .build.writer import ShardWriter, committed_shard, finish_database
+from .database import Database, Source
 from .embedders import Embedder, load_embedder, open_embedder
 from .exchange import export_parquet, import_database
-from .index import Index, build_index, open_index, replace_index
-from .neighbours import TrainingData, open_neighbours, precompute_neighbours
+from .index.index import Index, build_index, open_index, replace_index
 from .retriever import Retrieved, Retriever
-from .store import Database, Source
-from .writer import ShardWriter, committed_shard, finish_database
+from .training_data import TrainingData, open_neighbours, precompute_neighbours
 
 __all__ = [
     "ChunkTokenizer",

@@ -11,7 +11,7 @@ import torch
 from ..errors import DatabaseError
 from ..hub import OFFLINE, check_identity, hash_of, model_folder
 from ..ops import checks
-from .devices import find_device
+from .index.devices import find_device
 
 DEFAULT_EMBEDDER = OFFLINE
 SENTENCE_TRANSFORMERS = "sentence-transformers:"

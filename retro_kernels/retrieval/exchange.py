@@ -19,9 +19,9 @@ import torch
 from ..errors import DatabaseError
 from ..files import replaced
 from ..tokenizers import load_tokenizer, open_tokenizer
+from .build.writer import ShardWriter, finish_database
+from .database import Database, token_dtype
 from .manifest import describe, inside, lock_folder, name_full_disk, read_json
-from .store import Database, token_dtype
-from .writer import ShardWriter, finish_database
 
 FORMATS = ("retro-pytorch", "megatron")
 NEIGHBOURS = "neighbours.npy"

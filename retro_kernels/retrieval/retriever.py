@@ -18,11 +18,11 @@ from torch import Tensor
 from ..errors import DatabaseError
 from ..hub import check_identity
 from ..tokenizers import open_tokenizer
-from . import filters
-from .devices import find_device
+from .corpus import filters
+from .database import Database, Source
 from .embedders import Embedder, load_embedder
-from .index import Index
-from .store import Database, Source
+from .index.devices import find_device
+from .index.index import Index
 
 if TYPE_CHECKING:
     from ..models.generation import Neighbours
@@ -167,7 +167,7 @@ class Retriever:
         self.tokenizer: str = manifest["tokenizer"]["name"]
         """The name of the tokenizer whose tokens go in and come out."""
         if index is None:
-            from .index import open_index
+            from .index.index import open_index
 
             index = open_index(self.database, device=self.device, memory_map=memory_map, **(search or {}))
         elif search or memory_map is not None:

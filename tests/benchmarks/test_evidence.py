@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import evidence as generator
-from benchmarks import results
+from retro_kernels.bench import results
 from retro_kernels.ops import backends, evidence
 
 DEVICE = "NVIDIA H100"

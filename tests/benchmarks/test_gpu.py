@@ -14,8 +14,9 @@ import gpu_problems
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kit, results
+from benchmarks import gpu, gpu_kit
 from retro_kernels import cuda_extension
+from retro_kernels.bench import results
 
 VARIABLES = {**os.environ, "PYTHONPATH": str(gpu.ROOT)}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import rates
-from benchmarks.timing import Protocol
-from retro_kernels.ops.projected_chunked_cross_attention.cost_model import KINDS, Constants
+from retro_kernels.bench.timing import Protocol
+from retro_kernels.ops.absorbed.cost_model import KINDS, Constants
 
 
 def test_the_fit_recovers_the_rates_that_made_the_times():

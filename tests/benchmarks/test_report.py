@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import report, results
+from retro_kernels.bench import report, results
 
 
 def row(variant, p50, *, workload="retro-172m", dtype="bf16", mode="forward", status="ok", reason=None, memory=1e6,

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gpu, retrieval_gpu
 from benchmarks.gpu_part import Record
-from retro_kernels.retrieval import exact
+from retro_kernels.retrieval.index import exact
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import retro_kernels as rk
-from benchmarks import attention, bench, decoding, projected, suite, timing, verify
-from benchmarks.attention import Attention
-from benchmarks.operations import (
+from retro_kernels.bench import attention, bench, decoding, projected, suite, timing, verify
+from retro_kernels.bench.attention import Attention
+from retro_kernels.bench.operations import (
     ATTENTIONS,
     CAUSAL_SELF,
     CCA,
@@ -28,8 +28,8 @@ from benchmarks.operations import (
     STEP,
     Workload,
 )
-from benchmarks.variants import WITHOUT, CompileBudget, CompileTimeout
-from benchmarks.workloads import DEFAULT, GOALS, KINDS, QUICK, TINY, WORKLOADS, select
+from retro_kernels.bench.variants import WITHOUT, CompileBudget, CompileTimeout
+from retro_kernels.bench.workloads import DEFAULT, GOALS, KINDS, QUICK, TINY, WORKLOADS, select
 
 CPU = torch.device("cpu")
 GROUPED = Attention("grouped", 4, 16, num_kv_heads=2, sequence_length=45, chunk_size=8, retrieved_length=16, batch=2)

@@ -4,7 +4,7 @@ stand-in with a name."""
 import pytest
 import torch
 
-from benchmarks import real_text, text_database
+from retro_kernels.bench import real_text, text_database
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import bench, results, suite, timing
+from retro_kernels.bench import bench, results, suite, timing
 from retro_kernels.cli import app
 from retro_kernels.cli.bench import load
 
@@ -16,11 +16,10 @@ CEILINGS = timing.Ceilings(1e10, {"fp32": 1e11, "bf16": 2e11}, {"fp32": 1e11, "b
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Ceilings are given, not measured, and the command's modules are the ones these tests patch. No figures are drawn:
+    """Ceilings are given, not measured. No figures are drawn:
     they take most of the time, and test_report.py has them."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(timing, "measure_ceilings", lambda *arguments: CEILINGS)
-    monkeypatch.setattr("retro_kernels.cli.bench.load", lambda name: getattr(__import__(f"benchmarks.{name}"), name))
 
 
 def invoke(tmp_path, *arguments):

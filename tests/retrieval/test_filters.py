@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from retro_kernels.retrieval import filters
+from retro_kernels.retrieval.corpus import filters
 
 
 def stretch(chunk: list[int], neighbour: list[int]) -> int:

@@ -19,13 +19,13 @@ from retro_kernels.retrieval import (
     DatabaseError,
     Retriever,
     build_index,
-    exact,
     load_embedder,
     open_index,
     replace_index,
 )
-from retro_kernels.retrieval import index as index_module
-from retro_kernels.retrieval.devices import find_device
+from retro_kernels.retrieval.index import exact
+from retro_kernels.retrieval.index import index as index_module
+from retro_kernels.retrieval.index.devices import find_device
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

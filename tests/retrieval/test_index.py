@@ -14,22 +14,15 @@ import numpy as np
 import pytest
 import torch
 from retrieval_common import CHUNK, database_of
+from retro_kernels.retrieval.index.index import build_index, replace_index, save_settings
 from typer.testing import CliRunner
 
 from retro_kernels.cli.db import app
-from retro_kernels.retrieval import (
-    Database,
-    DatabaseError,
-    ShardWriter,
-    exact,
-    finish_database,
-    open_index,
-    search_evaluation,
-)
-from retro_kernels.retrieval import index as index_module
-from retro_kernels.retrieval.index import build_index, replace_index, save_settings
-from retro_kernels.retrieval.index_choice import EXACT, choose, lists_of
-from retro_kernels.retrieval.search_evaluation import evaluate_search, plot
+from retro_kernels.retrieval import Database, DatabaseError, ShardWriter, finish_database, open_index
+from retro_kernels.retrieval.index import evaluation, exact
+from retro_kernels.retrieval.index import index as index_module
+from retro_kernels.retrieval.index.choice import EXACT, choose, lists_of
+from retro_kernels.retrieval.index.evaluation import evaluate_search, plot
 
 DIM, SPEC = 32, "IVF64,SQ8"
 
@@ -60,7 +53,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(search_evaluation, "LEAST_SECONDS", 1e-9)
+    monkeypatch.setattr(evaluation, "LEAST_SECONDS", 1e-9)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from retrieval_common import CHUNK, Everything, Letters, database_of, texts_of, 
 from typer.testing import CliRunner
 
 from retro_kernels.cli import app
-from retro_kernels.retrieval import Database, DatabaseError, Retriever, neighbours, open_neighbours
+from retro_kernels.retrieval import Database, DatabaseError, Retriever, open_neighbours, training_data
 from retro_kernels.retrieval import precompute_neighbours as precompute
 from retro_kernels.retrieval import retriever as retriever_module
 
@@ -50,8 +50,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_folder_holds_the_neighbours_of_a_loop(database: Database, corpus: Path, tmp_path: Path, monkeypatch):
     """Tokens, places and neighbours, and that none is of a document with tokens in the chunk or the one after it."""
-    monkeypatch.setattr(neighbours, "BLOCK", 7)
-    monkeypatch.setattr(neighbours, "SCANNED", 5)
+    monkeypatch.setattr(training_data, "BLOCK", 7)
+    monkeypatch.setattr(training_data, "SCANNED", 5)
     seen = []
     made = precompute(retriever_of(database), corpus, tmp_path / "out", progress=seen.append)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
@@ -127,7 +127,7 @@ def killed_after(writes: int, act) -> bool:
 
 
 def test_killed_anywhere_and_resumed_it_is_the_same_byte_for_byte(database, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 64)
+    monkeypatch.setattr(training_data, "BLOCK", 64)
     monkeypatch.setattr(os, "fsync", lambda number: None)  # a kill keeps the page cache; syncing takes seconds
 
     def make(folder: Path) -> None:
@@ -195,7 +195,7 @@ def letters_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retriever_module, "load_embedder", lambda name, **_: Letters())
     index = types.ModuleType("index")
     index.open_index = lambda database, **_: Everything(database)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "retro_kernels.retrieval.index", index)
+    monkeypatch.setitem(sys.modules, "retro_kernels.retrieval.index.index", index)
 
 
 def test_the_commands(database: Database, corpus: Path, tmp_path: Path, letters_by_name):

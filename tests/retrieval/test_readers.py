@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro_kernels.retrieval import DatabaseError, chunking, load_tokenizer
-from retro_kernels.retrieval.readers import Options, Problem, Reader, cut, find
+from retro_kernels.retrieval import DatabaseError, load_tokenizer
+from retro_kernels.retrieval.corpus import chunking
+from retro_kernels.retrieval.corpus.readers import Options, Problem, Reader, cut, find
 
 PAGE = """<!doctype html><html><head><title>Not shown</title><style>p {}</style></head><body>
 <h1>Head &amp;  line</h1><script>var x = "</p>";</script><p>One <b>bold</b>

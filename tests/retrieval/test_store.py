@@ -14,7 +14,7 @@ import torch
 
 from retro_kernels.retrieval import Database, DatabaseError, ShardWriter, committed_shard, finish_database
 from retro_kernels.retrieval import manifest as manifest_module
-from retro_kernels.retrieval.store import MANIFEST
+from retro_kernels.retrieval.database import MANIFEST
 
 CHUNK, DIM = 4, 3
 LENGTHS = [[1, 4, 9], [], [5, 8, 3, 17], [2]]  # tokens of each document of each shard

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from . import dropout
+from .. import dropout
 from .common import CHUNK, CLOCK, Call, attended_chunks, turn
 
 

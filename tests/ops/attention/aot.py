@@ -30,8 +30,9 @@ from unittest import mock
 
 import torch
 
-from retro_kernels.ops.attention import common, configs
-from retro_kernels.ops.attention import triton as backend
+from retro_kernels.ops.attention import common
+from retro_kernels.ops.attention.triton import configs
+from retro_kernels.ops.attention.triton import launch as backend
 
 TABLE = Path(__file__).with_name("compiled_settings.json")
 TARGETS = (80, 90, 100)
@@ -347,13 +348,20 @@ def kernels_hash() -> str:
 
 @lru_cache
 def hash_of(files: tuple[str, ...]) -> str:
-    """Of the tokens of Python files, comments apart."""
+    """Of the tokens of Python files, comments, docstrings and imports apart."""
     digest = hashlib.sha256()
     for file in files:
         with tokenize.open(file) as lines:
+            statement: list[str] = []
             for token in tokenize.generate_tokens(lines.readline):
-                if token.type not in (tokenize.COMMENT, tokenize.NL):
-                    digest.update(f"{token.string}\0".encode())
+                if token.type in (tokenize.COMMENT, tokenize.NL):
+                    continue
+                statement.append(token.string)
+                if token.type == tokenize.NEWLINE:
+                    words = [word for word in statement if word.strip()]
+                    if words[0] not in ("import", "from") and not (len(words) == 1 and words[0].endswith(('"', "'"))):
+                        digest.update("\0".join(statement).encode())
+                    statement = []
     return digest.hexdigest()[:16]
 
 

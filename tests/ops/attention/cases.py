@@ -12,7 +12,7 @@ from typing import Any
 import oracle
 import torch
 
-from retro_kernels.ops.attention import dropout
+from retro_kernels.ops import dropout
 from retro_kernels.testing import (  # noqa: F401 - what the tests take from here
     Case,
     as_dtype,
@@ -209,7 +209,7 @@ def expect(
 
 
 def kept(arguments: dict[str, Any]) -> torch.Tensor:
-    """bool [*query.shape[:-1], 1 + slots]: the probabilities that `run` keeps, by the rule of ops/attention/dropout.py.
+    """bool [*query.shape[:-1], 1 + slots]: the probabilities that `run` keeps, by the rule of ops/dropout.py.
     The number of a row counts b * h + head, and the row's place in the axes of the query between them."""
     torch.manual_seed(7)
     query, h = arguments["query"], arguments["query"].shape[-2]

@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 
-from retro_kernels.ops.attention import dropout
+from retro_kernels.ops import dropout
 from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

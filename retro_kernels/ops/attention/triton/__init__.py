@@ -1,0 +1,1 @@
+"""Triton kernels of the attentions: launch, forward, backward, parameters, their tiles and their settings."""

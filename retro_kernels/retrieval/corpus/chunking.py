@@ -1,0 +1,141 @@
+"""Documents to chunks of tokens, each with its text and its place; a document of any length in bounded memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from ...tokenizers import ChunkTokenizer, Encoded
+
+PIECE = 1 << 16
+"""Characters that are tokenised as one: a longer text is cut, after a line's end if there is one."""
+BATCH = 1 << 20
+"""Characters that a tokenizer is given at a time, in pieces of one or many documents."""
+
+
+@dataclasses.dataclass
+class Text:
+    """A document as it comes from a reader. `number` is the caller's."""
+
+    number: int
+    blocks: Iterable[str]
+
+
+@dataclasses.dataclass
+class Part:
+    """Consecutive chunks of a document. All are whole but, in the `last` part, the last one. A document without a
+    token is one empty last part."""
+
+    number: int
+    tokens: np.ndarray
+    """Integers [n]."""
+    offsets: list[int]
+    """The character of the document at which each chunk begins."""
+    texts: list[str]
+    """Each chunk's text: the document's, from where the chunk begins to where the next one does."""
+    last: bool
+
+
+def pieces(blocks: Iterable[str]) -> Iterator[str]:
+    """The text of `blocks` in pieces of at most PIECE characters, the same however it was cut into blocks."""
+    buffer = ""
+    for block in blocks:
+        buffer = buffer + block if buffer else block
+        start = 0
+        while len(buffer) - start > PIECE:
+            stop = _border(buffer, start)
+            yield buffer[start:stop]
+            start = stop
+        buffer = buffer[start:]
+    if buffer:
+        yield buffer
+
+
+def _border(text: str, start: int) -> int:
+    middle, stop = start + PIECE // 2, start + PIECE
+    line = text.rfind("\n", middle, stop)
+    if line >= 0:
+        return line + 1
+    # Many tokenizers keep a blank with the word after it.
+    blank = text.rfind(" ", middle, stop)
+    return blank if blank >= 0 else stop
+
+
+class _Open:
+    """A document of which more is to come: the tokens that fill no chunk yet, and their text."""
+
+    def __init__(self, number: int, chunk_size: int) -> None:
+        self.number, self.chunk_size = number, chunk_size
+        self.tokens = np.empty(0, np.int64)
+        self.text = ""
+        self.text_start = 0
+        self.first_token = 0
+        """The character at which `tokens` begins."""
+
+    def add(self, piece: str, encoded: Encoded, last: bool) -> Part:
+        base = self.text_start + len(self.text)
+        waiting = len(self.tokens)
+        tokens = np.concatenate((self.tokens, encoded.tokens.astype(np.int64)))
+        text = self.text + piece
+        stop = len(tokens) if last else len(tokens) // self.chunk_size * self.chunk_size
+        # Also where the rest begins, for the text of the last whole chunk.
+        numbers = range(0, len(tokens), self.chunk_size)
+        begins = [self.first_token if n < waiting else base + encoded.start(n - waiting) for n in numbers]
+        count = -(-stop // self.chunk_size)
+        borders = [begin - self.text_start for begin in begins] + [len(text)]
+        # A chunk at a border of texts begins where its tokens do; what is before the first token belongs to it.
+        texts = [text[start:end] for start, end in itertools.pairwise(borders[: count + 1])]
+        part = Part(self.number, tokens[:stop], begins[:count], texts, last)
+        self.tokens = tokens[stop:]
+        kept = borders[count]
+        self.text, self.text_start = text[kept:], self.text_start + kept
+        self.first_token = begins[count] if count < len(begins) else self.text_start
+        return part
+
+
+def parts(documents: Iterable[Text], tokenizer: ChunkTokenizer, chunk_size: int) -> Iterator[Part]:
+    """The chunks of every document, in order; every document ends with a part that is `last`."""
+    batch: list[tuple[_Open, str, bool]] = []
+    size = 0
+    for document in documents:
+        state = _Open(document.number, chunk_size)
+        previous = ""
+        for piece in pieces(document.blocks):
+            if previous:
+                batch.append((state, previous, False))
+                size += len(previous)
+                if size >= BATCH:
+                    yield from _encode(batch, tokenizer)
+                    batch, size = [], 0
+            previous = piece
+        batch.append((state, previous, True))
+        size += len(previous)
+        if size >= BATCH:
+            yield from _encode(batch, tokenizer)
+            batch, size = [], 0
+    yield from _encode(batch, tokenizer)
+
+
+def _encode(batch: list[tuple[_Open, str, bool]], tokenizer: ChunkTokenizer) -> Iterator[Part]:
+    found = tokenizer.encode_batch([text for _, text, _ in batch])
+    for (state, text, last), encoded in zip(batch, found):
+        part = state.add(text, encoded, last)
+        if last or len(part.tokens):
+            yield part
+
+
+def windows(found: Iterable[Part], chunks: int) -> Iterator[list[Part]]:
+    """Parts in lists of at least `chunks` chunks each (the last of fewer): what an embedder is given at a time."""
+    window: list[Part] = []
+    size = 0
+    for part in found:
+        window.append(part)
+        size += len(part.texts)
+        if size >= chunks:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window

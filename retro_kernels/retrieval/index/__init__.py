@@ -1,0 +1,1 @@
+"""Searching: exact, FAISS, the choice between them, and how good a search is."""
