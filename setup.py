@@ -75,9 +75,11 @@ def git_commit() -> str | None:
 def build_info(folder: Path, torch: toolchain.Torch, metadata: dict[str, object]) -> Path:
     """A source file that carries how the library is built, for `extension.read_metadata`."""
     metadata |= {
-        "torch": torch.version, "oldest_torch": ".".join(map(str, toolchain.OLDEST_TORCH)),
-        "machine": platform.machine(), "git_commit": git_commit(),
-    }  # fmt: skip
+        "torch": torch.version,
+        "oldest_torch": ".".join(map(str, toolchain.OLDEST_TORCH)),
+        "machine": platform.machine(),
+        "git_commit": git_commit(),
+    }
     embedded = json.dumps("RETRO_KERNELS_BUILD" + json.dumps(metadata, sort_keys=True))
     source = folder / "build_info.cpp"
     text = (
@@ -94,11 +96,16 @@ def build_cpu(target: Path) -> None:
     torch, (command, compiler_version) = toolchain.torch_installation(), toolchain.compiler()
     flags = toolchain.levels(command)
     folder = ROOT / "build" / "cpu"
-    info = build_info(folder, torch, {
-        "compiler": compiler_version, "levels": list(flags), "flags": " ".join(COMMON_FLAGS + KERNEL_FLAGS)
-    })  # fmt: skip
-    of_torch = [f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET}", f"-DRK_TORCH_BUILT={torch.version}",
-                f"-I{torch.folder / 'include'}"]  # fmt: skip
+    info = build_info(
+        folder,
+        torch,
+        {"compiler": compiler_version, "levels": list(flags), "flags": " ".join(COMMON_FLAGS + KERNEL_FLAGS)},
+    )
+    of_torch = [
+        f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET}",
+        f"-DRK_TORCH_BUILT={torch.version}",
+        f"-I{torch.folder / 'include'}",
+    ]
     sources = [
         *((SOURCES / f"level_{name}.cpp", KERNEL_FLAGS + extra) for name, extra in flags.items()),
         *((SOURCES / f"{name}.cpp", of_torch) for name in ("bindings", "decode_bindings")),
@@ -115,9 +122,9 @@ def build_cuda(target: Path) -> None:
     torch, (path, cuda) = toolchain.torch_installation(), toolchain.nvcc()
     command, names = toolchain.nvcc_command(path), toolchain.architectures()
     folder = ROOT / "build" / "cuda"
-    info = build_info(folder, torch, {
-        "cuda": cuda, "compiler": f"nvcc {cuda}", "architectures": names, "flags": " ".join(CUDA_FLAGS)
-    })  # fmt: skip
+    info = build_info(
+        folder, torch, {"cuda": cuda, "compiler": f"nvcc {cuda}", "architectures": names, "flags": " ".join(CUDA_FLAGS)}
+    )
     of_torch = [f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET}", f"-I{torch.folder / 'include'}"]
     sm90 = ["9.0a"] if "9.0a" in names else []
     if sm90:

@@ -41,9 +41,13 @@ HERE = Path(__file__).resolve().parent
 FILE = "end-to-end.json"
 DOCUMENT = HERE.parent / "docs" / "retro.md"
 SMALL = {
-    "model_dim": 384, "num_layers": 6, "num_heads": 6, "cross_attention_layers": (3, 6), "encoder_dim": 256,
+    "model_dim": 384,
+    "num_layers": 6,
+    "num_heads": 6,
+    "cross_attention_layers": (3, 6),
+    "encoder_dim": 256,
     "encoder_heads": 4,
-}  # fmt: skip
+}
 WAYS = ("fused", "sdpa", "eager")
 PARTS = ("decoder", "readout", "cross-attention", "encoder")
 SAME = 2e-4
@@ -170,7 +174,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
         "flop_ratio": 1 + added / base,
         "gflops": {"decoder": 3 * base * given.batch / 1e9, "retro": 3 * (base + added) * given.batch / 1e9},
         "parameters": model.count_parameters(),
-    }  # fmt: skip
+    }
 
 
 def parts(given: argparse.Namespace) -> dict[str, Any]:
@@ -207,7 +211,7 @@ def parts(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": {name: summary(values) for name, values in seconds.items()},
         "gflops": {name: 3 * flops[name] * given.batch / 1e9 for name in PARTS},
-    }  # fmt: skip
+    }
 
 
 class Clock:
@@ -277,7 +281,7 @@ def generate(given: argparse.Namespace) -> dict[str, Any]:
         "copy_bytes_per_second": copy,
         "floor_milliseconds": {"off": 1e3 * decoder / copy, "on": 1e3 * (decoder + crossing + cache) / copy},
         "search": search,
-    }  # fmt: skip
+    }
     if search is not None:
         result["search_milliseconds"] = summary(waits)
     return result
@@ -302,12 +306,19 @@ def peer(given: argparse.Namespace) -> dict[str, Any]:
     vocabulary = theirs.token_emb.num_embeddings
     length, count = given.length, given.tokens
     config = RetroConfig(
-        vocab_size=vocabulary, model_dim=README["dec_dim"], num_layers=README["dec_depth"], num_heads=README["heads"],
-        head_dim=README["dim_head"], cross_attention_layers=README["dec_cross_attn_layers"],
-        encoder_dim=README["enc_dim"], encoder_layers=README["enc_depth"], encoder_heads=README["heads"],
-        encoder_head_dim=README["dim_head"], encoder_cross_attention_layers=tuple(range(1, README["enc_depth"] + 1)),
+        vocab_size=vocabulary,
+        model_dim=README["dec_dim"],
+        num_layers=README["dec_depth"],
+        num_heads=README["heads"],
+        head_dim=README["dim_head"],
+        cross_attention_layers=README["dec_cross_attn_layers"],
+        encoder_dim=README["enc_dim"],
+        encoder_layers=README["enc_depth"],
+        encoder_heads=README["heads"],
+        encoder_head_dim=README["dim_head"],
+        encoder_cross_attention_layers=tuple(range(1, README["enc_depth"] + 1)),
         tied_embeddings=False,
-    )  # fmt: skip
+    )
     ours = Retro(config).eval()
     tokens, _ = _data(config, 1, length)
     given.vocabulary = vocabulary
@@ -333,7 +344,7 @@ def peer(given: argparse.Namespace) -> dict[str, Any]:
             "retro-pytorch": sum(p.numel() for p in theirs.parameters()),
             "retro_kernels": sum(ours.count_parameters().values()),
         },
-    }  # fmt: skip
+    }
 
 
 def _data(config: RetroConfig, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -361,8 +372,12 @@ def tables(runs: list[dict[str, Any]]) -> str:
         by_kind.setdefault(run["settings"]["what"], []).append(run)
     about = runs[0]["environment"]
     lines = [f"{about['device']}, torch {about['packages']['torch']}, fp32, medians of runs in turns.", ""]
-    for what, write in (("train", _train_table), ("parts", _parts_table), ("generate", _generate_table),
-                        ("peer", _peer_table)):  # fmt: skip
+    for what, write in (
+        ("train", _train_table),
+        ("parts", _parts_table),
+        ("generate", _generate_table),
+        ("peer", _peer_table),
+    ):
         if what in by_kind:
             lines += [*write(by_kind[what]), ""]
     commits = sorted({str(run["environment"]["commit"]) for run in runs})
@@ -376,10 +391,11 @@ def _describe_model(settings: dict[str, Any]) -> str:
 
 def _train_table(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "A training step (forward and backward) of the decoder alone and of RETRO, in seconds:", "",
+        "A training step (forward and backward) of the decoder alone and of RETRO, in seconds:",
+        "",
         "| model | attentions | decoder | RETRO | ratio | ratio of matrix operations | overhead against fused |",
         "|---|---|---:|---:|---:|---:|---:|",
-    ]  # fmt: skip
+    ]
     for run in runs:
         result = run["result"]
         for way, ratio in result["time_ratio"].items():
@@ -393,9 +409,12 @@ def _train_table(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _parts_table(runs: list[dict[str, Any]]) -> list[str]:
-    lines = ["Each part alone, forward and backward:", "",
-             "| model | part | GFLOP of matrix operations | share | seconds | share | GFLOP/s |",
-             "|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines = [
+        "Each part alone, forward and backward:",
+        "",
+        "| model | part | GFLOP of matrix operations | share | seconds | share | GFLOP/s |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for run in runs:
         flops, seconds = run["result"]["gflops"], run["result"]["seconds"]
         total, whole = sum(flops.values()), sum(seconds[name]["median"] for name in PARTS)
@@ -411,9 +430,12 @@ def _parts_table(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _generate_table(runs: list[dict[str, Any]]) -> list[str]:
-    lines = ["Generation, milliseconds a token, the chunks' borders included:", "",
-             "| model, prompt | database | retrieval off | on | ratio | floor off | on | slowest token | search |",
-             "|---|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines = [
+        "Generation, milliseconds a token, the chunks' borders included:",
+        "",
+        "| model, prompt | database | retrieval off | on | ratio | floor off | on | slowest token | search |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for run in runs:
         result, settings = run["result"], run["settings"]
         off, on = (result["milliseconds_a_token"][name]["median"] for name in ("off", "on"))
@@ -428,9 +450,12 @@ def _generate_table(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def _peer_table(runs: list[dict[str, Any]]) -> list[str]:
-    lines = ["Generation at the sizes of retro-pytorch's README, seconds a token, the prompt included:", "",
-             "| prompt | new tokens | retro-pytorch's `generate` | `Retro.generate` | times faster |",
-             "|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines = [
+        "Generation at the sizes of retro-pytorch's README, seconds a token, the prompt included:",
+        "",
+        "| prompt | new tokens | retro-pytorch's `generate` | `Retro.generate` | times faster |",
+        "|---:|---:|---:|---:|---:|",
+    ]
     for run in runs:
         result, settings = run["result"], run["settings"]
         theirs, ours = (result["seconds_a_token"][name]["median"] for name in ("retro-pytorch", "retro_kernels"))
@@ -460,8 +485,12 @@ def main() -> None:
         runs = json.loads(given.out.read_text())
         DOCUMENT.write_text(report.with_block(DOCUMENT.read_text(), tables(runs), file=DOCUMENT.name))
         return
-    used = {"train": ("preset", "batch", "vocabulary", "ways"), "parts": ("preset", "batch", "vocabulary"),
-            "generate": ("preset", "batch", "tokens", "db"), "peer": ("tokens",)}[given.what]  # fmt: skip
+    used = {
+        "train": ("preset", "batch", "vocabulary", "ways"),
+        "parts": ("preset", "batch", "vocabulary"),
+        "generate": ("preset", "batch", "tokens", "db"),
+        "peer": ("tokens",),
+    }[given.what]
     settings = {name: getattr(given, name) for name in ("what", "length", "repeats", *used)}
     result = {"train": train, "parts": parts, "generate": generate, "peer": peer}[given.what](given)
     store(given.out, settings, result)

@@ -22,9 +22,10 @@ from retro_kernels.bench.operations import CCA, DTYPES, ENCODER_CROSS, ENCODER_S
 from retro_kernels.ops import evidence, verified_file
 
 OPERATIONS = {
-    CCA: "chunked_cross_attention", ENCODER_SELF: "neighbour_self_attention",
+    CCA: "chunked_cross_attention",
+    ENCODER_SELF: "neighbour_self_attention",
     ENCODER_CROSS: "neighbour_cross_attention",
-}  # fmt: skip
+}
 BACKENDS = ("triton", "cuda")
 REQUIRED = tuple(
     f"{kernels} {part}"

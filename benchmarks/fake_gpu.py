@@ -147,10 +147,18 @@ def fake_tensors(capability: int, name: str = "a GPU that is not there") -> Iter
         name=name, major=major, minor=minor, multi_processor_count=132, total_memory=1 << 37, warp_size=32
     )
     answers = {
-        "is_available": True, "device_count": 1, "current_device": 0, "get_device_capability": (major, minor),
-        "get_device_name": name, "get_device_properties": properties, "is_current_stream_capturing": False,
-        "get_rng_state": None, "set_rng_state": None, "synchronize": None, "_lazy_init": None,
-    }  # fmt: skip
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": (major, minor),
+        "get_device_name": name,
+        "get_device_properties": properties,
+        "is_current_stream_capturing": False,
+        "get_rng_state": None,
+        "set_rng_state": None,
+        "synchronize": None,
+        "_lazy_init": None,
+    }
     with contextlib.ExitStack() as stack:
         for function, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, function, _always(answer)))

@@ -50,9 +50,14 @@ def key() -> dict[str, Any]:
     import torch
 
     found = {
-        "python": "{}.{}".format(*sys.version_info), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "triton": None, "compiler": None, "kernels": source_hash("retro_kernels"), "csrc": source_hash("csrc"),
-    }  # fmt: skip
+        "python": "{}.{}".format(*sys.version_info),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": None,
+        "compiler": None,
+        "kernels": source_hash("retro_kernels"),
+        "csrc": source_hash("csrc"),
+    }
     with contextlib.suppress(ImportError):
         import triton
         from triton.runtime.cache import triton_key
@@ -243,8 +248,12 @@ def _beyond_2_31() -> dict:
     chunks = 2**31 // (k * r * h * d) + 2
     x = torch.empty(1, chunks, k, r, h, d, dtype=torch.bfloat16)
     query = torch.empty(1, m * chunks, h, d, dtype=torch.bfloat16)
-    return {"query": query.requires_grad_(), "key": x.requires_grad_(), "value": x.detach().requires_grad_(),
-            "chunk_size": m}  # fmt: skip
+    return {
+        "query": query.requires_grad_(),
+        "key": x.requires_grad_(),
+        "value": x.detach().requires_grad_(),
+        "chunk_size": m,
+    }
 
 
 def compile_calls(shard: int, shards: int, most: int | None, cache: Path) -> None:

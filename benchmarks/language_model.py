@@ -64,14 +64,27 @@ HERE = Path(__file__).resolve().parent
 FILE, PICTURE = "language-model.json", "language-model.png"
 DOCUMENT = HERE.parent / "docs" / "retro.md"
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "model_dim": 192, "num_layers": 4, "num_heads": 3, "encoder_dim": 192,
-    "encoder_layers": 2, "encoder_heads": 3, "shared_embeddings": True, "max_length": 512,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "model_dim": 192,
+    "num_layers": 4,
+    "num_heads": 3,
+    "encoder_dim": 192,
+    "encoder_layers": 2,
+    "encoder_heads": 3,
+    "shared_embeddings": True,
+    "max_length": 512,
+}
 RETRIEVAL: dict[str, Any] = {"cross_attention_layers": (2, 4), "initializer_range": 0.05}
 TRAINING: dict[str, Any] = {
-    "batch_size": 8, "learning_rate": 2e-3, "warmup_steps": 100, "save_every": 100, "keep": 1000, "log_every": 5,
-    "seed": 0, "precision": "bf16",
-}  # fmt: skip
+    "batch_size": 8,
+    "learning_rate": 2e-3,
+    "warmup_steps": 100,
+    "save_every": 100,
+    "keep": 1000,
+    "log_every": 5,
+    "seed": 0,
+    "precision": "bf16",
+}
 KINDS = ("decoder", "retro")
 
 
@@ -191,9 +204,14 @@ def data_of(corpus: Path, work: Path, documents: int | None, embedder: str) -> d
     tokenizer = tokenizer_of(texts["train"], work)
     keys = Lexical(texts["train"]) if embedder == LEXICAL else retrieval.load_embedder(embedder)
     retrieval.build_database(
-        texts["train"], work / "database", tokenizer=str(tokenizer), embedder=keys, shard_bytes=1 << 18, index=None,
+        texts["train"],
+        work / "database",
+        tokenizer=str(tokenizer),
+        embedder=keys,
+        shard_bytes=1 << 18,
+        index=None,
         progress=ProgressPrinter(),
-    )  # fmt: skip
+    )
     folders = {name: work / f"{name}-neighbours" for name in texts}
     with retrieval.Retriever(work / "database", embedder=keys, num_neighbours=4, cache_size=0) as retriever:
         for name, folder in folders.items():
@@ -241,9 +259,11 @@ def final_of(kind: str, data: Path, work: Path) -> list[dict[str, Any]]:
         stream = TokenStream(data, model.config)
         retro = kind == "retro"
         found = evaluate(
-            model, stream, retrieval=("on", "off", "random") if retro else ("off",),
+            model,
+            stream,
+            retrieval=("on", "off", "random") if retro else ("off",),
             overlaps=OVERLAPS,
-        )  # fmt: skip
+        )
         path.write_text(json.dumps([x.to_dict() for x in found]))
     return json.loads(path.read_text())
 
@@ -323,23 +343,38 @@ def draw(document: dict[str, Any], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.0), layout="constrained")
     curves = document["curves"]
     ends = curves["decoder"][-1]
-    left.plot([x["step"] for x in curves["decoder"]], [x["off"] for x in curves["decoder"]], color="#3d85c6",
-              label="the decoder")  # fmt: skip
+    left.plot(
+        [x["step"] for x in curves["decoder"]],
+        [x["off"] for x in curves["decoder"]],
+        color="#3d85c6",
+        label="the decoder",
+    )
     after = [ends["step"] + x["step"] for x in curves["retro"]]
     left.plot(after, [x["off"] for x in curves["retro"]], ":", color="#3d85c6", label="RETRO, retrieval off")
     left.plot(after, [x["on"] for x in curves["retro"]], color="#e4572e", label="RETRO, retrieval on")
     left.axvline(ends["step"], color="#999999", linewidth=0.8)
     left.set_ylim(None, 1.05 * curves["decoder"][len(curves["decoder"]) // 4]["off"])
-    for mode, label, colour, line in (("off", "retrieval off", "#3d85c6", ":"),
-                                      ("random", "neighbours of another place", "#e4572e", "--"),
-                                      ("on", "retrieval on", "#e4572e", "-")):  # fmt: skip
+    for mode, label, colour, line in (
+        ("off", "retrieval off", "#3d85c6", ":"),
+        ("random", "neighbours of another place", "#e4572e", "--"),
+        ("on", "retrieval on", "#e4572e", "-"),
+    ):
         limits = [x for x in document["final"]["retro"] if x["retrieval"] == mode and x["max_overlap"] is not None]
         limits = [x for x in limits if x["tokens"]]
-        right.plot([x["max_overlap"] for x in limits], [x["bits_per_byte"] for x in limits], line, color=colour,
-                   marker="o", label=label)  # fmt: skip
+        right.plot(
+            [x["max_overlap"] for x in limits],
+            [x["bits_per_byte"] for x in limits],
+            line,
+            color=colour,
+            marker="o",
+            label=label,
+        )
     left.set(xlabel="updates of 4,096 tokens", ylabel="bits per byte, held-out documents")
-    right.set(xlabel="longest stretch shared with a neighbour, at most (of the chunk)", xscale="log",
-              ylabel="bits per byte of such chunks")  # fmt: skip
+    right.set(
+        xlabel="longest stretch shared with a neighbour, at most (of the chunk)",
+        xscale="log",
+        ylabel="bits per byte of such chunks",
+    )
     right.set_xticks(OVERLAPS, [f"{x:g}" for x in OVERLAPS])
     right.minorticks_off()
     for axes in (left, right):
@@ -360,13 +395,17 @@ def block(documents: list[tuple[str, dict[str, Any]]]) -> str:
             f"On `{device}`: {steps:,} updates of {tokens:,} tokens for the decoder and as many for what retrieves; "
             f"{data['train']['bytes'] / 1e6:.1f} MB of text to train on and {data['held-out']['bytes'] / 1e6:.1f} MB "
             f"held out; {count['decoder'] / 1e6:.1f} million parameters, and "
-            f"{(count['retro'] - count['decoder']) / 1e6:.1f} more with retrieval. Bits per byte:", "",
+            f"{(count['retro'] - count['decoder']) / 1e6:.1f} more with retrieval. Bits per byte:",
+            "",
             "| held-out text | tokens | retrieval off: the decoder | neighbours of another place | retrieval on |",
             "|---|---:|---:|---:|---:|",
-        ]  # fmt: skip
+        ]
         final = {(x["retrieval"], x["max_overlap"]): x for x in document["final"]["retro"]}
-        for limit, name in ((None, "all"), (0.5, "chunks with at most half in one piece in a neighbour"),
-                            (0.125, "with at most an eighth")):  # fmt: skip
+        for limit, name in (
+            (None, "all"),
+            (0.5, "chunks with at most half in one piece in a neighbour"),
+            (0.125, "with at most an eighth"),
+        ):
             cells = " | ".join(f"{final[mode, limit]['bits_per_byte']:.4f}" for mode in ("off", "random", "on"))
             lines.append(f"| {name} | {final['on', limit]['tokens']:,} | {cells} |")
         copying = document["copying"]
@@ -375,10 +414,10 @@ def block(documents: list[tuple[str, dict[str, Any]]]) -> str:
             f"What there is to be gained: {copying['long_matches']:.1%} of the tokens follow a piece of eight or more "
             f"that stands in a neighbour too, and {copying['of_these_right']:.0%} of these are the token that follows "
             "there. A fixed rule that copies from the neighbours takes the decoder from "
-            f"{copying['off']:.4f} to {copying['copied']:.4f} bits per byte (of {copying['tokens']:,} tokens).", "",
-            "![Bits per byte over training, and by overlap]"
-            f"(../benchmarks/results/{device}/{PICTURE})",
-        ]  # fmt: skip
+            f"{copying['off']:.4f} to {copying['copied']:.4f} bits per byte (of {copying['tokens']:,} tokens).",
+            "",
+            f"![Bits per byte over training, and by overlap](../benchmarks/results/{device}/{PICTURE})",
+        ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -432,13 +471,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         of = json.loads((folder / "data.json").read_text())
         facts[name] = {key: of[key] for key in ("tokens", "documents", "chunks", "bytes", "missing", "filters")}
     document = {
-        "environment": environment.collect("cpu"), "model": {**SIZES, **RETRIEVAL},
+        "environment": environment.collect("cpu"),
+        "model": {**SIZES, **RETRIEVAL},
         "training": {**TRAINING, "steps": given.steps},
         "embedder": given.embedder,
         "parameters": {kind: Retro(config_of(kind), device="meta").count_parameters() for kind in KINDS},
-        "data": facts, "curves": curves, "training_loss": losses, "final": final,
+        "data": facts,
+        "curves": curves,
+        "training_loss": losses,
+        "final": final,
         "copying": copying,
-    }  # fmt: skip
+    }
     out = given.out or HERE / "results" / environment.device_slug("cpu")
     out.mkdir(parents=True, exist_ok=True)
     files.write_bytes(out / FILE, results.compact_json(document))

@@ -68,29 +68,43 @@ def measure(device: torch.device, dtypes: list[str], say=print) -> dict:
             for label, seconds in measured.items():
                 predicted = known.seconds(phases_of(label, shape, DTYPES[name].itemsize), shape.encoder_dim)
                 errors[name].setdefault(label, []).append(predicted / seconds - 1)
-                say(f"{name} {label:20} e {shape.encoder_dim:5} h {shape.heads:3} d {shape.head_dim:3} S "
-                    f"{shape.slots:5}: {seconds * 1e3:8.2f} ms, fitted {predicted * 1e3:8.2f} ms")  # fmt: skip
+                say(
+                    f"{name} {label:20} e {shape.encoder_dim:5} h {shape.heads:3} d {shape.head_dim:3} S "
+                    f"{shape.slots:5}: {seconds * 1e3:8.2f} ms, fitted {predicted * 1e3:8.2f} ms"
+                )
     ceilings = timing.measure_ceilings(device, ["fp32"], quick=True)
     found_environment = environment.collect(device)
     return {
-        "type": device.type, "device": cost_model.device_name(device), "threads": torch.get_num_threads(),
-        "date": found_environment["date"], "commit": found_environment["commit"],
+        "type": device.type,
+        "device": cost_model.device_name(device),
+        "threads": torch.get_num_threads(),
+        "date": found_environment["date"],
+        "commit": found_environment["commit"],
         "versions": found_environment["packages"],
-        "bandwidth": float(f"{ceilings.copy_bytes_per_second:.4g}"), "rates": rates,
+        "bandwidth": float(f"{ceilings.copy_bytes_per_second:.4g}"),
+        "rates": rates,
         "largest_error_of_the_fit": {
             name: {label: round(max(map(abs, values)), 3) for label, values in labels.items()}
             for name, labels in errors.items()
         },
-    }  # fmt: skip
+    }
 
 
 def work_of(shape: Shape, itemsize: int):
     from retro_kernels.ops.absorbed.cost_model import Work
 
     return Work(
-        shape.chunks * CHUNK, shape.chunks, shape.slots, shape.encoder_dim, shape.heads, shape.heads, shape.head_dim,
-        shape.head_dim, itemsize, backward=True,
-    )  # fmt: skip
+        shape.chunks * CHUNK,
+        shape.chunks,
+        shape.slots,
+        shape.encoder_dim,
+        shape.heads,
+        shape.heads,
+        shape.head_dim,
+        shape.head_dim,
+        itemsize,
+        backward=True,
+    )
 
 
 def phases_of(label: str, shape: Shape, itemsize: int) -> list:
@@ -121,7 +135,7 @@ def times(shape: Shape, dtype: torch.dtype, device: torch.device, protocol: Prot
         "project": (lambda states, *w: project(states, w, (None, None)), (encoded, *weights)),
         "core": (functools.partial(rk.chunked_cross_attention, chunk_size=CHUNK), (query, key, value)),
         "absorb": (absorb, (query, encoded, *weights)),
-    }  # fmt: skip
+    }
     timed = {}
     for label, (call, inputs) in passes.items():
         for backward in (False, True):

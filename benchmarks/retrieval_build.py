@@ -67,8 +67,11 @@ def measure(corpus: Path, every: int, copies: int, given: bool, index: str | Non
     embedder = Timed(StoredEmbeddings() if given else retrieval.load_embedder(DEFAULT_EMBEDDER, device=device))
     stages: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        files += [_copy(path, Path(folder) / f"copy {number}" / str(at))
-                  for number in range(1, copies) for at, path in enumerate(files)]  # fmt: skip
+        files += [
+            _copy(path, Path(folder) / f"copy {number}" / str(at))
+            for number in range(1, copies)
+            for at, path in enumerate(files)
+        ]
         begun = time.perf_counter()
 
         def note(at: retrieval.Progress) -> None:
@@ -83,11 +86,20 @@ def measure(corpus: Path, every: int, copies: int, given: bool, index: str | Non
         size = sum(os.path.getsize(path) for path in files)
         stored = sum(path.stat().st_size for path in (Path(folder) / "db").rglob("*") if path.is_file())
     row: dict[str, Any] = {
-        "embedder": embedder.identity, "index": index, "files": len(files), "text_bytes": size, "documents": documents,
-        "chunks": chunks, "seconds": seconds, "until": stages, "seconds_in_embedder": embedder.seconds,
-        "chunks_per_second": chunks / seconds, "megabytes_per_minute": 60e-6 * size / seconds,
-        "peak_bytes": peak, "database_bytes": stored,
-    }  # fmt: skip
+        "embedder": embedder.identity,
+        "index": index,
+        "files": len(files),
+        "text_bytes": size,
+        "documents": documents,
+        "chunks": chunks,
+        "seconds": seconds,
+        "until": stages,
+        "seconds_in_embedder": embedder.seconds,
+        "chunks_per_second": chunks / seconds,
+        "megabytes_per_minute": 60e-6 * size / seconds,
+        "peak_bytes": peak,
+        "database_bytes": stored,
+    }
     if not given:
         begun = time.perf_counter()
         for window in embedder.windows:

@@ -59,10 +59,16 @@ def measure(database: Database, length: int, pinned: bool) -> dict[str, Any]:
         times.append(time.perf_counter() - begun)
     seconds = statistics.median(times)
     return {
-        "store": device.type, "pinned": pinned, "chunks": len(database), "length": length, "rows": ROWS,
-        "seconds": seconds, "quantiles": statistics.quantiles(times, n=5), "rows_per_second": ROWS / seconds,
+        "store": device.type,
+        "pinned": pinned,
+        "chunks": len(database),
+        "length": length,
+        "rows": ROWS,
+        "seconds": seconds,
+        "quantiles": statistics.quantiles(times, n=5),
+        "rows_per_second": ROWS / seconds,
         "chunks_per_second": ROWS * (length // CHUNK) / seconds,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -201,9 +201,14 @@ def exact_real(bench: Bench) -> tuple[str, list[dict]]:
         wrong = int((ids.cpu() != expected[1]).sum())
         raise RuntimeError(f"{wrong} of {ids.numel()} ids, or some distances, are not the CPU's to the bit")
     rows = bench.rates(
-        functools.partial(exact.search, there), queries.to(bench.device),
-        index="exact", keys=len(keys), embeddings=what, recall=1.0, bytes=held,
-    )  # fmt: skip
+        functools.partial(exact.search, there),
+        queries.to(bench.device),
+        index="exact",
+        keys=len(keys),
+        embeddings=what,
+        recall=1.0,
+        bytes=held,
+    )
     return f"{what}: ids and distances are the CPU's to the bit; {in_words(rows)}", rows
 
 
@@ -216,9 +221,14 @@ def exact_made(bench: Bench, count: int) -> tuple[str, list[dict]]:
     there = exact.Keys([(0, keys)], bench.device).hold()
     torch.testing.assert_close(exact.search(there, few, K)[0].double(), distances, rtol=1e-5, atol=0)
     rows = bench.rates(
-        functools.partial(exact.search, there), queries,
-        index="exact", keys=count, embeddings="made", recall=1.0, bytes=keys.nbytes,
-    )  # fmt: skip
+        functools.partial(exact.search, there),
+        queries,
+        index="exact",
+        keys=count,
+        embeddings="made",
+        recall=1.0,
+        bytes=keys.nbytes,
+    )
     return f"as in fp64; {in_words(rows)}", rows
 
 
@@ -250,9 +260,15 @@ def faiss_real(bench: Bench, spec: str) -> tuple[str, list[dict]]:
         if found < of_cpu - 0.03:
             raise RuntimeError(f"{spec}, {how}: recall@{K} {found:.3f}, of the CPU's {of_cpu:.3f}")
         some = bench.rates(
-            search, queries.to(bench.device),
-            index=f"{spec}, {how}", keys=len(keys), embeddings=what, recall=found, bytes=held, nprobe=NPROBE,
-        )  # fmt: skip
+            search,
+            queries.to(bench.device),
+            index=f"{spec}, {how}",
+            keys=len(keys),
+            embeddings=what,
+            recall=found,
+            bytes=held,
+            nprobe=NPROBE,
+        )
         rows += some
         words.append(f"{how}: {share:.1%} of the ids the same; {in_words(some)}")
         del index, search
@@ -276,9 +292,16 @@ def faiss_made(bench: Bench, spec: str, count: int) -> tuple[str, list[dict]]:
     if spec == "Flat" and found < 0.999:
         raise RuntimeError(f"Flat: recall@{K} {found:.4f} against exact search")
     rows = bench.rates(
-        search, queries, index=f"{spec}, built there", keys=count, embeddings="made", recall=found,
-        bytes=before - bench.free_bytes(), nprobe=NPROBE, build_seconds=seconds,
-    )  # fmt: skip
+        search,
+        queries,
+        index=f"{spec}, built there",
+        keys=count,
+        embeddings="made",
+        recall=found,
+        bytes=before - bench.free_bytes(),
+        nprobe=NPROBE,
+        build_seconds=seconds,
+    )
     return f"{spec}: built in {seconds:.1f} s; {in_words(rows)}", rows
 
 
@@ -322,9 +345,13 @@ def text_to_loss(bench: Bench) -> tuple[str, list[dict]]:
         if not bench.reduced:
             sizes = {"model_dim": 512, "num_heads": 8, "encoder_dim": 256, "encoder_heads": 4, "encoder_head_dim": 64}
         config = RetroConfig(
-            vocab_size=max(256, 1 + max(tokenizer.encode("".join(plays)[:100_000]))), num_layers=2,
-            cross_attention_layers=(2,), encoder_layers=1, initializer_range=0.05, **sizes,
-        )  # fmt: skip
+            vocab_size=max(256, 1 + max(tokenizer.encode("".join(plays)[:100_000]))),
+            num_layers=2,
+            cross_attention_layers=(2,),
+            encoder_layers=1,
+            initializer_range=0.05,
+            **sizes,
+        )
         model = Retro(config)
         weights = model.state_dict()
 

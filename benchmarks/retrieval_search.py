@@ -61,9 +61,13 @@ def index_row(folder: Path, spec: str) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     entry = database.manifest["index"]
     return {
-        "spec": entry["spec"], "asked": spec, "why": entry["why"], "build_seconds": seconds,
-        "bytes": sum(file["bytes"] for file in entry["files"]), **dataclasses.asdict(evaluate_search(database)),
-    }  # fmt: skip
+        "spec": entry["spec"],
+        "asked": spec,
+        "why": entry["why"],
+        "build_seconds": seconds,
+        "bytes": sum(file["bytes"] for file in entry["files"]),
+        **dataclasses.asdict(evaluate_search(database)),
+    }
 
 
 def main() -> None:
@@ -80,10 +84,14 @@ def main() -> None:
         most = len(database) // 39
         specs = asked.index or [name.format(lists=1 << (most.bit_length() - 1)) for name in INDEXES]
         document = {
-            "database": asked.database.name, "chunks": len(database), "dim": database.dim,
-            "embedder": database.manifest["embedder"], "threads": torch.get_num_threads(),
-            "exact": exact_rows(database), "rows": [index_row(folder, spec) for spec in specs],
-        }  # fmt: skip
+            "database": asked.database.name,
+            "chunks": len(database),
+            "dim": database.dim,
+            "embedder": database.manifest["embedder"],
+            "threads": torch.get_num_threads(),
+            "exact": exact_rows(database),
+            "rows": [index_row(folder, spec) for spec in specs],
+        }
     document["environment"] = environment.collect(torch.device("cpu"))
     results.save(document, asked.out)
     print(json.dumps({row["spec"]: row["recommended"] for row in document["rows"]}, indent=1))

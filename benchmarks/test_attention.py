@@ -64,8 +64,10 @@ def test_attention(benchmark, prepared, workload, name, dtype, mode):
     with variant.context():
         benchmark.group = f"{workload.operation} {workload.option} {workload.name} {dtype} {mode}"
         benchmark.extra_info.update(
-            flops=workload.flops(mode), bytes=workload.bytes(mode, DTYPES[dtype]),
-            peak_extra_bytes=peak_extra_bytes(call, DEVICE), environment=environment.collect(DEVICE),
+            flops=workload.flops(mode),
+            bytes=workload.bytes(mode, DTYPES[dtype]),
+            peak_extra_bytes=peak_extra_bytes(call, DEVICE),
+            environment=environment.collect(DEVICE),
             errors=verify.to_json(errors),
-        )  # fmt: skip
+        )
         benchmark.pedantic(call, rounds=5, warmup_rounds=1)

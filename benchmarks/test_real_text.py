@@ -17,9 +17,13 @@ def models():
     except real_text.Unavailable as error:
         pytest.skip(str(error))
     corpus = text_database.build(
-        vocabulary=original.token_emb.num_embeddings, chunk_size=original.chunk_size, length=LENGTH, k=2,
-        characters=60_000, device=DEVICE,
-    )  # fmt: skip
+        vocabulary=original.token_emb.num_embeddings,
+        chunk_size=original.chunk_size,
+        length=LENGTH,
+        k=2,
+        characters=60_000,
+        device=DEVICE,
+    )
     data = corpus.sequence.to(DEVICE), corpus.retrieved.to(DEVICE)
     results = [real_text._results(model, *data, "fp32") for model in (original, swapped)]
     comparison = real_text.compare(*results, results[0], "fp32")

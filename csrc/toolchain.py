@@ -72,8 +72,9 @@ def torch_installation() -> Torch:
     facts = Path(found.origin).with_name("version.py") if found and found.origin else None
     if facts is None or not facts.exists():
         where = found.origin if found and found.origin else f"there is none in {site[0]}"
-        raise CannotBuild(f"torch cannot be imported in the build environment ({where})",
-                          f"install torch >= 2.11, then {AGAIN}")  # fmt: skip
+        raise CannotBuild(
+            f"torch cannot be imported in the build environment ({where})", f"install torch >= 2.11, then {AGAIN}"
+        )
     names = runpy.run_path(str(facts))
     version = names["__version__"]
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
@@ -100,9 +101,12 @@ def compiler() -> tuple[list[str], str]:
 
 def accepts(command: list[str], flags: list[str]) -> bool:
     result = subprocess.run(
-        [*command, *flags, "-x", "c++", "-fsyntax-only", "-"], input="int main() {}", capture_output=True, text=True,
+        [*command, *flags, "-x", "c++", "-fsyntax-only", "-"],
+        input="int main() {}",
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     return result.returncode == 0
 
 
@@ -155,8 +159,13 @@ def nvcc_command(path: Path) -> list[str]:
     while len(words) > 1 and Path(words[0]).name in LAUNCHERS:
         words.pop(0)
     command = [str(path), "-ccbin", words[0], *(f"-Xcompiler={word}" for word in words[1:])]
-    done = subprocess.run([*command, "-x", "cu", "-E", os.devnull, "-o", os.devnull], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [*command, "-x", "cu", "-E", os.devnull, "-o", os.devnull],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise CannotBuild(
             f"{path} with {words[0]} does not compile an empty file: {' '.join(done.stdout.split())[-500:]}",
@@ -231,8 +240,9 @@ def check(kind: str, wanted: str) -> None:
     if torch.cuda is not None and major(torch.cuda) != major(cuda):
         raise CannotBuild(
             f"nvcc ({path}) is of CUDA {cuda} and torch of CUDA {torch.cuda}, another major version, so that torch "
-            "cannot load what it compiles", nvcc_remedy(torch.cuda),
-        )  # fmt: skip
+            "cannot load what it compiles",
+            nvcc_remedy(torch.cuda),
+        )
     architectures()
     try:
         nvcc_command(path)

@@ -28,9 +28,16 @@ def main() -> None:
     for u in range(chunks):
         left = u * M
         axes.add_patch(
-            FancyBboxPatch((left + 0.1, 3.15), M - 0.2, 1.95, boxstyle="round,pad=0,rounding_size=0.15",
-                           facecolor="none", edgecolor=COLOURS[u], linewidth=1.6)
-        )  # fmt: skip
+            FancyBboxPatch(
+                (left + 0.1, 3.15),
+                M - 0.2,
+                1.95,
+                boxstyle="round,pad=0,rounding_size=0.15",
+                facecolor="none",
+                edgecolor=COLOURS[u],
+                linewidth=1.6,
+            )
+        )
         axes.text(left + M / 2, 5.28, f"neighbours of chunk {u}", ha="center", fontsize=9.5, color=COLOURS[u])
         for j in range(K):
             y = 4.2 - j * 0.95
@@ -38,13 +45,17 @@ def main() -> None:
             cell(axes, left + 2.0, y, "continuation", COLOURS[u] + "22", 1.75, COLOURS[u], size=7.5)
         first, last = (u + 1) * M - 1, min((u + 2) * M - 1, N) - 1
         axes.annotate(
-            "", xy=((first + last + 1) / 2, 1.05), xytext=(left + M / 2, 3.1),
+            "",
+            xy=((first + last + 1) / 2, 1.05),
+            xytext=(left + M / 2, 3.1),
             arrowprops={"arrowstyle": "-|>", "color": COLOURS[u], "linewidth": 1.8},
-        )  # fmt: skip
+        )
         axes.annotate(
-            "", xy=(left + M / 2 - 1.1, 3.1), xytext=(left + M / 2 - 1.1, 0.95),
+            "",
+            xy=(left + M / 2 - 1.1, 3.1),
+            xytext=(left + M / 2 - 1.1, 0.95),
             arrowprops={"arrowstyle": "->", "color": "#999999", "linestyle": "dashed"},
-        )  # fmt: skip
+        )
     axes.text(0.95, 2.0, "look up", ha="left", va="center", fontsize=8, color="#777777")
     for i in range(N):
         u = (i - (M - 1)) // M
@@ -55,13 +66,23 @@ def main() -> None:
         axes.plot([u * M + 0.08, u * M + width - 0.08], [-0.08, -0.08], color=EDGE, linewidth=1)
         axes.text(u * M + width / 2, -0.42, label, ha="center", fontsize=9, color=TEXT)
     axes.text(
-        (M - 1) / 2, -0.98, "nothing retrieved yet:\nthe output is 0",
-        ha="center", va="center", fontsize=8, color="#777777",
-    )  # fmt: skip
+        (M - 1) / 2,
+        -0.98,
+        "nothing retrieved yet:\nthe output is 0",
+        ha="center",
+        va="center",
+        fontsize=8,
+        color="#777777",
+    )
     axes.text(
-        M - 0.5, -1.0, "the last token of chunk 0 attends already:\nit predicts the first token of chunk 1",
-        ha="left", va="center", fontsize=8, color=COLOURS[0],
-    )  # fmt: skip
+        M - 0.5,
+        -1.0,
+        "the last token of chunk 0 attends already:\nit predicts the first token of chunk 1",
+        ha="left",
+        va="center",
+        fontsize=8,
+        color=COLOURS[0],
+    )
     axes.set_xlim(-0.2, N + 0.2)
     axes.set_ylim(-1.4, 5.6)
     axes.axis("off")

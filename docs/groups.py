@@ -56,21 +56,33 @@ def main() -> None:
     neighbours = [(f"neighbour {j}: {R} tokens", R) for j in range(K)]
     own = distances(R, R, 0)
     draw(
-        panels[0], [(0, 0, own), (R, R, own)], neighbours, neighbours, "neighbour self-attention",
+        panels[0],
+        [(0, 0, own), (R, R, own)],
+        neighbours,
+        neighbours,
+        "neighbour self-attention",
         "a neighbour's tokens see each other,\nand no other neighbour",
-    )  # fmt: skip
+    )
     # equation 7: neighbour token t and activation j are t - j apart
     across = distances(R, M, 0)
     draw(
-        panels[1], [(0, 0, across), (R, 0, across)], neighbours, [(f"chunk: {M} activations", M)],
-        "neighbour cross-attention", "both neighbours read\nthe same keys",
-    )  # fmt: skip
+        panels[1],
+        [(0, 0, across), (R, 0, across)],
+        neighbours,
+        [(f"chunk: {M} activations", M)],
+        "neighbour cross-attention",
+        "both neighbours read\nthe same keys",
+    )
     # equation 6: row i and neighbour token t are i - t + m - 1 apart, anew for every neighbour
     after = distances(M, R, M - 1)
     draw(
-        panels[2], [(0, 0, after), (0, R, after)], [(f"{M} tokens\nafter the chunk", M)], neighbours,
-        "chunked cross-attention", "one softmax over both neighbours;\nthe distance restarts with each",
-    )  # fmt: skip
+        panels[2],
+        [(0, 0, after), (0, R, after)],
+        [(f"{M} tokens\nafter the chunk", M)],
+        neighbours,
+        "chunked cross-attention",
+        "one softmax over both neighbours;\nthe distance restarts with each",
+    )
     figure.tight_layout(pad=0.6, w_pad=1.6)
     target = Path(__file__).with_suffix(".svg")
     figure.savefig(target, metadata={"Date": None}, facecolor="white")

@@ -21,8 +21,9 @@ def measure(magnitude: int, backend: str) -> dict[str, float]:
     `magnitude`. Keys and queries are multiples of a power of two, so that fp32 has their products exactly."""
     b, n, m, k, r, h, d = 2, 31, 8, 2, 48, 2, 16
     generator = torch.Generator().manual_seed(0)
-    query, key = ((torch.randn(shape, generator=generator) * 4).round() / 4
-                  for shape in ((b, n, h, d), (b, 3, k, r, h, d)))  # fmt: skip
+    query, key = (
+        (torch.randn(shape, generator=generator) * 4).round() / 4 for shape in ((b, n, h, d), (b, 3, k, r, h, d))
+    )
     value, grad_out = (torch.randn(x.shape, generator=generator) for x in (key, query))
     logits = torch.einsum("bnhd,blkrhd->bnhlkr", query, key)
     query = query * 2.0 ** round(math.log2(magnitude / float(logits.abs().max())))

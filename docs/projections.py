@@ -26,9 +26,10 @@ BAND = 1.2
 
 def predicted_rows(document: dict) -> list[dict]:
     return [
-        row for row in document["rows"]
+        row
+        for row in document["rows"]
         if row["operation"] == PROJECTED and row["status"] == "ok" and row.get("predicted_ms")
-    ]  # fmt: skip
+    ]
 
 
 def times(axes, rows: list[dict]) -> None:
@@ -42,8 +43,14 @@ def times(axes, rows: list[dict]) -> None:
     for row in rows:
         colour = COLOURS[row["strategy"]]
         face = "none" if row["mode"] == "forward" else colour
-        axes.plot(row["p50_ms"], row["predicted_ms"], MARKERS[row["dtype"]], markersize=5.5, markerfacecolor=face,
-                  markeredgecolor=colour)  # fmt: skip
+        axes.plot(
+            row["p50_ms"],
+            row["predicted_ms"],
+            MARKERS[row["dtype"]],
+            markersize=5.5,
+            markerfacecolor=face,
+            markeredgecolor=colour,
+        )
     axes.set(
         xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="measured, ms", ylabel="predicted, ms"
     )

@@ -33,11 +33,20 @@ class Cipher:
     @property
     def config(self) -> RetroConfig:
         return RetroConfig(
-            vocab_size=self.letters + 1, model_dim=64, num_layers=2, num_heads=4, cross_attention_layers=(1, 2),
-            chunk_size=self.chunk_size, num_neighbours=self.num_neighbours, retrieved_length=self.chunk_size + 1,
-            encoder_dim=64, encoder_layers=1, encoder_heads=4, encoder_head_dim=16,
+            vocab_size=self.letters + 1,
+            model_dim=64,
+            num_layers=2,
+            num_heads=4,
+            cross_attention_layers=(1, 2),
+            chunk_size=self.chunk_size,
+            num_neighbours=self.num_neighbours,
+            retrieved_length=self.chunk_size + 1,
+            encoder_dim=64,
+            encoder_layers=1,
+            encoder_heads=4,
+            encoder_head_dim=16,
             max_length=self.chunk_size * self.num_chunks,
-        )  # fmt: skip
+        )
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> tokens [b, n], targets [b, n] (the enciphered letters only) and neighbours [b, l, k, m + 1]."""

@@ -133,9 +133,18 @@ def generate(model: Any, retriever: Any, prompt: torch.Tensor, new_tokens: int) 
 
 
 def run(
-    model: Any, files: tuple[list[Path], list[Path]], out: Path, *, tokenizer: str, embedder: Any = None,
-    chunk_size: int = 64, length: int = 512, texts: int = 120, held_out: int = 24, new_tokens: int = 96,
-) -> dict[str, float]:  # fmt: skip
+    model: Any,
+    files: tuple[list[Path], list[Path]],
+    out: Path,
+    *,
+    tokenizer: str,
+    embedder: Any = None,
+    chunk_size: int = 64,
+    length: int = 512,
+    texts: int = 120,
+    held_out: int = 24,
+    new_tokens: int = 96,
+) -> dict[str, float]:
     """Everything but loading the model."""
     with_embedder = {} if embedder is None else {"embedder": embedder}
     build = rk.retrieval.build_database
@@ -176,9 +185,14 @@ def main() -> None:
     files = split(given.folder, given.megabytes)
     model = load(given.model, given.out)
     run(
-        model, files, given.out, tokenizer=str(given.out / "tokenizer"), texts=given.texts, held_out=given.held_out,
+        model,
+        files,
+        given.out,
+        tokenizer=str(given.out / "tokenizer"),
+        texts=given.texts,
+        held_out=given.held_out,
         length=given.length,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

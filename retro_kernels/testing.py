@@ -342,9 +342,12 @@ def assert_close(
 
 
 def assert_twice(
-    given: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
-    dtype: torch.dtype, floors: dict[torch.dtype, float] = HALF_FLOOR,
-) -> float:  # fmt: skip
+    given: dict[str, torch.Tensor],
+    plain: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    floors: dict[torch.dtype, float] = HALF_FLOOR,
+) -> float:
     """The twice-the-error rule: against fp64, at most twice the error of same-precision PyTorch plus a floor. Raises
     Wrong -> the largest error."""
     return _largest(
@@ -421,10 +424,13 @@ EVEN_ROWS = {16: 16, 32: 32, 64: 64, 128: 128, 512: 192, 1024: 576}
 ODD_SLOTS = {16: (1, 8), 32: (3, 8), 64: (3, 16), 128: (3, 32), 512: (3, 72), 1024: (3, 200)}  # (k, r)
 EVEN_SLOTS = {16: (2, 8), 32: (2, 16), 64: (2, 32), 128: (2, 64), 512: (2, 128), 1024: (2, 320)}
 SHORT_NAMES = {
-    "chunked_cross_attention": "cca", "projected_chunked_cross_attention": "projected",
-    "neighbour_self_attention": "self", "neighbour_cross_attention": "cross",
-    "chunked_cross_attention_decode": "decode", "projected_chunked_cross_attention_decode": "projected_decode",
-}  # fmt: skip
+    "chunked_cross_attention": "cca",
+    "projected_chunked_cross_attention": "projected",
+    "neighbour_self_attention": "self",
+    "neighbour_cross_attention": "cross",
+    "chunked_cross_attention_decode": "decode",
+    "projected_chunked_cross_attention_decode": "projected_decode",
+}
 
 
 def class_case(wanted: Class, odd: bool) -> Case:
@@ -459,10 +465,16 @@ def class_case(wanted: Class, odd: bool) -> Case:
         # Where the null slot alone is left, its logit's gradient is a difference that cancels to 0: all rounding.
         on |= {"mask"} if sizes.get("l") == 1 or "null" in on else {"mask", "empty_chunk"}
     return Case(
-        str(wanted), operation, d=wanted.head_dim, d_value=wanted.value_dim, causal="causal" in wanted.options,
+        str(wanted),
+        operation,
+        d=wanted.head_dim,
+        d_value=wanted.value_dim,
+        causal="causal" in wanted.options,
         documents=documents if "packed" in wanted.options else None,
-        dropout_p=0.25 if "dropout" in wanted.options else 0.0, options=tuple(on), **sizes,
-    )  # fmt: skip
+        dropout_p=0.25 if "dropout" in wanted.options else 0.0,
+        options=tuple(on),
+        **sizes,
+    )
 
 
 def _decode_sizes(wanted: Class, odd: bool) -> dict[str, Any]:
@@ -472,12 +484,17 @@ def _decode_sizes(wanted: Class, odd: bool) -> dict[str, Any]:
     hk = 1 if e and wanted.rows == 1 else 4
     m = 29 if odd else 32
     return {
-        "b": 5 if odd else 64, "m": m, "k": 3 if odd else 2, "r": 23 if odd else 32, "hk": hk,
-        "h": 2 * hk if "grouped" in wanted.options else hk, "e": e,
+        "b": 5 if odd else 64,
+        "m": m,
+        "k": 3 if odd else 2,
+        "r": 23 if odd else 32,
+        "hk": hk,
+        "h": 2 * hk if "grouped" in wanted.options else hk,
+        "e": e,
         # rows are those that share a cache's row: of all heads, where it holds encoder states
         "t": {1: 1, 16: 1 if e else 3, 32: 20}[wanted.rows],
         "positions": (2 * m + 3, 0, m - 1, 0, 0) if odd else (2 * m + 1, m + 2, 2 * m + 5),
-    }  # fmt: skip
+    }
 
 
 def class_problem(wanted: Class, odd: bool, device: str = "cpu") -> dict[str, Any]:

@@ -26,17 +26,29 @@ built = pytest.mark.skipif(not extension.LIBRARY.exists(), reason="the C++ exten
 source_tree = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree")
 
 
-VARIABLES = ("RETRO_KERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "CXX", "MAX_JOBS",
-             "RETRO_KERNELS_BUILD_CPU", "RETRO_KERNELS_BUILD_CUDA")  # fmt: skip
+VARIABLES = (
+    "RETRO_KERNELS_CUDA_ARCHS",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "CXX",
+    "MAX_JOBS",
+    "RETRO_KERNELS_BUILD_CPU",
+    "RETRO_KERNELS_BUILD_CUDA",
+)
 
 
 def setup_py(environment: dict[str, str], root: Path = ROOT, *command: str) -> subprocess.CompletedProcess:
     """`setup.py --version` decides what would be built and builds nothing."""
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return subprocess.run(
-        [sys.executable, "setup.py", *(command or ["--version"])], cwd=root, env={**clean, **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "setup.py", *(command or ["--version"])],
+        cwd=root,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def script(path: Path, text: str) -> Path:
@@ -86,8 +98,9 @@ def project(tmp_path) -> SimpleNamespace:
         script(bin / name, COMPILER)
     nvcc = script(bin / "nvcc", f"case $* in *--version*) echo release 13.0,; exit;; esac\n{COMPILER}")
     environment = {
-        "PATH": f"{bin}:/usr/bin:/bin", "PYTHONPATH": fake_torch(tmp_path / "site", "2.13.0+cu130", "13.0"),
-    }  # fmt: skip
+        "PATH": f"{bin}:/usr/bin:/bin",
+        "PYTHONPATH": fake_torch(tmp_path / "site", "2.13.0+cu130", "13.0"),
+    }
     return SimpleNamespace(root=root, bin=bin, nvcc=nvcc, environment=environment, folder=tmp_path)
 
 
@@ -171,12 +184,15 @@ CUDA_BUILD = {"torch": "2.12.0", "oldest_torch": "2.11", "cuda": "13.0", "archit
         ({}, {"cuda": "12.8"}, ["built with CUDA 13.0", "CUDA 12.8, another major version", "nvcc of CUDA 12"]),
         ({}, {"cuda": "13.1", "available": False}, ["no CUDA device is usable", "driver"]),
         ({}, {"cuda": "13.1", "capability": (7, 5)}, ["compute capability 7.5", "8.0 (Ampere) or newer"]),
-        ({"architectures": ["9.0a"]}, {"cuda": "13.1", "capability": (8, 6)},
-         ["built for 9.0a", "compute capability 8.6", "RETRO_KERNELS_CUDA_ARCHS=8.6"]),
+        (
+            {"architectures": ["9.0a"]},
+            {"cuda": "13.1", "capability": (8, 6)},
+            ["built for 9.0a", "compute capability 8.6", "RETRO_KERNELS_CUDA_ARCHS=8.6"],
+        ),
         ({"oldest_torch": "99.0"}, {"cuda": "13.1"}, ["torch 99.0 or newer", "upgrade torch"]),
         ({}, {"cuda": "13.1"}, ["does not load", "built against torch 2.12.0 and CUDA 13.0", "and CUDA 13.1"]),
     ],
-)  # fmt: skip
+)
 def test_a_cuda_library_that_cannot_run_is_explained(tmp_path, monkeypatch, built_for, found, sentences):
     """One sentence each, which tells what it was built for from what is here."""
     import torch
@@ -213,9 +229,13 @@ def test_an_instruction_set_that_cannot_run_is_explained():
     """In a process of its own, since the choice is made once."""
     code = "from retro_kernels import extension; print(extension.why_not())"
     result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "RETRO_KERNELS_CPU_ISA": "abacus"}, cwd=ROOT,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env={**os.environ, "RETRO_KERNELS_CPU_ISA": "abacus"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert '"abacus"' in result.stdout
     assert "portable" in result.stdout
 
@@ -239,14 +259,16 @@ def test_without_torch_the_build_skips_and_says_how_to_get_it(tmp_path):
     [
         ({"RETRO_KERNELS_BUILD_CPU": "yes"}, ["expected auto, 1 or 0"]),
         ({"RETRO_KERNELS_BUILD_CPU": "1", "CXX": "no-such-compiler"}, ["no C++ compiler", "install g++"]),
-        ({"RETRO_KERNELS_BUILD_CUDA": "1", "CUDA_HOME": "/no/such/place"},
-         ["there is no nvcc in /no/such/place/bin (CUDA_HOME)", "cuda-toolkit[nvcc,nvvm,crt,cudart]==13.0.*"]),
+        (
+            {"RETRO_KERNELS_BUILD_CUDA": "1", "CUDA_HOME": "/no/such/place"},
+            ["there is no nvcc in /no/such/place/bin (CUDA_HOME)", "cuda-toolkit[nvcc,nvvm,crt,cudart]==13.0.*"],
+        ),
         ({"RETRO_KERNELS_CUDA_ARCHS": "7.5"}, ["RETRO_KERNELS_CUDA_ARCHS is '7.5'", "from 8.0 on"]),
         ({"RETRO_KERNELS_CUDA_ARCHS": "Hopper"}, ["RETRO_KERNELS_CUDA_ARCHS is 'Hopper'", "from 8.0 on"]),
         ({"TORCH_CUDA_ARCH_LIST": "7.5"}, ["TORCH_CUDA_ARCH_LIST is '7.5'", "8.0 or newer"]),
         ({"RETRO_KERNELS_CUDA_ARCHS": "native"}, ["nvidia-smi shows no GPU", "RETRO_KERNELS_CUDA_ARCHS"]),
     ],
-)  # fmt: skip
+)
 def test_what_was_asked_for_and_cannot_be_built_fails(project, variables, sentences):
     script(project.bin / "nvidia-smi", "exit 9")
     result = setup_py({**project.environment, **variables}, project.root)
@@ -342,14 +364,24 @@ def test_the_manifest_names_every_folder():
     ("torch", "cuda", "variables", "reason", "remedy"),
     [
         ("2.13.0+cpu", None, {}, "torch 2.13.0+cpu is a build without CUDA", "with a CUDA build of PyTorch, run"),
-        ("2.15.0+cu132", "13.2", {"CUDA_HOME": "/no/such/place"}, "there is no nvcc in /no/such/place/bin",
-         'pip install "cuda-toolkit[nvcc,nvvm,crt,cudart]==13.2.*"'),
-        ("2.12.0+cu128", "12.8", {"CUDA_HOME": "fake"}, "is of CUDA 13.0 and torch of CUDA 12.8",
-         "install NVIDIA's toolkit of CUDA 12"),
+        (
+            "2.15.0+cu132",
+            "13.2",
+            {"CUDA_HOME": "/no/such/place"},
+            "there is no nvcc in /no/such/place/bin",
+            'pip install "cuda-toolkit[nvcc,nvvm,crt,cudart]==13.2.*"',
+        ),
+        (
+            "2.12.0+cu128",
+            "12.8",
+            {"CUDA_HOME": "fake"},
+            "is of CUDA 13.0 and torch of CUDA 12.8",
+            "install NVIDIA's toolkit of CUDA 12",
+        ),
         ("2.10.0", "13.0", {}, "torch is 2.10.0, and the kernels need 2.11", "upgrade torch"),
         ("2.13.0", "13.0", {"RETRO_KERNELS_BUILD_CUDA": "0"}, "RETRO_KERNELS_BUILD_CUDA was 0", "without that setting"),
     ],
-)  # fmt: skip
+)
 def test_a_part_that_is_left_out_has_its_own_reason_and_remedy(project, torch, cuda, variables, reason, remedy):
     (project.folder / "fake").symlink_to(project.folder)
     variables = {name: value.replace("fake", str(project.folder / "fake")) for name, value in variables.items()}
@@ -414,8 +446,13 @@ def test_build_isolation_does_not_hide_torch(tmp_path):
         folder = Path(setuptools.__file__).parents[1] / name
         if folder.exists():
             (packages / name).symlink_to(folder)
-    result = subprocess.run([sys.executable, "-S", "-c", code], env={**os.environ, "PYTHONPATH": str(packages)},
-                            capture_output=True, text=True, check=False)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(packages)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     folder = tmp_path / "venv" / "torch"
     assert result.stdout == f"Torch(version='2.13.0+cu130', cuda='13.0', folder={folder!r})\n", result.stderr
 
@@ -480,9 +517,13 @@ def test_architectures_as_people_write_them(build, monkeypatch, tmp_path, variab
 @source_tree
 @pytest.mark.parametrize(
     ("cxx", "flags"),
-    [("g++-13", ["-ccbin", "g++-13"]), ("ccache g++", ["-ccbin", "g++"]), ("ccache", ["-ccbin", "ccache"]),
-     ("sccache clang++ -m64", ["-ccbin", "clang++", "-Xcompiler=-m64"])],
-)  # fmt: skip
+    [
+        ("g++-13", ["-ccbin", "g++-13"]),
+        ("ccache g++", ["-ccbin", "g++"]),
+        ("ccache", ["-ccbin", "ccache"]),
+        ("sccache clang++ -m64", ["-ccbin", "clang++", "-Xcompiler=-m64"]),
+    ],
+)
 def test_nvcc_gets_the_compiler_and_not_its_launcher(build, monkeypatch, tmp_path, cxx, flags):
     nvcc = script(tmp_path / "nvcc", "exit 0")
     monkeypatch.setattr(build, "compiler", lambda: (cxx.split(), "fake"))

@@ -99,11 +99,17 @@ def run(part: Part, python: Path, only: str | None = None) -> int:
     command += [] if only is None else ["--only", only]
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     versions = subprocess.run(
-        [str(python), "-c", "import json, sys, importlib.metadata as m; print(json.dumps({d.name: d.version for d in "
-         "m.distributions() if d.name in sys.argv[1:]} | {'python': sys.version.split()[0]}))",
-         *(package.split("=")[0] for package in part.packages)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            str(python),
+            "-c",
+            "import json, sys, importlib.metadata as m; print(json.dumps({d.name: d.version for d in "
+            "m.distributions() if d.name in sys.argv[1:]} | {'python': sys.version.split()[0]}))",
+            *(package.split("=")[0] for package in part.packages),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     from retro_kernels.bench import environment as versioned
     from retro_kernels.bench import results
 

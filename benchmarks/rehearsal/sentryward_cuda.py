@@ -90,9 +90,13 @@ class Proof:
     def source(self) -> str:
         names = [parameter.split()[-1].lstrip("*") for parameter in FORWARD]
         return WRAPPER.format(
-            dim=self.dim, heads=self.heads, neighbours=self.neighbours, threads=THREADS,
-            parameters=", ".join(FORWARD), assignments=" ".join(f"p.{name} = {name};" for name in names),
-        )  # fmt: skip
+            dim=self.dim,
+            heads=self.heads,
+            neighbours=self.neighbours,
+            threads=THREADS,
+            parameters=", ".join(FORWARD),
+            assignments=" ".join(f"p.{name} = {name};" for name in names),
+        )
 
     @property
     def shared_bytes(self) -> int:
@@ -123,12 +127,15 @@ def verdict(proof: Proof) -> str:
         (folder / "proved.cu").write_text(proof.source())
         subprocess.run(
             ["nvcc", "-std=c++17", "-O3", "-DUSE_CUDA", "-arch=sm_80", "-ptx", "proved.cu", "-o", "proved.ptx"],
-            cwd=folder, check=True, capture_output=True,
-        )  # fmt: skip
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
         launch = {
-            "grid_dim": [proof.heads, 1, 1], "block_dim": [THREADS, 1, 1],
+            "grid_dim": [proof.heads, 1, 1],
+            "block_dim": [THREADS, 1, 1],
             "dynamic_shared_bytes": proof.shared_bytes,
-        }  # fmt: skip
+        }
         given = {"schema": "spverify.kernel-input/v1", "entry": "proved", "launch": launch, "arguments": []}
         (folder / "input.json").write_text(json.dumps(given))
         found = verify(str(folder / "proved.ptx"), input=str(folder / "input.json"), timeout_seconds=SECONDS)

@@ -44,14 +44,20 @@ CASES = (
     Case("plain", "cross", **ENCODER),
     Case("relative", "cross", **ENCODER, options=("mask", "relative", "relative_biases")),
     Case("absorbed", "projected", **CCA | {"e": 64}, strategy="absorb", options=("mask",)),
-    Case("absorbed, every option", "projected", **CCA | {"e": 64}, strategy="absorb", dropout_p=0.25,
-         options=("mask", "bias", "null", "relative", "relative_biases", "bias_key", "bias_value")),
+    Case(
+        "absorbed, every option",
+        "projected",
+        **CCA | {"e": 64},
+        strategy="absorb",
+        dropout_p=0.25,
+        options=("mask", "bias", "null", "relative", "relative_biases", "bias_key", "bias_value"),
+    ),
     Case("plain", "decode", **DECODE),
     Case("mask, relative, null slot", "decode", **DECODE, options=("mask", "relative", "relative_biases", "null")),
     Case("int8 cache, one token", "decode", **DECODE | {"t": 1}, options=("int8",)),
     Case("float8 cache", "decode", **DECODE, options=("float8_e4m3fn",)),
     Case("from states", "projected_decode", **DECODE | {"e": 64}),
-)  # fmt: skip
+)
 NAMES = {short: name for name, short in testing.SHORT_NAMES.items()}
 
 
@@ -118,8 +124,12 @@ def find(kernel, wanted: str) -> str:
 def main() -> None:
     with rehearsal.main(PART, __doc__) as part:
         for kernel, wanted in ((_past_the_end, "oob_write"), (_same_element, "race"), (_unwritten, "NaN")):
-            part.check("control", kernel.fn.__name__, "a fault that is there is found",
-                       lambda kernel=kernel, wanted=wanted: find(kernel, wanted))  # fmt: skip
+            part.check(
+                "control",
+                kernel.fn.__name__,
+                "a fault that is there is found",
+                lambda kernel=kernel, wanted=wanted: find(kernel, wanted),
+            )
         for case in CASES:
             part.check(NAMES[case.operation], case.name, SHOWN, lambda case=case: execute(case))
 

@@ -133,9 +133,13 @@ def fold(workload: Attention, query: Tensor, key: Tensor, value: Tensor, rows: b
         b, n, _, _ = query.shape
         m, k = workload.chunk_size, workload.num_neighbours
         return Folded(
-            fold_query(query, m), *(t.flatten(0, 1).flatten(1, 2).transpose(1, 2) for t in (key, value)),
-            lambda out: unfold_query(out, b, n), 1, k, False,
-        )  # fmt: skip
+            fold_query(query, m),
+            *(t.flatten(0, 1).flatten(1, 2).transpose(1, 2) for t in (key, value)),
+            lambda out: unfold_query(out, b, n),
+            1,
+            k,
+            False,
+        )
     shape = query.shape
     if workload.operation == ENCODER_CROSS and rows:
         k = shape[2]
@@ -225,9 +229,14 @@ def sdpa(workload: Attention, query, key, value, *positions, rows=False, dropout
             bias = bias.masked_fill(hidden(folded), float("-inf"))
         queries = queries + content_bias[:, None]
     out = F.scaled_dot_product_attention(
-        queries, folded.key, folded.value, attn_mask=bias, dropout_p=dropout_p,
-        is_causal=folded.causal and bias is None, enable_gqa=folded.key.shape[1] != queries.shape[1],
-    )  # fmt: skip
+        queries,
+        folded.key,
+        folded.value,
+        attn_mask=bias,
+        dropout_p=dropout_p,
+        is_causal=folded.causal and bias is None,
+        enable_gqa=folded.key.shape[1] != queries.shape[1],
+    )
     return folded.unfold(out)
 
 

@@ -74,8 +74,9 @@ class Options:
             length = 256 if self.quick and device.type == "cpu" else 2048
         if not 64 <= length <= 2048:
             raise ValueError(f"text length: got {length}, expected 64 to 2048 tokens, the model's longest")
-        return replace(self, dtypes=dtypes, modes=modes, device=str(device), seconds=seconds, minutes=minutes,
-                       text_length=length)  # fmt: skip
+        return replace(
+            self, dtypes=dtypes, modes=modes, device=str(device), seconds=seconds, minutes=minutes, text_length=length
+        )
 
     def cases(self) -> list[Workload]:
         """The workloads to measure, in every dtype and mode. Raises ValueError for an unknown name."""

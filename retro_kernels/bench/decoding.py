@@ -219,10 +219,15 @@ class Step(Workload):
         """Shapes of one layer's, and of its chunked cross-attention's."""
         inner, kv = self.num_heads * self.head_dim, self.kv_heads * self.head_dim
         return {
-            "qkv": (3 * inner, self.width), "out": (self.width, inner), "up": (4 * self.width, self.width),
-            "down": (self.width, 4 * self.width), "w_query": (inner, self.width), "w_out": (self.width, inner),
-            "w_key": (kv, self.encoder_dim), "w_value": (kv, self.encoder_dim),
-        }  # fmt: skip
+            "qkv": (3 * inner, self.width),
+            "out": (self.width, inner),
+            "up": (4 * self.width, self.width),
+            "down": (self.width, 4 * self.width),
+            "w_query": (inner, self.width),
+            "w_out": (self.width, inner),
+            "w_key": (kv, self.encoder_dim),
+            "w_value": (kv, self.encoder_dim),
+        }
 
     def counts(self, form: str, dtype: torch.dtype) -> dict[str, int]:
         sizes = {name: torch.Size(shape).numel() for name, shape in self.parameters_of().items()}
@@ -239,9 +244,11 @@ class Step(Workload):
             cache *= len(self.retrieving) if form == "kv" else 1
         size = dtype.itemsize
         return {
-            "flops": 2 * self._batch * parameters + 2 * past + flops, "bytes": size * (parameters + past) + cache,
-            "cache_bytes": cache, "parameter_bytes": size * parameters,
-        }  # fmt: skip
+            "flops": 2 * self._batch * parameters + 2 * past + flops,
+            "bytes": size * (parameters + past) + cache,
+            "cache_bytes": cache,
+            "parameter_bytes": size * parameters,
+        }
 
     def weights(self, layer: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """One layer's parameters and its cache of past tokens: the same numbers in every precision."""
@@ -387,8 +394,9 @@ def _border_ms(workload: Step, dtype: torch.dtype, device: torch.device) -> floa
     encoded = workload.inputs(dtype, device)[1]
     weights = [
         workload.weights(layer, dtype, device)[name].unflatten(0, (workload.kv_heads, workload.head_dim))
-        for layer in workload.retrieving for name in ("w_key", "w_value")
-    ]  # fmt: skip
+        for layer in workload.retrieving
+        for name in ("w_key", "w_value")
+    ]
     times = []
     for _ in range(3):
         if device.type == "cuda":

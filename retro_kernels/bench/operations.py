@@ -41,8 +41,11 @@ OPTIONS = {
 }
 OPTIONS_OF = {
     **dict.fromkeys(ATTENTIONS, (PLAIN, RELATIVE, DROPOUT)),
-    PROJECTED: (PLAIN,), LAYER: (PLAIN,), DECODE: (PLAIN,), STEP: (RETRIEVAL,),
-}  # fmt: skip
+    PROJECTED: (PLAIN,),
+    LAYER: (PLAIN,),
+    DECODE: (PLAIN,),
+    STEP: (RETRIEVAL,),
+}
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,10 @@ class Workload(ABC):
 
     def describe(self) -> str:
         heads = f"{self.num_heads} heads" + (f" ({self.kv_heads} key/value)" if self.kv_heads != self.num_heads else "")
-        retrieved = "" if self.operation == CAUSAL_SELF else (
-            f" m={self.chunk_size} k={self.num_neighbours} r={self.retrieved_length}"
-        )  # fmt: skip
+        retrieved = (
+            ""
+            if self.operation == CAUSAL_SELF
+            else (f" m={self.chunk_size} k={self.num_neighbours} r={self.retrieved_length}")
+        )
         batch = self.batch or "8 (GPU) or 1 (CPU)"
         return f"b={batch} n={self.sequence_length}{retrieved} {heads} of {self.head_dim}; {OPTIONS[self.option]}"

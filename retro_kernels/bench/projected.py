@@ -70,9 +70,17 @@ class Projected(Workload):
 
         b = self._batch
         return Work(
-            b * self.attending_tokens, b * self.num_chunks, self.keys_per_chunk, self.encoder_dim, self.num_heads,
-            self.kv_heads, self.head_dim, self.head_dim, dtype.itemsize, backward=mode != "forward",
-        )  # fmt: skip
+            b * self.attending_tokens,
+            b * self.num_chunks,
+            self.keys_per_chunk,
+            self.encoder_dim,
+            self.num_heads,
+            self.kv_heads,
+            self.head_dim,
+            self.head_dim,
+            dtype.itemsize,
+            backward=mode != "forward",
+        )
 
     def flops(self, mode: str) -> int:
         """Operations of the strategy that needs fewer: those of the task, whatever a way spends on it."""
@@ -256,9 +264,13 @@ def _explain(workload: Projected | Layer, device: torch.device, backend: str, dt
 
     shapes = (workload.inner if isinstance(workload, Layer) else workload).shapes()
     return rk.explain(
-        *shapes, chunk_size=workload.chunk_size, dtype=DTYPES[dtype], device=device,
-        backward=mode != "forward", backend=backend,
-    )  # fmt: skip
+        *shapes,
+        chunk_size=workload.chunk_size,
+        dtype=DTYPES[dtype],
+        device=device,
+        backward=mode != "forward",
+        backend=backend,
+    )
 
 
 def _refusal(workload: Projected | Layer, device: torch.device, backend: str, dtype: str, mode: str) -> str | None:
@@ -274,6 +286,4 @@ def _predict(
     found = _explain(workload, device, backend, dtype, mode)
     seconds = next(row.seconds for row in found.rows if row.strategy == strategy)
     whole = seconds is not None and workload.operation != LAYER
-    return {
-        "strategy": strategy, "chosen": strategy == found.chosen, "predicted_ms": 1e3 * seconds if whole else None
-    }  # fmt: skip
+    return {"strategy": strategy, "chosen": strategy == found.chosen, "predicted_ms": 1e3 * seconds if whole else None}

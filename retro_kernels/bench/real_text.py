@@ -166,9 +166,13 @@ def run(
     chunk_size, vocabulary = original.chunk_size, original.token_emb.num_embeddings
     step("text, embeddings and neighbours")
     corpus = text_database.build(
-        vocabulary=vocabulary, chunk_size=chunk_size, length=length, k=2,
-        characters=characters, device=device,
-    )  # fmt: skip
+        vocabulary=vocabulary,
+        chunk_size=chunk_size,
+        length=length,
+        k=2,
+        characters=characters,
+        device=device,
+    )
     parameters = sum(p.numel() for p in original.parameters())
     result = Report(MODEL, parameters, length, str(device), corpus.description, corpus.measured)
     report(result)
@@ -335,10 +339,15 @@ def _time(models, sequence, retrieved, dtype, protocol: Protocol, device, memory
             peaks[name, stage] = peak_extra_bytes(timed.call, device)
     end = f", dropout {dropout:g}" if dropout else ""
     return [
-        {"dtype": dtype, "stage": stage + end, "variant": name, **Samples(values).summary(),
-         "peak_extra_bytes": peaks.get((name, stage))}
+        {
+            "dtype": dtype,
+            "stage": stage + end,
+            "variant": name,
+            **Samples(values).summary(),
+            "peak_extra_bytes": peaks.get((name, stage)),
+        }
         for (name, stage), values in times.items()
-    ]  # fmt: skip
+    ]
 
 
 def _layer_protocol(protocol: Protocol) -> Protocol:

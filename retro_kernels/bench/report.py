@@ -166,10 +166,17 @@ def _real_text(document: dict) -> list[str]:
         + "</p>",
     ]
     rows = [
-        [c["dtype"], "yes" if c["passed"] else "NO", c["rule"], c["worst"], str(c["tensors"]),
-         f"{c['loss_original']:.6f}", f"{c['loss_swapped']:.6f}"]
+        [
+            c["dtype"],
+            "yes" if c["passed"] else "NO",
+            c["rule"],
+            c["worst"],
+            str(c["tensors"]),
+            f"{c['loss_original']:.6f}",
+            f"{c['loss_swapped']:.6f}",
+        ]
         for c in report["comparisons"]
-    ]  # fmt: skip
+    ]
     head = ("precision", "same?", "rule", "worst tensor", "tensors", "loss", "loss with rk.swap")
     parts.append(_table(head, rows, left=4))
     cells = results.real_text_cells(document)
@@ -189,9 +196,13 @@ def _figures(document: dict, rows: list[dict], unfolded: bool) -> list[str]:
     state = " open" if unfolded else ""
     speed, memory = _plot("speed", document, rows), _plot("memory", document, rows)
     return [
-        f"<details{state}><summary>Speed against the alternatives</summary>", *speed, "</details>",
-        "<details><summary>Peak memory</summary>", *memory, "</details>",
-    ]  # fmt: skip
+        f"<details{state}><summary>Speed against the alternatives</summary>",
+        *speed,
+        "</details>",
+        "<details><summary>Peak memory</summary>",
+        *memory,
+        "</details>",
+    ]
 
 
 def _plot(name: str, *arguments) -> list[str]:
@@ -226,11 +237,18 @@ def _details(document: dict) -> list[str]:
             ours.append(results.is_ours(row["variant"]))
             errors = ", ".join(f"{error['name']} {float(error['relative']):.0e}" for error in row["errors"])
             rows.append(
-                [row["variant"], *(f"{row[key]:.3f}" for key in ("p20_ms", "p50_ms", "p80_ms")),
-                 f"{row['wall_ms']:.3f}" if row.get("wall_ms") else "-", str(row["samples"]),
-                 f"{row['tflops'] * 1e3:,.0f}", f"{row['gigabytes_per_second']:,.1f}",
-                 f"{results.percent(row)} ({row['bound']})", results.megabytes(row), errors]
-            )  # fmt: skip
+                [
+                    row["variant"],
+                    *(f"{row[key]:.3f}" for key in ("p20_ms", "p50_ms", "p80_ms")),
+                    f"{row['wall_ms']:.3f}" if row.get("wall_ms") else "-",
+                    str(row["samples"]),
+                    f"{row['tflops'] * 1e3:,.0f}",
+                    f"{row['gigabytes_per_second']:,.1f}",
+                    f"{results.percent(row)} ({row['bound']})",
+                    results.megabytes(row),
+                    errors,
+                ]
+            )
         shape = results.rows_of(document, case)[0]["shape"]
         parts.append(
             f"<details><summary>{_text(' · '.join(case))} <span class=dim>{_text(shape)}</span></summary>"
@@ -326,8 +344,11 @@ def main(arguments: list[str] | None = None) -> int:
             for path in write(results.load(options.results), options.out or options.results.parent):
                 print(path)
         if options.readme or options.check:
-            stale = {path: text for path, text in pages(options.root).items()
-                     if not path.exists() or path.read_text() != text}  # fmt: skip
+            stale = {
+                path: text
+                for path, text in pages(options.root).items()
+                if not path.exists() or path.read_text() != text
+            }
             if options.check and stale:
                 names = ", ".join(str(path.relative_to(options.root)) for path in stale)
                 print(f"{names}: not what the results say; run `python -m retro_kernels.bench.report --readme`")

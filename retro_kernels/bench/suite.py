@@ -123,8 +123,13 @@ def run(workloads: Iterable[Workload], settings: Settings, ceilings: Ceilings, w
         except Exception as error:  # the rest of a run of many minutes must not be lost
             reason = f"fp64 reference: {type(error).__name__}: {_first_line(error)}"
         if reason is not None:
-            add([_row(workload, name, mode, "all", status, reason)
-                 for name in settings.dtypes for mode in settings.modes])  # fmt: skip
+            add(
+                [
+                    _row(workload, name, mode, "all", status, reason)
+                    for name in settings.dtypes
+                    for mode in settings.modes
+                ]
+            )
             del base
             continue
         for dtype in settings.dtypes:

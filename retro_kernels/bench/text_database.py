@@ -73,9 +73,15 @@ class HashedWords:
 
 
 def build(
-    *, vocabulary: int, chunk_size: int, length: int, k: int, document: int = 3, characters: int | None = None,
+    *,
+    vocabulary: int,
+    chunk_size: int,
+    length: int,
+    k: int,
+    document: int = 3,
+    characters: int | None = None,
     device: torch.device | str = "cpu",
-) -> Corpus:  # fmt: skip
+) -> Corpus:
     """The shipped plays, or the first `characters` of each, and neighbours for the `length` tokens in the middle of
     play `document`, all of other plays. Tokens that `vocabulary` has not are [UNK]."""
     plays = [text[:characters] for text in documents()]
@@ -140,9 +146,14 @@ def _database(plays: list[str], tokenizer: str, embedder: Embedder, chunk_size: 
     for attempt in range(2):
         try:
             database = build_database(
-                text, folder / "database", tokenizer=tokenizer, embedder=embedder, chunk_size=chunk_size,
-                shard_bytes=SHARD_BYTES, progress=note,
-            )  # fmt: skip
+                text,
+                folder / "database",
+                tokenizer=tokenizer,
+                embedder=embedder,
+                chunk_size=chunk_size,
+                shard_bytes=SHARD_BYTES,
+                progress=note,
+            )
             if database.verify():
                 raise DatabaseError(f"{folder} is damaged")
             return database, rates[-1] if rates else None

@@ -24,12 +24,16 @@ from .operations import (
     RETRIEVAL,
     STEP,
     Workload,
-)  # fmt: skip
+)
 from .projected import Layer, Projected
 
 KINDS: dict[str, type[Workload]] = {
-    **dict.fromkeys(ATTENTIONS, Attention), PROJECTED: Projected, LAYER: Layer, DECODE: Decode, STEP: Step
-}  # fmt: skip
+    **dict.fromkeys(ATTENTIONS, Attention),
+    PROJECTED: Projected,
+    LAYER: Layer,
+    DECODE: Decode,
+    STEP: Step,
+}
 
 _DECODERS = (
     Attention("retro-172m", 16, 64, model_dim=896),
@@ -46,8 +50,10 @@ _DECODERS = (
 BATCHES = (1, 8, 64, 256)
 _GENERATING = tuple(
     replace(workload, name=f"{workload.name}-batch-{batch}", batch=batch)
-    for workload in _DECODERS if workload.name in ("retro-172m", "retro-425m", "retro-7.5b") for batch in BATCHES
-)  # fmt: skip
+    for workload in _DECODERS
+    if workload.name in ("retro-172m", "retro-425m", "retro-7.5b")
+    for batch in BATCHES
+)
 # The encoders of the workloads above: all of width 896 at one k are one, and so are the two of width 4096.
 _ENCODERS = (
     Attention("encoder-896", 14, 64),
@@ -65,9 +71,15 @@ _DECODER_NAMES = tuple(workload.name for workload in _DECODERS)
 _ONE_ROW = tuple(name for name in _DECODER_NAMES if "-k" not in name and name != "retro-1.5b")
 _BATCH_NAMES = tuple(workload.name for workload in _GENERATING)
 NAMES = {
-    CCA: _DECODER_NAMES, ENCODER_SELF: _ENCODER_NAMES, ENCODER_CROSS: _ENCODER_NAMES, CAUSAL_SELF: _ONE_ROW,
-    PROJECTED: _DECODER_NAMES, LAYER: _DECODER_NAMES, DECODE: _BATCH_NAMES, STEP: _BATCH_NAMES,
-}  # fmt: skip
+    CCA: _DECODER_NAMES,
+    ENCODER_SELF: _ENCODER_NAMES,
+    ENCODER_CROSS: _ENCODER_NAMES,
+    CAUSAL_SELF: _ONE_ROW,
+    PROJECTED: _DECODER_NAMES,
+    LAYER: _DECODER_NAMES,
+    DECODE: _BATCH_NAMES,
+    STEP: _BATCH_NAMES,
+}
 """The workloads of each operation. (For a decoder's self-attention k changes nothing.)"""
 
 DEFAULT = {

@@ -91,10 +91,20 @@ def bench(
         console.print(f"The benchmark suite cannot be imported: {error}", style="red", markup=False)
         raise typer.Exit(2) from error
     options = driver.Options(
-        quick=quick, operations=operation or [], options=option or [], workloads=workload or [], dtypes=dtype or [],
-        modes=mode or [], device=device, compiled=compiled, real_text=real_text, backends=backend, seconds=seconds,
-        minutes=minutes, text_length=text_length,
-    )  # fmt: skip
+        quick=quick,
+        operations=operation or [],
+        options=option or [],
+        workloads=workload or [],
+        dtypes=dtype or [],
+        modes=mode or [],
+        device=device,
+        compiled=compiled,
+        real_text=real_text,
+        backends=backend,
+        seconds=seconds,
+        minutes=minutes,
+        text_length=text_length,
+    )
     try:
         options.resolved()
     except ValueError as error:
@@ -152,9 +162,13 @@ def show_speedups(document: dict, console: Any) -> None:
         return
     title = f"How many times faster than the fastest alternative, {document['environment']['device']}"
     shown = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0),
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 2, 0, 0),
         show_edge=False,
-    )  # fmt: skip
+    )
     for i, name in enumerate(head):
         shown.add_column(name, justify="left" if i < 2 or i == len(head) - 1 else "right", no_wrap=True)
     for row in cells:
@@ -171,15 +185,19 @@ def show_end(document: dict, paths: list[Path], console: Any) -> None:
         console.print(
             f"rk.swap of {report['model']} on real text, {comparison['dtype']}: logits, loss and "
             f"{comparison['tensors'] - 2} gradients are {verdict}.",
-            style="green" if comparison["passed"] else "red", highlight=False, markup=False,
-        )  # fmt: skip
+            style="green" if comparison["passed"] else "red",
+            highlight=False,
+            markup=False,
+        )
     missing = len(load("results").not_timed(document))
     page, *others = sorted(paths, key=lambda path: path.suffix != ".html")
     what = f"tables, plots, and why {missing} things were not timed" if missing else "tables and plots"
     console.print(
         f"{page}: {what}. Beside it: {', '.join(path.name for path in others)}. {document['seconds']:.0f} s.",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     if document["interrupted"]:
         console.print("Interrupted: this is what was finished.", style="bold yellow")
 

@@ -50,11 +50,25 @@ def build(
 
     with show_errors(), show_progress() as progress:
         database = build_database(
-            inputs, out, tokenizer=tokenizer, embedder=None if embedder == NONE else embedder, chunk_size=chunk_size,
-            index=None if index == NONE else index, embedding_dtype=embedding_dtype, format=format,
-            text_field=text_field, encoding=encoding, keep_duplicates=keep_duplicates, shard_bytes=shard_bytes,
-            engine=engine, workers=workers, address=address, device=device, precision=precision, progress=progress,
-        )  # fmt: skip
+            inputs,
+            out,
+            tokenizer=tokenizer,
+            embedder=None if embedder == NONE else embedder,
+            chunk_size=chunk_size,
+            index=None if index == NONE else index,
+            embedding_dtype=embedding_dtype,
+            format=format,
+            text_field=text_field,
+            encoding=encoding,
+            keep_duplicates=keep_duplicates,
+            shard_bytes=shard_bytes,
+            engine=engine,
+            workers=workers,
+            address=address,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
     facts = database.manifest["build"]
     typer.echo(f"{out}: {len(database):,} chunks of {database.num_documents:,} documents")
     if facts["shorter_than_a_chunk"]:

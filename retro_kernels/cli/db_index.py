@@ -80,7 +80,11 @@ def evaluate(
         mark = "recommended" if point.settings == found.recommended else ""
         values = [str(value) for value in point.settings.values()]
         table.add_row(*values, f"{point.recall:.3f}", f"{point.queries_per_second:,.0f}", mark)
-    table.add_row(*("exact" if i == 0 else "" for i in range(len(names))), "1.000",
-                  f"{found.exact_queries_per_second:,.0f}", "" if names else "exact")  # fmt: skip
+    table.add_row(
+        *("exact" if i == 0 else "" for i in range(len(names))),
+        "1.000",
+        f"{found.exact_queries_per_second:,.0f}",
+        "" if names else "exact",
+    )
     Console().print(table)
     typer.echo(f"recommended: {found.reason}" + (" (saved)" if save and found.points else ""))

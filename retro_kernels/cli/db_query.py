@@ -49,9 +49,13 @@ def neighbours(
     changed = {name: value for name, value in reading.items() if value != usual[name]}
     with show_errors():
         retriever = Retriever(
-            folder, num_neighbours=num_neighbours, max_overlap=max_overlap, search=_settings(search), cache_size=0,
+            folder,
+            num_neighbours=num_neighbours,
+            max_overlap=max_overlap,
+            search=_settings(search),
+            cache_size=0,
             device=_device(device),
-        )  # fmt: skip
+        )
         with show_progress() as progress:
             made = precompute_neighbours(
                 retriever, inputs, out, same_document=same_document, progress=progress, **changed
@@ -81,9 +85,12 @@ def query(
         if not text.strip():
             raise ValueError("text: got nothing; expected something to look up")
         retriever = Retriever(
-            folder, num_neighbours=num_neighbours, max_overlap=max_overlap, search=_settings(search),
+            folder,
+            num_neighbours=num_neighbours,
+            max_overlap=max_overlap,
+            search=_settings(search),
             device=_device(device),
-        )  # fmt: skip
+        )
         found = _entries(retriever, retriever.retrieve_text([text]))
     if as_json:
         typer.echo(json.dumps({"query": text, "neighbours": found}, indent=1, ensure_ascii=False))
@@ -107,11 +114,17 @@ def _entries(retriever: Retriever, found: Retrieved) -> list[dict[str, Any]]:
             following = retriever.decode(tokens[m:][mask[m:]])
         entries.append(
             {
-                "rank": rank + 1, "distance": float(found.distances[0, rank]), "chunk": int(found.ids[0, rank]),
-                "document": source.document, "path": source.path, "record": source.record,
-                "character": source.offset if source.offset >= 0 else None, "text": chunk, "continuation": following,
+                "rank": rank + 1,
+                "distance": float(found.distances[0, rank]),
+                "chunk": int(found.ids[0, rank]),
+                "document": source.document,
+                "path": source.path,
+                "record": source.record,
+                "character": source.offset if source.offset >= 0 else None,
+                "text": chunk,
+                "continuation": following,
             }
-        )  # fmt: skip
+        )
     return entries
 
 

@@ -21,9 +21,16 @@ import typer
 from .. import machine
 
 PACKAGES = (
-    "retro_kernels", "torch", "triton", "numpy", "faiss-cpu", "faiss-gpu", "retro-pytorch", "transformers",
+    "retro_kernels",
+    "torch",
+    "triton",
+    "numpy",
+    "faiss-cpu",
+    "faiss-gpu",
+    "retro-pytorch",
+    "transformers",
     "matplotlib",
-)  # fmt: skip
+)
 IMPORTED = {"torch": "torch", "triton": "triton", "numpy": "numpy", "faiss-cpu": "faiss", "faiss-gpu": "faiss"}
 PROGRAMS = ("g++", "clang++", "nvcc")
 VARIABLES = {
@@ -86,12 +93,20 @@ def _version(name: str) -> Entry | list[Entry]:
     try:
         module = importlib.import_module(IMPORTED[name])
     except Exception as error:
-        return Entry(name, f"{installed} installed, but importing it fails: {_describe(error)}", PROBLEM,
-                     f"reinstall it: pip install --force-reinstall {name}")  # fmt: skip
+        return Entry(
+            name,
+            f"{installed} installed, but importing it fails: {_describe(error)}",
+            PROBLEM,
+            f"reinstall it: pip install --force-reinstall {name}",
+        )
     loaded = str(getattr(module, "__version__", installed))
     if loaded.split("+")[0] != installed.split("+")[0]:
-        return Entry(name, f"{installed} installed, but {loaded} is loaded from {module.__file__}", PROBLEM,
-                     "two installations: remove one, or look at PYTHONPATH")  # fmt: skip
+        return Entry(
+            name,
+            f"{installed} installed, but {loaded} is loaded from {module.__file__}",
+            PROBLEM,
+            "two installations: remove one, or look at PYTHONPATH",
+        )
     return Entry(name, loaded, OK)
 
 
@@ -114,8 +129,14 @@ def _gpus() -> list[Entry]:
     if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
         return [Entry("GPU", f"torch {torch.__version__} is a build without CUDA", NOTE)]
     if not torch.cuda.is_available():
-        return [Entry("GPU", f"torch is built for CUDA {torch.version.cuda}, but no GPU is usable", NOTE,
-                      "look at the driver, and at CUDA_VISIBLE_DEVICES")]  # fmt: skip
+        return [
+            Entry(
+                "GPU",
+                f"torch is built for CUDA {torch.version.cuda}, but no GPU is usable",
+                NOTE,
+                "look at the driver, and at CUDA_VISIBLE_DEVICES",
+            )
+        ]
     entries = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -199,8 +220,11 @@ def built() -> Entry:
 def _extension() -> list[Entry]:
     module = importlib.import_module("retro_kernels.extension")
     why_not = module.why_not()
-    entries = [Entry("extension", "loaded" if why_not is None else "not loaded", OK if why_not is None else NOTE,
-                     why_not or "")]  # fmt: skip
+    entries = [
+        Entry(
+            "extension", "loaded" if why_not is None else "not loaded", OK if why_not is None else NOTE, why_not or ""
+        )
+    ]
     entries += guard("instruction set in use", lambda: _instruction_set(module, why_not))
     return entries + guard("built for", lambda: _built_for(module))
 
@@ -208,8 +232,14 @@ def _extension() -> list[Entry]:
 def _cuda_extension() -> list[Entry]:
     module = importlib.import_module("retro_kernels.cuda_extension")
     why_not = module.why_not()
-    entries = [Entry("CUDA extension", "loaded" if why_not is None else "not loaded",
-                     OK if why_not is None else NOTE, why_not or "")]  # fmt: skip
+    entries = [
+        Entry(
+            "CUDA extension",
+            "loaded" if why_not is None else "not loaded",
+            OK if why_not is None else NOTE,
+            why_not or "",
+        )
+    ]
     import torch
 
     metadata, here = module.build_metadata(), {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
@@ -304,8 +334,11 @@ def show(sections: dict[str, list[Entry]], fused: bool) -> None:
     if fused:
         console.print(Text("Fused attention can run here and is the default.", style="bold green"))
         return
-    slow = [entry.name.removeprefix("default on ") for entry in sections.get("backends", [])
-            if entry.name.startswith("default on ") and entry.value == "reference"]  # fmt: skip
+    slow = [
+        entry.name.removeprefix("default on ")
+        for entry in sections.get("backends", [])
+        if entry.name.startswith("default on ") and entry.value == "reference"
+    ]
     if slow:
         text = f"On {' and '.join(slow)} calls go to the slow pure-PyTorch reference by default."
     else:

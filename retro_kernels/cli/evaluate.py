@@ -52,9 +52,14 @@ def evaluate(
             overlap = list(OVERLAPS)
         kinds = retrieval or (MODES if stream.neighbours is not None and loaded.encoder is not None else ("off",))
         results = run(
-            loaded, stream, retrieval=kinds, num_neighbours=neighbours, overlaps=overlap or (), batch_size=batch,
+            loaded,
+            stream,
+            retrieval=kinds,
+            num_neighbours=neighbours,
+            overlaps=overlap or (),
+            batch_size=batch,
             max_rows=rows,
-        )  # fmt: skip
+        )
         if plot is not None:
             draw_overlaps(results, plot)
     except (ValueError, FileNotFoundError, DatabaseError) as error:

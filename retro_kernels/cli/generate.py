@@ -50,9 +50,11 @@ class DatabaseRetriever:
                 f"db: {folder} has chunks of {database.chunk_size} tokens, expected {config.chunk_size}, the model's"
             )
         self.inner = Retriever(
-            database, num_neighbours=config.num_neighbours if num_neighbours is None else num_neighbours,
-            retrieved_length=config.retrieved_length, device=device,
-        )  # fmt: skip
+            database,
+            num_neighbours=config.num_neighbours if num_neighbours is None else num_neighbours,
+            retrieved_length=config.retrieved_length,
+            device=device,
+        )
 
     def __call__(self, chunks: Any) -> Any:
         from ..models import Neighbours
@@ -142,17 +144,26 @@ def generate(
                 else retriever_of(str(retriever))
             )
             options = {
-                "retriever": found, "stale": stale, "retrieval_stride": stride, "num_neighbours": neighbours,
-            }  # fmt: skip
+                "retriever": found,
+                "stale": stale,
+                "retrieval_stride": stride,
+                "num_neighbours": neighbours,
+            }
         elif stale or stride is not None or show_neighbours or neighbours is not None:
             raise ValueError("stale, stride, neighbours, show-neighbours: got one without --db or --retriever")
         if draws:
             options |= {"do_sample": True, "top_k": top_k, "top_p": top_p}
             options |= {} if temperature is None else {"temperature": temperature}
         made = loaded.generate(
-            [tokenizer.encode(prompt)], max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty,
-            stop_strings=stop, tokenizer=tokenizer, seed=seed, streamer=Printer(tokenizer), **options,
-        )  # fmt: skip
+            [tokenizer.encode(prompt)],
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=repetition_penalty,
+            stop_strings=stop,
+            tokenizer=tokenizer,
+            seed=seed,
+            streamer=Printer(tokenizer),
+            **options,
+        )
     except (ValueError, TypeError, FileNotFoundError, DatabaseError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error

@@ -124,16 +124,23 @@ def classes(backend: str, every: bool) -> list[Any]:
     for dtype in (*halves, "float32"):
         for head in (64, 128):
             for options in (
-                "grouped", "bias", "bias_per_neighbour", "null", "rotary", "rotary rotary_interleaved", "packed",
-                "content_bias relative", "bias dropout grouped null rotary",
-                f"bias dropout grouped null packed {paper}", "bias fp32_parameters null",
-            ):  # fmt: skip
+                "grouped",
+                "bias",
+                "bias_per_neighbour",
+                "null",
+                "rotary",
+                "rotary rotary_interleaved",
+                "packed",
+                "content_bias relative",
+                "bias dropout grouped null rotary",
+                f"bias dropout grouped null packed {paper}",
+                "bias fp32_parameters null",
+            ):
                 for rows in (16, 64, 128):
                     add("chunked_cross_attention", dtype, head, rows, 0, 0, options)
                 if "rotary" not in options:
                     add("projected_chunked_cross_attention", dtype, head, 64, 512, 768, options)
-                    add("projected_chunked_cross_attention", dtype, head, 64, 128, 192,
-                        f"{options} projection_biases")  # fmt: skip
+                    add("projected_chunked_cross_attention", dtype, head, 64, 128, 192, f"{options} projection_biases")
                 if not {"null", "packed", "bias_per_neighbour"} & set(options.split()):
                     for rows in (64, 128, 512):
                         add("neighbour_self_attention", dtype, head, rows, 0, 0, options)

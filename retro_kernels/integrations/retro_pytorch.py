@@ -299,9 +299,13 @@ class FusedRetroPytorchAttention(FusedForward):
         fused: Any
         if context is None:
             fused = neighbour_self_attention(
-                query[:, None], key[:, None], value[:, None],
-                neighbour_mask=None if mask is None else mask[:, None, None], causal=attention.causal, **options,
-            )  # fmt: skip
+                query[:, None],
+                key[:, None],
+                value[:, None],
+                neighbour_mask=None if mask is None else mask[:, None, None],
+                causal=attention.causal,
+                **options,
+            )
         else:
             fused = neighbour_cross_attention(
                 query[:, None], key, value, activation_mask=None if mask is None else mask[:, None], **options

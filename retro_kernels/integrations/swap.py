@@ -32,9 +32,13 @@ class SwapReport:
     """
 
     def __init__(
-        self, replaced: dict[str, FusedForward], skipped: dict[str, str], notes: dict[str, str], positions: str,
+        self,
+        replaced: dict[str, FusedForward],
+        skipped: dict[str, str],
+        notes: dict[str, str],
+        positions: str,
         backend_note: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.replaced = list(replaced)
         self.skipped = dict(skipped)
         self.notes = dict(notes)

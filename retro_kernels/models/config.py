@@ -76,9 +76,18 @@ class RetroConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "vocab_size", "model_dim", "num_layers", "num_heads", "chunk_size", "num_neighbours", "encoder_dim",
-            "encoder_layers", "encoder_heads", "encoder_head_dim", "max_length",
-        ):  # fmt: skip
+            "vocab_size",
+            "model_dim",
+            "num_layers",
+            "num_heads",
+            "chunk_size",
+            "num_neighbours",
+            "encoder_dim",
+            "encoder_layers",
+            "encoder_heads",
+            "encoder_head_dim",
+            "max_length",
+        ):
             checks.integer(name, getattr(self, name), 1)
         num_kv_heads, head_dim = common.head_sizes(self.model_dim, self.num_heads, self.num_kv_heads, self.head_dim)
         for name, default in (
@@ -196,27 +205,56 @@ class RetroConfig:
 
 _PAPER: dict[str, Any] = {"vocab_size": 128000, "encoder_dim": 896, "encoder_heads": 16, "encoder_head_dim": 64}
 _TINY: dict[str, Any] = {
-    "vocab_size": 64, "model_dim": 32, "num_layers": 3, "num_heads": 2, "cross_attention_layers": (2, 3),
-    "chunk_size": 4, "num_neighbours": 2, "encoder_dim": 16, "encoder_heads": 2, "encoder_head_dim": 8,
+    "vocab_size": 64,
+    "model_dim": 32,
+    "num_layers": 3,
+    "num_heads": 2,
+    "cross_attention_layers": (2, 3),
+    "chunk_size": 4,
+    "num_neighbours": 2,
+    "encoder_dim": 16,
+    "encoder_heads": 2,
+    "encoder_head_dim": 8,
     "max_length": 64,
-}  # fmt: skip
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "retro-172m": {
-        **_PAPER, "model_dim": 896, "num_layers": 12, "num_heads": 16, "head_dim": 64,
+        **_PAPER,
+        "model_dim": 896,
+        "num_layers": 12,
+        "num_heads": 16,
+        "head_dim": 64,
         "cross_attention_layers": (6, 9, 12),
     },
     "retro-425m": {
-        **_PAPER, "model_dim": 1536, "num_layers": 12, "num_heads": 12, "cross_attention_layers": (6, 9, 12),
+        **_PAPER,
+        "model_dim": 1536,
+        "num_layers": 12,
+        "num_heads": 12,
+        "cross_attention_layers": (6, 9, 12),
     },
     "retro-1.5b": {
-        **_PAPER, "model_dim": 2048, "num_layers": 24, "num_heads": 16, "cross_attention_layers": (*range(6, 25, 3),),
+        **_PAPER,
+        "model_dim": 2048,
+        "num_layers": 24,
+        "num_heads": 16,
+        "cross_attention_layers": (*range(6, 25, 3),),
     },
     "retro-7.5b": {
-        **_PAPER, "model_dim": 4096, "num_layers": 32, "num_heads": 32, "cross_attention_layers": (*range(6, 33, 3),),
+        **_PAPER,
+        "model_dim": 4096,
+        "num_layers": 32,
+        "num_heads": 32,
+        "cross_attention_layers": (*range(6, 33, 3),),
     },
     "tiny": _TINY,
     "tiny-rotary": {
-        **_TINY, "positions": "rotary", "gated_feed_forward": True, "activation": "silu", "num_kv_heads": 1,
-        "tied_embeddings": False, "cross_attention_gate": True,
+        **_TINY,
+        "positions": "rotary",
+        "gated_feed_forward": True,
+        "activation": "silu",
+        "num_kv_heads": 1,
+        "tied_embeddings": False,
+        "cross_attention_gate": True,
     },
-}  # fmt: skip
+}

@@ -135,8 +135,11 @@ def draw_overlaps(results: Sequence[Result], path: str | os.PathLike[str]) -> No
         shares = [x.max_overlap or 0.0 for x in line]
         bits = [(x.bits_per_byte if per_byte else x.bits_per_token) or 0.0 for x in line]
         axes.plot(shares, bits, {"on": "o-", "off": "s:", "random": "x--"}[mode], label=name)
-    axes.set(xlabel="longest stretch shared with a neighbour, at most (share of the chunk)",
-             ylabel="bits per byte" if per_byte else "bits per token", ylim=(0, None))  # fmt: skip
+    axes.set(
+        xlabel="longest stretch shared with a neighbour, at most (share of the chunk)",
+        ylabel="bits per byte" if per_byte else "bits per token",
+        ylim=(0, None),
+    )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

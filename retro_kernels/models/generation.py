@@ -71,9 +71,10 @@ class Sampling:
         if not checks.number("repetition_penalty", self.repetition_penalty) > 0.0:
             raise ValueError(f"repetition_penalty: got {self.repetition_penalty}, expected more than 0")
         idle = [
-            name for name, unset in (("temperature", (0.0, 1.0)), ("top_k", (None,)), ("top_p", (None,)))
+            name
+            for name, unset in (("temperature", (0.0, 1.0)), ("top_k", (None,)), ("top_p", (None,)))
             if getattr(self, name) not in unset
-        ]  # fmt: skip
+        ]
         if idle and not self.do_sample:
             raise ValueError(
                 f"{', '.join(idle)}: got a value with do_sample=False, which ignores it; give do_sample=True"
@@ -245,8 +246,11 @@ class Decoder:
             layers = [model.blocks[p - 1].cross_attention for p in config.cross_attention_layers]
             self.neighbours = NeighbourCache(
                 layers,  # type: ignore[arg-type]
-                num_slots=len(sequences), num_neighbours=retrieval.k, retrieved_length=retrieval.r, form=cache_form,
-            )  # fmt: skip
+                num_slots=len(sequences),
+                num_neighbours=retrieval.k,
+                retrieved_length=retrieval.r,
+                form=cache_form,
+            )
             self.neighbours.join(range(len(sequences)))
             weight = model.embedding.weight
             # What the encoder is conditioned on: the activations of the tokens of the chunk that is being written.

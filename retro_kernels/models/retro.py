@@ -64,11 +64,17 @@ class Retro(nn.Module):
         self.context: ContextParallel | None = None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         shared: dict[str, Any] = {
-            "chunk_size": config.chunk_size, "retrieved_length": config.retrieved_length,
-            "positions": config.positions, "gated": config.gated_feed_forward, "activation": config.activation,
-            "dropout": config.dropout, "hidden_dropout": config.hidden_dropout, "norm_eps": config.norm_eps,
-            "backend": backend, **factory,
-        }  # fmt: skip
+            "chunk_size": config.chunk_size,
+            "retrieved_length": config.retrieved_length,
+            "positions": config.positions,
+            "gated": config.gated_feed_forward,
+            "activation": config.activation,
+            "dropout": config.dropout,
+            "hidden_dropout": config.hidden_dropout,
+            "norm_eps": config.norm_eps,
+            "backend": backend,
+            **factory,
+        }
         self.embedding = nn.Embedding(config.vocab_size, config.model_dim, **factory)
         self.blocks = nn.ModuleList(
             RetroDecoderBlock(

@@ -39,9 +39,20 @@ from .retro import Retro
 
 METRICS, STATE, PROGRESS, SETTINGS = "metrics.jsonl", "optimiser", "progress.json", "settings.json"
 OF_DECODER = (
-    "vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "feed_forward_dim", "positions",
-    "gated_feed_forward", "activation", "tied_embeddings", "norm_eps", "tokenizer",
-)  # fmt: skip
+    "vocab_size",
+    "model_dim",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "feed_forward_dim",
+    "positions",
+    "gated_feed_forward",
+    "activation",
+    "tied_embeddings",
+    "norm_eps",
+    "tokenizer",
+)
 ALONE = "torch.distributed is disabled, unavailable or uninitialized"  # told to every run of one process
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 _STEP = re.compile(r"step-(\d{8})")
@@ -110,8 +121,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "steps", "batch_size", "save_every", "keep", "log_every", "context_parallel", "tensor_parallel",
-        ):  # fmt: skip
+            "steps",
+            "batch_size",
+            "save_every",
+            "keep",
+            "log_every",
+            "context_parallel",
+            "tensor_parallel",
+        ):
             checks.integer(name, getattr(self, name), 1)
         checks.integer("warmup_steps", self.warmup_steps, 0)
         checks.integer("seed", self.seed, 0)
@@ -251,9 +268,12 @@ class Trainer:
         settings = self.settings
         tensorboard = self._tensorboard()
         batches = prefetch(
-            self.stream, Order(self.stream.rows, settings.seed), self._places(), self.device,
+            self.stream,
+            Order(self.stream.rows, settings.seed),
+            self._places(),
+            self.device,
             (self.context_rank, settings.context_parallel),
-        )  # fmt: skip
+        )
         flops = 3 * sum(self.config.forward_flops().values()) * settings.batch_size
         self.model.train()
         loss, since, at = math.nan, time.perf_counter(), self.step
@@ -264,10 +284,15 @@ class Trainer:
                 since, at = time.perf_counter(), self.step
                 tokens = settings.batch_size * self.config.max_length
                 line = {
-                    "step": self.step, "loss": loss, "learning_rate": settings.rate(self.step - 1),
-                    "gradient_norm": norm, "rows": self.seen, "tokens": self.seen * self.config.max_length,
-                    "seconds_a_step": seconds, "tokens_a_second": tokens / seconds,
-                }  # fmt: skip
+                    "step": self.step,
+                    "loss": loss,
+                    "learning_rate": settings.rate(self.step - 1),
+                    "gradient_norm": norm,
+                    "rows": self.seen,
+                    "tokens": self.seen * self.config.max_length,
+                    "seconds_a_step": seconds,
+                    "tokens_a_second": tokens / seconds,
+                }
                 if settings.peak_flops is not None:
                     line["model_flops_utilisation"] = flops / seconds / (settings.peak_flops * self.world)
                 self._log(line, tensorboard)

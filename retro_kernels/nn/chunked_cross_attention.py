@@ -552,9 +552,9 @@ def stack_projections(layers: Sequence[ChunkedCrossAttention]) -> tuple[torch.Te
         biases += [bias_key, bias_value]
     bias = None
     if any(x is not None for x in biases):
-        bias = torch.cat([
-            weight.new_zeros(len(weight)) if x is None else x.flatten() for weight, x in zip(weights, biases)
-        ])[None]  # fmt: skip
+        bias = torch.cat(
+            [weight.new_zeros(len(weight)) if x is None else x.flatten() for weight, x in zip(weights, biases)]
+        )[None]
     return torch.cat(weights)[None], bias
 
 

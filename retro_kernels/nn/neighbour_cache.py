@@ -223,10 +223,18 @@ class NeighbourCache:
         i = self.place(layer)
         self._check_dtype("the layer's query", query)
         options: dict[str, Any] = {
-            "chunk_size": self.chunk_size, "position": position, "valid": self.valid, "chunk": self.chunk,
-            "neighbour_mask": self.neighbour_mask, "null_key": layer.null_key, "null_value": layer.null_value,
-            "scale": layer.scale, "validate": validate, "backend": layer.backend, **self._positions[i],
-        }  # fmt: skip
+            "chunk_size": self.chunk_size,
+            "position": position,
+            "valid": self.valid,
+            "chunk": self.chunk,
+            "neighbour_mask": self.neighbour_mask,
+            "null_key": layer.null_key,
+            "null_value": layer.null_value,
+            "scale": layer.scale,
+            "validate": validate,
+            "backend": layer.backend,
+            **self._positions[i],
+        }
         out: Any
         if self.form == "key_value":
             key, value = self._stores[2 * i : 2 * i + 2]
@@ -237,9 +245,15 @@ class NeighbourCache:
             w_key, w_value, bias_key, bias_value = layer.key_and_value_weights()
             states = self._stores[0]
             out = projected_chunked_cross_attention_decode(
-                query, states.data, w_key, w_value, bias_key=bias_key, bias_value=bias_value,
-                encoded_scale=states.scale, **options,
-            )  # fmt: skip
+                query,
+                states.data,
+                w_key,
+                w_value,
+                bias_key=bias_key,
+                bias_value=bias_value,
+                encoded_scale=states.scale,
+                **options,
+            )
         return out
 
     def place(self, layer: ChunkedCrossAttention) -> int:

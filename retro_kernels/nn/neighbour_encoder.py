@@ -471,9 +471,14 @@ class NeighbourEncoderLayer(nn.Module):
         x = self._residual(x, self.self_norm, self.self_attention, neighbour_mask)
         if self.cross_attention is not None and self.cross_norm is not None:
             x = self._residual(
-                x, self.cross_norm, self.cross_attention, activation_mask, context, stride,
+                x,
+                self.cross_norm,
+                self.cross_attention,
+                activation_mask,
+                context,
+                stride,
                 onto_normed=self.cross_residual == "normed",
-            )  # fmt: skip
+            )
         return self._residual(x, self.feed_forward_norm, self.feed_forward)
 
     def _residual(self, x, norm, sublayer, *arguments, onto_normed: bool = False) -> torch.Tensor:

@@ -191,9 +191,13 @@ class SelfAttentionCache:
         else:
             mask = visible
         out = F.scaled_dot_product_attention(
-            query[:, :, None], keys[:, :, :length], values[:, :, :length], attn_mask=mask, scale=layer.scale,
+            query[:, :, None],
+            keys[:, :, :length],
+            values[:, :, :length],
+            attn_mask=mask,
+            scale=layer.scale,
             enable_gqa=layer.num_heads != layer.num_kv_heads,
-        )  # fmt: skip
+        )
         return out[:, :, 0]
 
 
@@ -256,9 +260,14 @@ class RetroDecoderBlock(nn.Module):
         self.context: ContextParallel | None = None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         attention: dict[str, Any] = {
-            "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "positions": positions,
-            "dropout": dropout, "backend": backend, **factory,
-        }  # fmt: skip
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "positions": positions,
+            "dropout": dropout,
+            "backend": backend,
+            **factory,
+        }
         self.self_norm = nn.RMSNorm(model_dim, eps=norm_eps, **factory)
         self.self_attention = CausalSelfAttention(model_dim, max_length=max_length, **attention)
         self.cross_norm: nn.RMSNorm | None = None
@@ -268,14 +277,22 @@ class RetroDecoderBlock(nn.Module):
         if retrieves:
             self.cross_norm = nn.RMSNorm(model_dim, eps=norm_eps, **factory)
             self.cross_attention = ChunkedCrossAttention(
-                model_dim, context_dim=context_dim, chunk_size=chunk_size, retrieved_length=retrieved_length,
+                model_dim,
+                context_dim=context_dim,
+                chunk_size=chunk_size,
+                retrieved_length=retrieved_length,
                 **attention,
-            )  # fmt: skip
+            )
         self.feed_forward_norm = nn.RMSNorm(model_dim, eps=norm_eps, **factory)
         self.feed_forward = FeedForward(
-            model_dim, inner_dim=4 * model_dim if feed_forward_dim is None else feed_forward_dim, gated=gated,
-            activation=activation, biases=False, dropout=0.0, **factory,
-        )  # fmt: skip
+            model_dim,
+            inner_dim=4 * model_dim if feed_forward_dim is None else feed_forward_dim,
+            gated=gated,
+            activation=activation,
+            biases=False,
+            dropout=0.0,
+            **factory,
+        )
 
     def forward(
         self,

@@ -33,17 +33,23 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 
 # The backends of each kernel.
 ATTENTION = {
-    "reference": attention_reference, "cpu": attention_cpu, "cuda": attention_cuda,
+    "reference": attention_reference,
+    "cpu": attention_cpu,
+    "cuda": attention_cuda,
     "triton": import_later(f"{__package__}.attention.triton", "launch"),
-}  # fmt: skip
+}
 ABSORBED = {
-    "reference": absorbed_reference, "cpu": absorbed_cpu, "cuda": absorbed_cuda,
+    "reference": absorbed_reference,
+    "cpu": absorbed_cpu,
+    "cuda": absorbed_cuda,
     "triton": import_later(f"{__package__}.absorbed.triton", "launch"),
-}  # fmt: skip
+}
 DECODING = {
-    "reference": decoding_reference, "cpu": decoding_cpu, "cuda": decoding_cuda,
+    "reference": decoding_reference,
+    "cpu": decoding_cpu,
+    "cuda": decoding_cuda,
     "triton": import_later(f"{__package__}.decoding.triton", "launch"),
-}  # fmt: skip
+}
 
 # Which is asked first, unless `evidence` has measured that another is faster.
 DEFAULT_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}

@@ -30,10 +30,29 @@ from .memory import unit_last_stride
 LIBRARY = torch.library.Library("retro_kernels", "FRAGMENT")
 
 # Arguments and results of the private ops whose first axis is the batch. The others are the same for all sequences.
-PER_SEQUENCE = frozenset((
-    "query", "key", "value", "encoded", "mask", "chunk_spans", "first_visible", "grad_out", "grad_lse", "out", "lse",
-    "x", "logit_bias", "null_logit", "key_scale", "value_scale", "position", "valid", "chunk",
-))  # fmt: skip
+PER_SEQUENCE = frozenset(
+    (
+        "query",
+        "key",
+        "value",
+        "encoded",
+        "mask",
+        "chunk_spans",
+        "first_visible",
+        "grad_out",
+        "grad_lse",
+        "out",
+        "lse",
+        "x",
+        "logit_bias",
+        "null_logit",
+        "key_scale",
+        "value_scale",
+        "position",
+        "valid",
+        "chunk",
+    )
+)
 # Arguments under which a call is not that of its sequences one by one: dropout draws by the sequence's number, and a
 # parameter's gradient is the sum over all.
 JOINT = frozenset(("dropout_seed", "weight_gradient", "bias_gradient", "relative_gradient", "null_gradient"))
@@ -178,8 +197,11 @@ def register(
     name = f"{operation}_{backend}" if gradients is None else f"{operation}_forward_{backend}"
     forward = define(
         f"{name}({tensors}, {settings}) -> (Tensor out, Tensor lse)",
-        implementation=run_forward, fake=lambda *flat: outputs(made(flat)), devices=devices, returns=("out", "lse"),
-    )  # fmt: skip
+        implementation=run_forward,
+        fake=lambda *flat: outputs(made(flat)),
+        devices=devices,
+        returns=("out", "lse"),
+    )
     if gradients is None:
         return forward, None
 
@@ -199,16 +221,21 @@ def register(
 
     def fake_backward(grad_out, grad_lse, *flat):
         call, wanted = asked(flat)
-        return by_place({name: torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format)
-                         for name in wanted}, call.query)  # fmt: skip
+        return by_place(
+            {name: torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format) for name in wanted},
+            call.query,
+        )
 
     flags = ", ".join(f"bool {group}_gradient" for group in form.flags)
     results = ", ".join(["Tensor"] * len(form.groups))
     backward = define(
         f"{operation}_backward_{backend}(Tensor grad_out, Tensor? grad_lse, {tensors}, Tensor out, Tensor lse, "
         f"{settings}, {flags}) -> ({results})",
-        implementation=run_backward, fake=fake_backward, devices=devices, returns=tuple(form.groups),
-    )  # fmt: skip
+        implementation=run_backward,
+        fake=fake_backward,
+        devices=devices,
+        returns=tuple(form.groups),
+    )
     return forward, backward
 
 

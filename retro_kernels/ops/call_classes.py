@@ -68,9 +68,7 @@ def features(call: Any) -> Features:
     rows, slots, encoder_dim = sizes
     # Sizes of a model are constants of a compiled graph; eagerly `fixed` does nothing.
     fixed = operator.index
-    return (
-        dtype, fixed(query.shape[-1]), fixed(value_dim), rows, slots, fixed(encoder_dim), tuple(options)
-    )  # fmt: skip
+    return (dtype, fixed(query.shape[-1]), fixed(value_dim), rows, slots, fixed(encoder_dim), tuple(options))
 
 
 def tile(size: Any) -> int:
@@ -116,8 +114,16 @@ class Class:
     @classmethod
     def of(cls, operation: str, given: Features) -> Class:
         dtype, head_dim, value_dim, rows, slots, encoder_dim, options = given
-        return cls(operation, str(dtype).removeprefix("torch."), representative(head_dim), representative(value_dim),
-                   rows, slots, representative(encoder_dim), tuple(options))  # fmt: skip
+        return cls(
+            operation,
+            str(dtype).removeprefix("torch."),
+            representative(head_dim),
+            representative(value_dim),
+            rows,
+            slots,
+            representative(encoder_dim),
+            tuple(options),
+        )
 
     def __str__(self) -> str:
         heads = f"{self.head_dim}" if self.head_dim == self.value_dim else f"{self.head_dim} and {self.value_dim}"

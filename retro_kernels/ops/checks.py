@@ -109,9 +109,17 @@ def mask(name: str, given: torch.Tensor | None, query: torch.Tensor, dims: str, 
 
 
 def positions(
-    query: torch.Tensor, tables: Tables, attention_bias, relative_key, content_bias, relative_bias,
-    query_rotary, key_rotary, rotary_interleaved, key_may_be_turned=False,
-) -> None:  # fmt: skip
+    query: torch.Tensor,
+    tables: Tables,
+    attention_bias,
+    relative_key,
+    content_bias,
+    relative_bias,
+    query_rotary,
+    key_rotary,
+    rotary_interleaved,
+    key_may_be_turned=False,
+) -> None:
     """The additive bias, the relative positions and the rotary tables. `key_may_be_turned`: the query's table may come
     alone, for keys that were turned before."""
     h, d = query.shape[-2:]

@@ -89,19 +89,38 @@ def chunked_cross_attention(
     query_cos, query_sin = checks.pair(query_rotary)
     key_cos, key_sin = checks.pair(key_rotary)
     given = {
-        "query": query, "key": key, "value": value, "mask": neighbour_mask, "attention_bias": attention_bias,
-        "relative_key": relative_key, "content_bias": content_bias, "relative_bias": relative_bias,
-        "query_cos": query_cos, "query_sin": query_sin, "key_cos": key_cos, "key_sin": key_sin, "null_key": null_key,
+        "query": query,
+        "key": key,
+        "value": value,
+        "mask": neighbour_mask,
+        "attention_bias": attention_bias,
+        "relative_key": relative_key,
+        "content_bias": content_bias,
+        "relative_bias": relative_bias,
+        "query_cos": query_cos,
+        "query_sin": query_sin,
+        "key_cos": key_cos,
+        "key_sin": key_sin,
+        "null_key": null_key,
         "null_value": null_value,
-    }  # fmt: skip
+    }
     signature = None
     if type(dropout_p) in (int, float) and dropout_p == 0 and sequence_starts is None:
         signature = plans.signature(
             backend,
-            ("chunked_cross_attention", chunk_size, rotary_interleaved, scale, stride, align, query_offset,
-             chunk_offset, return_lse),
+            (
+                "chunked_cross_attention",
+                chunk_size,
+                rotary_interleaved,
+                scale,
+                stride,
+                align,
+                query_offset,
+                chunk_offset,
+                return_lse,
+            ),
             given,
-        )  # fmt: skip
+        )
         plan = plans.get(signature)
         if plan is not None:
             out, lse = plan(given)
@@ -121,22 +140,48 @@ def chunked_cross_attention(
     m = checks.integer("chunk_size", chunk_size, 1)
     checks.mask("neighbour_mask", neighbour_mask, query, "b, l, k, r", (b, l, k, r))
     checks.positions(
-        query, checks.Tables(m, r, "m", "r", (("k * r", k * r),)), attention_bias, relative_key, content_bias,
-        relative_bias, query_rotary, key_rotary, rotary_interleaved,
-    )  # fmt: skip
+        query,
+        checks.Tables(m, r, "m", "r", (("k * r", k * r),)),
+        attention_bias,
+        relative_key,
+        content_bias,
+        relative_bias,
+        query_rotary,
+        key_rotary,
+        rotary_interleaved,
+    )
     checks.null_slot(query, d_value, null_key, null_value)
     stride, first_token, spans, missing = clock(
         "key", query, l, m, stride, align, query_offset, chunk_offset, sequence_starts
     )
     dropout_p, dropout_seed = checks.dropout_of(dropout_p, query)
     call = Call(
-        operation="chunked_cross_attention", grouping=CLOCK, query=query.view(b, 1, 1, n, h, d), key=key, value=value,
-        mask=neighbour_mask, attention_bias=attention_bias, relative_key=relative_key, content_bias=content_bias,
-        relative_bias=relative_bias, query_cos=query_cos, query_sin=query_sin, key_cos=key_cos, key_sin=key_sin,
-        rotary_interleaved=rotary_interleaved, null_key=null_key, null_value=null_value, chunk_spans=spans,
-        dropout_seed=dropout_seed, scale=checks.scale_of(scale, query), dropout_p=dropout_p, rows=m, stride=stride,
-        first_token=first_token, return_lse=return_lse,
-    )  # fmt: skip
+        operation="chunked_cross_attention",
+        grouping=CLOCK,
+        query=query.view(b, 1, 1, n, h, d),
+        key=key,
+        value=value,
+        mask=neighbour_mask,
+        attention_bias=attention_bias,
+        relative_key=relative_key,
+        content_bias=content_bias,
+        relative_bias=relative_bias,
+        query_cos=query_cos,
+        query_sin=query_sin,
+        key_cos=key_cos,
+        key_sin=key_sin,
+        rotary_interleaved=rotary_interleaved,
+        null_key=null_key,
+        null_value=null_value,
+        chunk_spans=spans,
+        dropout_seed=dropout_seed,
+        scale=checks.scale_of(scale, query),
+        dropout_p=dropout_p,
+        rows=m,
+        stride=stride,
+        first_token=first_token,
+        return_lse=return_lse,
+    )
     chosen = backends.choose(backends.ATTENTION, call, backend)
     out, lse = plans.run(backends.ATTENTION, chosen, call, signature, given, (b, n, h, d_value))
     if missing is not None:

@@ -86,12 +86,26 @@ def chunked_cross_attention_decode(
     query_cos, query_sin = checks.pair(query_rotary)
     key_cos, key_sin = checks.pair(key_rotary)
     given = {
-        "query": query, "key": key, "value": value, "mask": neighbour_mask, "attention_bias": attention_bias,
-        "relative_key": relative_key, "content_bias": content_bias, "relative_bias": relative_bias,
-        "query_cos": query_cos, "query_sin": query_sin, "key_cos": key_cos, "key_sin": key_sin, "null_key": null_key,
-        "null_value": null_value, "key_scale": key_scale, "value_scale": value_scale, "position": position,
-        "valid": valid, "chunk": chunk,
-    }  # fmt: skip
+        "query": query,
+        "key": key,
+        "value": value,
+        "mask": neighbour_mask,
+        "attention_bias": attention_bias,
+        "relative_key": relative_key,
+        "content_bias": content_bias,
+        "relative_bias": relative_bias,
+        "query_cos": query_cos,
+        "query_sin": query_sin,
+        "key_cos": key_cos,
+        "key_sin": key_sin,
+        "null_key": null_key,
+        "null_value": null_value,
+        "key_scale": key_scale,
+        "value_scale": value_scale,
+        "position": position,
+        "valid": valid,
+        "chunk": chunk,
+    }
     signature = _signature(
         backend, ("chunked_cross_attention_decode", chunk_size, rotary_interleaved, scale, validate), given
     )
@@ -107,15 +121,37 @@ def chunked_cross_attention_decode(
     k, r, d_value = _check_keys_and_values(query, key, value, key_scale, value_scale)
     call = _checked(
         DecodeCall(
-            operation="chunked_cross_attention_decode", query=query, key=key, value=value, mask=neighbour_mask,
-            attention_bias=attention_bias, relative_key=relative_key, content_bias=content_bias,
-            relative_bias=relative_bias, query_cos=query_cos, query_sin=query_sin, key_cos=key_cos, key_sin=key_sin,
-            rotary_interleaved=rotary_interleaved, null_key=null_key, null_value=null_value, key_scale=key_scale,
-            value_scale=value_scale, position=position, valid=valid, chunk=chunk, chunk_size=chunk_size,
+            operation="chunked_cross_attention_decode",
+            query=query,
+            key=key,
+            value=value,
+            mask=neighbour_mask,
+            attention_bias=attention_bias,
+            relative_key=relative_key,
+            content_bias=content_bias,
+            relative_bias=relative_bias,
+            query_cos=query_cos,
+            query_sin=query_sin,
+            key_cos=key_cos,
+            key_sin=key_sin,
+            rotary_interleaved=rotary_interleaved,
+            null_key=null_key,
+            null_value=null_value,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            position=position,
+            valid=valid,
+            chunk=chunk,
+            chunk_size=chunk_size,
             scale=checks.scale_of(scale, query),
         ),
-        d_value, k, r, query_rotary, key_rotary, validate,
-    )  # fmt: skip
+        d_value,
+        k,
+        r,
+        query_rotary,
+        key_rotary,
+        validate,
+    )
     out, lse = _run(call, backend, signature, given, validate)
     return (out, lse) if return_lse else out
 
@@ -167,51 +203,110 @@ def projected_chunked_cross_attention_decode(
     The other arguments, the result and the errors are those of `chunked_cross_attention_decode`.
     """
     given = {
-        "query": query, "key": encoded, "value": encoded, "w_key": w_key, "w_value": w_value, "bias_key": bias_key,
-        "bias_value": bias_value, "mask": neighbour_mask, "attention_bias": attention_bias,
-        "relative_key": relative_key, "content_bias": content_bias, "relative_bias": relative_bias,
-        "null_key": null_key, "null_value": null_value, "key_scale": encoded_scale, "value_scale": encoded_scale,
-        "position": position, "valid": valid, "chunk": chunk,
-    }  # fmt: skip
+        "query": query,
+        "key": encoded,
+        "value": encoded,
+        "w_key": w_key,
+        "w_value": w_value,
+        "bias_key": bias_key,
+        "bias_value": bias_value,
+        "mask": neighbour_mask,
+        "attention_bias": attention_bias,
+        "relative_key": relative_key,
+        "content_bias": content_bias,
+        "relative_bias": relative_bias,
+        "null_key": null_key,
+        "null_value": null_value,
+        "key_scale": encoded_scale,
+        "value_scale": encoded_scale,
+        "position": position,
+        "valid": valid,
+        "chunk": chunk,
+    }
     signature = None
     if query_rotary is None and key_rotary is None:
         signature = _signature(
             backend,
-            ("projected_chunked_cross_attention_decode", chunk_size, rotary_interleaved, scale, validate), given,
-        )  # fmt: skip
+            ("projected_chunked_cross_attention_decode", chunk_size, rotary_interleaved, scale, validate),
+            given,
+        )
         plan = plans.get(signature)
         if plan is not None:
             out, lse = plan(given)
             return (out, lse) if return_lse else out
     _check_query(query)
-    for name, wanted in (("query_rotary", query_rotary is not None), ("key_rotary", key_rotary is not None),
-                        ("rotary_interleaved", rotary_interleaved)):  # fmt: skip
+    for name, wanted in (
+        ("query_rotary", query_rotary is not None),
+        ("key_rotary", key_rotary is not None),
+        ("rotary_interleaved", rotary_interleaved),
+    ):
         if wanted:
             raise ValueError(
                 f"{name}: rotary positions cannot be used with a cache of encoder states: keys are turned after W_k, "
                 "by an angle of their own each, so that W_k cannot act on the query instead. Cache keys and values "
                 "and call chunked_cross_attention_decode"
             )
-    (query, w_key, w_value, bias_key, bias_value, attention_bias, relative_key, content_bias, relative_bias, null_key,
-     null_value) = checks.autocast(
-        query, w_key, w_value, bias_key, bias_value, attention_bias, relative_key, content_bias, relative_bias,
-        null_key, null_value,
-    )  # fmt: skip
+    (
+        query,
+        w_key,
+        w_value,
+        bias_key,
+        bias_value,
+        attention_bias,
+        relative_key,
+        content_bias,
+        relative_bias,
+        null_key,
+        null_value,
+    ) = checks.autocast(
+        query,
+        w_key,
+        w_value,
+        bias_key,
+        bias_value,
+        attention_bias,
+        relative_key,
+        content_bias,
+        relative_bias,
+        null_key,
+        null_value,
+    )
     encoded = _cast_cache("encoded", encoded, query)
     k, r = _check_states(query, encoded, encoded_scale)
     d_value = _check_projection(query, w_key, w_value, bias_key, bias_value, encoded.shape[-1])
     states = encoded.unsqueeze(3)
     call = _checked(
         DecodeCall(
-            operation="projected_chunked_cross_attention_decode", query=query, key=states, value=states, w_key=w_key,
-            w_value=w_value, bias_key=bias_key, bias_value=bias_value, mask=neighbour_mask,
-            attention_bias=attention_bias, relative_key=relative_key, content_bias=content_bias,
-            relative_bias=relative_bias, null_key=null_key, null_value=null_value, key_scale=encoded_scale,
-            value_scale=encoded_scale, position=position, valid=valid, chunk=chunk, chunk_size=chunk_size,
+            operation="projected_chunked_cross_attention_decode",
+            query=query,
+            key=states,
+            value=states,
+            w_key=w_key,
+            w_value=w_value,
+            bias_key=bias_key,
+            bias_value=bias_value,
+            mask=neighbour_mask,
+            attention_bias=attention_bias,
+            relative_key=relative_key,
+            content_bias=content_bias,
+            relative_bias=relative_bias,
+            null_key=null_key,
+            null_value=null_value,
+            key_scale=encoded_scale,
+            value_scale=encoded_scale,
+            position=position,
+            valid=valid,
+            chunk=chunk,
+            chunk_size=chunk_size,
             scale=checks.scale_of(scale, query),
         ),
-        d_value, k, r, None, None, validate,
-    )  # fmt: skip
+        d_value,
+        k,
+        r,
+        None,
+        None,
+        validate,
+    )
     out, lse = _run(call, backend, signature, given, validate)
     return (out, lse) if return_lse else out
 
@@ -318,10 +413,17 @@ def _checked(
             checks.shape(name, x, "b", (b,))
     checks.mask("neighbour_mask", call.mask, query, "b, k, r", (b, k, r))
     checks.positions(
-        query, checks.Tables(m, r, "m", "r", (("k * r", k * r),)), call.attention_bias, call.relative_key,
-        call.content_bias, call.relative_bias, query_rotary, key_rotary, call.rotary_interleaved,
+        query,
+        checks.Tables(m, r, "m", "r", (("k * r", k * r),)),
+        call.attention_bias,
+        call.relative_key,
+        call.content_bias,
+        call.relative_bias,
+        query_rotary,
+        key_rotary,
+        call.rotary_interleaved,
         key_may_be_turned=True,
-    )  # fmt: skip
+    )
     checks.null_slot(query, d_value, call.null_key, call.null_value)
     _place(call, synchronise)
     return call
@@ -420,9 +522,15 @@ def _attend(call: DecodeCall, module: Any, kernel: Callable) -> tuple[torch.Tens
 
 
 def _attend_projected(
-    call: DecodeCall, w_key: torch.Tensor, w_value: torch.Tensor, content: torch.Tensor,
-    logit_bias: torch.Tensor | None, null_logit: torch.Tensor | None, project: Callable, kernel: Callable,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    call: DecodeCall,
+    w_key: torch.Tensor,
+    w_value: torch.Tensor,
+    content: torch.Tensor,
+    logit_bias: torch.Tensor | None,
+    null_logit: torch.Tensor | None,
+    project: Callable,
+    kernel: Callable,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """W_k acts on the query and W_v on the weighted sum of the states, [b, t, h, e] each: no key or value exists.
 
     `bias_key` adds the same to all logits of a row but the null slot's, so it is taken from the null slot's instead and
@@ -452,18 +560,32 @@ def _attend_projected(
 
 
 def _kernel_call(
-    call: DecodeCall, query: torch.Tensor, logit_bias: torch.Tensor | None, null_logit: torch.Tensor | None,
+    call: DecodeCall,
+    query: torch.Tensor,
+    logit_bias: torch.Tensor | None,
+    null_logit: torch.Tensor | None,
     null_value: torch.Tensor | None,
-) -> common.Call:  # fmt: skip
+) -> common.Call:
     key = _unit_last_stride(call.key)
     return common.Call(
-        query=_unit_last_stride(query), key=key,
-        value=key if call.value is call.key else _unit_last_stride(call.value), mask=call.mask, logit_bias=logit_bias,
-        null_logit=null_logit, null_value=_unit_last_stride(null_value), key_cos=_unit_last_stride(call.key_cos),
-        key_sin=_unit_last_stride(call.key_sin), key_scale=call.key_scale, value_scale=call.value_scale,
-        position=call.position, valid=call.valid, chunk=call.chunk, rotary_interleaved=call.rotary_interleaved,
-        scale=call.scale, chunk_size=call.chunk_size,
-    )  # fmt: skip
+        query=_unit_last_stride(query),
+        key=key,
+        value=key if call.value is call.key else _unit_last_stride(call.value),
+        mask=call.mask,
+        logit_bias=logit_bias,
+        null_logit=null_logit,
+        null_value=_unit_last_stride(null_value),
+        key_cos=_unit_last_stride(call.key_cos),
+        key_sin=_unit_last_stride(call.key_sin),
+        key_scale=call.key_scale,
+        value_scale=call.value_scale,
+        position=call.position,
+        valid=call.valid,
+        chunk=call.chunk,
+        rotary_interleaved=call.rotary_interleaved,
+        scale=call.scale,
+        chunk_size=call.chunk_size,
+    )
 
 
 def _unit_last_stride(x: Any) -> Any:

@@ -16,9 +16,18 @@ from .projected import Given, absorb_refusal, prepare, work
 
 PAIRS = ("query_rotary", "key_rotary")
 TENSORS = (
-    "bias_key", "bias_value", "neighbour_mask", "attention_bias", "relative_key", "content_bias", "relative_bias",
-    "null_key", "null_value", "sequence_starts", *PAIRS,
-)  # fmt: skip
+    "bias_key",
+    "bias_value",
+    "neighbour_mask",
+    "attention_bias",
+    "relative_key",
+    "content_bias",
+    "relative_bias",
+    "null_key",
+    "null_value",
+    "sequence_starts",
+    *PAIRS,
+)
 FLAGS = ("neighbour_mask", "sequence_starts")
 WITHOUT = "it would run as the slow reference, or its rates were not measured"
 
@@ -59,12 +68,17 @@ class Explanation:
         head = ("strategy", "backend", "GFLOP", "MB moved", "MB saved", "MB of K, V", "predicted", "")
         cells = [
             (
-                row.strategy + (", recompute" if row.recompute else ""), row.backend or "-", _number(row.flops / 1e9),
-                _number(row.bytes / 1e6), _number(row.saved_bytes / 1e6), _number(row.key_value_bytes / 1e6),
-                "-" if row.seconds is None else f"{_number(row.seconds * 1e3)} ms", self._remark(row),
+                row.strategy + (", recompute" if row.recompute else ""),
+                row.backend or "-",
+                _number(row.flops / 1e9),
+                _number(row.bytes / 1e6),
+                _number(row.saved_bytes / 1e6),
+                _number(row.key_value_bytes / 1e6),
+                "-" if row.seconds is None else f"{_number(row.seconds * 1e3)} ms",
+                self._remark(row),
             )
             for row in self.rows
-        ]  # fmt: skip
+        ]
         widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(head))]
         lines = [
             "  ".join(text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(columns))
@@ -72,9 +86,13 @@ class Explanation:
         ]
         what = "forward and backward" if self.backward else "forward only"
         return "\n".join(
-            [f"{self.call}; {what}", *(line.rstrip() for line in lines), f"chosen: {self.chosen}, {self.why}",
-             f"{self.device}: {self.source}"]
-        )  # fmt: skip
+            [
+                f"{self.call}; {what}",
+                *(line.rstrip() for line in lines),
+                f"chosen: {self.chosen}, {self.why}",
+                f"{self.device}: {self.source}",
+            ]
+        )
 
     def _remark(self, row: Estimate) -> str:
         if row.refused:
@@ -163,10 +181,16 @@ def _explain(given: Given, strategy: str, sizes: cost_model.Work) -> Explanation
         found = cost_model.phases(name, mine)
         modelled = backend not in (None, "reference")
         return Estimate(
-            name, recompute, backend, sum(x.flops for x in found), sum(x.bytes for x in found),
-            cost_model.saved_bytes(name, mine), cost_model.memory(name, mine._replace(backward=False)),
-            known.seconds(found, mine.encoder_dim) if modelled else None, reason,
-        )  # fmt: skip
+            name,
+            recompute,
+            backend,
+            sum(x.flops for x in found),
+            sum(x.bytes for x in found),
+            cost_model.saved_bytes(name, mine),
+            cost_model.memory(name, mine._replace(backward=False)),
+            known.seconds(found, mine.encoder_dim) if modelled else None,
+            reason,
+        )
 
     rows = [estimate("materialise", core, core_reason, sizes.recompute)]
     if sizes.backward and not sizes.recompute:
@@ -215,14 +239,31 @@ def _core_call(given: Given) -> attention_common.Call:
     query_cos, query_sin = checks.pair(given.query_rotary)
     key_cos, key_sin = checks.pair(given.key_rotary)
     return attention_common.Call(
-        operation=call.operation, grouping=attention_common.CLOCK, query=call.query[:, None, None], key=key,
-        value=value, mask=call.mask, attention_bias=call.attention_bias, relative_key=call.relative_key,
-        content_bias=call.content_bias, relative_bias=call.relative_bias,
-        query_cos=query_cos, query_sin=query_sin, key_cos=key_cos, key_sin=key_sin,
-        rotary_interleaved=given.rotary_interleaved, null_key=call.null_key, null_value=call.null_value,
-        chunk_spans=call.chunk_spans, scale=call.scale, dropout_p=call.dropout_p, rows=call.rows,
-        stride=call.stride, first_token=call.first_token, return_lse=call.return_lse,
-    )  # fmt: skip
+        operation=call.operation,
+        grouping=attention_common.CLOCK,
+        query=call.query[:, None, None],
+        key=key,
+        value=value,
+        mask=call.mask,
+        attention_bias=call.attention_bias,
+        relative_key=call.relative_key,
+        content_bias=call.content_bias,
+        relative_bias=call.relative_bias,
+        query_cos=query_cos,
+        query_sin=query_sin,
+        key_cos=key_cos,
+        key_sin=key_sin,
+        rotary_interleaved=given.rotary_interleaved,
+        null_key=call.null_key,
+        null_value=call.null_value,
+        chunk_spans=call.chunk_spans,
+        scale=call.scale,
+        dropout_p=call.dropout_p,
+        rows=call.rows,
+        stride=call.stride,
+        first_token=call.first_token,
+        return_lse=call.return_lse,
+    )
 
 
 def _number(value: float) -> str:

@@ -88,9 +88,17 @@ class Bound:
             values[i] = tensors[name].data_ptr()
         compiled = self.compiled
         compiled.run(
-            self.programs, 1, 1, driver.get_current_stream(device), compiled.function, compiled.packed_metadata, None,
-            None, None, *values,
-        )  # fmt: skip
+            self.programs,
+            1,
+            1,
+            driver.get_current_stream(device),
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *values,
+        )
         return True
 
 

@@ -76,10 +76,12 @@ def project(
     gradient, provided that the gradients of their keys and values are 0."""
     bias = None
     if any(x is not None for x in biases):
-        bias = torch.cat([
-            weight.new_zeros(weight.shape[:2]).flatten() if x is None else x.to(weight.dtype).flatten()
-            for weight, x in zip(weights, biases)
-        ])  # fmt: skip
+        bias = torch.cat(
+            [
+                weight.new_zeros(weight.shape[:2]).flatten() if x is None else x.to(weight.dtype).flatten()
+                for weight, x in zip(weights, biases)
+            ]
+        )
     return call.record(_PRODUCTS, (encoded, mask, bias, *weights))
 
 

@@ -72,10 +72,19 @@ def neighbour_self_attention(
     query_cos, query_sin = checks.pair(query_rotary)
     key_cos, key_sin = checks.pair(key_rotary)
     given = {
-        "query": query, "key": key, "value": value, "mask": neighbour_mask, "attention_bias": attention_bias,
-        "relative_key": relative_key, "content_bias": content_bias, "relative_bias": relative_bias,
-        "query_cos": query_cos, "query_sin": query_sin, "key_cos": key_cos, "key_sin": key_sin,
-    }  # fmt: skip
+        "query": query,
+        "key": key,
+        "value": value,
+        "mask": neighbour_mask,
+        "attention_bias": attention_bias,
+        "relative_key": relative_key,
+        "content_bias": content_bias,
+        "relative_bias": relative_bias,
+        "query_cos": query_cos,
+        "query_sin": query_sin,
+        "key_cos": key_cos,
+        "key_sin": key_sin,
+    }
     signature = None
     if type(dropout_p) in (int, float) and dropout_p == 0 and sequence_starts is None:
         options = ("neighbour_self_attention", rotary_interleaved, causal, scale, return_lse)
@@ -95,9 +104,16 @@ def neighbour_self_attention(
     checks.shape("value", value, "b, l, k, r, hk, d_value", (b, l, k, r, hk, d_value))
     checks.mask("neighbour_mask", neighbour_mask, query, "b, l, k, r", (b, l, k, r))
     checks.positions(
-        query, checks.Tables(r, r, "r", "r"), attention_bias, relative_key, content_bias, relative_bias,
-        query_rotary, key_rotary, rotary_interleaved,
-    )  # fmt: skip
+        query,
+        checks.Tables(r, r, "r", "r"),
+        attention_bias,
+        relative_key,
+        content_bias,
+        relative_bias,
+        query_rotary,
+        key_rotary,
+        rotary_interleaved,
+    )
     if not isinstance(causal, bool):
         raise TypeError(f"causal: got {causal!r}, expected True or False")
     first_visible = None
@@ -115,12 +131,30 @@ def neighbour_self_attention(
         first_visible = checks.document_starts(sequence_starts, query, b, r).to(torch.int32)
     dropout_p, dropout_seed = checks.dropout_of(dropout_p, query)
     call = Call(
-        operation="neighbour_self_attention", grouping=NEIGHBOUR, query=query, key=key, value=value,
-        mask=neighbour_mask, attention_bias=attention_bias, relative_key=relative_key, content_bias=content_bias,
-        relative_bias=relative_bias, query_cos=query_cos, query_sin=query_sin, key_cos=key_cos, key_sin=key_sin,
-        rotary_interleaved=rotary_interleaved, first_visible=first_visible, dropout_seed=dropout_seed, causal=causal,
-        scale=checks.scale_of(scale, query), dropout_p=dropout_p, rows=r, stride=max(r, 1), return_lse=return_lse,
-    )  # fmt: skip
+        operation="neighbour_self_attention",
+        grouping=NEIGHBOUR,
+        query=query,
+        key=key,
+        value=value,
+        mask=neighbour_mask,
+        attention_bias=attention_bias,
+        relative_key=relative_key,
+        content_bias=content_bias,
+        relative_bias=relative_bias,
+        query_cos=query_cos,
+        query_sin=query_sin,
+        key_cos=key_cos,
+        key_sin=key_sin,
+        rotary_interleaved=rotary_interleaved,
+        first_visible=first_visible,
+        dropout_seed=dropout_seed,
+        causal=causal,
+        scale=checks.scale_of(scale, query),
+        dropout_p=dropout_p,
+        rows=r,
+        stride=max(r, 1),
+        return_lse=return_lse,
+    )
     chosen = backends.choose(backends.ATTENTION, call, backend)
     out, lse = plans.run(backends.ATTENTION, chosen, call, signature, given, (*query.shape[:-1], d_value))
     return (out, plain_lse(lse)) if return_lse else out
@@ -183,10 +217,19 @@ def neighbour_cross_attention(
     query_cos, query_sin = checks.pair(query_rotary)
     key_cos, key_sin = checks.pair(key_rotary)
     given = {
-        "query": query, "key": key, "value": value, "mask": activation_mask, "attention_bias": attention_bias,
-        "relative_key": relative_key, "content_bias": content_bias, "relative_bias": relative_bias,
-        "query_cos": query_cos, "query_sin": query_sin, "key_cos": key_cos, "key_sin": key_sin,
-    }  # fmt: skip
+        "query": query,
+        "key": key,
+        "value": value,
+        "mask": activation_mask,
+        "attention_bias": attention_bias,
+        "relative_key": relative_key,
+        "content_bias": content_bias,
+        "relative_bias": relative_bias,
+        "query_cos": query_cos,
+        "query_sin": query_sin,
+        "key_cos": key_cos,
+        "key_sin": key_sin,
+    }
     signature = None
     if type(dropout_p) in (int, float) and dropout_p == 0:
         options = ("neighbour_cross_attention", rotary_interleaved, scale, return_lse)
@@ -207,18 +250,40 @@ def neighbour_cross_attention(
     checks.shape("value", value, "b, l, m, hk, d_value", (b, l, m, hk, d_value))
     checks.mask("activation_mask", activation_mask, query, "b, l, m", (b, l, m))
     checks.positions(
-        query, checks.Tables(r, m, "r", "m"), attention_bias, relative_key, content_bias, relative_bias,
-        query_rotary, key_rotary, rotary_interleaved,
-    )  # fmt: skip
+        query,
+        checks.Tables(r, m, "r", "m"),
+        attention_bias,
+        relative_key,
+        content_bias,
+        relative_bias,
+        query_rotary,
+        key_rotary,
+        rotary_interleaved,
+    )
     dropout_p, dropout_seed = checks.dropout_of(dropout_p, query)
     call = Call(
-        operation="neighbour_cross_attention", grouping=CHUNK, query=query, key=key.unsqueeze(2),
-        value=value.unsqueeze(2), mask=None if activation_mask is None else activation_mask.unsqueeze(2),
-        attention_bias=attention_bias, relative_key=relative_key, content_bias=content_bias,
-        relative_bias=relative_bias, query_cos=query_cos, query_sin=query_sin, key_cos=key_cos, key_sin=key_sin,
-        rotary_interleaved=rotary_interleaved, dropout_seed=dropout_seed, scale=checks.scale_of(scale, query),
-        dropout_p=dropout_p, rows=r, stride=max(r, 1), return_lse=return_lse,
-    )  # fmt: skip
+        operation="neighbour_cross_attention",
+        grouping=CHUNK,
+        query=query,
+        key=key.unsqueeze(2),
+        value=value.unsqueeze(2),
+        mask=None if activation_mask is None else activation_mask.unsqueeze(2),
+        attention_bias=attention_bias,
+        relative_key=relative_key,
+        content_bias=content_bias,
+        relative_bias=relative_bias,
+        query_cos=query_cos,
+        query_sin=query_sin,
+        key_cos=key_cos,
+        key_sin=key_sin,
+        rotary_interleaved=rotary_interleaved,
+        dropout_seed=dropout_seed,
+        scale=checks.scale_of(scale, query),
+        dropout_p=dropout_p,
+        rows=r,
+        stride=max(r, 1),
+        return_lse=return_lse,
+    )
     chosen = backends.choose(backends.ATTENTION, call, backend)
     out, lse = plans.run(backends.ATTENTION, chosen, call, signature, given, (*query.shape[:-1], d_value))
     return (out, plain_lse(lse)) if return_lse else out

@@ -97,8 +97,9 @@ class Template:
         # Axes that the call's form has and the user's tensors have not.
         self.shapes = {
             name: tuple(getattr(call, name).shape)
-            for name in self.present if getattr(call, name).shape != given[name].shape
-        }  # fmt: skip
+            for name in self.present
+            if getattr(call, name).shape != given[name].shape
+        }
         self.given_shapes = {name: tuple(given[name].shape) for name in self.shapes}
 
     def fill(self, tensors: Sequence[torch.Tensor]) -> Any:

@@ -88,13 +88,35 @@ def projected_chunked_cross_attention(
         "absorb", and for `recompute` with "absorb", which keeps nothing to recompute.
     """
     given = prepare(
-        query, encoded, w_key, w_value, chunk_size=chunk_size, bias_key=bias_key, bias_value=bias_value,
-        strategy=strategy, recompute=recompute, neighbour_mask=neighbour_mask, attention_bias=attention_bias,
-        relative_key=relative_key, content_bias=content_bias, relative_bias=relative_bias, query_rotary=query_rotary,
-        key_rotary=key_rotary, rotary_interleaved=rotary_interleaved, null_key=null_key, null_value=null_value,
-        scale=scale, dropout_p=dropout_p, stride=stride, align=align, query_offset=query_offset,
-        chunk_offset=chunk_offset, sequence_starts=sequence_starts, return_lse=return_lse, backend=backend,
-    )  # fmt: skip
+        query,
+        encoded,
+        w_key,
+        w_value,
+        chunk_size=chunk_size,
+        bias_key=bias_key,
+        bias_value=bias_value,
+        strategy=strategy,
+        recompute=recompute,
+        neighbour_mask=neighbour_mask,
+        attention_bias=attention_bias,
+        relative_key=relative_key,
+        content_bias=content_bias,
+        relative_bias=relative_bias,
+        query_rotary=query_rotary,
+        key_rotary=key_rotary,
+        rotary_interleaved=rotary_interleaved,
+        null_key=null_key,
+        null_value=null_value,
+        scale=scale,
+        dropout_p=dropout_p,
+        stride=stride,
+        align=align,
+        query_offset=query_offset,
+        chunk_offset=chunk_offset,
+        sequence_starts=sequence_starts,
+        return_lse=return_lse,
+        backend=backend,
+    )
     if strategy == "auto":
         # Whether absorbing is refused is asked last: on a GPU it may take a check of the kernels.
         strategy = cost_model.faster(given.call.query.device, given.call.query.dtype, work(given))
@@ -123,19 +145,65 @@ class Given:
 
 
 def prepare(
-    query, encoded, w_key, w_value, *, chunk_size, bias_key=None, bias_value=None, strategy="auto", recompute=False,
-    neighbour_mask=None, attention_bias=None, relative_key=None, content_bias=None, relative_bias=None,
-    query_rotary=None, key_rotary=None, rotary_interleaved=False, null_key=None, null_value=None, scale=None,
-    dropout_p=0.0, stride=None, align="start", query_offset=0, chunk_offset=0, sequence_starts=None, return_lse=False,
+    query,
+    encoded,
+    w_key,
+    w_value,
+    *,
+    chunk_size,
+    bias_key=None,
+    bias_value=None,
+    strategy="auto",
+    recompute=False,
+    neighbour_mask=None,
+    attention_bias=None,
+    relative_key=None,
+    content_bias=None,
+    relative_bias=None,
+    query_rotary=None,
+    key_rotary=None,
+    rotary_interleaved=False,
+    null_key=None,
+    null_value=None,
+    scale=None,
+    dropout_p=0.0,
+    stride=None,
+    align="start",
+    query_offset=0,
+    chunk_offset=0,
+    sequence_starts=None,
+    return_lse=False,
     backend=None,
-) -> Given:  # fmt: skip
+) -> Given:
     """Autocast and every check of `projected_chunked_cross_attention`."""
     checks.tensor("query", query, checks.FLOATING)
-    (query, encoded, w_key, w_value, bias_key, bias_value, attention_bias, relative_key, content_bias, relative_bias,
-     null_key, null_value) = checks.autocast(
-        query, encoded, w_key, w_value, bias_key, bias_value, attention_bias, relative_key, content_bias, relative_bias,
-        null_key, null_value,
-    )  # fmt: skip
+    (
+        query,
+        encoded,
+        w_key,
+        w_value,
+        bias_key,
+        bias_value,
+        attention_bias,
+        relative_key,
+        content_bias,
+        relative_bias,
+        null_key,
+        null_value,
+    ) = checks.autocast(
+        query,
+        encoded,
+        w_key,
+        w_value,
+        bias_key,
+        bias_value,
+        attention_bias,
+        relative_key,
+        content_bias,
+        relative_bias,
+        null_key,
+        null_value,
+    )
     m = checks.integer("chunk_size", chunk_size, 1)
     _check(query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask)
     if strategy not in STRATEGIES:
@@ -149,24 +217,57 @@ def prepare(
             )
     k, r = encoded.shape[2:4]
     checks.positions(
-        query, checks.Tables(m, r, "m", "r", (("k * r", k * r),)), attention_bias, relative_key, content_bias,
-        relative_bias, query_rotary, key_rotary, rotary_interleaved,
-    )  # fmt: skip
+        query,
+        checks.Tables(m, r, "m", "r", (("k * r", k * r),)),
+        attention_bias,
+        relative_key,
+        content_bias,
+        relative_bias,
+        query_rotary,
+        key_rotary,
+        rotary_interleaved,
+    )
     checks.null_slot(query, w_value.shape[1], null_key, null_value)
     stride, first_token, spans, missing = clock(
         "encoded", query, encoded.shape[1], m, stride, align, query_offset, chunk_offset, sequence_starts
     )
     call = Call(
-        operation="projected_chunked_cross_attention", query=query, encoded=encoded, w_key=w_key, w_value=w_value,
-        bias_key=bias_key, bias_value=bias_value, mask=neighbour_mask, attention_bias=attention_bias,
-        relative_key=relative_key, content_bias=content_bias, relative_bias=relative_bias, null_key=null_key,
-        null_value=null_value, chunk_spans=spans, dropout_seed=None, scale=checks.scale_of(scale, query),
-        dropout_p=dropout_p, rows=m, stride=stride, first_token=first_token, return_lse=return_lse,
-    )  # fmt: skip
+        operation="projected_chunked_cross_attention",
+        query=query,
+        encoded=encoded,
+        w_key=w_key,
+        w_value=w_value,
+        bias_key=bias_key,
+        bias_value=bias_value,
+        mask=neighbour_mask,
+        attention_bias=attention_bias,
+        relative_key=relative_key,
+        content_bias=content_bias,
+        relative_bias=relative_bias,
+        null_key=null_key,
+        null_value=null_value,
+        chunk_spans=spans,
+        dropout_seed=None,
+        scale=checks.scale_of(scale, query),
+        dropout_p=dropout_p,
+        rows=m,
+        stride=stride,
+        first_token=first_token,
+        return_lse=return_lse,
+    )
     return Given(
-        call, missing, recompute, query_rotary, key_rotary, rotary_interleaved, align, query_offset, chunk_offset,
-        sequence_starts, backend,
-    )  # fmt: skip
+        call,
+        missing,
+        recompute,
+        query_rotary,
+        key_rotary,
+        rotary_interleaved,
+        align,
+        query_offset,
+        chunk_offset,
+        sequence_starts,
+        backend,
+    )
 
 
 ROTARY = (
@@ -208,18 +309,34 @@ def work(given: Given, backward: bool | None = None) -> cost_model.Work:
 
     encoded, weights = wanted(call.encoded), wanted(call.w_key, call.w_value, call.bias_key, call.bias_value)
     if backward is None:
-        rest = (call.query, call.attention_bias, call.relative_key, call.content_bias, call.relative_bias,
-                call.null_key, call.null_value)  # fmt: skip
+        rest = (
+            call.query,
+            call.attention_bias,
+            call.relative_key,
+            call.content_bias,
+            call.relative_bias,
+            call.null_key,
+            call.null_value,
+        )
         backward = torch.is_grad_enabled() and (encoded or weights or wanted(*rest))
     elif backward and not (encoded or weights):
         encoded = weights = True
     fixed = operator.index  # makes the sizes of a model constants of a compiled graph; eagerly it does nothing
     return cost_model.Work(
-        queries=fixed(b * queries), chunks=fixed(b * l), slots=fixed(k * r), encoder_dim=fixed(e), heads=fixed(h),
-        kv_heads=fixed(call.w_key.shape[0]), head_dim=fixed(d), value_dim=fixed(call.w_value.shape[1]),
-        itemsize=call.query.itemsize, backward=backward, encoded_gradient=encoded, weight_gradient=weights,
+        queries=fixed(b * queries),
+        chunks=fixed(b * l),
+        slots=fixed(k * r),
+        encoder_dim=fixed(e),
+        heads=fixed(h),
+        kv_heads=fixed(call.w_key.shape[0]),
+        head_dim=fixed(d),
+        value_dim=fixed(call.w_value.shape[1]),
+        itemsize=call.query.itemsize,
+        backward=backward,
+        encoded_gradient=encoded,
+        weight_gradient=weights,
         recompute=given.recompute,
-    )  # fmt: skip
+    )
 
 
 def _check(query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask) -> None:
@@ -258,13 +375,23 @@ def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor | None]:
         needed = (call.chunk_spans[..., 1] > 0)[..., None, None].expand(call.encoded.shape[:4])
         used = needed if used is None else used & needed
     options = {
-        "attention_bias": call.attention_bias, "relative_key": call.relative_key, "content_bias": call.content_bias,
-        "relative_bias": call.relative_bias, "null_key": call.null_key, "null_value": call.null_value,
-        "query_rotary": given.query_rotary, "key_rotary": given.key_rotary,
-        "rotary_interleaved": given.rotary_interleaved, "scale": call.scale, "dropout_p": call.dropout_p,
-        "stride": call.stride, "align": given.align, "chunk_size": call.rows, "return_lse": call.return_lse,
+        "attention_bias": call.attention_bias,
+        "relative_key": call.relative_key,
+        "content_bias": call.content_bias,
+        "relative_bias": call.relative_bias,
+        "null_key": call.null_key,
+        "null_value": call.null_value,
+        "query_rotary": given.query_rotary,
+        "key_rotary": given.key_rotary,
+        "rotary_interleaved": given.rotary_interleaved,
+        "scale": call.scale,
+        "dropout_p": call.dropout_p,
+        "stride": call.stride,
+        "align": given.align,
+        "chunk_size": call.rows,
+        "return_lse": call.return_lse,
         "backend": given.backend,
-    }  # fmt: skip
+    }
 
     def attend(sequences: slice, tokens: slice, chunks: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         mine = dict(options)
@@ -272,13 +399,18 @@ def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor | None]:
             mine["sequence_starts"] = sequence_starts[sequences]
         elif given.align == "start":
             mine |= {
-                "query_offset": given.query_offset + tokens.start, "chunk_offset": given.chunk_offset + chunks.start
-            }  # fmt: skip
+                "query_offset": given.query_offset + tokens.start,
+                "chunk_offset": given.chunk_offset + chunks.start,
+            }
         return materialise.attend(
-            call.query[sequences, tokens], call.encoded[sequences, chunks], (call.w_key, call.w_value),
-            (call.bias_key, call.bias_value), used=None if used is None else used[sequences, chunks],
-            neighbour_mask=None if call.mask is None else call.mask[sequences, chunks], **mine,
-        )  # fmt: skip
+            call.query[sequences, tokens],
+            call.encoded[sequences, chunks],
+            (call.w_key, call.w_value),
+            (call.bias_key, call.bias_value),
+            used=None if used is None else used[sequences, chunks],
+            neighbour_mask=None if call.mask is None else call.mask[sequences, chunks],
+            **mine,
+        )
 
     whole = (slice(0, b), slice(0, n), slice(first, last))
     if not given.recompute:
@@ -292,9 +424,7 @@ def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor | None]:
         borders = [*range(first, last, -(-(last - first) // RECOMPUTED_SLICES)), last]
         # A slice's tokens are those that attend to its chunks; the first also takes the tokens before any chunk.
         token = [0, *(call.first_token + u * call.stride for u in borders[1:-1]), n]
-        slices = [
-            (whole[0], slice(*token[i : i + 2]), slice(*borders[i : i + 2])) for i in range(len(borders) - 1)
-        ]  # fmt: skip
+        slices = [(whole[0], slice(*token[i : i + 2]), slice(*borders[i : i + 2])) for i in range(len(borders) - 1)]
     parts = [checkpoint(attend, *part, use_reentrant=False) for part in slices or [whole]]
     outs, lses = zip(*parts)
     return torch.cat(outs, dim=axis), torch.cat(lses, dim=axis) if call.return_lse else None

@@ -207,9 +207,13 @@ def capability(device: torch.device) -> str:
 def identity(device: torch.device, backend: str) -> dict[str, str]:
     """What a verdict holds for."""
     return {
-        "device": describe(device), "capability": capability(device), "driver": driver(),
-        "torch": torch.__version__, "triton": triton_version(), "kernels": kernels_hash(backend),
-    }  # fmt: skip
+        "device": describe(device),
+        "capability": capability(device),
+        "driver": driver(),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "kernels": kernels_hash(backend),
+    }
 
 
 @functools.lru_cache(maxsize=1)
@@ -235,7 +239,14 @@ def kernels_hash(backend: str) -> str:
     """Changes with the kernels, their settings and the check: with the sources, and with the compiled library."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    names = ("cuda.py" if backend == "cuda" else "triton/*.py", "common.py", "call.py", "launching.py", "decode.py", "dropout.py")
+    names = (
+        "cuda.py" if backend == "cuda" else "triton/*.py",
+        "common.py",
+        "call.py",
+        "launching.py",
+        "decode.py",
+        "dropout.py",
+    )
     sources = [file for name in names for file in folder.rglob(name)]
     for file in sorted([*sources, folder.parent / "testing.py"]):
         digest.update(file.relative_to(folder.parent).as_posix().encode() + b"\0" + file.read_bytes())

@@ -176,9 +176,14 @@ def _corpus(
             )
         return corpus
     return build_database(
-        given, folder, tokenizer=identity["name"], embedder=None, chunk_size=database.chunk_size, progress=progress,
+        given,
+        folder,
+        tokenizer=identity["name"],
+        embedder=None,
+        chunk_size=database.chunk_size,
+        progress=progress,
         **reading,
-    )  # fmt: skip
+    )
 
 
 def _blocks(database: Database) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

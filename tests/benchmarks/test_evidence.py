@@ -20,16 +20,27 @@ def document(times, **changes):
     made["parts"] = [{"name": name, "status": "ok"} for name in generator.REQUIRED]
     made["rows"] = [
         {
-            "operation": "cca", "option": "plain", "workload": workload, "shape": "b=8 n=2048 16 heads of 64; no",
-            "dtype": "bf16", "mode": mode, "variant": f"retro_kernels[{backend}]", "status": "ok", "p50_ms": ms,
+            "operation": "cca",
+            "option": "plain",
+            "workload": workload,
+            "shape": "b=8 n=2048 16 heads of 64; no",
+            "dtype": "bf16",
+            "mode": mode,
+            "variant": f"retro_kernels[{backend}]",
+            "status": "ok",
+            "p50_ms": ms,
         }
         for (workload, mode, backend), ms in times.items()
-    ]  # fmt: skip
+    ]
     return {**made, **changes}
 
 
-FASTER = {("a", "forward", "triton"): 2.0, ("a", "forward", "cuda"): 1.0,
-          ("b", "forward", "triton"): 1.0, ("b", "forward", "cuda"): 1.1}  # fmt: skip
+FASTER = {
+    ("a", "forward", "triton"): 2.0,
+    ("a", "forward", "cuda"): 1.0,
+    ("b", "forward", "triton"): 1.0,
+    ("b", "forward", "cuda"): 1.1,
+}
 
 
 def test_the_committed_table_is_generated_from_the_committed_results():

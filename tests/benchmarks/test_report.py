@@ -9,49 +9,99 @@ import pytest
 from retro_kernels.bench import report, results
 
 
-def row(variant, p50, *, workload="retro-172m", dtype="bf16", mode="forward", status="ok", reason=None, memory=1e6,
-        operation="cca", option="plain"):  # fmt: skip
+def row(
+    variant,
+    p50,
+    *,
+    workload="retro-172m",
+    dtype="bf16",
+    mode="forward",
+    status="ok",
+    reason=None,
+    memory=1e6,
+    operation="cca",
+    option="plain",
+):
     timed = status == "ok"
     return {
-        "operation": operation, "option": option,
-        "workload": workload, "shape": "b=1", "dtype": dtype, "mode": mode, "variant": variant, "status": status,
-        "reason": reason, "p20_ms": p50 * 0.9 if timed else None, "p50_ms": p50 if timed else None,
-        "p80_ms": p50 * 1.2 if timed else None, "samples": 5, "cuda_graph": False,
-        "tflops": 1.0 / p50 if timed else None, "gigabytes_per_second": 20.0 / p50 if timed else None,
-        "limit_ms": 1.0, "percent_of_limit": 100 / p50 if timed else None, "bound": "memory", "flops": 10**9,
-        "bytes": 2 * 10**7, "peak_extra_bytes": memory, "checked": "every element",
+        "operation": operation,
+        "option": option,
+        "workload": workload,
+        "shape": "b=1",
+        "dtype": dtype,
+        "mode": mode,
+        "variant": variant,
+        "status": status,
+        "reason": reason,
+        "p20_ms": p50 * 0.9 if timed else None,
+        "p50_ms": p50 if timed else None,
+        "p80_ms": p50 * 1.2 if timed else None,
+        "samples": 5,
+        "cuda_graph": False,
+        "tflops": 1.0 / p50 if timed else None,
+        "gigabytes_per_second": 20.0 / p50 if timed else None,
+        "limit_ms": 1.0,
+        "percent_of_limit": 100 / p50 if timed else None,
+        "bound": "memory",
+        "flops": 10**9,
+        "bytes": 2 * 10**7,
+        "peak_extra_bytes": memory,
+        "checked": "every element",
         "errors": [{"name": "output", "largest": 1e-3, "relative": 1e-3, "cosine": 1.0, "worst": [0]}] if timed else [],
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
 def document():
     environment = {
-        "date": "2026-01-01 00:00 UTC", "commit": "abc", "packages": {"torch": "2.13.0"}, "device": "a <CPU>",
+        "date": "2026-01-01 00:00 UTC",
+        "commit": "abc",
+        "packages": {"torch": "2.13.0"},
+        "device": "a <CPU>",
         "device_slug": "a-cpu",
-    }  # fmt: skip
+    }
     made = results.new(environment, {"quick": True})
     made["ceilings"] = {
-        "copy_bytes_per_second": 2e10, "matrix_flops_per_second": {"bf16": 1e12},
-        "matrix_product_flops_per_second": {"bf16": 1e12}, "multiply_add_flops_per_second": {},
-    }  # fmt: skip
+        "copy_bytes_per_second": 2e10,
+        "matrix_flops_per_second": {"bf16": 1e12},
+        "matrix_product_flops_per_second": {"bf16": 1e12},
+        "multiply_add_flops_per_second": {},
+    }
     made["rows"] = [
-        row("eager", 12.0, memory=8e6), row("sdpa[math]", 9.0), row("sdpa[flash]", 6.0, memory=4e6),
+        row("eager", 12.0, memory=8e6),
+        row("sdpa[math]", 9.0),
+        row("sdpa[flash]", 6.0, memory=4e6),
         row("compile[sdpa]", 0.0, status="skipped", reason="compile exceeded 20 s"),
-        row("flex[folded]", 0.0, status="wrong", reason="output: error"), row("retro_kernels[cpu]", 2.0, memory=2e6),
-    ]  # fmt: skip
+        row("flex[folded]", 0.0, status="wrong", reason="output: error"),
+        row("retro_kernels[cpu]", 2.0, memory=2e6),
+    ]
     swapped = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "samples": 4, "peak_extra_bytes": 5e6}
     made["real_text"] = {
-        "model": "retro-pytorch", "parameters": 12345, "length": 64, "device": "cpu", "finished": True,
-        "description": {"text": "plays"}, "swap": "swap: 4 replaced",
-        "swapped": "4 decoder cross-attentions", "notes": ["dropout 0"],
-        "comparisons": [{"dtype": "fp32", "rule": "close", "passed": True, "worst": "x: 1e-7", "loss_original": 1.5,
-                         "loss_swapped": 1.5, "tensors": 7}],
+        "model": "retro-pytorch",
+        "parameters": 12345,
+        "length": 64,
+        "device": "cpu",
+        "finished": True,
+        "description": {"text": "plays"},
+        "swap": "swap: 4 replaced",
+        "swapped": "4 decoder cross-attentions",
+        "notes": ["dropout 0"],
+        "comparisons": [
+            {
+                "dtype": "fp32",
+                "rule": "close",
+                "passed": True,
+                "worst": "x: 1e-7",
+                "loss_original": 1.5,
+                "loss_swapped": 1.5,
+                "tensors": 7,
+            }
+        ],
         "rows": [
             {"dtype": "fp32", "stage": "training step", "variant": "retro-pytorch", **swapped, "p50_ms": 3.0},
             {"dtype": "fp32", "stage": "training step", "variant": "retro-pytorch + rk.swap", **swapped},
         ],
-    }  # fmt: skip
+    }
     made["skipped"] = [{"what": "everything else", "reason": "quick"}]
     made["seconds"] = 1.0
     return made
@@ -132,16 +182,21 @@ def test_a_speedup_is_over_the_fastest_alternative_of_all(document):
     document["rows"].append(row("compile[eager]", 1.0))
     head, (cells,) = results.speedup_cells(document)
     assert dict(zip(head, cells)) == {
-        "operation": "cca", "workload": cells[1], "bf16\nfwd": "0.50x", "against": "compile",
-    }  # fmt: skip
+        "operation": "cca",
+        "workload": cells[1],
+        "bf16\nfwd": "0.50x",
+        "against": "compile",
+    }
 
 
 def test_options_have_a_section_that_tells_their_cost(document):
     other = {"operation": "encoder-cross", "option": "relative", "workload": "encoder-896"}
     document["rows"] += [
-        row("eager", 9.0, **other), row("sdpa[flash rows]", 6.0, **other), row("retro_kernels[cpu]", 2.5, **other),
+        row("eager", 9.0, **other),
+        row("sdpa[flash rows]", 6.0, **other),
+        row("retro_kernels[cpu]", 2.5, **other),
         row("retro_kernels[cpu] without", 2.0, **other),
-    ]  # fmt: skip
+    ]
     _, (title, rows) = results.sections(document)
     assert title == "With the paper's relative positions, with u and v"
     head, (cells,), left = results.section_cells(document, rows)

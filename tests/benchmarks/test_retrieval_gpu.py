@@ -35,9 +35,16 @@ def test_every_item_is_compared_and_timed(tmp_path):
     searched = {(row["index"], row["keys"], row["batch"]) for row in rows if "index" in row}
     assert {batch for _, _, batch in searched} == {1, 64}
     assert {index for index, *_ in searched} == {
-        "exact", "Flat, moved", "Flat, built there", "IVF16,SQ8, moved", "IVF16,SQ8, built there", "IVF16,PQ4x4, moved",
-        "IVF16,PQ4x4, built there", "IVF32,SQ8, built there", "IVF32,PQ4x4, built there",
-    }  # fmt: skip
+        "exact",
+        "Flat, moved",
+        "Flat, built there",
+        "IVF16,SQ8, moved",
+        "IVF16,SQ8, built there",
+        "IVF16,PQ4x4, moved",
+        "IVF16,PQ4x4, built there",
+        "IVF32,SQ8, built there",
+        "IVF32,PQ4x4, built there",
+    }
     assert all(row["queries_per_second"] > 0 for row in rows if "index" in row)
     assert found["text to loss"]["retrieval"][0]["backend"] == "cpu"
 

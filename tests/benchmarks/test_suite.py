@@ -39,10 +39,14 @@ CEILINGS = timing.Ceilings(1e10, {"fp32": 1e11, "bf16": 2e11}, {}, {})
 
 def settings(**changes):
     values = {
-        "device": CPU, "dtypes": ["fp32"], "modes": MODES,
+        "device": CPU,
+        "dtypes": ["fp32"],
+        "modes": MODES,
         "protocol": timing.Protocol(seconds=0.0, min_rounds=2, max_rounds=2),
-        "budget": CompileBudget(0.0, 0.0), "compiled": False, "backends": ["reference"],
-    }  # fmt: skip
+        "budget": CompileBudget(0.0, 0.0),
+        "compiled": False,
+        "backends": ["reference"],
+    }
     return suite.Settings(**{**values, **changes})
 
 
@@ -337,8 +341,9 @@ def test_select():
     assert found(default=QUICK) == {(*key, name) for key, names in QUICK.items() for name in names}
     assert found(["gqa-8b"]) == {(name, PLAIN, "gqa-8b") for name in (CCA, CAUSAL_SELF, PROJECTED, LAYER)}
     assert found(["retro-7.5b-batch-8"]) == {
-        (DECODE, PLAIN, "retro-7.5b-batch-8"), (STEP, RETRIEVAL, "retro-7.5b-batch-8")
-    }  # fmt: skip
+        (DECODE, PLAIN, "retro-7.5b-batch-8"),
+        (STEP, RETRIEVAL, "retro-7.5b-batch-8"),
+    }
     assert found(["encoder-896"], [ENCODER_SELF], [DROPOUT]) == {(ENCODER_SELF, DROPOUT, "encoder-896")}
     assert found(None, [CCA], [DROPOUT]) == {(CCA, DROPOUT, "retro-172m")}
     assert len(found(["tiny"], None, list(OPTIONS))) == 12 + 4

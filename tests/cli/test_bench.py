@@ -23,8 +23,18 @@ def small(monkeypatch):
 
 
 def invoke(tmp_path, *arguments):
-    fixed = ("--out", str(tmp_path), "--device", "cpu", "--no-compile", "--no-real-text", "--workload", "tiny",
-             "--seconds", "0")  # fmt: skip
+    fixed = (
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--no-compile",
+        "--no-real-text",
+        "--workload",
+        "tiny",
+        "--seconds",
+        "0",
+    )
     if "--operation" not in arguments:
         fixed += ("--operation", "cca")
     return CliRunner().invoke(app, ["bench", *fixed, *arguments])
@@ -143,8 +153,12 @@ def test_bad_options_are_refused(tmp_path, arguments, message):
 def test_quick_has_every_operation_and_lists_the_rest():
     options = bench.Options(quick=True, device="cpu").resolved()
     assert {case.operation for case in options.cases()} == {
-        "cca", "encoder-self", "encoder-cross", "cca-layer", "cca-decode"
-    }  # fmt: skip
+        "cca",
+        "encoder-self",
+        "encoder-cross",
+        "cca-layer",
+        "cca-decode",
+    }
     assert {case.option for case in options.cases()} >= {"plain", "relative"}
     assert any("retro-7.5b" in left for left in bench._untimed_cases(options))
     assert bench._untimed_cases(bench.Options(device="cpu").resolved()) == []

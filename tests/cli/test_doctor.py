@@ -133,8 +133,12 @@ def test_a_broken_package_is_reported(tmp_path, module):
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
     done = subprocess.run(
         [sys.executable, "-c", "from retro_kernels.cli import main; main()", "doctor", "--json"],
-        capture_output=True, text=True, env=variables, timeout=120, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=variables,
+        timeout=120,
+        cwd=tmp_path,
+    )
     assert done.returncode in (0, 1), done.stderr
     assert "Traceback" not in done.stderr
     document = json.loads(done.stdout)

@@ -26,9 +26,10 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(backends, "devices", lambda: [torch.device("cpu")])
     monkeypatch.setattr(verify, "classes", lambda backend, every: TWO)
     monkeypatch.setattr(
-        self_check, "check_in_children",
+        self_check,
+        "check_in_children",
         lambda wanted, device: (self_check.check_here(*one, device) for one in wanted),
-    )  # fmt: skip
+    )
     yield tmp_path / "verified.json"
     verification.forget()
 
@@ -63,8 +64,11 @@ def test_a_failure_is_exit_code_1_and_is_checked_again(gpu, monkeypatch):
     assert result.exit_code == 1
     verdicts = json.loads(result.stdout)["verdicts"]
     assert [(x["backend"], x["status"]) for x in verdicts] == [
-        ("triton", "failed"), ("triton", "failed"), ("cuda", "passed"), ("cuda", "passed"),
-    ]  # fmt: skip
+        ("triton", "failed"),
+        ("triton", "failed"),
+        ("cuda", "passed"),
+        ("cuda", "passed"),
+    ]
     monkeypatch.setitem(BACKENDS, "triton", BACKENDS["cpu"])
     assert invoke().exit_code == 0
 

@@ -9,9 +9,13 @@ M, K, R, V = 8, 2, 12, 61
 SIZES = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 GROUPED = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 128}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 FAMILIES = {
     "llama": ("Llama", {**GROUPED, "attention_bias": True}),
     "llama-scaled": ("Llama", {**GROUPED, "rope_parameters": LLAMA3}),
@@ -23,13 +27,22 @@ FAMILIES = {
     "gpt_neox": ("GPTNeoX", {**SIZES, "max_position_embeddings": 128, "rotary_pct": 0.25, "hidden_size": 64}),
     "opt": (
         "OPT",
-        {"vocab_size": V, "hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 3, "ffn_dim": 48,
-         "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1},
+        {
+            "vocab_size": V,
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "num_hidden_layers": 3,
+            "ffn_dim": 48,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+        },
     ),
     "gemma2": ("Gemma2", {**GROUPED, "head_dim": 8, "sliding_window": 10, "attn_logit_softcapping": 5.0}),
     "gemma3": ("Gemma3", {**GROUPED, "head_dim": 8, "sliding_window": 10, "num_hidden_layers": 6}),
     "smollm3": ("SmolLM3", {**GROUPED, "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
-}  # fmt: skip
+}
 
 
 def decoder(name="llama", dtype=torch.float32, seed=0, **changes):

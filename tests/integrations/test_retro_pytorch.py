@@ -58,9 +58,17 @@ def call(module, n, dtype=torch.float32, masked=True):
 def retro(**options):
     torch.manual_seed(1)
     settings = {
-        "num_tokens": 50, "max_seq_len": 64, "enc_dim": 36, "enc_depth": 1, "dec_dim": DIM, "dec_depth": 3,
-        "dec_cross_attn_layers": (1, 3), "dim_head": D, "chunk_size": M, **options,
-    }  # fmt: skip
+        "num_tokens": 50,
+        "max_seq_len": 64,
+        "enc_dim": 36,
+        "enc_depth": 1,
+        "dec_dim": DIM,
+        "dec_depth": 3,
+        "dec_cross_attn_layers": (1, 3),
+        "dim_head": D,
+        "chunk_size": M,
+        **options,
+    }
     return RETRO(**settings)
 
 
@@ -588,9 +596,13 @@ def test_dropout_in_training_has_the_peers_distribution(backend, unwarned, kind)
         arguments, options = call(module, 12)
     else:
         module = Attention(
-            DIM, dim_head=D, heads=H, dropout=0.3, causal=kind == "causal",
+            DIM,
+            dim_head=D,
+            heads=H,
+            dropout=0.3,
+            causal=kind == "causal",
             context_dim=CONTEXT if kind == "cross" else None,
-        )  # fmt: skip
+        )
         arguments, options = attention_call(kind)
     swapped = copy.deepcopy(module)
     report = swap(swapped)

@@ -451,15 +451,25 @@ def test_other_encoders(tmp_path, name, join, encoder):
 def test_models_that_cannot_be_retrofitted():
     for model, message in (
         (torch.nn.Linear(2, 2), "expected a decoder of transformers"),
-        (transformers.T5ForConditionalGeneration(transformers.T5Config(
-            vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)), "an encoder and a decoder"),
+        (
+            transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+            ),
+            "an encoder and a decoder",
+        ),
         (decoder().model, "predicts no tokens"),
-        (transformers.BloomForCausalLM(transformers.BloomConfig(
-            vocab_size=V, hidden_size=16, n_layer=1, n_head=2)), "AttentionInterface"),
-        (transformers.GPTJForCausalLM(transformers.GPTJConfig(
-            vocab_size=V, n_embd=16, n_layer=1, n_head=2, n_positions=64, rotary_dim=4)), "how it knows positions"),
+        (
+            transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=V, hidden_size=16, n_layer=1, n_head=2)),
+            "AttentionInterface",
+        ),
+        (
+            transformers.GPTJForCausalLM(
+                transformers.GPTJConfig(vocab_size=V, n_embd=16, n_layer=1, n_head=2, n_positions=64, rotary_dim=4)
+            ),
+            "how it knows positions",
+        ),
         (decoder(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}), "dynamic"),
-    ):  # fmt: skip
+    ):
         before = set(model.state_dict())
         with pytest.raises(ValueError, match=message):
             rk.retrofit(model, **SETTINGS)

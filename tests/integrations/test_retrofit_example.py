@@ -20,9 +20,14 @@ def test_the_example_goes_on_from_what_it_has_saved(tmp_path, capsys):
     with pytest.raises(SystemExit, match="0 to hold out"):
         example.split(tmp_path, 1e-4)
     given = {
-        "tokenizer": "bytes", "embedder": Letters(), "chunk_size": 8, "length": 32, "texts": 4, "held_out": 3,
+        "tokenizer": "bytes",
+        "embedder": Letters(),
+        "chunk_size": 8,
+        "length": 32,
+        "texts": 4,
+        "held_out": 3,
         "new_tokens": 17,
-    }  # fmt: skip
+    }
     first = example.run(decoder(vocab_size=256), (known, held_out), tmp_path / "out", **given)
     shown = capsys.readouterr().out
     assert "4 texts" in shown

@@ -105,10 +105,18 @@ def test_trainer_keeps_the_columns_trains_the_gates_and_saves(tmp_path):
     rk.retrofit(model, gate=-1.0, **SETTINGS)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     arguments = transformers.TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=2, max_steps=3, learning_rate=0.1, report_to=[], save_steps=3,
-        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, use_cpu=True,
-        disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=3,
+        learning_rate=0.1,
+        report_to=[],
+        save_steps=3,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+    )
     trainer = transformers.Trainer(model, arguments, train_dataset=Texts(), eval_dataset=Texts())
     assert {"neighbours", "neighbour_mask", "labels", "input_ids"} <= set(columns(trainer))
     trainer.train()

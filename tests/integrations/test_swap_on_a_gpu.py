@@ -28,8 +28,18 @@ def gpu(monkeypatch, tmp_path):
 
 def retro():
     torch.manual_seed(1)
-    return RETRO(num_tokens=50, max_seq_len=32, enc_dim=36, enc_depth=1, dec_dim=24, dec_depth=2,
-                 dec_cross_attn_layers=(1,), dim_head=40, heads=2, chunk_size=8)  # fmt: skip
+    return RETRO(
+        num_tokens=50,
+        max_seq_len=32,
+        enc_dim=36,
+        enc_depth=1,
+        dec_dim=24,
+        dec_depth=2,
+        dec_cross_attn_layers=(1,),
+        dim_head=40,
+        heads=2,
+        chunk_size=8,
+    )
 
 
 def nan(out, lse):
@@ -72,8 +82,11 @@ def test_the_class_that_swap_asks_about_is_that_of_the_calls(gpu, monkeypatch):
     (module,) = (x for x in model.modules() if type(x).__name__ == "ChunkedCrossAttention")
     expected = retro_pytorch.likely_class(module)
     asked = []
-    monkeypatch.setattr(rk.ops.backends.call_classes, "features", lambda call: asked.append(
-        Class.of(call.operation, features(call))) or features(call))  # fmt: skip
+    monkeypatch.setattr(
+        rk.ops.backends.call_classes,
+        "features",
+        lambda call: asked.append(Class.of(call.operation, features(call))) or features(call),
+    )
     swap(model)
     model(torch.randint(1, 50, (1, 17)), torch.randint(1, 50, (1, 2, 2, 16)), return_loss=False)
     assert expected in asked

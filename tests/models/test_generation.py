@@ -167,7 +167,7 @@ def test_wrong_arguments_are_named():
         ({"retriever": lambda chunks: None}, TypeError, "retriever: got NoneType without tokens"),
         ({"retriever": lambda chunks: Neighbours(torch.zeros(1, 2, 8))}, TypeError, "tokens: got dtype"),
         ({"retriever": fails}, OSError, "the index is gone"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=message):
             model.generate(**{"input_ids": [PROMPTS[1]], "max_new_tokens": 5, **options})
     with pytest.raises(ValueError, match="no chunked cross-attention"):

@@ -47,9 +47,12 @@ def test_rows_and_projections_divided_give_the_loss_and_every_gradient_of_one_pr
             assert got.keys() == expected.keys()
             for key, x in expected.items():
                 torch.testing.assert_close(
-                    got[key], x, rtol=1e-4, atol=1e-5 * max(float(x.abs().max()), 1.0),
+                    got[key],
+                    x,
+                    rtol=1e-4,
+                    atol=1e-5 * max(float(x.abs().max()), 1.0),
                     msg=lambda text, at=(kind, name, key): f"{at}: {text}",
-                )  # fmt: skip
+                )
     # Other heads are dropped otherwise; dropout of activations, which both processes hold, has to be the same.
     first, second = (load_file(tmp_path / f"seeds.{rank}") for rank in (0, 1))
     assert first["other"] == second["other"]

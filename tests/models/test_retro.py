@@ -86,9 +86,12 @@ def algorithm_1(model, tokens, neighbours, mask):
                 first, last = (u + 1) * m - 1, min((u + 2) * m - 1, n)
                 source, there = torch.cat(encoded[u]), mask[u].flatten()
                 added[first:last] = attention(
-                    block.cross_attention, normed[first:last], source,
-                    lambda i, j, there=there: there[j], lambda i, j: i - j % r + m - 1,
-                )  # fmt: skip
+                    block.cross_attention,
+                    normed[first:last],
+                    source,
+                    lambda i, j, there=there: there[j],
+                    lambda i, j: i - j % r + m - 1,
+                )
             h = h + added
         h = h + feed_forward(block.feed_forward, rms(h, block.feed_forward_norm))
     return rms(h, model.final_norm) @ model.embedding.weight.T
@@ -96,8 +99,16 @@ def algorithm_1(model, tokens, neighbours, mask):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_model_is_algorithm_1(shared):
-    model = tiny(dtype=torch.float64, backend="reference", chunk_size=3, model_dim=12, encoder_dim=12 if shared else 6,
-                 vocab_size=16, encoder_head_dim=4, shared_embeddings=shared)  # fmt: skip
+    model = tiny(
+        dtype=torch.float64,
+        backend="reference",
+        chunk_size=3,
+        model_dim=12,
+        encoder_dim=12 if shared else 6,
+        vocab_size=16,
+        encoder_head_dim=4,
+        shared_embeddings=shared,
+    )
     assert (model.encoder_embedding is None) == shared
     tokens, neighbours, mask = batch(model, b=2, n=11, k=2, r=5)
     mask[1, 2] = False  # nothing retrieved
@@ -143,9 +154,11 @@ def test_what_influences_what_by_gradients(preset):
     logits = model(tokens, neighbours)
     for i in range(n):
         own, retrieved = torch.autograd.grad(
-            logits[0, i].square().sum(), (seen["embedding"], seen["encoder_embedding"]), retain_graph=True,
+            logits[0, i].square().sum(),
+            (seen["embedding"], seen["encoder_embedding"]),
+            retain_graph=True,
             materialize_grads=True,
-        )  # fmt: skip
+        )
         assert not own[1].any()
         assert not retrieved[1].any()
         assert own[0].abs().sum(-1).gt(0).tolist() == [j <= i for j in range(n)]

@@ -36,7 +36,13 @@ def stream_of(folder: Path, *, write: bool = True, dropout: float = 0.0) -> Toke
 
 def settings(output: Path, **changes) -> TrainingConfig:
     given = {
-        "steps": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2, "save_every": 2, "log_every": 1,
-        "keep": 9, **changes,
-    }  # fmt: skip
+        "steps": 6,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "save_every": 2,
+        "log_every": 1,
+        "keep": 9,
+        **changes,
+    }
     return TrainingConfig(output=str(output), **given)

@@ -126,11 +126,14 @@ def test_rpt_interleaved_rotary_null_slot_and_mask():
     )
 
 
-@pytest.mark.parametrize(("name", "position"), [
-    ("as_trained", lambda row: 2 * M - 2 if row == 0 else 0),
-    ("paper", lambda row: M - 1 + row),
-    ([0.5, 2, -1, 7], lambda row: [0.5, 2, -1, 7][row]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [
+        ("as_trained", lambda row: 2 * M - 2 if row == 0 else 0),
+        ("paper", lambda row: M - 1 + row),
+        ([0.5, 2, -1, 7], lambda row: [0.5, 2, -1, 7][row]),
+    ],
+)
 def test_retro_pytorch_partial_rotary_with_explicit_query_positions(name, position):
     layer = build(ChunkedCrossAttention.retro_pytorch, query_positions=name, rotary_dim=4)
     hidden, encoded, mask = data(10, 2)
@@ -188,10 +191,13 @@ def test_grouped_heads_value_size_and_stride():
     layer = build(num_heads=4, num_kv_heads=2, value_head_dim=5, stride=3, scale=-0.7, biases=("query", "out"))
     hidden, encoded, mask = data(12, 3)
     expected = by_token(
-        layer, hidden, encoded, mask,
+        layer,
+        hidden,
+        encoded,
+        mask,
         lambda i: None if i < M - 1 else divmod(i - (M - 1), 3),
         lambda head, row, j, t, q, key: -0.7 * (q @ key),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(layer(hidden, encoded, mask), expected)
 
 
@@ -348,8 +354,14 @@ def test_compiles_in_one_graph_for_any_length(backend):
 def test_state_dict_holds_parameters_only_and_meta_construction_works():
     layer = ChunkedCrossAttention.retro_pytorch(DIM, num_heads=H, head_dim=D, chunk_size=M, context_dim=CONTEXT)
     assert set(layer.state_dict()) == {
-        "w_query.weight", "w_key.weight", "w_value.weight", "w_out.weight", "w_out.bias", "null_key", "null_value"
-    }  # fmt: skip
+        "w_query.weight",
+        "w_key.weight",
+        "w_value.weight",
+        "w_out.weight",
+        "w_out.bias",
+        "null_key",
+        "null_value",
+    }
     with torch.device("meta"):
         empty = ChunkedCrossAttention.retro_pytorch(DIM, num_heads=H, head_dim=D, chunk_size=M, context_dim=CONTEXT)
     assert empty.rotary.key_cos.is_meta

@@ -34,12 +34,21 @@ def megatron(tmp_path_factory):
 
     def build():
         config = RetroConfig(
-            num_layers=12, hidden_size=DIM, num_attention_heads=H, retro_chunk_length=M, retro_num_neighbors=K,
-            retro_num_retrieved_chunks=R // M, retro_encoder_num_layers=LAYERS, retro_split_preprocessing="98,2,0",
-            use_cpu_initialization=True, bias_dropout_fusion=False,
-            retro_encoder_hidden_dropout=0.0, retro_encoder_attention_dropout=0.0, hidden_dropout=0.0,
+            num_layers=12,
+            hidden_size=DIM,
+            num_attention_heads=H,
+            retro_chunk_length=M,
+            retro_num_neighbors=K,
+            retro_num_retrieved_chunks=R // M,
+            retro_encoder_num_layers=LAYERS,
+            retro_split_preprocessing="98,2,0",
+            use_cpu_initialization=True,
+            bias_dropout_fusion=False,
+            retro_encoder_hidden_dropout=0.0,
+            retro_encoder_attention_dropout=0.0,
+            hidden_dropout=0.0,
             attention_dropout=0.0,
-        )  # fmt: skip
+        )
         encoder_spec = get_retro_encoder_block_spec(config, use_transformer_engine=False)
         spec = get_retro_decoder_layer_local_spec(encoder_spec).submodules.cross_attention
         module = build_module(spec, config=config, layer_number=1).double()
@@ -92,9 +101,11 @@ def encoder_weights(block):
         state |= attention_weights(f"layers.{i}.self_attention", layer.self_attention)
         mlp_norm = getattr(layer.pre_mlp_layernorm, "norm", layer.pre_mlp_layernorm)
         parts = {
-            "self_norm": layer.input_layernorm, "feed_forward_norm": mlp_norm,
-            "feed_forward.w_in": layer.mlp.linear_fc1, "feed_forward.w_out": layer.mlp.linear_fc2,
-        }  # fmt: skip
+            "self_norm": layer.input_layernorm,
+            "feed_forward_norm": mlp_norm,
+            "feed_forward.w_in": layer.mlp.linear_fc1,
+            "feed_forward.w_out": layer.mlp.linear_fc2,
+        }
         if hasattr(layer.cross_attention, "attn"):
             state |= attention_weights(f"layers.{i}.cross_attention", layer.cross_attention.attn)
             parts["cross_norm"] = layer.pre_cross_attn_layernorm

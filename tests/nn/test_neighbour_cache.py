@@ -292,9 +292,15 @@ def test_bfloat16_and_autocast(name, backend):
 
 def test_one_product_for_all_layers():
     """Equal to every layer's own projections, also where the layers' heads differ; the gradients too."""
-    layers = [build(**options) for options in (
-        {}, {"biases": True}, {"num_kv_heads": 2, "value_head_dim": 5}, {"num_heads": 6, "biases": ("value",)}
-    )]  # fmt: skip
+    layers = [
+        build(**options)
+        for options in (
+            {},
+            {"biases": True},
+            {"num_kv_heads": 2, "value_head_dim": 5},
+            {"num_heads": 6, "biases": ("value",)},
+        )
+    ]
     encoded = torch.randn(B, K, R, CONTEXT)
     parameters = [x for layer in layers for module in (layer.w_key, layer.w_value) for x in module.parameters()]
     results = []

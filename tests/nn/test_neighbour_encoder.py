@@ -131,8 +131,9 @@ def rotary(width):
             angle = position * 10000.0 ** (-2 * j / width)
             a, b = x[j].clone(), x[j + width // 2].clone()
             x[j], x[j + width // 2] = (
-                a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
-            )  # fmt: skip
+                a * math.cos(angle) - b * math.sin(angle),
+                b * math.cos(angle) + a * math.sin(angle),
+            )
         return x
 
     return lambda attention, head, t, s, q, key: D**-0.5 * (turn(q, t) @ turn(key, s))
@@ -239,9 +240,13 @@ def test_post_norm_and_a_norm_of_ones_own():
         return made[-1]
 
     encoder = build(
-        norm=own_norm, norm_position="post", residual_scale=1.7, num_layers=1, cross_attention_layers=(),
+        norm=own_norm,
+        norm_position="post",
+        residual_scale=1.7,
+        num_layers=1,
+        cross_attention_layers=(),
         final_norm=False,
-    )  # fmt: skip
+    )
     assert len(made) == 2
     nn.init.zeros_(encoder.layers[0].self_attention.w_out.weight)
     embeddings, hidden, _ = data()
@@ -346,8 +351,10 @@ def test_packed_documents_equal_separate_calls(backend):
     starts[0, [0, 9, 12]] = True
     out = encoder(embeddings, hidden, mask, sequence_starts=starts)
     for row, tokens, chunks in [
-        (0, slice(0, 8), slice(0, 2)), (0, slice(12, 16), slice(2, 3)), (1, slice(0, 16), slice(0, 4))
-    ]:  # fmt: skip
+        (0, slice(0, 8), slice(0, 2)),
+        (0, slice(12, 16), slice(2, 3)),
+        (1, slice(0, 16), slice(0, 4)),
+    ]:
         row = slice(row, row + 1)
         want = encoder(embeddings[row, chunks], hidden[row, tokens], mask[row, chunks])
         torch.testing.assert_close(out[row, chunks], want, atol=1e-5, rtol=1e-5)

@@ -15,9 +15,11 @@ def draw(*shape):
 
 def tables(rows, slots):
     return {
-        "attention_bias": draw(H, rows, slots), "relative_key": draw(H, rows + slots - 1, D),
-        "content_bias": draw(H, D), "relative_bias": draw(H, D),
-    }  # fmt: skip
+        "attention_bias": draw(H, rows, slots),
+        "relative_key": draw(H, rows + slots - 1, D),
+        "content_bias": draw(H, D),
+        "relative_bias": draw(H, D),
+    }
 
 
 def null():
@@ -28,17 +30,24 @@ def operation(name):
     """-> the call, its differentiable tensors by name, which of them have a batch axis, and the other arguments."""
     if name == "cca":
         tensors = {"query": draw(B, N, H, D), "key": draw(B, L, K, R, HK, D), "value": draw(B, L, K, R, HK, D)}
-        return rk.chunked_cross_attention, tensors | tables(M, R) | null(), {
-            "chunk_size": M, "neighbour_mask": torch.rand(B, L, K, R) > 0.3
-        }  # fmt: skip
+        return (
+            rk.chunked_cross_attention,
+            tensors | tables(M, R) | null(),
+            {"chunk_size": M, "neighbour_mask": torch.rand(B, L, K, R) > 0.3},
+        )
     if name in ("materialise", "absorb"):
         tensors = {"query": draw(B, N, H, D), "encoded": draw(B, L, K, R, E)}
         weights = {
-            "w_key": draw(HK, D, E), "w_value": draw(HK, D, E), "bias_key": draw(HK, D), "bias_value": draw(HK, D)
-        }  # fmt: skip
-        return rk.projected_chunked_cross_attention, tensors | weights | tables(M, R) | null(), {
-            "chunk_size": M, "strategy": name, "neighbour_mask": torch.rand(B, L, K, R) > 0.3
-        }  # fmt: skip
+            "w_key": draw(HK, D, E),
+            "w_value": draw(HK, D, E),
+            "bias_key": draw(HK, D),
+            "bias_value": draw(HK, D),
+        }
+        return (
+            rk.projected_chunked_cross_attention,
+            tensors | weights | tables(M, R) | null(),
+            {"chunk_size": M, "strategy": name, "neighbour_mask": torch.rand(B, L, K, R) > 0.3},
+        )
     if name == "self":
         tensors = {x: draw(B, L, K, R, h, D) for x, h in (("query", H), ("key", HK), ("value", HK))}
         return rk.neighbour_self_attention, tensors | tables(R, R), {}

@@ -53,11 +53,19 @@ def test_documents(backend):
 @pytest.mark.parametrize("validate", [False, True])
 def test_decoding(backend, validate):
     with FakeTensorMode():
-        options = tables(M, R) | null() | {
-            "neighbour_mask": torch.rand(B, K, R) > 0.3, "position": torch.zeros(B, dtype=torch.int64),
-            "chunk": torch.zeros(B, dtype=torch.int64), "valid": torch.ones(B, dtype=torch.bool), "chunk_size": M,
-            "backend": backend, "validate": validate,
-        }  # fmt: skip
+        options = (
+            tables(M, R)
+            | null()
+            | {
+                "neighbour_mask": torch.rand(B, K, R) > 0.3,
+                "position": torch.zeros(B, dtype=torch.int64),
+                "chunk": torch.zeros(B, dtype=torch.int64),
+                "valid": torch.ones(B, dtype=torch.bool),
+                "chunk_size": M,
+                "backend": backend,
+                "validate": validate,
+            }
+        )
         q, kv, encoded, w = draw(B, 1, H, D), draw(B, K, R, HK, D), draw(B, K, R, E), draw(HK, D, E)
         outs = (
             rk.chunked_cross_attention_decode(q, kv, kv, **options),

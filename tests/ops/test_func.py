@@ -177,9 +177,12 @@ def test_forward_mode_and_second_derivatives_refuse(name):
         return loss(x, *rest)
 
     for forward in (
-        lambda: jvp(of_first, (first,), (first,)), lambda: jacfwd(of_first)(first), lambda: hessian(of_first)(first),
-        lambda: jvp(lambda x: vmap(of_first)(x).sum(), (first[None],), (first[None],)), lambda: dual(of_first, first),
-    ):  # fmt: skip
+        lambda: jvp(of_first, (first,), (first,)),
+        lambda: jacfwd(of_first)(first),
+        lambda: hessian(of_first)(first),
+        lambda: jvp(lambda x: vmap(of_first)(x).sum(), (first[None],), (first[None],)),
+        lambda: dual(of_first, first),
+    ):
         with pytest.raises(RuntimeError, match=r'no forward-mode derivative.*backend="reference"'):
             forward()
     for second in (
@@ -304,9 +307,16 @@ def test_a_swapped_model_gives_per_sample_gradients(backend, monkeypatch):
     if backend is not None:
         monkeypatch.setenv("RETRO_KERNELS_BACKEND", backend)
     model = peer.RETRO(
-        num_tokens=50, max_seq_len=64, enc_dim=36, enc_depth=1, dec_dim=24, dec_depth=3, dec_cross_attn_layers=(1, 3),
-        dim_head=32, chunk_size=8,
-    )  # fmt: skip
+        num_tokens=50,
+        max_seq_len=64,
+        enc_dim=36,
+        enc_depth=1,
+        dec_dim=24,
+        dec_depth=3,
+        dec_cross_attn_layers=(1, 3),
+        dim_head=32,
+        chunk_size=8,
+    )
     rk.swap(model)
     tokens, retrieved = torch.randint(1, 50, (SAMPLES, 24)), torch.randint(1, 50, (SAMPLES, 3, 2, 16))
     retrieved[1, 0, -1, 5:] = 0  # padding

@@ -15,8 +15,16 @@ import retro_kernels as rk
 from retro_kernels import testing
 
 OPERATIONS = ("cca", "projected", "self", "cross", "decode", "projected_decode")
-FP32 = ("attention_bias", "relative_key", "content_bias", "relative_bias", "null_key", "null_value", "bias_key",
-        "bias_value")  # fmt: skip
+FP32 = (
+    "attention_bias",
+    "relative_key",
+    "content_bias",
+    "relative_bias",
+    "null_key",
+    "null_value",
+    "bias_key",
+    "bias_value",
+)
 
 
 def draw(seed: int) -> tuple[Case, torch.dtype]:
@@ -27,10 +35,17 @@ def draw(seed: int) -> tuple[Case, torch.dtype]:
     chance = lambda p: r.random() < p  # noqa: E731
     hk = r.choice((1, 2, 3))
     size = {
-        "b": r.randint(1, 2), "n": r.randint(1, 24), "m": r.randint(1, 9), "k": r.randint(1, 3), "r": r.randint(1, 10),
-        "h": hk * r.choice((1, 1, 2)), "hk": hk, "d": r.choice((1, 3, 8, 16, 17, 33)), "e": r.choice((1, 7, 16, 40)),
+        "b": r.randint(1, 2),
+        "n": r.randint(1, 24),
+        "m": r.randint(1, 9),
+        "k": r.randint(1, 3),
+        "r": r.randint(1, 10),
+        "h": hk * r.choice((1, 1, 2)),
+        "hk": hk,
+        "d": r.choice((1, 3, 8, 16, 17, 33)),
+        "e": r.choice((1, 7, 16, 40)),
         "d_value": r.choice((1, 4, 16, 19)),
-    }  # fmt: skip
+    }
     options = [x for x in ("mask", "strided") if chance(0.4)]
     if "mask" in options and chance(0.3):
         options.append("empty_chunk")

@@ -121,6 +121,12 @@ def test_what_watches_or_changes_a_launch_sends_it_triton_s_way():
         """)
     )
     assert found == {
-        "known": 0, "hook": 1, "alignment": 1, "known again": 0, "settings": 1, "after": 0, "profiler": 1,
+        "known": 0,
+        "hook": 1,
+        "alignment": 1,
+        "known again": 0,
+        "settings": 1,
+        "after": 0,
+        "profiler": 1,
         "another driver": 1,
-    }  # fmt: skip
+    }

@@ -39,17 +39,25 @@ CLOCK = {
     "packed, stride": {"documents": (7, 4), "stride": 2, "l": 7, "options": ("bias", "null", "mask")},
     "grouped": {"h": 4, "hk": 2, "options": ("null",)},
     "dropout": {"dropout_p": 0.3, "options": ("null",)},
-    "all": {"h": 4, "hk": 2, "stride": 3, "dropout_p": 0.2, "l": 5,
-            "options": (*RELATIVE, "mask", "null", "bias_per_neighbour")},
-}  # fmt: skip
+    "all": {
+        "h": 4,
+        "hk": 2,
+        "stride": 3,
+        "dropout_p": 0.2,
+        "l": 5,
+        "options": (*RELATIVE, "mask", "null", "bias_per_neighbour"),
+    },
+}
 ROTARY = {
     "rotary": {"d": 8, "options": ("rotary", "null")},
     "rotary, partial": {"d": 7, "options": ("rotary_partial",)},
     "rotary, interleaved": {"d": 8, "options": ("rotary_interleaved", "mask")},
     "rotary, partial, interleaved": {"d": 7, "options": ("rotary_partial", "rotary_interleaved")},
 }
-BIASES = {"biases": {"options": ("bias_key", "bias_value")},
-          "biases, null": {"options": ("bias_key", "bias_value", "null", "mask", "empty_chunk")}}  # fmt: skip
+BIASES = {
+    "biases": {"options": ("bias_key", "bias_value")},
+    "biases, null": {"options": ("bias_key", "bias_value", "null", "mask", "empty_chunk")},
+}
 ENCODER = {
     "plain": {},
     "mask": {"options": ("mask",)},
@@ -58,13 +66,15 @@ ENCODER = {
     "relative": {"options": ("relative",)},
     "relative, u": {"options": ("relative", "content_bias")},
     "relative, v": {"options": ("relative", "relative_bias")},
-    **{name: {**changes, "options": tuple(x for x in changes["options"] if x != "null")}
-       for name, changes in ROTARY.items()},
+    **{
+        name: {**changes, "options": tuple(x for x in changes["options"] if x != "null")}
+        for name, changes in ROTARY.items()
+    },
     "scale": {"scale": -0.7},
     "grouped": {"h": 4, "hk": 2},
     "dropout": {"dropout_p": 0.3},
     "all": {"h": 4, "hk": 2, "dropout_p": 0.2, "options": (*RELATIVE, "mask", "bias")},
-}  # fmt: skip
+}
 DECODER = {
     "causal": {"causal": True, "options": ("mask", "bias")},
     "causal, relative": {"causal": True, "options": RELATIVE},
@@ -72,16 +82,32 @@ DECODER = {
     "packed, relative": {"causal": True, "l": 1, "k": 1, "r": 7, "documents": (4, 1, 2), "options": RELATIVE},
 }
 STEP = {
-    **{name: CLOCK[name] for name in ("plain", "mask", "a masked chunk, null", "bias", "wide bias", "null", "relative",
-                                      "relative, u", "relative, v", "scale", "grouped")},
+    **{
+        name: CLOCK[name]
+        for name in (
+            "plain",
+            "mask",
+            "a masked chunk, null",
+            "bias",
+            "wide bias",
+            "null",
+            "relative",
+            "relative, u",
+            "relative, v",
+            "scale",
+            "grouped",
+        )
+    },
     "valid": {"options": ("valid", "null", "mask")},
     "chunk": {"options": ("chunk", "bias")},
     "one token": {"t": 1, "options": ("null",)},
     "all": {"h": 4, "hk": 2, "options": (*RELATIVE, "mask", "null", "bias_per_neighbour", "valid")},
-}  # fmt: skip
+}
 QUANTISED = {"int8": {"options": ("int8",)}, "float8": {"options": ("float8_e4m3fn", "mask")}}
-TURNED = {"turned": {"d": 8, "options": ("rotary", "turned")},
-          "turned, interleaved": {"d": 7, "options": ("rotary_partial", "rotary_interleaved", "turned")}}  # fmt: skip
+TURNED = {
+    "turned": {"d": 8, "options": ("rotary", "turned")},
+    "turned, interleaved": {"d": 7, "options": ("rotary_partial", "rotary_interleaved", "turned")},
+}
 
 SMALL = {"b": 2, "n": 11, "m": 4, "k": 2, "r": 3, "h": 2, "d": 5, "d_value": 3, "e": 6, "positions": (4, 1, 9)}
 # Operation, the options that it takes, the strategies, the sizes that can be 0.

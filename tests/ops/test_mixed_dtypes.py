@@ -20,21 +20,27 @@ NULL, BIASES = ("null_key", "null_value"), ("bias_key", "bias_value")
 # Every operation with all parameters that may be in fp32, and their names.
 CASES = (
     (Case("cca", "cca", **SMALL, options=(*RELATIVE, "null")), (*NAMES, *NULL)),
-    (Case("absorb", "projected", **SMALL, strategy="absorb", options=(*RELATIVE, "null", *BIASES)),
-     (*NAMES, *NULL, *BIASES)),
+    (
+        Case("absorb", "projected", **SMALL, strategy="absorb", options=(*RELATIVE, "null", *BIASES)),
+        (*NAMES, *NULL, *BIASES),
+    ),
     (Case("absorb without null", "projected", **{**SMALL, "d_value": 16}, strategy="absorb", options=BIASES), BIASES),
-    (Case("materialise", "projected", **SMALL, strategy="materialise", options=(*RELATIVE, "null", *BIASES)),
-     (*NAMES, *NULL, *BIASES)),
+    (
+        Case("materialise", "projected", **SMALL, strategy="materialise", options=(*RELATIVE, "null", *BIASES)),
+        (*NAMES, *NULL, *BIASES),
+    ),
     (Case("self", "self", **SMALL, options=RELATIVE), NAMES),
     (Case("cross", "cross", **SMALL, options=RELATIVE), NAMES),
     (Case("decode", "decode", **SMALL, options=(*RELATIVE, "null")), (*NAMES, *NULL)),
-    (Case("decode states", "projected_decode", **SMALL, options=(*RELATIVE, "null", *BIASES)),
-     (*NAMES, *NULL, *BIASES)),
+    (
+        Case("decode states", "projected_decode", **SMALL, options=(*RELATIVE, "null", *BIASES)),
+        (*NAMES, *NULL, *BIASES),
+    ),
     (Case("rotary", "cca", **SMALL, options=("rotary", "null")), NULL),
     (Case("rotary, half tables", "cca", **SMALL, options=("rotary", "null", "half_tables")), NULL),
     (Case("self, half tables", "self", **SMALL, options=("rotary", "half_tables")), ()),
     (Case("decode, half tables", "decode", **SMALL, options=("rotary", "half_tables")), ()),
-)  # fmt: skip
+)
 
 
 # The interpreter is slow: there in bf16, with everything in fp32, one operation of each kernel.

@@ -34,15 +34,27 @@ CASES = tuple(
         ("one slot", "cca", {"k": 1, "r": 1}),
         ("absorb", "projected", {"strategy": "absorb"}),
         ("absorb, bias_key", "projected", {"strategy": "absorb", "options": ("bias_key",)}),
-        ("absorb, all", "projected", {"strategy": "absorb", "h": 4, "hk": 2, "l": 4, "options": (
-            *ALL_POSITIONS, "mask", "null", "bias", "bias_key", "bias_value")}),
+        (
+            "absorb, all",
+            "projected",
+            {
+                "strategy": "absorb",
+                "h": 4,
+                "hk": 2,
+                "l": 4,
+                "options": (*ALL_POSITIONS, "mask", "null", "bias", "bias_key", "bias_value"),
+            },
+        ),
         ("materialise", "projected", {"strategy": "materialise", "l": 4, "options": ("mask", "bias_value")}),
         ("self", "self", {}),
         ("self, relative", "self", {"options": (*ALL_POSITIONS, "mask", "bias"), "h": 4, "hk": 2}),
         ("causal", "self", {"causal": True, "r": 5, "options": ("mask",)}),
         ("causal, bias", "self", {"causal": True, "r": 5, "options": ("bias",)}),
-        ("causal, packed", "self", {"causal": True, "l": 1, "k": 1, "r": 7, "documents": (4, 3),
-                                    "options": ALL_POSITIONS}),
+        (
+            "causal, packed",
+            "self",
+            {"causal": True, "l": 1, "k": 1, "r": 7, "documents": (4, 3), "options": ALL_POSITIONS},
+        ),
         ("cross", "cross", {}),
         ("cross, relative", "cross", {"options": (*ALL_POSITIONS, "mask", "bias"), "h": 4, "hk": 2}),
         ("decode", "decode", {"options": ("valid",)}),
@@ -50,7 +62,7 @@ CASES = tuple(
         ("decode, rotary", "decode", {"options": ("rotary", "mask")}),
         ("decode states", "projected_decode", {"options": ("mask", "null", "bias_key", "bias_value")}),
     )
-)  # fmt: skip
+)
 
 
 def places(case: Case, arguments) -> dict[str, tuple[int, ...]]:
@@ -139,12 +151,17 @@ def shrunk(every: tuple[Case, ...], *names: str) -> tuple[Case, ...]:
     """Triton's interpreter is slow: one case of each kernel, with one chunk of one sequence and one head of keys."""
     return tuple(
         dataclasses.replace(
-            case, b=1, n=7, h=2 if case.hk else 1, hk=1 if case.hk else None, k=1 if case.operation == "self" else 2,
+            case,
+            b=1,
+            n=7,
+            h=2 if case.hk else 1,
+            hk=1 if case.hk else None,
+            k=1 if case.operation == "self" else 2,
             l=1 if case.operation in ("self", "cross") else None,
         )
         for case in every
         if case.name in names
-    )  # fmt: skip
+    )
 
 
 IN_THE_INTERPRETER = shrunk(CASES, "wide bias", "absorb, all", "self, relative", "cross", "decode, all")

@@ -122,12 +122,21 @@ def known(checks):
 def test_what_is_wrong_is_refused_after_what_was_right(known):
     q, kv = known
     for wrong, error in (
-        ({"chunk_size": 2}, ValueError), ({"chunk_size": [4]}, TypeError), ({"stride": 9}, ValueError),
-        ({"align": "middle"}, ValueError), ({"query_offset": -1}, ValueError), ({"scale": float("inf")}, ValueError),
-        ({"scale": "1"}, TypeError), ({"dropout_p": False}, TypeError), ({"dropout_p": 1.0}, ValueError),
-        ({"backend": "gpu"}, ValueError), ({"backend": "cuda"}, RuntimeError), ({"rotary_interleaved": 2}, TypeError),
-        ({"neighbour_mask": torch.ones(B, L, K, R)}, TypeError), ({"null_key": draw(H, D)}, ValueError),
-    ):  # fmt: skip
+        ({"chunk_size": 2}, ValueError),
+        ({"chunk_size": [4]}, TypeError),
+        ({"stride": 9}, ValueError),
+        ({"align": "middle"}, ValueError),
+        ({"query_offset": -1}, ValueError),
+        ({"scale": float("inf")}, ValueError),
+        ({"scale": "1"}, TypeError),
+        ({"dropout_p": False}, TypeError),
+        ({"dropout_p": 1.0}, ValueError),
+        ({"backend": "gpu"}, ValueError),
+        ({"backend": "cuda"}, RuntimeError),
+        ({"rotary_interleaved": 2}, TypeError),
+        ({"neighbour_mask": torch.ones(B, L, K, R)}, TypeError),
+        ({"null_key": draw(H, D)}, ValueError),
+    ):
         with pytest.raises(error):
             call(q, kv, **wrong)
     for bad, error in (

@@ -46,11 +46,16 @@ STEP = {
 CASES = [
     Case(f"{strategy or operation} {name}", operation, **{**SMALL, "strategy": strategy, **changes})
     for operation, options, strategy in (
-        ("cca", CLOCK | ROTARY, None), ("projected", CLOCK, "absorb"), ("projected", CLOCK | ROTARY, "materialise"),
-        ("self", ENCODER, None), ("cross", ENCODER, None), ("decode", STEP, None), ("projected_decode", STEP, None),
+        ("cca", CLOCK | ROTARY, None),
+        ("projected", CLOCK, "absorb"),
+        ("projected", CLOCK | ROTARY, "materialise"),
+        ("self", ENCODER, None),
+        ("cross", ENCODER, None),
+        ("decode", STEP, None),
+        ("projected_decode", STEP, None),
     )
     for name, changes in options.items()
-]  # fmt: skip
+]
 
 
 def seen(case: Case, arguments):

@@ -63,19 +63,39 @@ def call(**changes):
 # What is checked is what was asked for.
 
 ATTENTION_OPTIONS = (
-    (), ("relative",), ("relative", "relative_biases"), ("content_bias", "null", "relative"), ("null", "rotary"),
-    ("rotary_interleaved", "rotary_partial"), ("bias", "dropout"), ("bias_per_neighbour",), ("grouped",), ("packed",),
+    (),
+    ("relative",),
+    ("relative", "relative_biases"),
+    ("content_bias", "null", "relative"),
+    ("null", "rotary"),
+    ("rotary_interleaved", "rotary_partial"),
+    ("bias", "dropout"),
+    ("bias_per_neighbour",),
+    ("grouped",),
+    ("packed",),
     ("bias", "fp32_parameters", "null"),
-)  # fmt: skip
+)
 ENCODER_OPTIONS = (
-    (), ("relative", "relative_biases"), ("rotary",), ("bias", "dropout"), ("grouped",), ("causal",),
+    (),
+    ("relative", "relative_biases"),
+    ("rotary",),
+    ("bias", "dropout"),
+    ("grouped",),
+    ("causal",),
     ("causal", "packed"),
-)  # fmt: skip
+)
 DECODE_OPTIONS = (
-    (), ("relative", "relative_biases", "null"), ("rotary",), ("key_rotary", "rotary_partial"), ("bias_per_neighbour",),
-    ("int8",), ("float8_e4m3fn", "grouped"), ("int8", "unlike_caches"), ("unlike_caches",),
+    (),
+    ("relative", "relative_biases", "null"),
+    ("rotary",),
+    ("key_rotary", "rotary_partial"),
+    ("bias_per_neighbour",),
+    ("int8",),
+    ("float8_e4m3fn", "grouped"),
+    ("int8", "unlike_caches"),
+    ("unlike_caches",),
     ("content_bias", "relative"),
-)  # fmt: skip
+)
 
 
 def classes():
@@ -87,21 +107,42 @@ def classes():
         made.append(Class("chunked_cross_attention", "bfloat16", 64, 96, rows[i % 6], 0, 0, options))
         if not set(options) & {"rotary", "rotary_interleaved", "bias_per_neighbour"}:
             biases = ("projection_biases",) if i % 2 else ()
-            made.append(Class("projected_chunked_cross_attention", "float16", 96, 96, rows[i % 6], slots[(i // 2) % 6],
-                              192, (*options, *biases)))  # fmt: skip
+            made.append(
+                Class(
+                    "projected_chunked_cross_attention",
+                    "float16",
+                    96,
+                    96,
+                    rows[i % 6],
+                    slots[(i // 2) % 6],
+                    192,
+                    (*options, *biases),
+                )
+            )
         options = ENCODER_OPTIONS[i % len(ENCODER_OPTIONS)]
         made.append(Class("neighbour_self_attention", "bfloat16", 128, 128, rows[i % 6], 0, 0, options))
         if "causal" not in options:
-            made.append(Class("neighbour_cross_attention", "float32", 32, 32, rows[i % 6], (64, 128)[i % 2], 0,
-                              options))  # fmt: skip
+            made.append(
+                Class("neighbour_cross_attention", "float32", 32, 32, rows[i % 6], (64, 128)[i % 2], 0, options)
+            )
     for i in range(3 * len(DECODE_OPTIONS)):
         count, options = (1, 16, 32)[i % 3], DECODE_OPTIONS[i % len(DECODE_OPTIONS)]
         if "grouped" in options:
             count = 32
         made.append(Class("chunked_cross_attention_decode", "bfloat16", 48, 64, count, 0, 0, options))
         if not set(options) & {"rotary", "key_rotary", "unlike_caches"}:
-            made.append(Class("projected_chunked_cross_attention_decode", "bfloat16", 64, 64, count, 0, 768,
-                              (*options, "projection_biases")))  # fmt: skip
+            made.append(
+                Class(
+                    "projected_chunked_cross_attention_decode",
+                    "bfloat16",
+                    64,
+                    64,
+                    count,
+                    0,
+                    768,
+                    (*options, "projection_biases"),
+                )
+            )
     return made
 
 
@@ -127,23 +168,66 @@ def test_the_problem_of_a_class_is_of_that_class(monkeypatch, odd):
 def test_every_option_of_a_call_belongs_to_its_class():
     """A field that is added to a call must be added to `features`, or be one that no kernel is compiled for."""
     known = {
-        "operation", "query", "key", "value", "attention_bias", "relative_key", "content_bias", "relative_bias",
-        "query_cos", "rotary_interleaved", "null_key", "chunk_spans", "first_visible", "dropout_p", "causal",
-        "stride", "grouping", "encoded", "w_key", "w_value", "bias_key", "bias_value", "key_cos",
-    }  # fmt: skip
+        "operation",
+        "query",
+        "key",
+        "value",
+        "attention_bias",
+        "relative_key",
+        "content_bias",
+        "relative_bias",
+        "query_cos",
+        "rotary_interleaved",
+        "null_key",
+        "chunk_spans",
+        "first_visible",
+        "dropout_p",
+        "causal",
+        "stride",
+        "grouping",
+        "encoded",
+        "w_key",
+        "w_value",
+        "bias_key",
+        "bias_value",
+        "key_cos",
+    }
     # with the others of their pair, or both given and not in every check, or mere numbers
     other = {
-        "query_sin", "key_sin", "key_scale", "value_scale", "null_value", "mask", "valid", "chunk", "position",
-        "chunk_size", "scale", "rows", "first_token", "dropout_seed", "return_lse",
-    }  # fmt: skip
+        "query_sin",
+        "key_sin",
+        "key_scale",
+        "value_scale",
+        "null_value",
+        "mask",
+        "valid",
+        "chunk",
+        "position",
+        "chunk_size",
+        "scale",
+        "rows",
+        "first_token",
+        "dropout_seed",
+        "return_lse",
+    }
     for kind in (Call, AbsorbedCall, DecodeCall):
         assert {field.name for field in dataclasses.fields(kind)} <= known | other, kind
 
 
 def test_sizes_between_powers_of_two_stand_for_each_other():
     assert [representative(size) for size in (1, 3, 16, 20, 64, 72, 96, 127, 128, 896, 4096)] == [
-        1, 3, 16, 24, 64, 96, 96, 96, 128, 768, 4096,
-    ]  # fmt: skip
+        1,
+        3,
+        16,
+        24,
+        64,
+        96,
+        96,
+        96,
+        128,
+        768,
+        4096,
+    ]
 
 
 # The first call.
@@ -371,9 +455,15 @@ def test_a_dynamic_length_does_not_ask_again(gpu, checks):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[1, 2]", '{"format": 99, "devices": []}', '{"format": 1, "devices": [{"identity": 3}]}',
-     '{"format": 1, "devices": [{"identity": {}, "verdicts": {"x": {"status": "perhaps"}}}]}'],
-)  # fmt: skip
+    [
+        "",
+        "{",
+        "[1, 2]",
+        '{"format": 99, "devices": []}',
+        '{"format": 1, "devices": [{"identity": 3}]}',
+        '{"format": 1, "devices": [{"identity": {}, "verdicts": {"x": {"status": "perhaps"}}}]}',
+    ],
+)
 def test_a_corrupt_or_foreign_file_is_survived_with_a_sentence(gpu, checks, content):
     gpu.write_text(content)
     with pytest.warns(UserWarning, match=r"verified.json.*cannot be used"):
@@ -465,10 +555,13 @@ if len(checks) > 1: {fate}
 
 @pytest.mark.parametrize(
     ("fate", "status", "words"),
-    [("os.abort()", "failed", "signal 6"), ("sys.exit('CUDA error: out of memory')", "unknown", "out of memory"),
-     ("__import__('time').sleep(60)", "failed", "did not end within")],
+    [
+        ("os.abort()", "failed", "signal 6"),
+        ("sys.exit('CUDA error: out of memory')", "unknown", "out of memory"),
+        ("__import__('time').sleep(60)", "failed", "did not end within"),
+    ],
     ids=["crash", "full", "hang"],
-)  # fmt: skip
+)
 def test_a_child_that_dies_costs_the_class_it_was_at(gpu, monkeypatch, fate, status, words):
     monkeypatch.setattr(self_check, "PATIENCE", 60.0 if "sleep" not in fate else 3.0)
     monkeypatch.setattr(

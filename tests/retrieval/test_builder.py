@@ -122,9 +122,13 @@ def test_the_database_is_the_input(corpus: Path, tmp_path: Path):
     assert chunk == len(database)
     report = database.manifest["build"]
     assert report["skipped"] == {
-        "binary": 1, "duplicate": report["skipped"]["duplicate"], "empty": report["skipped"]["empty"],
-        "not JSON": 1, "not utf-8": 1, "unknown ending": 1,
-    }  # fmt: skip
+        "binary": 1,
+        "duplicate": report["skipped"]["duplicate"],
+        "empty": report["skipped"]["empty"],
+        "not JSON": 1,
+        "not utf-8": 1,
+        "unknown ending": 1,
+    }
     lines = [json.loads(line) for line in (tmp_path / "db" / "skipped.jsonl").read_text().splitlines()]
     assert len(lines) == sum(report["skipped"].values())
     assert {"path": "records.jsonl", "record": 40, "reason": "not JSON"} in lines

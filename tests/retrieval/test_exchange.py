@@ -34,9 +34,14 @@ def retro_pytorch(tmp_path: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "tokenize", lambda text: torch.tensor([json.loads(text)]))
         stats = retrieval.text_folder_to_chunks_(
-            folder=folder, chunks_memmap_path=folder / "train.chunks.dat", seqs_memmap_path=folder / "train.seq.dat",
-            doc_ids_memmap_path=folder / "train.doc_ids.dat", chunk_size=CHUNK, seq_len=2 * CHUNK, max_chunks=50,
-        )  # fmt: skip
+            folder=folder,
+            chunks_memmap_path=folder / "train.chunks.dat",
+            seqs_memmap_path=folder / "train.seq.dat",
+            doc_ids_memmap_path=folder / "train.doc_ids.dat",
+            chunk_size=CHUNK,
+            seq_len=2 * CHUNK,
+            max_chunks=50,
+        )
     (folder / "processed-stats.json").write_text(json.dumps(stats))
     random = np.random.default_rng(1)
     random.standard_normal((stats["chunks"], 5)).astype(np.float32).tofile(folder / "train.chunks.dat.embedded")
@@ -156,17 +161,25 @@ def test_to_parquet(tmp_path: Path):
     (tmp_path / "a.txt").write_text("abcdefghijk")
     (tmp_path / "b.jsonl").write_text('{"text": "xyz"}\n{"text": "long enough"}\n')
     database = build_database(
-        [tmp_path / "a.txt", tmp_path / "b.jsonl"], tmp_path / "db", tokenizer="bytes", embedder=Ones(),
-        chunk_size=CHUNK, index=None,
-    )  # fmt: skip
+        [tmp_path / "a.txt", tmp_path / "b.jsonl"],
+        tmp_path / "db",
+        tokenizer="bytes",
+        embedder=Ones(),
+        chunk_size=CHUNK,
+        index=None,
+    )
     out = tmp_path / "db.parquet"
     run = CliRunner().invoke(app, ["db", "export", str(database.folder), str(out), "--text", "--embeddings"])
     assert run.exit_code == 0, run.output
     rows = parquet.read_table(out).to_pylist()
     assert [row["text"] for row in rows] == ["abcdefgh", "ijk", "xyz", "long eno", "ugh"]
     assert [(row["path"], row["record"], row["token_offset"], row["document"]) for row in rows] == [
-        ("a.txt", None, 0, 0), ("a.txt", None, 8, 0), ("b.jsonl", 0, 0, 1), ("b.jsonl", 1, 0, 2), ("b.jsonl", 1, 8, 2),
-    ]  # fmt: skip
+        ("a.txt", None, 0, 0),
+        ("a.txt", None, 8, 0),
+        ("b.jsonl", 0, 0, 1),
+        ("b.jsonl", 1, 0, 2),
+        ("b.jsonl", 1, 8, 2),
+    ]
     assert [bytes(row["tokens"]).decode() for row in rows] == [row["text"] for row in rows]
     assert [list(map(float, row["embedding"])) for row in rows] == [[len(row["text"]), 1.0] for row in rows]
     with pytest.raises(DatabaseError, match="never overwritten"):

@@ -49,8 +49,10 @@ def test_one_line_of_a_gigabyte_is_left_out_in_little_memory(tmp_path: Path):
     database = build_database(path, folder, shard_bytes=100 << 20, **given)
     assert len(database.manifest["shards"]) > 5
     assert [(database.source(chunk).record, database.source(chunk).offset) for chunk in range(len(database))] == [
-        (0, 0), (0, 8), (2, 0),
-    ]  # fmt: skip
+        (0, 0),
+        (0, 8),
+        (2, 0),
+    ]
     assert database.manifest["build"]["skipped"] == {"longer than 1,048,576 bytes": 1}
 
 

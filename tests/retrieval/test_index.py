@@ -36,9 +36,15 @@ def database_with(folder: Path, keys: np.ndarray, shards: int = 3, dtype: str = 
         writer.commit()
     embedder = {"name": "random", "kind": "test", "sha256": "0"}
     return finish_database(
-        folder, shards, chunk_size=CHUNK, tokenizer=embedder, embedder=embedder, dim=keys.shape[1],
-        embedding_dtype=dtype, **options,
-    )  # fmt: skip
+        folder,
+        shards,
+        chunk_size=CHUNK,
+        tokenizer=embedder,
+        embedder=embedder,
+        dim=keys.shape[1],
+        embedding_dtype=dtype,
+        **options,
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")

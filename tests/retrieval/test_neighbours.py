@@ -81,9 +81,13 @@ def test_a_folder_holds_the_neighbours_of_a_loop(database: Database, corpus: Pat
     assert same > 20
     facts = made.facts
     assert {name: facts[name] for name in ("format", "version", "tokenizer", "chunk_size", "bytes", "chunks")} == {
-        "format": "retro-kernels training data", "version": 1, "tokenizer": "bytes", "chunk_size": CHUNK,
-        "bytes": len(data), "chunks": chunks,
-    }  # fmt: skip
+        "format": "retro-kernels training data",
+        "version": 1,
+        "tokenizer": "bytes",
+        "chunk_size": CHUNK,
+        "bytes": len(data),
+        "chunks": chunks,
+    }
     assert (tmp_path / "out" / facts["database"]).resolve() == database.folder.resolve()
     assert facts["missing"] == int((made.ids < 0).sum())
     assert [at.stage for at in seen][-1] == "search"
@@ -200,8 +204,19 @@ def letters_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_commands(database: Database, corpus: Path, tmp_path: Path, letters_by_name):
     run = CliRunner()
-    done = run.invoke(app, ["db", "neighbours", str(database.folder), str(corpus), "--out", str(tmp_path / "out"),
-                            "--num-neighbours", f"{K}"])  # fmt: skip
+    done = run.invoke(
+        app,
+        [
+            "db",
+            "neighbours",
+            str(database.folder),
+            str(corpus),
+            "--out",
+            str(tmp_path / "out"),
+            "--num-neighbours",
+            f"{K}",
+        ],
+    )
     assert done.exit_code == 0, done.output
     made = open_neighbours(tmp_path / "out")
     assert f"{len(made.tokens):,} tokens of" in done.output

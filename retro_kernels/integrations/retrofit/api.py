@@ -113,8 +113,10 @@ def retrofit(
         one_of("encoder", encoder, ENCODERS)
     kind = encoder if isinstance(encoder, str) else "module"
     for name, value, low in (
-        ("chunk_size", chunk_size, 1), ("num_neighbours", num_neighbours, 1), ("retrieved_length", retrieved_length, 1),
-    ):  # fmt: skip
+        ("chunk_size", chunk_size, 1),
+        ("num_neighbours", num_neighbours, 1),
+        ("retrieved_length", retrieved_length, 1),
+    ):
         validate.integer(name, value, low)
     try:
         import transformers  # noqa: F401
@@ -143,10 +145,15 @@ def retrofit(
     else:
         _check_init(kind, init)
         settings = {
-            "chunk_size": chunk_size, "num_neighbours": num_neighbours, "retrieved_length": retrieved_length,
-            "join": join, "encoder": kind, "init": init, "layers": None if layers is None else list(layers),
+            "chunk_size": chunk_size,
+            "num_neighbours": num_neighbours,
+            "retrieved_length": retrieved_length,
+            "join": join,
+            "encoder": kind,
+            "init": init,
+            "layers": None if layers is None else list(layers),
             "tokenizer": tokenizer,
-        }  # fmt: skip
+        }
     structure.refuse_by_config(decoder, settings["join"])
     found = structure.attentions_of(decoder)
     if settings["layers"] is None:
@@ -209,10 +216,18 @@ def _install(decoder: Any, found: dict[int, Found], settings: dict[str, Any], en
             for layer, one in found.items():
                 weight = next(one.module.parameters())
                 one.module.retro = RetrofitAttention(
-                    layer, num_heads=one.num_heads, num_kv_heads=one.num_kv_heads, head_dim=one.head_dim,
-                    value_head_dim=one.value_head_dim, join=join, eager=one.eager, rotary=one.rotary,
-                    encoder_dim=width, device=weight.device, dtype=dtype,
-                ).train(one.module.training)  # fmt: skip
+                    layer,
+                    num_heads=one.num_heads,
+                    num_kv_heads=one.num_kv_heads,
+                    head_dim=one.head_dim,
+                    value_head_dim=one.value_head_dim,
+                    join=join,
+                    eager=one.eager,
+                    rotary=one.rotary,
+                    encoder_dim=width,
+                    device=weight.device,
+                    dtype=dtype,
+                ).train(one.module.training)
             decoder.retro = retro
             decoder.forward = RetroForward(decoder)
             _prove(decoder, retro, ids, base)

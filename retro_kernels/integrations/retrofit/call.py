@@ -45,9 +45,15 @@ class Plan:
         if cap is not None:
             return softcapped(query, key, value, mask, self.rows, self.row, scale, cap)
         return chunked_cross_attention(
-            query, key, value, chunk_size=self.rows, neighbour_mask=mask, scale=scale, return_lse=True,
+            query,
+            key,
+            value,
+            chunk_size=self.rows,
+            neighbour_mask=mask,
+            scale=scale,
+            return_lse=True,
             query_offset=self.rows - 1 + self.row,
-        )  # fmt: skip
+        )
 
     rows: int
     row: int

@@ -21,9 +21,12 @@ class FreshEncoder(nn.Module):
         width = table.embedding_dim
         self._table = (table,)  # the decoder's, in a tuple, because it is no part of this one
         self.inner = NeighbourEncoder(
-            width, num_heads=heads if width % heads == 0 else 1, chunk_size=chunk_size,
-            retrieved_length=retrieved_length, cross_attention_layers=(),
-        )  # fmt: skip
+            width,
+            num_heads=heads if width % heads == 0 else 1,
+            chunk_size=chunk_size,
+            retrieved_length=retrieved_length,
+            cross_attention_layers=(),
+        )
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """tokens int64 [s, r], mask bool [s, r] -> states [s, r, e]."""

@@ -169,9 +169,11 @@ class Retrofit(nn.Module):
         reader = Reader(learns)
         with torch.set_grad_enabled(learns):
             self.model.base_model(
-                input_ids=flat, attention_mask=None if there is None else there.long(), use_cache=False,
+                input_ids=flat,
+                attention_mask=None if there is None else there.long(),
+                use_cache=False,
                 **{CALL: reader},
-            )  # fmt: skip
+            )
         return {
             layer: (key.unflatten(0, leading), value.unflatten(0, leading))
             for layer, (key, value) in reader.found.items()

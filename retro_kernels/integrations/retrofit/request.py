@@ -83,9 +83,19 @@ def begin(
     checks.cache(cache)
     past = 0 if cache is None else int(cache.get_seq_length())
     request = Request(
-        retro, ids, b, n, past, x.device, given.get("position_ids"), given.get("attention_mask"), neighbours, mask,
-        retriever, active,
-    )  # fmt: skip
+        retro,
+        ids,
+        b,
+        n,
+        past,
+        x.device,
+        given.get("position_ids"),
+        given.get("attention_mask"),
+        neighbours,
+        mask,
+        retriever,
+        active,
+    )
     if past == 0:
         return _first(request)
     memory: Memory | None = getattr(cache, "retro", None)
@@ -170,9 +180,14 @@ def _go_on(request: Request, memory: Memory) -> ModelCall | None:
 
 
 def _laid_out(
-    memory: Memory, wanted: list[tuple[int, int]], encoded: KeysAndValues, seen: torch.Tensor | None, low: list[int],
-    high: list[int], count: int,
-) -> tuple[KeysAndValues, torch.Tensor]:  # fmt: skip
+    memory: Memory,
+    wanted: list[tuple[int, int]],
+    encoded: KeysAndValues,
+    seen: torch.Tensor | None,
+    low: list[int],
+    high: list[int],
+    count: int,
+) -> tuple[KeysAndValues, torch.Tensor]:
     """Keys and values [b, count, k, r, hk, d] and mask of the chunks from `low` on, new ones and the one remembered."""
     shape = (memory.batch, count)
     like = encoded or memory.held

@@ -33,9 +33,15 @@ from ..compiling import constant
 CONSTANTS = Path(__file__).with_name("constants.json")
 STRATEGIES = ("materialise", "absorb")
 KINDS = (
-    "project_forward", "project_backward", "core_forward", "core_backward",
-    "absorb_forward_weights", "absorb_forward_states", "absorb_backward_weights", "absorb_backward_states",
-)  # fmt: skip
+    "project_forward",
+    "project_backward",
+    "core_forward",
+    "core_backward",
+    "absorb_forward_weights",
+    "absorb_forward_states",
+    "absorb_backward_weights",
+    "absorb_backward_states",
+)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 TIE = 1.03  # predicted times closer than this are alike: the strategy that needs less memory is taken
 
@@ -43,10 +49,15 @@ TIE = 1.03  # predicted times closer than this are alike: the strategy that need
 # compute capability, and the share of that peak (and of the memory's) that each kind is assumed to reach.
 TENSOR_FLOPS = {8: 2048, 9: 4096, 10: 8192, 12: 2048}
 ASSUMED_SHARES = {
-    "project_forward": 0.7, "project_backward": 0.7, "core_forward": 0.4, "core_backward": 0.3,
-    "absorb_forward_weights": 0.5, "absorb_forward_states": 0.5,
-    "absorb_backward_weights": 0.35, "absorb_backward_states": 0.35,
-}  # fmt: skip
+    "project_forward": 0.7,
+    "project_backward": 0.7,
+    "core_forward": 0.4,
+    "core_backward": 0.3,
+    "absorb_forward_weights": 0.5,
+    "absorb_forward_states": 0.5,
+    "absorb_backward_weights": 0.35,
+    "absorb_backward_states": 0.35,
+}
 ASSUMED_BANDWIDTH = 0.8
 
 

@@ -61,10 +61,24 @@ def _core(call: common.Call) -> tuple[Any, ...]:
     )
     absent = None
     return (
-        call.query[:, None, None], key, value, call.mask, call.attention_bias, call.relative_key, call.content_bias,
-        call.relative_bias, absent, absent, absent, absent, call.null_key, call.null_value, call.chunk_spans, absent,
+        call.query[:, None, None],
+        key,
+        value,
+        call.mask,
+        call.attention_bias,
+        call.relative_key,
+        call.content_bias,
+        call.relative_bias,
+        absent,
+        absent,
+        absent,
+        absent,
+        call.null_key,
+        call.null_value,
+        call.chunk_spans,
+        absent,
         call.dropout_seed,
-    )  # fmt: skip
+    )
 
 
 def _settings(call: common.Call) -> tuple[Any, ...]:
@@ -76,16 +90,27 @@ def _settings(call: common.Call) -> tuple[Any, ...]:
 def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = common.allocate_forward(call.query, call.w_value, call.attention_bias)
     torch.ops.retro_kernels_cpu.absorbed_forward(
-        *_core(call), *_settings(call), call.encoded, call.w_key, call.w_value, call.bias_key, call.bias_value,
-        out[:, None, None], lse[..., None, None, :, :],
-    )  # fmt: skip
+        *_core(call),
+        *_settings(call),
+        call.encoded,
+        call.w_key,
+        call.w_value,
+        call.bias_key,
+        call.bias_value,
+        out[:, None, None],
+        lse[..., None, None, :, :],
+    )
     return out, lse
 
 
 def gradients(
-    call: common.Call, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    call: common.Call,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     wanted: Collection[str],
-) -> dict[str, torch.Tensor]:  # fmt: skip
+) -> dict[str, torch.Tensor]:
     made = dict.fromkeys(wanted)
     if "bias_key" in wanted and call.null_key is not None:  # found in null_key's
         made |= dict.fromkeys(("null_key", "null_value"))
@@ -108,15 +133,26 @@ def gradients(
         partial["relative_key"] = allocate(1, *found["relative_key"].shape[:2], padded(d))
     many = slots > key_block or call.relative_key is not None
     torch.ops.retro_kernels_cpu.absorbed_backward(
-        grad_out[:, None, None], None if grad_lse is None else grad_lse[:, None, None], *_core(call),
-        out.contiguous()[:, None, None], lse.contiguous()[..., None, None, :, :],
-        *_settings(call), call.encoded, call.w_key, call.w_value, call.bias_key, call.bias_value,
-        found["query"][:, None, None], *map(found.get, ("encoded", "w_key", "w_value", "bias_value")),
-        *map(found.get, PARAMETERS), *map(partial.get, PARAMETERS),
+        grad_out[:, None, None],
+        None if grad_lse is None else grad_lse[:, None, None],
+        *_core(call),
+        out.contiguous()[:, None, None],
+        lse.contiguous()[..., None, None, :, :],
+        *_settings(call),
+        call.encoded,
+        call.w_key,
+        call.w_value,
+        call.bias_key,
+        call.bias_value,
+        found["query"][:, None, None],
+        *map(found.get, ("encoded", "w_key", "w_value", "bias_value")),
+        *map(found.get, PARAMETERS),
+        *map(partial.get, PARAMETERS),
         allocate(min(heads, 8), width, columns + 16) if "encoded" in found else None,
         *(allocate(heads, width, padded(w.shape[1])) if "w_key" in found else None for w in (call.w_key, call.w_value)),
-        allocate(call.query.shape[2], call.stride, padded(d)) if many else None, blocks,
-    )  # fmt: skip
+        allocate(call.query.shape[2], call.stride, padded(d)) if many else None,
+        blocks,
+    )
     if "bias_key" in found:
         # It moves all logits of a row but the null slot's, and the gradients of a row's logits add up to zero.
         if call.null_key is None:

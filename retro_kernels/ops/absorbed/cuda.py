@@ -26,9 +26,11 @@ MOST_STATES = 256  # kMostStates in csrc/cuda/sm90/kernels.h
 def refusal(call: common.Call) -> str | None:
     """Why this call cannot run here, or None."""
     return (
-        cuda_extension.device_refusal(call.query) or _refused_device(call) or _refused_option(call)
+        cuda_extension.device_refusal(call.query)
+        or _refused_device(call)
+        or _refused_option(call)
         or _refused_shape(call)
-    )  # fmt: skip
+    )
 
 
 def _refused_device(call: common.Call) -> str | None:
@@ -47,10 +49,14 @@ def _refused_device(call: common.Call) -> str | None:
 
 def _refused_option(call: common.Call) -> str | None:
     given = {
-        "attention_bias": call.attention_bias, "relative_key": call.relative_key, "null_key": call.null_key,
-        "bias_key": call.bias_key, "bias_value": call.bias_value, "sequence_starts": call.chunk_spans,
+        "attention_bias": call.attention_bias,
+        "relative_key": call.relative_key,
+        "null_key": call.null_key,
+        "bias_key": call.bias_key,
+        "bias_value": call.bias_value,
+        "sequence_starts": call.chunk_spans,
         "dropout_p": call.dropout_seed,
-    }  # fmt: skip
+    }
     for name, value in given.items():
         if value is not None:
             return f'the absorbed CUDA kernel has no {name}: use backend="triton"'
@@ -102,9 +108,19 @@ def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
         call.query.new_empty(w.shape[1]).expand(*encoded.shape[:4], *w.shape[:2]) for w in (call.w_key, call.w_value)
     )
     cuda_extension.ops(call.query).absorbed_forward(
-        call.query[:, None, None], key, value, call.mask, call.scale, call.stride, call.first_token, encoded,
-        call.w_key, call.w_value, out[:, None, None], lse[:, None, None],
-    )  # fmt: skip
+        call.query[:, None, None],
+        key,
+        value,
+        call.mask,
+        call.scale,
+        call.stride,
+        call.first_token,
+        encoded,
+        call.w_key,
+        call.w_value,
+        out[:, None, None],
+        lse[:, None, None],
+    )
     return out, lse
 
 

@@ -31,14 +31,27 @@ def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         return F.linear(encoded, weight.to(compute).flatten(0, 1), flat).unflatten(-1, weight.shape[:2])
 
     core = attention_common.Call(
-        operation=call.operation, grouping=attention_common.CLOCK, query=call.query.view(b, 1, 1, n, h, d),
-        key=project(call.w_key, call.bias_key), value=project(call.w_value, call.bias_value), mask=call.mask,
-        attention_bias=call.attention_bias, relative_key=call.relative_key, content_bias=call.content_bias,
-        relative_bias=call.relative_bias, null_key=call.null_key, null_value=call.null_value,
-        chunk_spans=call.chunk_spans, dropout_seed=call.dropout_seed, scale=call.scale, dropout_p=call.dropout_p,
-        rows=call.rows, stride=call.stride, first_token=call.first_token,
+        operation=call.operation,
+        grouping=attention_common.CLOCK,
+        query=call.query.view(b, 1, 1, n, h, d),
+        key=project(call.w_key, call.bias_key),
+        value=project(call.w_value, call.bias_value),
+        mask=call.mask,
+        attention_bias=call.attention_bias,
+        relative_key=call.relative_key,
+        content_bias=call.content_bias,
+        relative_bias=call.relative_bias,
+        null_key=call.null_key,
+        null_value=call.null_value,
+        chunk_spans=call.chunk_spans,
+        dropout_seed=call.dropout_seed,
+        scale=call.scale,
+        dropout_p=call.dropout_p,
+        rows=call.rows,
+        stride=call.stride,
+        first_token=call.first_token,
         return_lse=call.return_lse,
-    )  # fmt: skip
+    )
     out, lse = attention_reference.attend(core)
     return out[:, 0, 0], lse[:, 0, 0]
 

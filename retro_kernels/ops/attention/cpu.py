@@ -69,29 +69,84 @@ def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
     packed = None if call.relative_key is None else _packed_table(call.relative_key, call.query.dtype)
     torch.ops.retro_kernels_cpu.attention_forward(
-        call.query, call.key, call.value, call.mask, call.attention_bias, call.relative_key, call.content_bias,
-        call.relative_bias, call.query_cos, call.query_sin, call.key_cos, call.key_sin, call.null_key, call.null_value,
-        call.chunk_spans, call.first_visible, call.dropout_seed, call.grouping, call.causal, call.rotary_interleaved,
-        call.scale, call.dropout_p, call.stride, call.first_token, packed, out, lse,
-    )  # fmt: skip
+        call.query,
+        call.key,
+        call.value,
+        call.mask,
+        call.attention_bias,
+        call.relative_key,
+        call.content_bias,
+        call.relative_bias,
+        call.query_cos,
+        call.query_sin,
+        call.key_cos,
+        call.key_sin,
+        call.null_key,
+        call.null_value,
+        call.chunk_spans,
+        call.first_visible,
+        call.dropout_seed,
+        call.grouping,
+        call.causal,
+        call.rotary_interleaved,
+        call.scale,
+        call.dropout_p,
+        call.stride,
+        call.first_token,
+        packed,
+        out,
+        lse,
+    )
     return out, lse
 
 
 def gradients(
-    call: common.Call, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    call: common.Call,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     wanted: Collection[str],
-) -> dict[str, torch.Tensor]:  # fmt: skip
+) -> dict[str, torch.Tensor]:
     found = allocate_gradients(call, wanted)
     packed = None if call.relative_key is None else _packed_table(call.relative_key, grad_out.dtype)
     partial = _partial_sums(call, found) if len(found) > 3 else {}
     torch.ops.retro_kernels_cpu.attention_backward(
-        grad_out, grad_lse, call.query, call.key, call.value, call.mask, call.attention_bias, call.relative_key,
-        call.content_bias, call.relative_bias, call.query_cos, call.query_sin, call.key_cos, call.key_sin,
-        call.null_key, call.null_value, call.chunk_spans, call.first_visible, call.dropout_seed, out.contiguous(),
-        lse.contiguous(), call.grouping, call.causal, call.rotary_interleaved, call.scale, call.dropout_p, call.stride,
-        call.first_token, packed, found["query"], found["key"], found["value"], *map(found.get, PARAMETERS),
+        grad_out,
+        grad_lse,
+        call.query,
+        call.key,
+        call.value,
+        call.mask,
+        call.attention_bias,
+        call.relative_key,
+        call.content_bias,
+        call.relative_bias,
+        call.query_cos,
+        call.query_sin,
+        call.key_cos,
+        call.key_sin,
+        call.null_key,
+        call.null_value,
+        call.chunk_spans,
+        call.first_visible,
+        call.dropout_seed,
+        out.contiguous(),
+        lse.contiguous(),
+        call.grouping,
+        call.causal,
+        call.rotary_interleaved,
+        call.scale,
+        call.dropout_p,
+        call.stride,
+        call.first_token,
+        packed,
+        found["query"],
+        found["key"],
+        found["value"],
+        *map(found.get, PARAMETERS),
         *map(partial.get, PARAMETERS),
-    )  # fmt: skip
+    )
     return found
 
 

@@ -41,9 +41,13 @@ def refusal(call: common.Call) -> str | None:
 
 def _refused_option(call: common.Call) -> str | None:
     given = {
-        "attention_bias": call.attention_bias, "relative_key": call.relative_key, "query_rotary": call.query_cos,
-        "null_key": call.null_key, "dropout_p": call.dropout_seed, "causal": call.causal or None,
-    }  # fmt: skip
+        "attention_bias": call.attention_bias,
+        "relative_key": call.relative_key,
+        "query_rotary": call.query_cos,
+        "null_key": call.null_key,
+        "dropout_p": call.dropout_seed,
+        "causal": call.causal or None,
+    }
     for name, value in given.items():
         if value is not None:
             return f'the CUDA kernels have no {name}: use backend="triton"'
@@ -79,16 +83,29 @@ def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
         out.zero_()
         lse.fill_(float("-inf"))
     cuda_extension.ops(call.query).attention_forward(
-        call.query, call.key, call.value, call.mask, call.chunk_spans, call.grouping, call.scale, call.stride,
-        call.first_token, out, lse,
-    )  # fmt: skip
+        call.query,
+        call.key,
+        call.value,
+        call.mask,
+        call.chunk_spans,
+        call.grouping,
+        call.scale,
+        call.stride,
+        call.first_token,
+        out,
+        lse,
+    )
     return out, lse
 
 
 def gradients(
-    call: common.Call, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    call: common.Call,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     wanted: Collection[str],
-) -> dict[str, torch.Tensor]:  # fmt: skip
+) -> dict[str, torch.Tensor]:
     refuse_lse_gradient(grad_lse, "CUDA")
     found = allocate_gradients(call, wanted)
     if call.chunk_spans is not None:
@@ -96,9 +113,22 @@ def gradients(
     if not cuda_extension.rows_aligned(grad_out) or grad_out.data_ptr() % 16:  # (an expanded sum's, say) a copy
         grad_out = grad_out.clone(memory_format=torch.contiguous_format)
     cuda_extension.ops(call.query).attention_backward(
-        grad_out, call.query, call.key, call.value, call.mask, call.chunk_spans, out.contiguous(), lse.contiguous(),
-        call.grouping, call.scale, call.stride, call.first_token, found["query"], found["key"], found["value"],
-    )  # fmt: skip
+        grad_out,
+        call.query,
+        call.key,
+        call.value,
+        call.mask,
+        call.chunk_spans,
+        out.contiguous(),
+        lse.contiguous(),
+        call.grouping,
+        call.scale,
+        call.stride,
+        call.first_token,
+        found["query"],
+        found["key"],
+        found["value"],
+    )
     return found
 
 

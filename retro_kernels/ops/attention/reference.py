@@ -79,9 +79,15 @@ def _by_clock(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     key, value = key.flatten(0, 1), value.flatten(0, 1)
     mask = None if call.mask is None else call.mask[:, first:last].flatten(0, 1)
     out, lse = attend_folded(
-        call, rows.flatten(0, 1)[:, None], key, value, mask, batch.flatten(0, 1)[:, None],
-        token.flatten(0, 1)[:, None], inside.flatten(0, 1)[:, None],
-    )  # fmt: skip
+        call,
+        rows.flatten(0, 1)[:, None],
+        key,
+        value,
+        mask,
+        batch.flatten(0, 1)[:, None],
+        token.flatten(0, 1)[:, None],
+        inside.flatten(0, 1)[:, None],
+    )
 
     # Tokens in no chunk output exactly 0, with nothing to sum. Rows outside go to a row of their own, which is cut off.
     target = torch.where(inside, batch * n + token, b * n).flatten()

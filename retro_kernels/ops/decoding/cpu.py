@@ -66,10 +66,27 @@ def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (splits, *lse.shape, value.shape[-1] + 2)
         partial = memory.allocate(shape, torch.float32, query.device)
     kernels.decode(
-        query, key, value, call.mask, call.logit_bias, call.null_logit, call.null_value, call.key_cos, call.key_sin,
-        call.key_scale, call.value_scale, call.position, call.valid, call.chunk, call.rotary_interleaved, call.scale,
-        call.chunk_size, out, lse, partial,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        call.mask,
+        call.logit_bias,
+        call.null_logit,
+        call.null_value,
+        call.key_cos,
+        call.key_sin,
+        call.key_scale,
+        call.value_scale,
+        call.position,
+        call.valid,
+        call.chunk,
+        call.rotary_interleaved,
+        call.scale,
+        call.chunk_size,
+        out,
+        lse,
+        partial,
+    )
     return out, lse
 
 
@@ -93,9 +110,11 @@ def _project(x, weight, transposed):
 
 _project_few = define(
     "decode_project_cpu(Tensor x, Tensor weight, bool transposed) -> Tensor",
-    implementation=_project, fake=_allocate_projected, devices=("cpu",),
+    implementation=_project,
+    fake=_allocate_projected,
+    devices=("cpu",),
     returns=("x",),
-)  # fmt: skip
+)
 
 
 def project_few(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:

@@ -84,10 +84,26 @@ def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
     sums = memory.allocate((splits, b, t, h, d_value), torch.float32, query.device)
     statistics = memory.allocate((2, splits, b, t, h), torch.float32, query.device)
     cuda_extension.ops(query).decode_attend(
-        query, key, value, call.mask, call.logit_bias, call.null_logit, call.null_value, call.key_scale,
-        call.value_scale, call.position, call.valid, call.chunk, call.scale, call.chunk_size, slots, sums, statistics,
-        out, lse,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        call.mask,
+        call.logit_bias,
+        call.null_logit,
+        call.null_value,
+        call.key_scale,
+        call.value_scale,
+        call.position,
+        call.valid,
+        call.chunk,
+        call.scale,
+        call.chunk_size,
+        slots,
+        sums,
+        statistics,
+        out,
+        lse,
+    )
     return out, lse
 
 
@@ -106,8 +122,11 @@ def _project(x, weight, transposed):
 
 _project_few = define(
     "decode_project_cuda(Tensor x, Tensor weight, bool transposed) -> Tensor",
-    implementation=_project, fake=_allocate_projected, devices=("cpu", "cuda"), returns=("x",),
-)  # fmt: skip
+    implementation=_project,
+    fake=_allocate_projected,
+    devices=("cpu", "cuda"),
+    returns=("x",),
+)
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:

@@ -54,16 +54,34 @@ def attend(call: common.DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         chunk = attention.rotate(chunk.to(compute), tables, call.rotary_interleaved)
         query_cos = query_sin = None
     rows = Call(
-        operation=call.operation, grouping=CLOCK, query=chunk, key=key, value=value, mask=mask,
-        attention_bias=call.attention_bias, relative_key=call.relative_key, content_bias=call.content_bias,
-        relative_bias=call.relative_bias, query_cos=query_cos, query_sin=query_sin, key_cos=call.key_cos,
-        key_sin=call.key_sin, rotary_interleaved=call.rotary_interleaved, null_key=call.null_key,
-        null_value=call.null_value, scale=call.scale, rows=m, stride=m, return_lse=True,
-    )  # fmt: skip
+        operation=call.operation,
+        grouping=CLOCK,
+        query=chunk,
+        key=key,
+        value=value,
+        mask=mask,
+        attention_bias=call.attention_bias,
+        relative_key=call.relative_key,
+        content_bias=call.content_bias,
+        relative_bias=call.relative_bias,
+        query_cos=query_cos,
+        query_sin=query_sin,
+        key_cos=call.key_cos,
+        key_sin=call.key_sin,
+        rotary_interleaved=call.rotary_interleaved,
+        null_key=call.null_key,
+        null_value=call.null_value,
+        scale=call.scale,
+        rows=m,
+        stride=m,
+        return_lse=True,
+    )
     nowhere = torch.zeros(b, 1, m, dtype=torch.int64, device=row.device)
     out, lse = attention.attend_folded(rows, chunk, key, value, mask, nowhere, nowhere, taken)
-    out, lse = (torch.cat([x[:, 0], x.new_full((b, 1, *x.shape[3:]), idle)], dim=1).flatten(0, 1)[place]
-                for x, idle in ((out, 0.0), (lse, float("-inf"))))  # fmt: skip
+    out, lse = (
+        torch.cat([x[:, 0], x.new_full((b, 1, *x.shape[3:]), idle)], dim=1).flatten(0, 1)[place]
+        for x, idle in ((out, 0.0), (lse, float("-inf")))
+    )
     out, lse = out.view(b, t, h, value.shape[-1]).to(call.query.dtype), lse.view(b, t, h)
     beyond = (state == common.BEYOND)[..., None]
     return out.masked_fill(beyond[..., None], float("nan")), lse.masked_fill(beyond, float("nan"))

@@ -114,8 +114,9 @@ def plot(evaluation: Evaluation, path: Path) -> None:
         axes.plot([p.recall for p in chosen], [p.queries_per_second for p in chosen], marker="o", label=label)
         for point in chosen:
             text = ", ".join(f"{name} {value}" for name, value in point.settings.items() if name != "rerank")
-            axes.annotate(text, (point.recall, point.queries_per_second), xytext=(4, 5), textcoords="offset points",
-                          fontsize=7)  # fmt: skip
+            axes.annotate(
+                text, (point.recall, point.queries_per_second), xytext=(4, 5), textcoords="offset points", fontsize=7
+            )
     axes.plot([1.0], [evaluation.exact_queries_per_second], marker="*", markersize=12, linestyle="none", label="exact")
     axes.set(xlabel=f"recall@{evaluation.k}", ylabel="queries a second", yscale="log", title=evaluation.description)
     axes.title.set_fontsize(9)

@@ -246,9 +246,13 @@ def build_index(
     choice = choose(spec, len(database), database.dim)
     folder = database.index_folder if folder is None else folder
     entry = {
-        "asked": spec, "spec": choice.spec, "why": choice.why, "settings": choice.settings, "metric": "l2",
+        "asked": spec,
+        "spec": choice.spec,
+        "why": choice.why,
+        "settings": choice.settings,
+        "metric": "l2",
         "kind": EXACT if choice.spec == EXACT else "faiss",
-    }  # fmt: skip
+    }
     if choice.spec == EXACT:
         if progress is not None:
             progress(len(database), len(database))
@@ -420,9 +424,12 @@ class _Builder:
             rows = max(1, part_bytes // (lists.code_size + 8))
         self.starts = range(0, self.count, rows)
         self.plan = {
-            "spec": choice.spec, "sample": choice.sample, "part": rows, "faiss": self.faiss.__version__,
+            "spec": choice.spec,
+            "sample": choice.sample,
+            "part": rows,
+            "faiss": self.faiss.__version__,
             "embeddings": [shard["files"]["embeddings"]["sha256"] for shard in database.manifest["shards"]],
-        }  # fmt: skip
+        }
 
     def run(self) -> list[Path]:
         self.folder.mkdir(exist_ok=True)

@@ -67,19 +67,32 @@ def launch_of(identifier: str) -> tuple[int, Launch]:
         return empty(*shape, dtype=dtype) if everything else None
 
     call = common.Call(
-        query=empty(b, n, h, d), encoded=empty(b, n // m, k, r, e), w_key=empty(h, d, e), w_value=empty(h, d, e),
-        bias_key=maybe(h, d), bias_value=maybe(h, d), mask=empty(b, n // m, k, r, dtype=torch.bool),
-        attention_bias=maybe(h, m, r, dtype=torch.float32), relative_key=maybe(h, m + r - 1, d),
-        content_bias=maybe(h, d), relative_bias=maybe(h, d), null_key=maybe(h, d), null_value=maybe(h, d),
-        dropout_seed=maybe(1, dtype=torch.int64), scale=d**-0.5, dropout_p=0.1 if everything else 0.0, stride=m,
+        query=empty(b, n, h, d),
+        encoded=empty(b, n // m, k, r, e),
+        w_key=empty(h, d, e),
+        w_value=empty(h, d, e),
+        bias_key=maybe(h, d),
+        bias_value=maybe(h, d),
+        mask=empty(b, n // m, k, r, dtype=torch.bool),
+        attention_bias=maybe(h, m, r, dtype=torch.float32),
+        relative_key=maybe(h, m + r - 1, d),
+        content_bias=maybe(h, d),
+        relative_bias=maybe(h, d),
+        null_key=maybe(h, d),
+        null_value=maybe(h, d),
+        dropout_seed=maybe(1, dtype=torch.int64),
+        scale=d**-0.5,
+        dropout_p=0.1 if everything else 0.0,
+        stride=m,
         first_token=m - 1,
-    )  # fmt: skip
+    )
     out, lse = common.allocate_forward(call.query, call.w_value, call.attention_bias)
     settings = configs.overrides.get(kind) or configs.rule(kind, sm, dtype, m, k * r, e, everything)
     copies = {
         name: empty(4, *getattr(call, name).shape, dtype=torch.float32)
-        for name in backend.SUMMED if getattr(call, name) is not None
-    }  # fmt: skip
+        for name in backend.SUMMED
+        if getattr(call, name) is not None
+    }
     with configs.override(**{kind: settings}):
         if kind == "forward":
             return sm, backend.plan_forward(out, lse, call)

@@ -28,7 +28,7 @@ CASES = [
     cases.Case("several_calls_relative", b=1, n=21, k=5, r=270, h=2, options=("mask", "relative", "relative_biases")),
     cases.Case("many_slots", n=40, k=9, r=70, h=4, hk=2, options=("mask", "null", "bias")),
     cases.Case("many_slots_relative", n=40, k=9, r=70, options=("mask", "relative", "relative_biases"), dropout_p=0.2),
-]  # fmt: skip
+]
 WIDTHS = (20, 48, 130, 257)
 
 
@@ -156,8 +156,14 @@ def test_nothing_of_the_size_of_keys_is_allocated():
     out, _ = projected_chunked_cross_attention(**arguments, strategy="absorb", backend="cpu", return_lse=True)
     inputs, grad_out = list(cases.differentiable(arguments).values()), torch.randn_like(out)
     with torch.no_grad():
-        assert peak(lambda: projected_chunked_cross_attention(
-            **arguments, strategy="absorb", backend="cpu", return_lse=True)) <= 4096  # fmt: skip
+        assert (
+            peak(
+                lambda: projected_chunked_cross_attention(
+                    **arguments, strategy="absorb", backend="cpu", return_lse=True
+                )
+            )
+            <= 4096
+        )
     sums = 4 * (2 * 8 * 256 * 64 + 8 * 256 * (256 + 16))
     zeros = 4 * 8 * 520  # the gradient of lse, which autograd makes
     assert peak(lambda: torch.autograd.grad(out, inputs, grad_out)) <= sums + zeros + 4096

@@ -17,9 +17,11 @@ def draw(dtype, *shape, scale=1.0):
 
 def make(dtype, b, n, h, hk, d, l, k, r, e, masked=False):
     x = {
-        "query": draw(dtype, b, n, h, d), "encoded": draw(dtype, b, l, k, r, e),
-        "w_key": draw(dtype, hk, d, e, scale=e**-0.5), "w_value": draw(dtype, hk, d, e + 8, scale=e**-0.5)[..., 8:],
-    }  # fmt: skip
+        "query": draw(dtype, b, n, h, d),
+        "encoded": draw(dtype, b, l, k, r, e),
+        "w_key": draw(dtype, hk, d, e, scale=e**-0.5),
+        "w_value": draw(dtype, hk, d, e + 8, scale=e**-0.5)[..., 8:],
+    }
     if masked:
         mask = torch.rand(b, l, k, r, generator=torch.Generator().manual_seed(1)) < 0.6
         mask[0, 0] = False

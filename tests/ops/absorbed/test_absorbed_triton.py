@@ -29,8 +29,20 @@ from test_triton import INF, NAN, SCALE, M, chunk_by_chunk
 runs = pytest.mark.skipif(backend.unavailable() is not None, reason=str(backend.unavailable()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ABSORB = {"strategy": "absorb", "backend": "triton"}
-ALL = cases.Case("all", b=1, n=14, m=5, k=2, r=9, h=4, hk=2, d=12, d_value=20, stride=3,
-                 options=("relative", "relative_biases", "mask", "empty_chunk", "null", "bias"))  # fmt: skip
+ALL = cases.Case(
+    "all",
+    b=1,
+    n=14,
+    m=5,
+    k=2,
+    r=9,
+    h=4,
+    hk=2,
+    d=12,
+    d_value=20,
+    stride=3,
+    options=("relative", "relative_biases", "mask", "empty_chunk", "null", "bias"),
+)
 
 CASES = [*(case for case in OPTIONS if case.name not in ("relative_all", "stride")), ALL]  # both are in ALL, smaller
 
@@ -73,12 +85,14 @@ def test_fp32_is_tight(case):
 TILES = {
     "two heads a program": (ALL, LaunchSettings(16, 32, 16, 4, 1, heads=2, block_run=16)),
     "neighbours of two tiles": (
-        cases.Case("", b=1, n=9, m=5, r=19, h=1, options=("relative", "mask")), LaunchSettings(16, 16, 16, 4, 1)
+        cases.Case("", b=1, n=9, m=5, r=19, h=1, options=("relative", "mask")),
+        LaunchSettings(16, 16, 16, 4, 1),
     ),
     "two row tiles": (
-        cases.Case("", b=1, n=38, m=19, h=1, r=5, options=("relative", "null")), LaunchSettings(16, 16, 16, 4, 1)
+        cases.Case("", b=1, n=38, m=19, h=1, r=5, options=("relative", "null")),
+        LaunchSettings(16, 16, 16, 4, 1),
     ),
-}  # fmt: skip
+}
 
 
 @runs
@@ -140,8 +154,12 @@ def test_what_is_not_finite_reaches_all_that_depends_on_it_and_nothing_else(name
     """As in PyTorch; masked tokens hold NaN, and their gradient is exactly 0 beside a query that is NaN."""
     torch.manual_seed(1)
     b, n, l, k, r, h, d, e = 1, 10, 2, 2, 3, 2, 4, 6
-    x = {"query": torch.randn(b, n, h, d), "encoded": torch.randn(b, l, k, r, e),
-         "w_key": torch.randn(h, d, e), "w_value": torch.randn(h, d, e)}  # fmt: skip
+    x = {
+        "query": torch.randn(b, n, h, d),
+        "encoded": torch.randn(b, l, k, r, e),
+        "w_key": torch.randn(h, d, e),
+        "w_value": torch.randn(h, d, e),
+    }
     if "without" not in name:
         x["attention_bias"] = torch.randn(h, M, r)
     if "null" in name:
@@ -166,8 +184,14 @@ def test_what_is_not_finite_reaches_all_that_depends_on_it_and_nothing_else(name
         )
         given = dict(zip(x, torch.autograd.grad(out, list(x.values()), grad_out.to(DEVICE))), out=out, lse=lse)
     for what, tensor in expected.items():
-        torch.testing.assert_close(given[what].cpu().float(), tensor.float(), rtol=2e-5, atol=2e-5, equal_nan=True,
-                                   msg=lambda text, what=what: f"{what}: {text}")  # fmt: skip
+        torch.testing.assert_close(
+            given[what].cpu().float(),
+            tensor.float(),
+            rtol=2e-5,
+            atol=2e-5,
+            equal_nan=True,
+            msg=lambda text, what=what: f"{what}: {text}",
+        )
 
 
 @runs

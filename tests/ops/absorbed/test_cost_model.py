@@ -41,14 +41,18 @@ def test_counts_by_hand():
     projection = 2 * chunks * slots * E * HK * (D + DV)
     core = 2 * queries * slots * H * (D + DV)
     assert flops("materialise", work) == {
-        "project_forward": projection, "core_forward": core, "core_backward": 2.5 * core,
+        "project_forward": projection,
+        "core_forward": core,
+        "core_backward": 2.5 * core,
         "project_backward": 2 * projection,
-    }  # fmt: skip
+    }
     weights, states = 2 * queries * H * E * (D + DV), 2 * 2 * queries * H * E * slots
     assert flops("absorb", work) == {
-        "absorb_forward_weights": weights, "absorb_forward_states": states, "absorb_backward_weights": 2.5 * weights,
+        "absorb_forward_weights": weights,
+        "absorb_forward_states": states,
+        "absorb_backward_weights": 2.5 * weights,
         "absorb_backward_states": 3 * states,
-    }  # fmt: skip
+    }
     key_values, lse = 4 * chunks * slots * HK * (D + DV), 4 * queries * H
     assert cost_model.saved_bytes("materialise", work) == key_values + lse
     assert cost_model.saved_bytes("absorb", work) == lse
@@ -59,9 +63,13 @@ def test_counts_by_hand():
 
 @pytest.mark.parametrize(
     ("h", "hk", "d", "e", "slots", "expected"),
-    [(12, 12, 128, 896, 256, 0.70), (16, 16, 64, 896, 256, 1.17), (32, 32, 128, 896, 5120, 0.48),
-     (32, 8, 128, 4096, 256, 2.82)],
-)  # fmt: skip
+    [
+        (12, 12, 128, 896, 256, 0.70),
+        (16, 16, 64, 896, 256, 1.17),
+        (32, 32, 128, 896, 5120, 0.48),
+        (32, 8, 128, 4096, 256, 2.82),
+    ],
+)
 def test_the_ratio_of_flops_at_the_shapes_of_the_design(h, hk, d, e, slots, expected):
     work = Work(2048, 32, slots, e, h, hk, d, d, 2)
     ratio = sum(flops("absorb", work).values()) / sum(flops("materialise", work).values())
@@ -233,11 +241,20 @@ def test_explain_of_tensors_meta_tensors_and_shapes_is_the_same():
 def test_explain_is_a_table():
     found = rk.explain(**SHAPES, chunk_size=M, dtype=torch.float32, device="cpu", neighbour_mask=(2, 2, K, R))
     assert [(row.strategy, row.recompute) for row in found.rows] == [
-        ("materialise", False), ("materialise", True), ("absorb", False)
-    ]  # fmt: skip
+        ("materialise", False),
+        ("materialise", True),
+        ("absorb", False),
+    ]
     text = str(found)
-    for part in ("b 2, n 21, m 8, l 2, k 2, r 16, e 24, 4 heads of 16 (2 key/value), fp32; forward and backward",
-                 "GFLOP", "MB saved", "predicted", f"chosen: {found.chosen}", found.why, found.source):  # fmt: skip
+    for part in (
+        "b 2, n 21, m 8, l 2, k 2, r 16, e 24, 4 heads of 16 (2 key/value), fp32; forward and backward",
+        "GFLOP",
+        "MB saved",
+        "predicted",
+        f"chosen: {found.chosen}",
+        found.why,
+        found.source,
+    ):
         assert part in text
     assert text.count("<- chosen") == 1
     (line,) = [line for line in text.splitlines() if "<- chosen" in line]

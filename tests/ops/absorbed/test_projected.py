@@ -26,14 +26,23 @@ OPTIONS = [
     cases.Case("end", align="end", options=("mask",)),
     cases.Case("offset_chunks", query_offset=37, chunk_offset=3, options=("mask",)),
     cases.Case("offset_skips_chunks", n=13, query_offset=37, chunk_offset=1),
-    cases.Case("relative_all", n=45, m=10, k=3, r=9, h=4, hk=2, stride=7,
-               options=("relative", "relative_biases", "mask", "null", "bias")),
+    cases.Case(
+        "relative_all",
+        n=45,
+        m=10,
+        k=3,
+        r=9,
+        h=4,
+        hk=2,
+        stride=7,
+        options=("relative", "relative_biases", "mask", "null", "bias"),
+    ),
     cases.Case("packed", n=45, documents=(17, 3, 8, 17), options=("mask",)),
     cases.Case("dropout", dropout_p=0.3, options=("mask", "null")),
     cases.Case("empty_batch", b=0),
     cases.Case("no_chunks", n=5, l=0),
     cases.Case("no_neighbours_null", k=0, options=("null",)),
-]  # fmt: skip
+]
 
 
 def arguments(case, dtype, biases=True):
@@ -189,11 +198,12 @@ BAD = {
     "bias_key of another shape": ({"bias_key": zeros(32)}, ValueError, ("bias_key", "[32]", "[2, 16]")),
     "unknown strategy": ({"strategy": "fuse"}, ValueError, ("strategy", "fuse", "materialise")),
     "absorbed rotary": (
-        {"strategy": "absorb", "query_rotary": (zeros(8, 4),) * 2, "key_rotary": (zeros(16, 4),) * 2}, ValueError,
-        ("absorb", "rotary", "materialise")
+        {"strategy": "absorb", "query_rotary": (zeros(8, 4),) * 2, "key_rotary": (zeros(16, 4),) * 2},
+        ValueError,
+        ("absorb", "rotary", "materialise"),
     ),
     "absorbed and recomputed": ({"strategy": "absorb", "recompute": True}, ValueError, ("recompute", "absorb")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

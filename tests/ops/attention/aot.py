@@ -41,8 +41,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Bytes a program. sm_80's own is 163 KB, but its settings serve the others.
 SHARED_LIMIT = {**dict.fromkeys((80, 86, 89, 120), 99 * 1024), 90: 227 * 1024, 100: 227 * 1024}
 SAME_PTX = {89: 86}  # Triton makes the same PTX for both, and ptxas another machine code
-TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
-                torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
+TRITON_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 # Groupings at the paper's sizes: chunked cross-attention, the same packed, encoder self-attention, encoder
 # cross-attention, a decoder's packed self-attention.
@@ -194,27 +201,46 @@ def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -
         return empty(*shape, dtype=dtype) if wanted else None
 
     call = common.Call(
-        query=empty(*query), key=empty(*key), value=empty(*key), mask=empty(*key[:4], dtype=torch.bool),
+        query=empty(*query),
+        key=empty(*key),
+        value=empty(*key),
+        mask=empty(*key[:4], dtype=torch.bool),
         attention_bias=where(options.bias and not causal, h, rows, slots, dtype=torch.float32),
         relative_key=where(options.relative, h, rows + slots - 1, d),
-        content_bias=where(options.relative, h, d), relative_bias=where(options.relative, h, d),
-        query_cos=query_table, query_sin=query_table, key_cos=key_table, key_sin=key_table,
-        null_key=where(options.null, h, d), null_value=where(options.null, h, d),
-        chunk_spans=spans, first_visible=first_visible,
+        content_bias=where(options.relative, h, d),
+        relative_bias=where(options.relative, h, d),
+        query_cos=query_table,
+        query_sin=query_table,
+        key_cos=key_table,
+        key_sin=key_table,
+        null_key=where(options.null, h, d),
+        null_value=where(options.null, h, d),
+        chunk_spans=spans,
+        first_visible=first_visible,
         dropout_seed=where(options.dropout, 1, dtype=torch.int64),
-        grouping=grouping, causal=causal, rotary_interleaved=False, scale=d**-0.5,
-        dropout_p=0.1 if options.dropout else 0.0, stride=stride,
+        grouping=grouping,
+        causal=causal,
+        rotary_interleaved=False,
+        scale=d**-0.5,
+        dropout_p=0.1 if options.dropout else 0.0,
+        stride=stride,
         first_token=m - 1 if grouping == common.CLOCK else 0,
-    )  # fmt: skip
+    )
     out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
     settings = settings or settings_of(identifier)
     name = "backward" if kind == "backward_rows" else kind
     parameters = ("backward_bias", "backward_relative", "backward_null")
     copies = tuple(
         None if x is None or kind not in parameters else empty(32, *x.shape, dtype=torch.float32)
-        for x in (call.attention_bias, call.relative_key, call.content_bias, call.relative_bias, call.null_key,
-                  call.null_value)
-    )  # fmt: skip
+        for x in (
+            call.attention_bias,
+            call.relative_key,
+            call.content_bias,
+            call.relative_bias,
+            call.null_key,
+            call.null_value,
+        )
+    )
     passes = backend.backward_kinds if kind in parameters else lambda _: (name,)
     with (
         configs.override(**{name: settings}),

@@ -158,9 +158,20 @@ SELF = (
     Case("causal_packed", "self", l=1, k=1, r=45, causal=True, documents=(17, 3, 1, 24)),
     Case("causal_packed_long", "self", b=1, l=1, k=1, r=180, h=1, causal=True, documents=(100, 80), options=("mask",)),
     Case("causal_packed_rotary", "self", l=1, k=1, r=45, causal=True, documents=(17, 28), options=("rotary", "mask")),
-    Case("causal_packed_relative", "self", l=1, k=1, r=45, h=4, hk=2, causal=True, documents=(17, 28), dropout_p=0.2,
-         options=("relative", "relative_biases")),
-)  # fmt: skip
+    Case(
+        "causal_packed_relative",
+        "self",
+        l=1,
+        k=1,
+        r=45,
+        h=4,
+        hk=2,
+        causal=True,
+        documents=(17, 28),
+        dropout_p=0.2,
+        options=("relative", "relative_biases"),
+    ),
+)
 
 CROSS = (
     Case("cross", "cross"),

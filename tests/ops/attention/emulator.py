@@ -19,9 +19,17 @@ import toolchain  # noqa: E402
 SOURCES = ROOT / "csrc" / "cuda"
 FOLDER = ROOT / "build" / "emulator"
 FLAGS = [
-    "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-DRK_EMULATED", "-DRK_HAVE_SM90",
-    f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET}", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas",
-]  # fmt: skip
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-DRK_EMULATED",
+    "-DRK_HAVE_SM90",
+    f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET}",
+    "-U_FORTIFY_SOURCE",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+]
 
 
 def compiler() -> list[str] | None:

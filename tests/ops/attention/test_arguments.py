@@ -44,7 +44,9 @@ BAD = {
     "heads that do not divide": ({"key": zeros(2, 2, 2, 16, 3, 16)}, ValueError, ("3", "divisor", "4")),
     "no key/value heads": ({"key": zeros(2, 2, 2, 16, 0, 16)}, ValueError, ("0", "divisor")),
     "too few chunks": (
-        {"key": zeros(2, 1, 2, 16, 2, 16), "value": zeros(2, 1, 2, 16, 2, 12)}, ValueError, ("l = 1", "at least 2")
+        {"key": zeros(2, 1, 2, 16, 2, 16), "value": zeros(2, 1, 2, 16, 2, 12)},
+        ValueError,
+        ("l = 1", "at least 2"),
     ),
     "value of other neighbours": ({"value": zeros(2, 2, 3, 16, 2, 12)}, ValueError, ("value", "3")),
     "value of other heads": ({"value": zeros(2, 2, 2, 16, 1, 12)}, ValueError, ("value", "[2, 2, 2, 16, 1, 12]")),
@@ -54,7 +56,9 @@ BAD = {
     "chunk size True": ({"chunk_size": True}, TypeError, ("chunk_size", "True", "int")),
     "mask of floats": ({"neighbour_mask": zeros(2, 2, 2, 16)}, TypeError, ("neighbour_mask", "float32", "bool")),
     "mask of another shape": (
-        {"neighbour_mask": zeros(2, 2, 1, 16, dtype=torch.bool)}, ValueError, ("neighbour_mask", "[2, 2, 2, 16]")
+        {"neighbour_mask": zeros(2, 2, 1, 16, dtype=torch.bool)},
+        ValueError,
+        ("neighbour_mask", "[2, 2, 2, 16]"),
     ),
     "bias of another shape": ({"attention_bias": zeros(4, 8, 17)}, ValueError, ("attention_bias", "[4, 8, 16]", "32")),
     "bias of fp64": ({"attention_bias": zeros(4, 8, 16).double()}, TypeError, ("attention_bias", "float64")),
@@ -63,25 +67,37 @@ BAD = {
     "v without relative key": ({"relative_bias": zeros(4, 16)}, ValueError, ("relative_bias", "relative_key")),
     "u of another shape": ({**RELATIVE, "content_bias": zeros(16)}, ValueError, ("content_bias", "[16]", "[4, 16]")),
     "relative and rotary": (
-        {**RELATIVE, "query_rotary": tables(8), "key_rotary": tables(16)}, ValueError, ("relative_key", "rotary")
+        {**RELATIVE, "query_rotary": tables(8), "key_rotary": tables(16)},
+        ValueError,
+        ("relative_key", "rotary"),
     ),
     "rotary for the query only": ({"query_rotary": tables(8)}, ValueError, ("query_rotary", "key_rotary", "both")),
     "rotary of one tensor": (
-        {"query_rotary": zeros(8, 4), "key_rotary": tables(16)}, TypeError, ("query_rotary", "Tensor", "cos, sin")
+        {"query_rotary": zeros(8, 4), "key_rotary": tables(16)},
+        TypeError,
+        ("query_rotary", "Tensor", "cos, sin"),
     ),
     "rotary of too few rows": (
-        {"query_rotary": tables(7), "key_rotary": tables(16)}, ValueError, ("query_rotary (cos)", "[7, 4]", "[8, 4]")
+        {"query_rotary": tables(7), "key_rotary": tables(16)},
+        ValueError,
+        ("query_rotary (cos)", "[7, 4]", "[8, 4]"),
     ),
     "rotary wider than the head": (
-        {"query_rotary": tables(8, 9), "key_rotary": tables(16, 9)}, ValueError, ("query_rotary", "18", "16")
+        {"query_rotary": tables(8, 9), "key_rotary": tables(16, 9)},
+        ValueError,
+        ("query_rotary", "18", "16"),
     ),
     "rotary of two widths": (
-        {"query_rotary": tables(8, 4), "key_rotary": tables(16, 5)}, ValueError, ("key_rotary", "5", "4")
+        {"query_rotary": tables(8, 4), "key_rotary": tables(16, 5)},
+        ValueError,
+        ("key_rotary", "5", "4"),
     ),
     "interleaved of an int": ({"rotary_interleaved": 1}, TypeError, ("rotary_interleaved", "1", "True or False")),
     "null key only": ({"null_key": zeros(4, 16)}, ValueError, ("null_key", "null_value", "both")),
     "null value of another size": (
-        {"null_key": zeros(4, 16), "null_value": zeros(4, 16)}, ValueError, ("null_value", "[4, 16]", "[4, 12]")
+        {"null_key": zeros(4, 16), "null_value": zeros(4, 16)},
+        ValueError,
+        ("null_value", "[4, 16]", "[4, 12]"),
     ),
     "scale of a string": ({"scale": "1"}, TypeError, ("scale", "'1'", "float")),
     "scale of NaN": ({"scale": math.nan}, ValueError, ("scale", "nan", "finite")),
@@ -98,20 +114,26 @@ BAD = {
     "unknown backend": ({"backend": "fast"}, ValueError, ("backend", "fast", "triton")),
     "starts of integers": ({"sequence_starts": zeros(2, 21)}, TypeError, ("sequence_starts", "float32", "bool")),
     "starts of another length": (
-        {"sequence_starts": zeros(2, 20, dtype=torch.bool)}, ValueError, ("sequence_starts", "[2, 20]", "[2, 21]")
+        {"sequence_starts": zeros(2, 20, dtype=torch.bool)},
+        ValueError,
+        ("sequence_starts", "[2, 20]", "[2, 21]"),
     ),
     "starts aligned to the end": (
-        {"sequence_starts": zeros(2, 21, dtype=torch.bool), "align": "end"}, ValueError, ("sequence_starts", "'end'")
+        {"sequence_starts": zeros(2, 21, dtype=torch.bool), "align": "end"},
+        ValueError,
+        ("sequence_starts", "'end'"),
     ),
     "starts with an offset": (
-        {"sequence_starts": zeros(2, 21, dtype=torch.bool), "query_offset": 3}, ValueError,
-        ("sequence_starts", "query_offset 3")
+        {"sequence_starts": zeros(2, 21, dtype=torch.bool), "query_offset": 3},
+        ValueError,
+        ("sequence_starts", "query_offset 3"),
     ),
     "too few chunks for the documents": (
-        {"sequence_starts": zeros(2, 40, dtype=torch.bool), "query": zeros(2, 40, 4, 16)}, ValueError,
-        ("l = 2", "at least 5", "row 0")
+        {"sequence_starts": zeros(2, 40, dtype=torch.bool), "query": zeros(2, 40, 4, 16)},
+        ValueError,
+        ("l = 2", "at least 5", "row 0"),
     ),
-}  # fmt: skip
+}
 
 ENCODER = cases.Case("", "self", l=1, k=1, r=16, h=4, hk=2, d=16, d_value=12, causal=True)
 BAD_SELF = {
@@ -125,28 +147,35 @@ BAD_SELF = {
     "causal of an int": ({"causal": 1}, TypeError, ("causal", "1", "True or False")),
     "dropout of 1": ({"dropout_p": 1.0}, ValueError, ("dropout_p", "1.0")),
     "starts without causal": (
-        {"causal": False, "sequence_starts": zeros(2, 16, dtype=torch.bool)}, ValueError, ("sequence_starts", "causal")
+        {"causal": False, "sequence_starts": zeros(2, 16, dtype=torch.bool)},
+        ValueError,
+        ("sequence_starts", "causal"),
     ),
     "starts with a bias": (
-        {"attention_bias": zeros(4, 16, 16), "sequence_starts": zeros(2, 16, dtype=torch.bool)}, ValueError,
-        ("attention_bias", "sequence_starts")
+        {"attention_bias": zeros(4, 16, 16), "sequence_starts": zeros(2, 16, dtype=torch.bool)},
+        ValueError,
+        ("attention_bias", "sequence_starts"),
     ),
-}  # fmt: skip
+}
 CROSS = cases.Case("", "cross", l=2, k=3, r=16, m=8, h=4, hk=2, d=16, d_value=12)
 BAD_CROSS = {
     "key with an axis of neighbours": ({"key": zeros(2, 2, 3, 8, 2, 16)}, ValueError, ("key", "b, l, m, hk, d")),
     "key of other chunks": ({"key": zeros(2, 3, 8, 2, 16)}, ValueError, ("key", "[2, 3, 8, 2, 16]", "expand")),
     "value of other activations": ({"value": zeros(2, 2, 7, 2, 12)}, ValueError, ("value", "7", "8")),
     "mask of another shape": (
-        {"activation_mask": zeros(2, 2, 16, dtype=torch.bool)}, ValueError, ("activation_mask", "[2, 2, 8]")
+        {"activation_mask": zeros(2, 2, 16, dtype=torch.bool)},
+        ValueError,
+        ("activation_mask", "[2, 2, 8]"),
     ),
     "bias of another shape": ({"attention_bias": zeros(4, 8, 16)}, ValueError, ("attention_bias", "[4, 16, 8]")),
     "relative key too long": ({"relative_key": zeros(4, 24, 16)}, ValueError, ("relative_key", "r + m - 1", "23")),
     "key rotary of the query's length": (
-        {"query_rotary": tables(16), "key_rotary": tables(16)}, ValueError, ("key_rotary (cos)", "[8, 4]")
+        {"query_rotary": tables(16), "key_rotary": tables(16)},
+        ValueError,
+        ("key_rotary (cos)", "[8, 4]"),
     ),
     "v without relative key": ({"relative_bias": zeros(4, 16)}, ValueError, ("relative_bias", "relative_key")),
-}  # fmt: skip
+}
 EVERY_BAD = [
     (case, name, *row)
     for case, table in ((SHAPE, BAD), (ENCODER, BAD_SELF), (CROSS, BAD_CROSS))
@@ -216,9 +245,10 @@ def test_the_default_warns_once_when_only_the_reference_is_left(monkeypatch):
 def test_autocast_casts_every_floating_input():
     case = cases.Case("", options=("bias", "null", "rotary"))
     x = cases.make(case, torch.float32)
-    expected = rk.chunked_cross_attention(**cases.as_dtype(x, torch.bfloat16) | {
-        name: x[name] for name in ("query_rotary", "key_rotary")
-    }, backend="reference")  # fmt: skip
+    expected = rk.chunked_cross_attention(
+        **cases.as_dtype(x, torch.bfloat16) | {name: x[name] for name in ("query_rotary", "key_rotary")},
+        backend="reference",
+    )
     with torch.autocast("cpu", torch.bfloat16):
         out, lse = rk.chunked_cross_attention(**x, return_lse=True, backend="reference")
     assert out.dtype == torch.bfloat16

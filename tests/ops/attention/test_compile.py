@@ -40,10 +40,14 @@ def op_arguments():
     key_cos, key_sin = x["key_rotary"]
     given = {
         **{name: x[name].detach() for name in ("key", "value", "attention_bias", "null_key", "null_value")},
-        "query": x["query"].detach()[:, None, None], "mask": x["neighbour_mask"], "query_cos": query_cos,
-        "query_sin": query_sin, "key_cos": key_cos, "key_sin": key_sin,
+        "query": x["query"].detach()[:, None, None],
+        "mask": x["neighbour_mask"],
+        "query_cos": query_cos,
+        "query_sin": query_sin,
+        "key_cos": key_cos,
+        "key_sin": key_sin,
         "dropout_seed": torch.tensor([5], device=DEVICE),
-    }  # fmt: skip
+    }
     tensors = [given.get(name) for name in Call.form.tensors]
     return tensors, [CLOCK, False, False, 0.3, 0.25, 4, 3]
 
@@ -89,9 +93,16 @@ def test_compiles_whole_with_a_dynamic_length(align, backend):
 
     def call(query, key, value, bias, null_key, null_value):
         return rk.chunked_cross_attention(
-            query, key, value, chunk_size=4, attention_bias=bias, null_key=null_key, null_value=null_value,
-            align=align, backend=backend,
-        ).sin()  # fmt: skip
+            query,
+            key,
+            value,
+            chunk_size=4,
+            attention_bias=bias,
+            null_key=null_key,
+            null_value=null_value,
+            align=align,
+            backend=backend,
+        ).sin()
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
     for n in (13, 22) if backend == "triton" else (13, 22, 30, 17):  # the interpreter takes seconds a length
@@ -139,11 +150,22 @@ def test_one_tensor_given_twice_compiles(fused):
 
 
 ENCODER = (
-    cases.Case("self", "self", b=1, l=1, k=1, r=9, h=1, d=8, causal=True, dropout_p=0.4,
-               options=("relative", "relative_biases")),
+    cases.Case(
+        "self",
+        "self",
+        b=1,
+        l=1,
+        k=1,
+        r=9,
+        h=1,
+        d=8,
+        causal=True,
+        dropout_p=0.4,
+        options=("relative", "relative_biases"),
+    ),
     cases.Case("cross", "cross", b=1, l=1, k=2, r=5, m=3, h=1, d=8, dropout_p=0.4, options=("mask",)),
     cases.Case("packed", b=1, n=13, m=4, k=1, r=5, h=1, d=8, documents=(7, 6)),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("case", ENCODER, ids=str)

@@ -46,11 +46,39 @@ def test_fp32_is_tight(case, backend):
     check(case, torch.float32, backend)
 
 
-HALF = ("plain", "odd_sizes", "head_of_one", "grouped", "mask_rows_empty", "bias_fp32", "bias_per_neighbour", "rotary",
-        "rotary_partial_interleaved", "end", "offset_chunks", "everything", "strided", "no_neighbours_null",
-        "many_neighbours", "long_keys", "one_key", "relative_odd", "relative_all", "dropout_odd", "packed_surplus",
-        "self_odd", "self_relative_all", "self_dropout", "self_rotary", "causal_relative", "causal_packed_rotary",
-        "cross_odd", "cross_relative_all", "cross_grouped", "cross_dropout")  # fmt: skip
+HALF = (
+    "plain",
+    "odd_sizes",
+    "head_of_one",
+    "grouped",
+    "mask_rows_empty",
+    "bias_fp32",
+    "bias_per_neighbour",
+    "rotary",
+    "rotary_partial_interleaved",
+    "end",
+    "offset_chunks",
+    "everything",
+    "strided",
+    "no_neighbours_null",
+    "many_neighbours",
+    "long_keys",
+    "one_key",
+    "relative_odd",
+    "relative_all",
+    "dropout_odd",
+    "packed_surplus",
+    "self_odd",
+    "self_relative_all",
+    "self_dropout",
+    "self_rotary",
+    "causal_relative",
+    "causal_packed_rotary",
+    "cross_odd",
+    "cross_relative_all",
+    "cross_grouped",
+    "cross_dropout",
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -128,8 +156,9 @@ def test_packed_documents_do_not_see_each_other(backend):
     them, of any gradient."""
     decoder = cases.make(
         cases.Case("", "self", b=1, l=1, k=1, r=40, causal=True, documents=(13, 19, 8), options=("rotary",)),
-        torch.float32, DEVICE,
-    )  # fmt: skip
+        torch.float32,
+        DEVICE,
+    )
     chunks = cases.make(cases.Case("", b=1, n=40, m=8, documents=(13, 19, 8), options=("null",)), torch.float32, DEVICE)
     second = slice(13, 32)
     for arguments, axis, keys in ((decoder, 3, second), (chunks, 1, slice(1, 3))):
@@ -148,8 +177,9 @@ def test_packed_documents_do_not_see_each_other(backend):
             assert torch.equal(given[f"gradient of {name}"], clean[f"gradient of {name}"]), name
 
 
-@pytest.mark.parametrize("name", ["everything", "dropout_all", "self_relative_all", "causal_packed_relative",
-                                  "cross_relative_all"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["everything", "dropout_all", "self_relative_all", "causal_packed_relative", "cross_relative_all"]
+)
 def test_twice_the_same_is_bitwise_the_same(name, backend):
     if backend == "triton" and DEVICE == "cpu" and name != "causal_packed_relative":
         pytest.skip("the interpreter runs one program after the other: one case shows that nothing unwritten is read")

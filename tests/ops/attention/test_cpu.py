@@ -27,19 +27,64 @@ BLOCKING = (
     Case("many_rows", b=1, n=70, m=30, k=2, r=17, h=10, hk=2, d=8, d_value=48, options=ALL),
     Case("many_of_both", b=1, n=40, m=20, k=3, r=90, h=8, hk=2, d=5, d_value=18, options=ALL),
     Case("widest", b=1, n=9, m=8, k=2, r=70, h=2, d=256, d_value=255, options=ALL),
-    Case("relative", b=1, n=47, m=13, k=3, r=99, h=4, hk=2, d=20, dropout_p=0.3,
-         options=("relative", "relative_biases", "mask", "null", "bias")),
+    Case(
+        "relative",
+        b=1,
+        n=47,
+        m=13,
+        k=3,
+        r=99,
+        h=4,
+        hk=2,
+        d=20,
+        dropout_p=0.3,
+        options=("relative", "relative_biases", "mask", "null", "bias"),
+    ),
     Case("relative_wide", b=1, n=40, m=20, k=1, r=70, h=2, d=131, options=("relative", "relative_biases")),
     Case("packed", b=2, n=60, m=13, k=2, r=19, documents=(27, 14, 19), dropout_p=0.5, options=ALL),
-    Case("self", "self", b=1, l=1, k=2, r=150, h=4, hk=2, d=24, dropout_p=0.2,
-         options=("relative", "relative_biases", "mask")),
-    Case("causal", "self", b=2, l=1, k=1, r=150, h=2, d=40, causal=True, documents=(83, 67),
-         options=("relative", "relative_biases")),
-    Case("cross", "cross", b=1, l=2, k=3, r=50, m=70, h=4, hk=2, d=24, dropout_p=0.2,
-         options=("relative", "relative_biases", "mask")),
+    Case(
+        "self",
+        "self",
+        b=1,
+        l=1,
+        k=2,
+        r=150,
+        h=4,
+        hk=2,
+        d=24,
+        dropout_p=0.2,
+        options=("relative", "relative_biases", "mask"),
+    ),
+    Case(
+        "causal",
+        "self",
+        b=2,
+        l=1,
+        k=1,
+        r=150,
+        h=2,
+        d=40,
+        causal=True,
+        documents=(83, 67),
+        options=("relative", "relative_biases"),
+    ),
+    Case(
+        "cross",
+        "cross",
+        b=1,
+        l=2,
+        k=3,
+        r=50,
+        m=70,
+        h=4,
+        hk=2,
+        d=24,
+        dropout_p=0.2,
+        options=("relative", "relative_biases", "mask"),
+    ),
     Case("whole_vectors", n=70, m=30, k=1, r=17, h=4, hk=2, d=64, options=("strided",)),
     Case("cross_whole_vectors", "cross", b=1, l=2, k=3, r=40, m=20, h=4, hk=2, d=32, options=("strided",)),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(params=LEVELS)
@@ -113,8 +158,12 @@ def test_gradients_beyond_the_cache_are_streamed_right():
     whole = cases.run(arguments, "cpu", grad_out)
     query, key, value = (arguments[name].detach() for name in ("query", "key", "value"))
     for head in (0, 15):
-        part = {**arguments, "query": query[:, :, head : head + 1], "key": key[..., head : head + 1, :],
-                "value": value[..., head : head + 1, :]}  # fmt: skip
+        part = {
+            **arguments,
+            "query": query[:, :, head : head + 1],
+            "key": key[..., head : head + 1, :],
+            "value": value[..., head : head + 1, :],
+        }
         part = {
             name: x.clone().requires_grad_() if name in ("query", "key", "value") else x for name, x in part.items()
         }

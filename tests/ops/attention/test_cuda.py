@@ -82,8 +82,15 @@ PAPER = (
     Case("self", "self", b=1, l=1, k=1, r=128, h=1, d=128),
     Case("cross", "cross", b=1, l=1, k=2, m=64, r=128, h=1, d=64, options=("mask",)),
 )
-BOTH = ("plain", "everything", "self, two tiles", "self, sweeps", "cross, odd", "grouped, keys of two tiles",
-        "keys of many tiles")  # fmt: skip
+BOTH = (
+    "plain",
+    "everything",
+    "self, two tiles",
+    "self, sweeps",
+    "cross, odd",
+    "grouped, keys of two tiles",
+    "keys of many tiles",
+)
 
 
 def make(case: Case, dtype: torch.dtype) -> dict:
@@ -250,8 +257,9 @@ def test_a_pointer_that_is_not_aligned_is_refused_before_the_launch():
     query = query.view(arguments["query"].shape)
     assert query.data_ptr() % 16 != 0
     with pytest.raises((RuntimeError, ValueError), match="16 bytes"):
-        rk.chunked_cross_attention(query, arguments["key"].detach(), arguments["value"].detach(), chunk_size=8,
-                                   backend="cuda")  # fmt: skip
+        rk.chunked_cross_attention(
+            query, arguments["key"].detach(), arguments["value"].detach(), chunk_size=8, backend="cuda"
+        )
 
 
 def test_the_emulator_sees_what_it_is_for(tmp_path):
@@ -261,8 +269,11 @@ def test_the_emulator_sees_what_it_is_for(tmp_path):
     program = tmp_path / "faults"
     source = emulator.ROOT / "tests" / "ops" / "attention" / "emulator_faults.cpp"
     flags = [x for x in emulator.FLAGS if "visibility" not in x]
-    done = subprocess.run([*emulator.compiler(), *flags, f"-I{emulator.SOURCES}", str(source), "-o", str(program)],
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [*emulator.compiler(), *flags, f"-I{emulator.SOURCES}", str(source), "-o", str(program)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

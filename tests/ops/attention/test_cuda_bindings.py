@@ -24,10 +24,17 @@ def attention() -> dict:
     keys = {name: half(2, 2, 2, 16, 2, 64) for name in ("key", "value")}
     spans = torch.tensor([[[7, 8], [15, 6]]] * 2, dtype=torch.int32)
     return {
-        "query": half(2, 1, 1, 21, 4, 64), **keys, "mask": torch.rand(2, 2, 2, 16) < 0.7, "chunk_spans": spans,
-        "out": half(2, 1, 1, 21, 4, 64), "lse": torch.randn(2, 1, 1, 21, 4),
-        "grouping": 0, "scale": 0.1, "stride": 8, "first_token": 7,
-    }  # fmt: skip
+        "query": half(2, 1, 1, 21, 4, 64),
+        **keys,
+        "mask": torch.rand(2, 2, 2, 16) < 0.7,
+        "chunk_spans": spans,
+        "out": half(2, 1, 1, 21, 4, 64),
+        "lse": torch.randn(2, 1, 1, 21, 4),
+        "grouping": 0,
+        "scale": 0.1,
+        "stride": 8,
+        "first_token": 7,
+    }
 
 
 def backward() -> dict:
@@ -44,15 +51,30 @@ def absorbed() -> dict:
 
 
 def decode() -> dict:
-    numbers = {"sums": (2, 2, 3, 4, 24), "statistics": (2, 2, 2, 3, 4), "lse": (2, 3, 4), "logit_bias": (2, 3, 4, 22),
-               "null_logit": (2, 3, 4)}  # fmt: skip
+    numbers = {
+        "sums": (2, 2, 3, 4, 24),
+        "statistics": (2, 2, 2, 3, 4),
+        "lse": (2, 3, 4),
+        "logit_bias": (2, 3, 4, 22),
+        "null_logit": (2, 3, 4),
+    }
     return {
-        "query": half(2, 3, 4, 40), "key": half(2, 2, 11, 2, 40), "value": half(2, 2, 11, 2, 24),
-        "mask": torch.rand(2, 2, 11) < 0.7, "null_value": half(4, 24), "key_scale": None, "value_scale": None,
-        "position": torch.tensor([9, 10]), "valid": torch.tensor([True, True]), "chunk": torch.tensor([0, 0]),
-        "out": half(2, 3, 4, 24), "scale": 0.1, "chunk_size": 8, "tile": 16,
+        "query": half(2, 3, 4, 40),
+        "key": half(2, 2, 11, 2, 40),
+        "value": half(2, 2, 11, 2, 24),
+        "mask": torch.rand(2, 2, 11) < 0.7,
+        "null_value": half(4, 24),
+        "key_scale": None,
+        "value_scale": None,
+        "position": torch.tensor([9, 10]),
+        "valid": torch.tensor([True, True]),
+        "chunk": torch.tensor([0, 0]),
+        "out": half(2, 3, 4, 24),
+        "scale": 0.1,
+        "chunk_size": 8,
+        "tile": 16,
         **{name: torch.randn(shape) for name, shape in numbers.items()},
-    }  # fmt: skip
+    }
 
 
 def quantised() -> dict:
@@ -68,14 +90,20 @@ def project() -> dict:
 
 
 OPERATIONS = {
-    "attention_forward": attention, "attention_backward": backward, "absorbed_forward": absorbed,
-    "decode_attend": decode, "decode_attend, quantised": quantised, "decode_project": project,
-}  # fmt: skip
+    "attention_forward": attention,
+    "attention_backward": backward,
+    "absorbed_forward": absorbed,
+    "decode_attend": decode,
+    "decode_attend, quantised": quantised,
+    "decode_project": project,
+}
 OUTPUTS = {
-    "attention_forward": ("out", "lse"), "attention_backward": ("grad_query", "grad_key", "grad_value"),
-    "absorbed_forward": ("out", "lse"), "decode_attend": ("sums", "statistics", "out", "lse"),
+    "attention_forward": ("out", "lse"),
+    "attention_backward": ("grad_query", "grad_key", "grad_value"),
+    "absorbed_forward": ("out", "lse"),
+    "decode_attend": ("sums", "statistics", "out", "lse"),
     "decode_project": ("out",),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -142,10 +170,13 @@ def test_sizes_of_zero(operation, kernels, emulated):
 def test_decoding_sizes_of_zero(sizes, projected, emulated):
     b, t, k, r = (0 if name in sizes else size for name, size in {"b": 2, "t": 3, "k": 2, "r": 11}.items())
     x = {
-        "query": torch.randn(b, t, 4, 16), "position": torch.full((b,), 9), "null_key": torch.randn(4, 16),
-        "null_value": torch.randn(4, 24), "attention_bias": torch.randn(4, 8, k * r),
+        "query": torch.randn(b, t, 4, 16),
+        "position": torch.full((b,), 9),
+        "null_key": torch.randn(4, 16),
+        "null_value": torch.randn(4, 24),
+        "attention_bias": torch.randn(4, 8, k * r),
         "neighbour_mask": torch.rand(b, k, r) < 0.5,
-    }  # fmt: skip
+    }
     if projected:
         operation = rk.projected_chunked_cross_attention_decode
         x |= {"encoded": torch.randn(b, k, r, 40), "w_key": torch.randn(2, 16, 40), "w_value": torch.randn(2, 24, 40)}

@@ -16,9 +16,11 @@ from retro_kernels import cuda_extension
 FENCE = re.compile(r"\bfence_(async|products|barriers)\(\);")
 SITES = [
     (file.name, number)
-    for file in sorted((emulator.SOURCES / "sm90").glob("*.cuh")) if file.name != "hopper.cuh"
-    for number, line in enumerate(file.read_text().splitlines(), 1) if FENCE.search(line)
-]  # fmt: skip
+    for file in sorted((emulator.SOURCES / "sm90").glob("*.cuh"))
+    if file.name != "hopper.cuh"
+    for number, line in enumerate(file.read_text().splitlines(), 1)
+    if FENCE.search(line)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +50,15 @@ def absorb():
     mask = torch.arange(24).expand(1, 2, 2, 24) != 3
     with torch.no_grad():
         rk.projected_chunked_cross_attention(
-            draw(1, 30, 4, 64), states, weight, weight, chunk_size=12, neighbour_mask=mask, strategy="absorb",
+            draw(1, 30, 4, 64),
+            states,
+            weight,
+            weight,
+            chunk_size=12,
+            neighbour_mask=mask,
+            strategy="absorb",
             backend="cuda",
-        )  # fmt: skip
+        )
 
 
 def run(file: str) -> None:

@@ -117,8 +117,11 @@ def cuda_include() -> Path | None:
 @pytest.mark.skipif(cuda_include() is None, reason="there is no cuda.h")
 def test_the_stand_in_driver_has_the_numbers_of_cuda_h(tmp_path):
     """What the emulator's driver.h defines in place of cuda.h has cuda.h's values, and the encoder its signature."""
-    names = [line.split("{")[1].split("}")[0] for line in (emulator.SOURCES / "emulator" / "driver.h").read_text()
-             .splitlines() if line.startswith("enum ")]  # fmt: skip
+    names = [
+        line.split("{")[1].split("}")[0]
+        for line in (emulator.SOURCES / "emulator" / "driver.h").read_text().splitlines()
+        if line.startswith("enum ")
+    ]
     values = [entry.split("=") for line in names for entry in line.split(",")]
     source = tmp_path / "numbers.cpp"
     source.write_text(

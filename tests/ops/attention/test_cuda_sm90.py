@@ -49,7 +49,7 @@ CLOCKS = {
     "middle": {"b": 1, "n": 40, "h": 1, "hk": 1, "l": 3, "k": 3, "r": 8, "d": 96, "m": 16},
     "long chunks": {"b": 1, "n": 300, "h": 2, "hk": 1, "l": 2, "k": 1, "r": 40, "d": 64, "m": 128},
     "surplus chunks": {"b": 2, "n": 40, "h": 1, "hk": 1, "l": 4, "k": 2, "r": 20, "d": 64, "m": 16},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -114,12 +114,34 @@ def test_any_order_of_warps_and_boxes_gives_the_same_bits(monkeypatch):
 
 # Each way through the backward: one block of rows, one tile of slots, two sweeps; one panel of columns and two.
 GRADIENTS = (
-    "plain", "no token attends", "incomplete chunk", "surplus chunks", "odd sizes", "keys of many tiles", "grouped",
-    "grouped, keys of two tiles", "multi query, mask", "mask, an empty chunk", "scale of zero", "stride", "end",
-    "offset of chunks", "strided", "self", "self, odd", "self, two tiles", "self, sweeps",
-    "self, grouped", "cross", "cross, odd", "cross, long", "cross, many neighbours", "cross, grouped", "cca",
+    "plain",
+    "no token attends",
+    "incomplete chunk",
+    "surplus chunks",
+    "odd sizes",
+    "keys of many tiles",
+    "grouped",
+    "grouped, keys of two tiles",
+    "multi query, mask",
+    "mask, an empty chunk",
+    "scale of zero",
+    "stride",
+    "end",
+    "offset of chunks",
+    "strided",
+    "self",
+    "self, odd",
+    "self, two tiles",
+    "self, sweeps",
+    "self, grouped",
+    "cross",
+    "cross, odd",
+    "cross, long",
+    "cross, many neighbours",
+    "cross, grouped",
+    "cca",
     "cca, 128",
-)  # fmt: skip
+)
 ORDERS = ("plain", "grouped, keys of two tiles", "self, two tiles", "cross, odd")
 BY_NAME = {case.name: case for case in (*test_cuda.CCA, *test_cuda.ENCODER, *test_cuda.PAPER)}
 
@@ -155,8 +177,9 @@ def test_what_is_not_taken_is_the_older_kernels_work_and_raises_without_them():
     with pytest.raises(RuntimeError, match=r'"sm90 only".*no multiple of 64'):
         rk.chunked_cross_attention(query, key, key, chunk_size=72, backend="cuda")
     with pytest.raises(RuntimeError, match=r'"sm90 only".*copy engine'):
-        rk.chunked_cross_attention(query, key.expand(1, 2, 2, 8, 1, 64), key.expand(1, 2, 2, 8, 1, 64), chunk_size=64,
-                                   backend="cuda")  # fmt: skip
+        rk.chunked_cross_attention(
+            query, key.expand(1, 2, 2, 8, 1, 64), key.expand(1, 2, 2, 8, 1, 64), chunk_size=64, backend="cuda"
+        )
     cuda_extension.set_kernels("sm90")
     rk.chunked_cross_attention(query, key, key, chunk_size=72, backend="cuda")
     assert cuda_extension.launches()["sm80"] == 1

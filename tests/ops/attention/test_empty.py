@@ -33,18 +33,24 @@ def tables(option: str, rows: int, slots: int, neighbours: int, mask: tuple[int,
         "mask": {name: torch.zeros(mask, dtype=torch.bool)},
         "bias": {"attention_bias": x(H, rows, slots)},
         "wide bias": {"attention_bias": x(H, rows, neighbours * slots)},
-        "relative": {"relative_key": x(H, max(rows + slots - 1, 0), D), "content_bias": x(H, D),
-                     "relative_bias": x(H, D)},
+        "relative": {
+            "relative_key": x(H, max(rows + slots - 1, 0), D),
+            "content_bias": x(H, D),
+            "relative_bias": x(H, D),
+        },
         "rotary": {"query_rotary": (x(rows, 4), x(rows, 4)), "key_rotary": (x(slots, 4), x(slots, 4))},
         "null": {"null_key": x(H, D), "null_value": x(H, D_VALUE)},
         "dropout": {"dropout_p": 0.5},
-    }[option]  # fmt: skip
+    }[option]
 
 
 def check(function: Any, arguments: dict[str, Any], expected: torch.Tensor, **settings) -> None:
     """Forward gives `expected`, and the gradient of the sum is 0 but that of null_value and bias_value."""
-    floating = {name: x.requires_grad_() for name, x in arguments.items()
-                if isinstance(x, torch.Tensor) and x.is_floating_point()}  # fmt: skip
+    floating = {
+        name: x.requires_grad_()
+        for name, x in arguments.items()
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+    }
     out, lse = function(**arguments, **settings, return_lse=True)
     assert torch.equal(out, expected)
     assert lse.shape == out.shape[:-1]
@@ -83,10 +89,21 @@ def test_no_tokens_behind_an_offset(offset, option, backend):
     """A slice without tokens of a longer sequence, its chunks given or not."""
     m, k, r = 4, 2, 5
     for l, chunk_offset in itertools.product((0, 2), (0, 1)):
-        arguments = {"query": torch.randn(2, 0, H, D), "key": torch.randn(2, l, k, r, H, D),
-                     "value": torch.randn(2, l, k, r, H, D_VALUE), **tables(option, m, r, k, (2, l, k, r))}  # fmt: skip
-        check(rk.chunked_cross_attention, arguments, torch.zeros(2, 0, H, D_VALUE), chunk_size=m, query_offset=offset,
-              chunk_offset=chunk_offset, backend=backend)  # fmt: skip
+        arguments = {
+            "query": torch.randn(2, 0, H, D),
+            "key": torch.randn(2, l, k, r, H, D),
+            "value": torch.randn(2, l, k, r, H, D_VALUE),
+            **tables(option, m, r, k, (2, l, k, r)),
+        }
+        check(
+            rk.chunked_cross_attention,
+            arguments,
+            torch.zeros(2, 0, H, D_VALUE),
+            chunk_size=m,
+            query_offset=offset,
+            chunk_offset=chunk_offset,
+            backend=backend,
+        )
 
 
 @pytest.mark.parametrize("option", ["", "mask", "bias", "relative", "rotary", "dropout", "causal"])
@@ -95,8 +112,12 @@ def test_neighbour_self_attention(empty, option, backend):
     b, l, k, r = (0 if letter in empty.split() else SIZES[letter] for letter in "blkr")
     given = {"causal": True} if option == "causal" else tables(option, r, r, 1, (b, l, k, r))
     shape = (b, l, k, r, H)
-    arguments = {"query": torch.randn(*shape, D), "key": torch.randn(*shape, D),
-                 "value": torch.randn(*shape, D_VALUE), **given}  # fmt: skip
+    arguments = {
+        "query": torch.randn(*shape, D),
+        "key": torch.randn(*shape, D),
+        "value": torch.randn(*shape, D_VALUE),
+        **given,
+    }
     check(rk.neighbour_self_attention, arguments, torch.zeros(*shape, D_VALUE), backend=backend)
 
 
@@ -105,8 +126,12 @@ def test_neighbour_self_attention(empty, option, backend):
 def test_neighbour_cross_attention(empty, option, backend):
     b, l, k, r, m = (0 if letter in empty.split() else SIZES[letter] for letter in "blkrm")
     given = tables(option, r, m, 1, (b, l, m), "activation_mask")
-    arguments = {"query": torch.randn(b, l, k, r, H, D), "key": torch.randn(b, l, m, H, D),
-                 "value": torch.randn(b, l, m, H, D_VALUE), **given}  # fmt: skip
+    arguments = {
+        "query": torch.randn(b, l, k, r, H, D),
+        "key": torch.randn(b, l, m, H, D),
+        "value": torch.randn(b, l, m, H, D_VALUE),
+        **given,
+    }
     check(rk.neighbour_cross_attention, arguments, torch.zeros(b, l, k, r, H, D_VALUE), backend=backend)
 
 
@@ -121,11 +146,23 @@ def test_projected_chunked_cross_attention(strategy, empty, option, backend):
         given = {"bias_key": torch.randn(H, D), "bias_value": torch.randn(H, D_VALUE)}
     else:
         given = tables(option, m, r, k, (b, l, k, r))
-    arguments = {"query": torch.randn(b, n, H, D), "encoded": torch.randn(b, l, k, r, E),
-                 "w_key": torch.randn(H, D, E), "w_value": torch.randn(H, D_VALUE, E), **given}  # fmt: skip
+    arguments = {
+        "query": torch.randn(b, n, H, D),
+        "encoded": torch.randn(b, l, k, r, E),
+        "w_key": torch.randn(H, D, E),
+        "w_value": torch.randn(H, D_VALUE, E),
+        **given,
+    }
     offsets = {"query_offset": 9, "chunk_offset": 1} if "offset" in empty else {}
-    check(rk.projected_chunked_cross_attention, arguments, retrieving(b, n, m, given.get("null_value")), chunk_size=m,
-          strategy=strategy, backend=backend, **offsets)  # fmt: skip
+    check(
+        rk.projected_chunked_cross_attention,
+        arguments,
+        retrieving(b, n, m, given.get("null_value")),
+        chunk_size=m,
+        strategy=strategy,
+        backend=backend,
+        **offsets,
+    )
 
 
 @pytest.mark.parametrize("option", ["", "mask", "bias", "wide bias", "relative", "relative wide bias", "null"])

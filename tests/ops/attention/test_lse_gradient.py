@@ -10,14 +10,42 @@ import retro_kernels as rk
 
 PROJECTED = (
     cases.Case("absorbed", "projected", strategy="absorb", options=("bias_key", "bias_value", "null", "mask")),
-    cases.Case("absorbed without a null slot", "projected", h=4, hk=2, strategy="absorb", options=(
-        "bias_key", "bias_value", "relative", "relative_biases", "bias")),
+    cases.Case(
+        "absorbed without a null slot",
+        "projected",
+        h=4,
+        hk=2,
+        strategy="absorb",
+        options=("bias_key", "bias_value", "relative", "relative_biases", "bias"),
+    ),
     cases.Case("materialised", "projected", strategy="materialise", options=("bias_key", "bias_value", "null", "mask")),
-)  # fmt: skip
-NAMES = ("plain", "no_token_attends", "odd_sizes", "grouped", "mask_rows_empty", "mask_rows_empty_null",
-         "bias_per_neighbour", "bias_fp32", "everything", "relative_all", "dropout_odd", "packed_surplus", "end",
-         "offset_chunks", "strided", "no_neighbours_null", "many_neighbours", "long_keys", "self_relative_all",
-         "self_dropout", "causal_packed_rotary", "causal_mask", "cross_relative_all", "cross_dropout")  # fmt: skip
+)
+NAMES = (
+    "plain",
+    "no_token_attends",
+    "odd_sizes",
+    "grouped",
+    "mask_rows_empty",
+    "mask_rows_empty_null",
+    "bias_per_neighbour",
+    "bias_fp32",
+    "everything",
+    "relative_all",
+    "dropout_odd",
+    "packed_surplus",
+    "end",
+    "offset_chunks",
+    "strided",
+    "no_neighbours_null",
+    "many_neighbours",
+    "long_keys",
+    "self_relative_all",
+    "self_dropout",
+    "causal_packed_rotary",
+    "causal_mask",
+    "cross_relative_all",
+    "cross_dropout",
+)
 CASES = (*(case for case in cases.EVERY if case.name in NAMES), *PROJECTED)
 
 

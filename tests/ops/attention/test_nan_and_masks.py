@@ -51,8 +51,14 @@ class Call:
             "key": torch.randn(keys, generator=generator).to(dtype),
             "value": torch.randn(keys, generator=generator).to(dtype),
         }
-        shapes = {"null_key": (h, d), "null_value": (h, d), "relative_key": (h, m + r - 1, d), "content_bias": (h, d),
-                  "relative_bias": (h, d), "attention_bias": (h, m, r)}  # fmt: skip
+        shapes = {
+            "null_key": (h, d),
+            "null_value": (h, d),
+            "relative_key": (h, m + r - 1, d),
+            "content_bias": (h, d),
+            "relative_bias": (h, d),
+            "attention_bias": (h, m, r),
+        }
         if kind == "self":
             shapes |= {"relative_key": (h, 2 * r - 1, d), "attention_bias": (h, r, r)}
         if kind == "cross":
@@ -75,8 +81,11 @@ class Call:
 
     def run(self, backend: str, grad_out: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         leaves = {name: x.detach().clone().requires_grad_() for name, x in self.tensors.items()}
-        function = {"cca": rk.chunked_cross_attention, "self": rk.neighbour_self_attention,
-                    "cross": rk.neighbour_cross_attention}[self.kind]  # fmt: skip
+        function = {
+            "cca": rk.chunked_cross_attention,
+            "self": rk.neighbour_self_attention,
+            "cross": rk.neighbour_cross_attention,
+        }[self.kind]
         settings = self.settings | ({"chunk_size": self.m} if self.kind == "cca" else {})
         torch.manual_seed(3)
         out, lse = function(**leaves, **settings, return_lse=True, backend=backend)
@@ -343,8 +352,9 @@ def test_large_logits_give_a_maximum_and_ties_exactly(magnitude, backend):
 
 def absorbed(tensors: dict[str, torch.Tensor], backend: str, grad_out: torch.Tensor | None = None, **settings) -> dict:
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
-    out, lse = rk.projected_chunked_cross_attention(**leaves, chunk_size=4, strategy="absorb", return_lse=True,
-                                                    backend=backend, **settings)  # fmt: skip
+    out, lse = rk.projected_chunked_cross_attention(
+        **leaves, chunk_size=4, strategy="absorb", return_lse=True, backend=backend, **settings
+    )
     if grad_out is None:
         grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
     gradients = torch.autograd.grad(out, list(leaves.values()), grad_out)
@@ -408,10 +418,13 @@ def test_a_finite_mask_with_absorbed_projections(mask, r, backend):
     tensors = states(torch.float32, r, True)
     tensors["attention_bias"][:, 1] = mask
     given, leaves = absorbed(tensors, backend), {name: x.clone().requires_grad_() for name, x in tensors.items()}
-    made = [torch.einsum("blkre,hde->blkrhd", leaves["encoded"], leaves[f"w_{name}"]) + leaves[f"bias_{name}"]
-            for name in ("key", "value")]  # fmt: skip
-    out = rk.chunked_cross_attention(leaves["query"], *made, chunk_size=4, attention_bias=leaves["attention_bias"],
-                                     backend=backend)  # fmt: skip
+    made = [
+        torch.einsum("blkre,hde->blkrhd", leaves["encoded"], leaves[f"w_{name}"]) + leaves[f"bias_{name}"]
+        for name in ("key", "value")
+    ]
+    out = rk.chunked_cross_attention(
+        leaves["query"], *made, chunk_size=4, attention_bias=leaves["attention_bias"], backend=backend
+    )
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
     gradients = torch.autograd.grad(out, list(leaves.values()), grad_out)
     for name, x in {"out": out.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients)}}.items():
@@ -427,8 +440,9 @@ def decode(tensors: dict[str, torch.Tensor], backend: str, **settings) -> tuple[
     rest = {name: x for name, x in tensors.items() if name not in ("query", "key", "value")}
     position = torch.full((query.shape[0],), 5)
     with torch.no_grad():
-        return rk.chunked_cross_attention_decode(query, key, value, chunk_size=4, position=position, return_lse=True,
-                                                 backend=backend, **rest, **settings)  # fmt: skip
+        return rk.chunked_cross_attention_decode(
+            query, key, value, chunk_size=4, position=position, return_lse=True, backend=backend, **rest, **settings
+        )
 
 
 @pytest.mark.parametrize("null", [False, True], ids=["", "null"])
@@ -491,8 +505,10 @@ def test_decoding_what_is_not_finite(r, group, null, dtype, backend):
 @pytest.mark.parametrize("mask", [-1e30, torch.finfo(torch.float32).min], ids=["-1e30", "finfo.min"])
 def test_decoding_with_a_finite_mask_on_every_key(mask, r, backend):
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in
-               (("query", (2, 1, 2, 16)), ("key", (2, 2, r, 2, 16)), ("value", (2, 2, r, 2, 16)))}  # fmt: skip
+    tensors = {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in (("query", (2, 1, 2, 16)), ("key", (2, 2, r, 2, 16)), ("value", (2, 2, r, 2, 16)))
+    }
     tensors["attention_bias"] = torch.full((2, 4, r), mask)
     out, lse = decode(tensors, backend)
     expected = tensors["value"].flatten(1, 2).mean(1)[:, None]

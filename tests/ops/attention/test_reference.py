@@ -19,9 +19,25 @@ def test_equals_a_loop_over_tokens(case):
     cases.assert_close(cases.run(arguments, "reference", grad_out), cases.expect(arguments, grad_out), 1e-11)
 
 
-GRADCHECK = ("odd_sizes", "mask_rows_empty", "bias_per_neighbour", "everything", "relative_all", "end", "offset_chunks",
-             "dropout_all", "packed_stride", "self_relative_all", "self_mask", "self_dropout", "causal_packed_relative",
-             "causal_mask", "cross_relative_all", "cross_mask", "cross_dropout")  # fmt: skip
+GRADCHECK = (
+    "odd_sizes",
+    "mask_rows_empty",
+    "bias_per_neighbour",
+    "everything",
+    "relative_all",
+    "end",
+    "offset_chunks",
+    "dropout_all",
+    "packed_stride",
+    "self_relative_all",
+    "self_mask",
+    "self_dropout",
+    "causal_packed_relative",
+    "causal_mask",
+    "cross_relative_all",
+    "cross_mask",
+    "cross_dropout",
+)
 
 
 @pytest.mark.parametrize("case", [c for c in cases.EVERY if c.name in GRADCHECK], ids=str)

@@ -94,9 +94,7 @@ def test_long_offsets_compute_the_same(monkeypatch):
 def test_long_offsets_are_taken_when_a_chunk_is_beyond_2_31_elements(shape, long):
     key = torch.empty(shape, device="meta")
     query = torch.empty(1, 1, 1, 256, shape[4], 128, device="meta")
-    call = common.Call(
-        query=query, key=key, value=key, grouping=common.CLOCK, scale=1.0, stride=64, first_token=63
-    )  # fmt: skip
+    call = common.Call(query=query, key=key, value=key, grouping=common.CLOCK, scale=1.0, stride=64, first_token=63)
     assert backend._needs_long_offsets(call, query) is long
 
 
@@ -106,13 +104,16 @@ def test_long_offsets_are_taken_when_a_chunk_is_beyond_2_31_elements(shape, long
         (cases.Case("", "self", b=1, l=1, r=20, h=2, d=8), (32, 16), ["backward"]),
         (cases.Case("", "self", b=1, l=1, r=20, h=2, hk=1, d=8), (16, 32), ["backward_shared"]),
         (cases.Case("", "self", b=1, l=1, r=20, h=2, hk=1, d=8), (16, 16), ["backward_sweeps"]),
-        (cases.Case("", "self", b=1, l=1, k=1, r=20, h=2, hk=1, d=8, causal=True, documents=(9, 11)), (16, 16),
-         ["backward_queries", "backward_keys"]),
+        (
+            cases.Case("", "self", b=1, l=1, k=1, r=20, h=2, hk=1, d=8, causal=True, documents=(9, 11)),
+            (16, 16),
+            ["backward_queries", "backward_keys"],
+        ),
         (cases.Case("", "cross", b=1, l=2, m=12, r=20, h=2, hk=1, d=8), (16, 16), ["backward_shared"]),
         (cases.Case("", "cross", b=1, l=1, m=20, r=20, h=1, d=8), (16, 16), ["backward_queries", "backward_keys"]),
     ],
     ids=["rows", "keys", "sweeps", "causal", "chunk", "long chunk"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("relative", [False, True], ids=["plain", "relative"])
 def test_every_form_of_the_backward(case, tile, passes, relative, monkeypatch):
     """Of both encoder attentions, with dropout on: the single passes, the sweeps and the two launches."""
@@ -183,9 +184,11 @@ def test_what_is_not_finite_reaches_all_that_depends_on_it_and_nothing_else(name
     torch.manual_seed(1)
     b, n, k, r, h, d = 1, 10, 2, 3, 2, 4
     x = {
-        "query": torch.randn(b, n, h, d), "key": torch.randn(b, 2, k, r, h, d), "value": torch.randn(b, 2, k, r, h, d),
+        "query": torch.randn(b, n, h, d),
+        "key": torch.randn(b, 2, k, r, h, d),
+        "value": torch.randn(b, 2, k, r, h, d),
         "attention_bias": torch.randn(h, M, r),
-    }  # fmt: skip
+    }
     if "null" in name:
         x |= {"null_key": torch.randn(h, d), "null_value": torch.randn(h, d)}
     mask = torch.ones(b, 2, k, r, dtype=torch.bool)
@@ -207,16 +210,24 @@ def test_what_is_not_finite_reaches_all_that_depends_on_it_and_nothing_else(name
     for what, tensor in expected.items():
         if what == "lse" and "lowest" in name:  # in base 2 it saturates: the weights are right, the number is not
             continue
-        torch.testing.assert_close(given[what].cpu().float(), tensor.float(), rtol=2e-5, atol=2e-5, equal_nan=True,
-                                   msg=lambda text, what=what: f"{what}: {text}")  # fmt: skip
+        torch.testing.assert_close(
+            given[what].cpu().float(),
+            tensor.float(),
+            rtol=2e-5,
+            atol=2e-5,
+            equal_nan=True,
+            msg=lambda text, what=what: f"{what}: {text}",
+        )
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_probabilities_of_large_logits_are_at_most_one(bias):
     """Logits of 1e11, whose log-sum-exp is rounded to a multiple of 8192, give weights of 0 and 1."""
     torch.manual_seed(0)
-    x = {name: torch.randn(1, *shape, device=DEVICE) for name, shape in
-         {"query": (5, 1, 4), "key": (1, 1, 5, 1, 4), "value": (1, 1, 5, 1, 4)}.items()}  # fmt: skip
+    x = {
+        name: torch.randn(1, *shape, device=DEVICE)
+        for name, shape in {"query": (5, 1, 4), "key": (1, 1, 5, 1, 4), "value": (1, 1, 5, 1, 4)}.items()
+    }
     x["query"] *= 1e11
     if bias:
         x["attention_bias"] = torch.randn(1, M, 5, device=DEVICE)
@@ -233,8 +244,9 @@ def test_probabilities_of_large_logits_are_at_most_one(bias):
 
 
 def test_bitwise_deterministic_in_two_passes():
-    arguments = cases.make(cases.Case("", b=2, n=45, m=20, k=2, r=7, h=2, hk=1, d=8, options=cases.ALL),
-                           torch.float32, DEVICE)  # fmt: skip
+    arguments = cases.make(
+        cases.Case("", b=2, n=45, m=20, k=2, r=7, h=2, hk=1, d=8, options=cases.ALL), torch.float32, DEVICE
+    )
     grad_out = torch.randn(2, 45, 2, arguments["value"].shape[-1], device=DEVICE)
     with small_tiles():
         first = cases.run(arguments, "triton", grad_out)
@@ -294,8 +306,12 @@ def test_import_without_triton():
     ],
 )
 def test_refusals_name_the_option(change, words):
-    call = types.SimpleNamespace(query=torch.empty(1, 1, 1, 4, device=DEVICE), value=torch.empty(1, 1, 1, 1, 1, 4),
-                                 relative_key=None, dropout_p=0.0)  # fmt: skip
+    call = types.SimpleNamespace(
+        query=torch.empty(1, 1, 1, 4, device=DEVICE),
+        value=torch.empty(1, 1, 1, 1, 1, 4),
+        relative_key=None,
+        dropout_p=0.0,
+    )
     assert backend.refusal(call) is None
     vars(call).update(change)
     assert words in backend.refusal(call)

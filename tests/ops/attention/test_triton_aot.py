@@ -83,9 +83,12 @@ def test_what_may_spill_does():
 def test_what_is_below_a_wgmma(version):
     """Heads of 64 and 128 on sm_90. The gate holds each kernel to it, in both directions."""
     always = {
-        "backward 128 options", "backward_bias 128 options", "backward_bias 128 relative", "backward_keys 128 relative",
+        "backward 128 options",
+        "backward_bias 128 options",
+        "backward_bias 128 relative",
+        "backward_keys 128 relative",
         "backward_queries 128 relative",
-    }  # fmt: skip
+    }
     expected = {"3.6.0": BELOW_WGMMA_BEFORE_3_9, "3.9.0": {"backward 64 relative"}}[version]
     assert aot.below_wgmma(version) == always | expected
 

@@ -58,14 +58,24 @@ def launch_of(identifier: str):
 
     everything, turned = options == "options", options == "rotary"
     call = common.Call(
-        query=empty(b, t, hk, d), key=empty(b, k, r, hk, d, dtype=cache), value=empty(b, k, r, hk, d, dtype=cache),
-        mask=empty(b, k, r, dtype=torch.bool), logit_bias=maybe(everything, b, t, hk, r),
-        null_logit=maybe(everything, b, t, hk), null_value=maybe(everything, hk, d, dtype=dtype),
-        key_cos=maybe(turned, r, d // 2), key_sin=maybe(turned, r, d // 2),
-        key_scale=maybe(cache != dtype, b, k, r), value_scale=maybe(cache != dtype, b, k, r),
-        position=empty(b, dtype=torch.int64), valid=empty(b, dtype=torch.bool),
-        chunk=maybe(everything, b, dtype=torch.int64), rotary_interleaved=False, scale=d**-0.5, chunk_size=64,
-    )  # fmt: skip
+        query=empty(b, t, hk, d),
+        key=empty(b, k, r, hk, d, dtype=cache),
+        value=empty(b, k, r, hk, d, dtype=cache),
+        mask=empty(b, k, r, dtype=torch.bool),
+        logit_bias=maybe(everything, b, t, hk, r),
+        null_logit=maybe(everything, b, t, hk),
+        null_value=maybe(everything, hk, d, dtype=dtype),
+        key_cos=maybe(turned, r, d // 2),
+        key_sin=maybe(turned, r, d // 2),
+        key_scale=maybe(cache != dtype, b, k, r),
+        value_scale=maybe(cache != dtype, b, k, r),
+        position=empty(b, dtype=torch.int64),
+        valid=empty(b, dtype=torch.bool),
+        chunk=maybe(everything, b, dtype=torch.int64),
+        rotary_interleaved=False,
+        scale=d**-0.5,
+        chunk_size=64,
+    )
     launches = backend.plan(empty(b, t, hk, d), empty(b, t, hk, dtype=torch.float32), call)
     return sm, next(launch for launch in launches if launch.kind == kind)
 

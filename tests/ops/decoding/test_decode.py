@@ -70,8 +70,9 @@ def make(options=(), dtype=torch.float32, b=3, m=M, k=K, r=R, h=H, hk=2, d=D, dv
     if "rotary" in options:
         for name, count in (("query_rotary", m), ("key_rotary", r)):
             angle = draw(count, d // 2 - 1).double()
-            x[name] = tuple(y.to(torch.float64 if dtype == torch.float64 else torch.float32)
-                            for y in (angle.cos(), angle.sin()))  # fmt: skip
+            x[name] = tuple(
+                y.to(torch.float64 if dtype == torch.float64 else torch.float32) for y in (angle.cos(), angle.sin())
+            )
         x["rotary_interleaved"] = "interleaved" in options
     return x
 
@@ -122,10 +123,18 @@ def test_keys_turned_before_or_now(turned, backend):
 
 
 SHAPES = (
-    {"h": 1, "hk": 1, "d": 1, "dv": 1}, {"h": 6, "hk": 6, "d": 128, "dv": 128, "r": 70}, {"h": 32, "hk": 1, "d": 64},
-    {"b": 1, "h": 2, "hk": 1, "k": 3, "r": 150}, {"h": 2, "hk": 2, "d": 300, "dv": 260}, {"k": 1, "r": 1}, {"k": 0},
-    {"b": 0}, {"r": 0}, {"m": 1}, {"b": 1, "h": 40, "hk": 40, "d": 16, "r": 64},
-)  # fmt: skip
+    {"h": 1, "hk": 1, "d": 1, "dv": 1},
+    {"h": 6, "hk": 6, "d": 128, "dv": 128, "r": 70},
+    {"h": 32, "hk": 1, "d": 64},
+    {"b": 1, "h": 2, "hk": 1, "k": 3, "r": 150},
+    {"h": 2, "hk": 2, "d": 300, "dv": 260},
+    {"k": 1, "r": 1},
+    {"k": 0},
+    {"b": 0},
+    {"r": 0},
+    {"m": 1},
+    {"b": 1, "h": 40, "hk": 40, "d": 16, "r": 64},
+)
 
 
 @pytest.mark.parametrize("options", [(), ("mask", "null", "bias_wide"), ("mask", "rotary")], ids=str)
@@ -147,8 +156,14 @@ def test_shapes(shape, options, backend):
 @pytest.mark.parametrize("name", ["plain", "everything", "rotary"])
 def test_half_precision_is_within_twice_the_error_of_pytorch(name, dtype, backend, monkeypatch):
     x = make(OPTIONS[name], dtype)
-    wide = {n: y.double() if isinstance(y, torch.Tensor) and y.is_floating_point() else
-            tuple(z.double() for z in y) if isinstance(y, tuple) else y for n, y in x.items()}  # fmt: skip
+    wide = {
+        n: y.double()
+        if isinstance(y, torch.Tensor) and y.is_floating_point()
+        else tuple(z.double() for z in y)
+        if isinstance(y, tuple)
+        else y
+        for n, y in x.items()
+    }
     expected = step(wide, 11, t=4, backend="reference")[0]
     given = step(x, 11, t=4, backend=backend)[0].double()
     monkeypatch.setattr(attention, "accumulation_dtype", lambda dtype: dtype)
@@ -180,9 +195,13 @@ def test_quantised_caches(kind, hk, dtype, backend):
         query, key, value, key_scale=key_scale, value_scale=value_scale, chunk_size=8, position=places, backend=backend
     )
     expected = rk.chunked_cross_attention_decode(
-        query.double(), key.double() * key_scale[..., None, None], value.double() * value_scale[..., None, None],
-        chunk_size=8, position=places, backend="reference",
-    )  # fmt: skip
+        query.double(),
+        key.double() * key_scale[..., None, None],
+        value.double() * value_scale[..., None, None],
+        chunk_size=8,
+        position=places,
+        backend="reference",
+    )
     close((given,), (expected,), 1e-5 if dtype == torch.float32 else 8e-3)
 
 
@@ -268,15 +287,25 @@ def test_projected_is_the_projection_made(hk, options, biases, backend):
         common_arguments["neighbour_mask"] = x["neighbour_mask"][:, 0]
     places = torch.tensor([3, 7, 11])
     query = x["query"][:, :3]
-    wide = {n: y.double() if isinstance(y, torch.Tensor) and y.is_floating_point() else y
-            for n, y in common_arguments.items()}  # fmt: skip
+    wide = {
+        n: y.double() if isinstance(y, torch.Tensor) and y.is_floating_point() else y
+        for n, y in common_arguments.items()
+    }
     expected = rk.chunked_cross_attention_decode(
         query.double(), key, value, position=places, return_lse=True, backend="reference", **wide
     )
     given = rk.projected_chunked_cross_attention_decode(
-        query, encoded, w_key, w_value, bias_key=bias_key, bias_value=bias_value, position=places, return_lse=True,
-        backend=backend, **common_arguments,
-    )  # fmt: skip
+        query,
+        encoded,
+        w_key,
+        w_value,
+        bias_key=bias_key,
+        bias_value=bias_value,
+        position=places,
+        return_lse=True,
+        backend=backend,
+        **common_arguments,
+    )
     close(given, expected, 1e-5)
 
 
@@ -298,9 +327,14 @@ def test_rotary_keys_are_refused_by_name():
     for name in ("query_rotary", "key_rotary"):
         with pytest.raises(ValueError, match=f"{name}: .*after W_k"):
             rk.projected_chunked_cross_attention_decode(
-                x, torch.randn(1, 1, 3, 5), torch.randn(1, 4, 5), torch.randn(1, 4, 5), chunk_size=8,
-                position=torch.tensor([9]), **{name: table},
-            )  # fmt: skip
+                x,
+                torch.randn(1, 1, 3, 5),
+                torch.randn(1, 4, 5),
+                torch.randn(1, 4, 5),
+                chunk_size=8,
+                position=torch.tensor([9]),
+                **{name: table},
+            )
 
 
 def test_gradients_are_refused_by_the_kernels_and_made_by_the_reference():
@@ -332,8 +366,14 @@ def test_gradients_are_refused_by_the_kernels_and_made_by_the_reference():
 )
 def test_bad_input_is_named(name, value, error):
     x = make()
-    y = {**x, "query": x["query"][:, :1], "key": x["key"][:, 0], "value": x["value"][:, 0],
-         "position": torch.zeros(3, dtype=torch.int64), name: value}  # fmt: skip
+    y = {
+        **x,
+        "query": x["query"][:, :1],
+        "key": x["key"][:, 0],
+        "value": x["value"][:, 0],
+        "position": torch.zeros(3, dtype=torch.int64),
+        name: value,
+    }
     with pytest.raises(error, match=name):
         rk.chunked_cross_attention_decode(**y)
 
@@ -403,8 +443,10 @@ class TestTheCpuKernels:
             extension.set_isa(isa)
             for n, h, hk, d, e in ((1, 4, 4, 33, 300), (3, 4, 1, 16, 70), (9, 6, 3, 5, 7), (2, 2, 2, 130, 64)):
                 w = torch.randn(hk, d, e + 2).to(dtype)[..., :e]
-                for x, transposed in ((torch.randn(n, d, h).to(dtype).transpose(1, 2), False),
-                                      (torch.randn(n, h, e + 1).to(dtype)[..., 1:], True)):  # fmt: skip
+                for x, transposed in (
+                    (torch.randn(n, d, h).to(dtype).transpose(1, 2), False),
+                    (torch.randn(n, h, e + 1).to(dtype)[..., 1:], True),
+                ):
                     given = cpu._project_few(x.contiguous() if x.stride(-1) != 1 else x, w, transposed)
                     expected = common_decode.project(x.double(), w.double(), transposed)
                     limit = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]

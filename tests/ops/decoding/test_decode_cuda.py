@@ -40,11 +40,19 @@ def test_keys_turned_before():
 
 
 SHAPES = (
-    {"h": 1, "hk": 1, "d": 8, "dv": 8}, {"h": 6, "hk": 6, "d": 128, "dv": 128, "r": 70}, {"h": 32, "hk": 1, "d": 64},
-    {"b": 1, "h": 2, "hk": 1, "k": 3, "r": 150}, {"h": 2, "hk": 2, "d": 304, "dv": 264}, {"k": 1, "r": 1}, {"k": 0},
-    {"b": 0}, {"r": 0}, {"m": 1}, {"h": 6, "hk": 2, "d": 1032, "dv": 1048},
+    {"h": 1, "hk": 1, "d": 8, "dv": 8},
+    {"h": 6, "hk": 6, "d": 128, "dv": 128, "r": 70},
+    {"h": 32, "hk": 1, "d": 64},
+    {"b": 1, "h": 2, "hk": 1, "k": 3, "r": 150},
+    {"h": 2, "hk": 2, "d": 304, "dv": 264},
+    {"k": 1, "r": 1},
+    {"k": 0},
+    {"b": 0},
+    {"r": 0},
+    {"m": 1},
+    {"h": 6, "hk": 2, "d": 1032, "dv": 1048},
     {"b": 9, "h": 40, "hk": 40, "d": 16, "r": 64},
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("options", [(), ("mask", "null", "bias_wide")], ids=str)
@@ -70,8 +78,16 @@ def test_half_precision_is_within_twice_the_error_of_pytorch(name, dtype, monkey
     assert (given - expected).abs().max() <= 2 * (plain - expected).abs().max() + floor
 
 
-@pytest.mark.parametrize("kinds", [(torch.int8, torch.int8), (torch.float8_e4m3fn, torch.float8_e4m3fn),
-                                   (torch.int8, None), (None, torch.float8_e4m3fn)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (torch.int8, torch.int8),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn),
+        (torch.int8, None),
+        (None, torch.float8_e4m3fn),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("hk", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantised_caches(kinds, hk, dtype):
@@ -87,8 +103,9 @@ def test_quantised_caches(kinds, hk, dtype):
         x, scale = usable[torch.randint(len(usable), shape)].view(kind), torch.rand(shape[:3]) / 127
         return {name: x, f"{name}_scale": scale}, x.double() * scale.double()[..., None, None]
 
-    (key, wide_key), (value, wide_value) = (draw(kind, name, 2, 3, 40, hk, size) for kind, name, size in
-                                            zip(kinds, ("key", "value"), (40, 24)))  # fmt: skip
+    (key, wide_key), (value, wide_value) = (
+        draw(kind, name, 2, 3, 40, hk, size) for kind, name, size in zip(kinds, ("key", "value"), (40, 24))
+    )
     query, places = torch.randn(2, 2, 4, 40).to(dtype), torch.tensor([9, 18])
     given = rk.chunked_cross_attention_decode(query, **key, **value, chunk_size=8, position=places, backend="cuda")
     expected = rk.chunked_cross_attention_decode(
@@ -170,9 +187,18 @@ def test_projected_is_the_projection_made(hk, kind):
         **wide,
     )
     given = rk.projected_chunked_cross_attention_decode(
-        query, encoded, w_key, w_value, bias_key=bias_key, bias_value=bias_value, position=places, return_lse=True,
-        backend="cuda", **arguments, **scale,
-    )  # fmt: skip
+        query,
+        encoded,
+        w_key,
+        w_value,
+        bias_key=bias_key,
+        bias_value=bias_value,
+        position=places,
+        return_lse=True,
+        backend="cuda",
+        **arguments,
+        **scale,
+    )
     close(given, expected, 1e-5)
 
 
@@ -193,8 +219,10 @@ def test_projecting(dtype):
     side by side."""
     for n, h, hk, d, e in ((1, 4, 4, 40, 304), (3, 4, 1, 16, 72), (9, 6, 3, 8, 8), (2, 2, 2, 136, 64)):
         w = torch.randn(hk, d, e + 8).to(dtype)[..., :e]
-        for x, transposed in ((torch.randn(n, h, d + 8).to(dtype)[..., :d], False),
-                              (torch.randn(n, h, e + 8).to(dtype)[..., 8:], True)):  # fmt: skip
+        for x, transposed in (
+            (torch.randn(n, h, d + 8).to(dtype)[..., :d], False),
+            (torch.randn(n, h, e + 8).to(dtype)[..., 8:], True),
+        ):
             given = cuda._project_few(x, w, transposed)
             expected = common.project(x.double(), w.double(), transposed)
             limit = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]

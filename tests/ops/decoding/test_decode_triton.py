@@ -46,11 +46,16 @@ def agree(x, backend_arguments=None, tolerance=1e-5):
 
 def call(b=1, t=1, h=2, hk=2, k=2, r=19, d=16, dv=16, position=9):
     return {
-        "query": torch.randn(b, t, h, d), "key": torch.randn(b, k, r, hk, d), "value": torch.randn(b, k, r, hk, dv),
-        "chunk_size": 8, "position": torch.full((b,), position), "null_key": torch.randn(h, d),
-        "null_value": torch.randn(h, dv), "neighbour_mask": torch.rand(b, k, r) < 0.7,
+        "query": torch.randn(b, t, h, d),
+        "key": torch.randn(b, k, r, hk, d),
+        "value": torch.randn(b, k, r, hk, dv),
+        "chunk_size": 8,
+        "position": torch.full((b,), position),
+        "null_key": torch.randn(h, d),
+        "null_value": torch.randn(h, dv),
+        "neighbour_mask": torch.rand(b, k, r) < 0.7,
         "attention_bias": torch.randn(h, 8, k * r),
-    }  # fmt: skip
+    }
 
 
 @runs
@@ -97,10 +102,17 @@ def test_scales_too_small_for_a_half():
         **x | {"value": value, "value_scale": scale * 2**14}, chunk_size=8, backend="triton"
     )
     small = rk.chunked_cross_attention_decode(
-        **x | {"value": value.clone(), "value_scale": scale, "query": x["query"].float(), "key": x["key"].float(),
-               "attention_bias": x["attention_bias"].float()},
-        chunk_size=8, backend="reference",
-    )  # fmt: skip
+        **x
+        | {
+            "value": value.clone(),
+            "value_scale": scale,
+            "query": x["query"].float(),
+            "key": x["key"].float(),
+            "attention_bias": x["attention_bias"].float(),
+        },
+        chunk_size=8,
+        backend="reference",
+    )
     assert (given.float() - small * 2**14).abs().max() <= 2e-3 * small.abs().max() * 2**14
 
 
@@ -155,8 +167,9 @@ def test_what_is_not_finite_reaches_its_row_and_no_other(name, heads):
     for sequence in range(2):
         seen = mask[sequence].flatten()
         for head in range(h):
-            key, value = (x[name][sequence, :, :, head * hk // h].flatten(0, 1)[seen].double() for name in
-                          ("key", "value"))  # fmt: skip
+            key, value = (
+                x[name][sequence, :, :, head * hk // h].flatten(0, 1)[seen].double() for name in ("key", "value")
+            )
             query = x["query"][sequence, 0, head].double()
             row = (9 - (m - 1)) % m
             logits = d**-0.5 * (query * key).sum(-1) + x["attention_bias"][head, row].double()[seen]
@@ -169,8 +182,9 @@ def test_what_is_not_finite_reaches_its_row_and_no_other(name, heads):
                 given[sequence, 0, head].double(), expected, rtol=2e-5, atol=2e-5, equal_nan=True
             )
             if "lowest" not in name:  # in base 2 it saturates: the weights are right, the number is not
-                torch.testing.assert_close(lse[sequence, 0, head].double(), logits.logsumexp(0), rtol=2e-5, atol=2e-5,
-                                           equal_nan=True)  # fmt: skip
+                torch.testing.assert_close(
+                    lse[sequence, 0, head].double(), logits.logsumexp(0), rtol=2e-5, atol=2e-5, equal_nan=True
+                )
 
 
 @runs
@@ -187,14 +201,21 @@ def test_refusals():
         rk.chunked_cross_attention_decode(**y, **wide, query_rotary=table, key_rotary=table, backend="triton")
     with pytest.raises(ValueError, match="float64"):
         rk.chunked_cross_attention_decode(
-            **{name: z.double() if name in ("query", "key", "value") else z for name, z in x.items()
-               if name in ("query", "key", "value", "chunk_size", "position")}, backend="triton",
-        )  # fmt: skip
+            **{
+                name: z.double() if name in ("query", "key", "value") else z
+                for name, z in x.items()
+                if name in ("query", "key", "value", "chunk_size", "position")
+            },
+            backend="triton",
+        )
 
 
 def test_how_a_call_is_cut_depends_on_shapes_alone_and_one_sequence_fills_a_gpu():
-    for dtype, rows, width, shared_by in ((torch.bfloat16, 1, 128, 32), (torch.bfloat16, 4, 128, 8),
-                                          (torch.float32, 1, 64, 16)):  # fmt: skip
+    for dtype, rows, width, shared_by in (
+        (torch.bfloat16, 1, 128, 32),
+        (torch.bfloat16, 4, 128, 8),
+        (torch.float32, 1, 64, 16),
+    ):
         settings = configs.choose(dtype, rows, width, 0, 256, shared_by)
         assert shared_by * 256 // settings.block_keys >= 128
     assert configs.choose(torch.bfloat16, 1, 128, 0, 256, 64 * 32).block_keys == 64

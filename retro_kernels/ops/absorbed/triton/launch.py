@@ -85,8 +85,14 @@ def _arguments(kind: str, call: Call, out, lse, grad_out=None) -> tuple[configs.
     _, n, h, d = call.query.shape
     _, num_chunks, k, r, e = call.encoded.shape
     hk, d_value, _ = call.w_value.shape
-    beyond_a_mask = (call.attention_bias, call.relative_key, call.null_key, call.bias_key, call.bias_value,
-                     call.dropout_seed)  # fmt: skip
+    beyond_a_mask = (
+        call.attention_bias,
+        call.relative_key,
+        call.null_key,
+        call.bias_key,
+        call.bias_value,
+        call.dropout_seed,
+    )
     options = any(x is not None for x in beyond_a_mask)
     sm = _compute_capability(call.query.device)
     settings = configs.choose(kind, sm, call.query.dtype, call.stride, k * r, e, options)
@@ -98,30 +104,54 @@ def _arguments(kind: str, call: Call, out, lse, grad_out=None) -> tuple[configs.
     if call.mask is not None:  # as bytes: Triton's interpreter cannot use a bool that was loaded as a mask
         tensors["mask"] = call.mask.view(torch.uint8)
     return settings, {
-        **tensors, "out": out, **_planes(lse, call),
-        "scale": float(call.scale), "threshold": dropout.threshold(call.dropout_p),
+        **tensors,
+        "out": out,
+        **_planes(lse, call),
+        "scale": float(call.scale),
+        "threshold": dropout.threshold(call.dropout_p),
         "survivor_scale": dropout.survivor_scale(call.dropout_p) if call.dropout_seed is not None else 1.0,
-        "num_tokens": n, "num_neighbours": k, "retrieved_length": r, "num_heads": h, "heads_per_key": h // hk,
-        "num_chunks": num_chunks, "first_group": first_group, "num_groups": num_groups,
+        "num_tokens": n,
+        "num_neighbours": k,
+        "retrieved_length": r,
+        "num_heads": h,
+        "heads_per_key": h // hk,
+        "num_chunks": num_chunks,
+        "first_group": first_group,
+        "num_groups": num_groups,
         "row_tiles": -(-call.stride // settings.block_rows),
         "key_tiles": k * blocks if within else -(-k * r // settings.block_slots),
-        "stride": call.stride, "first_token": call.first_token,
+        "stride": call.stride,
+        "first_token": call.first_token,
         "num_distances": 0 if call.relative_key is None else call.relative_key.shape[1],
-        **_strides("query", call.query, "bnh"), **_strides("encoded", call.encoded, "blkr"),
-        **_strides("w_key", call.w_key, "hd"), **_strides("w_value", call.w_value, "hd"),
-        **_strides("bias_key", call.bias_key, "h"), **_strides("bias_value", call.bias_value, "h"),
-        **_strides("mask", call.mask, "blkr"), **_strides("bias", call.attention_bias, "hm"),
-        **_strides("relative", call.relative_key, "hx"), **_strides("content_bias", call.content_bias, "h"),
-        **_strides("relative_bias", call.relative_bias, "h"), **_strides("null_key", call.null_key, "h"),
+        **_strides("query", call.query, "bnh"),
+        **_strides("encoded", call.encoded, "blkr"),
+        **_strides("w_key", call.w_key, "hd"),
+        **_strides("w_value", call.w_value, "hd"),
+        **_strides("bias_key", call.bias_key, "h"),
+        **_strides("bias_value", call.bias_value, "h"),
+        **_strides("mask", call.mask, "blkr"),
+        **_strides("bias", call.attention_bias, "hm"),
+        **_strides("relative", call.relative_key, "hx"),
+        **_strides("content_bias", call.content_bias, "h"),
+        **_strides("relative_bias", call.relative_bias, "h"),
+        **_strides("null_key", call.null_key, "h"),
         **_strides("null_value", call.null_value, "h"),
-        "DIM": d, "VALUE_DIM": d_value, "ENCODER_DIM": e,
+        "DIM": d,
+        "VALUE_DIM": d_value,
+        "ENCODER_DIM": e,
         "BIAS_PER_SLOT": k > 1 and call.attention_bias is not None and call.attention_bias.shape[2] == k * r,
-        "WITHIN": within, "LOTS": 8 if not within or r % 8 == 0 else 1,
-        "FLAT": all(k == 1 or of_k == r * of_r for of_k, of_r in moved), "LONG": _long(call, grad_out),
-        "BLOCK_ROWS": settings.block_rows, "BLOCK_SLOTS": settings.block_slots,
-        "BLOCK_ENCODER": settings.block_encoder, "BLOCK_RUN": settings.block_run, "BLOCK_DIM": power_of_two(d),
-        "BLOCK_VALUE": power_of_two(d_value), "PRECISION": settings.precision,
-    }  # fmt: skip
+        "WITHIN": within,
+        "LOTS": 8 if not within or r % 8 == 0 else 1,
+        "FLAT": all(k == 1 or of_k == r * of_r for of_k, of_r in moved),
+        "LONG": _long(call, grad_out),
+        "BLOCK_ROWS": settings.block_rows,
+        "BLOCK_SLOTS": settings.block_slots,
+        "BLOCK_ENCODER": settings.block_encoder,
+        "BLOCK_RUN": settings.block_run,
+        "BLOCK_DIM": power_of_two(d),
+        "BLOCK_VALUE": power_of_two(d_value),
+        "PRECISION": settings.precision,
+    }
 
 
 def plan_forward(out, lse, call: Call) -> Launch:
@@ -134,9 +164,17 @@ def plan_forward(out, lse, call: Call) -> Launch:
 
 # What is summed over chunks, in scratch of each program's own; of it, what goes through the logits' scale.
 SUMMED = (
-    "w_key", "w_value", "bias_key", "bias_value", "attention_bias", "relative_key", "content_bias", "relative_bias",
-    "null_key", "null_value",
-)  # fmt: skip
+    "w_key",
+    "w_value",
+    "bias_key",
+    "bias_value",
+    "attention_bias",
+    "relative_key",
+    "content_bias",
+    "relative_bias",
+    "null_key",
+    "null_value",
+)
 SCALED = ("w_key", "bias_key", "relative_key", "content_bias", "relative_bias", "null_key")
 
 
@@ -149,11 +187,16 @@ def plan_heads(grad_out, out, lse, grad_query, copies: Mapping[str, torch.Tensor
     num_copies = wanted[0].shape[0] if wanted else num_items
     bias = copies.get("attention_bias")
     arguments |= {
-        "grad_out": grad_out, **_strides("grad_out", grad_out, "bnh"), "grad_query": grad_query,
+        "grad_out": grad_out,
+        **_strides("grad_out", grad_out, "bnh"),
+        "grad_query": grad_query,
         **{f"{name.removeprefix('attention_')}_copies": copies.get(name) for name in SUMMED},
-        "num_items": num_items, "num_copies": num_copies, "SUMS": bool(wanted),
-        "table_rows": 0 if bias is None else bias.shape[2], "table_columns": 0 if bias is None else bias.shape[3],
-    }  # fmt: skip
+        "num_items": num_items,
+        "num_copies": num_copies,
+        "SUMS": bool(wanted),
+        "table_rows": 0 if bias is None else bias.shape[2],
+        "table_columns": 0 if bias is None else bias.shape[3],
+    }
     lanes = call.w_key.shape[0] if wanted else call.query.shape[2]
     return Launch("backward_heads", triton_backward.backward_heads_kernel, num_copies * lanes, arguments, settings)
 
@@ -170,9 +213,13 @@ def plan_states(grad_out, out, lse, grad_encoded, call: Call) -> Launch:
         shape = (num_copies, settings.block_slots, call.encoded.shape[-1])
         sums = memory.allocate(shape, torch.float32, grad_encoded.device)
     arguments |= {
-        "grad_out": grad_out, **_strides("grad_out", grad_out, "bnh"), "grad_encoded": grad_encoded, "sums": sums,
-        "num_items": num_items, "num_copies": num_copies,
-    }  # fmt: skip
+        "grad_out": grad_out,
+        **_strides("grad_out", grad_out, "bnh"),
+        "grad_encoded": grad_encoded,
+        "sums": sums,
+        "num_items": num_items,
+        "num_copies": num_copies,
+    }
     return Launch("backward_states", triton_backward.backward_states_kernel, num_copies, arguments, settings)
 
 
@@ -194,9 +241,13 @@ def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gradients(
-    call: Call, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    call: Call,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     wanted: Collection[str],
-) -> dict[str, torch.Tensor]:  # fmt: skip
+) -> dict[str, torch.Tensor]:
     refuse_lse_gradient(grad_lse, "Triton")
     found = allocate_gradients(call, wanted)
     with _on_device_of(out):
@@ -219,8 +270,9 @@ def gradients(
         num_copies = min(common.PARTIAL_COPIES, call.query.shape[0] * num_groups)
         copies = {
             name: memory.allocate((num_copies, *found[name].shape), torch.float32, out.device).zero_()
-            for name in SUMMED if name in found and found[name].numel()
-        }  # fmt: skip
+            for name in SUMMED
+            if name in found and found[name].numel()
+        }
         plan_heads(*results, computed["query"], copies, call)()
         for name in SUMMED:
             if name in copies:

@@ -11,9 +11,16 @@ from importlib import metadata
 import torch
 
 KINDS = (
-    "forward", "backward", "backward_shared", "backward_sweeps", "backward_queries", "backward_keys", "backward_bias",
-    "backward_relative", "backward_null",
-)  # fmt: skip
+    "forward",
+    "backward",
+    "backward_shared",
+    "backward_sweeps",
+    "backward_queries",
+    "backward_keys",
+    "backward_bias",
+    "backward_relative",
+    "backward_null",
+)
 
 
 @dataclass(frozen=True)

@@ -104,36 +104,70 @@ def _shared_arguments(call: Call, grad_out: torch.Tensor | None = None) -> dict[
     if by_clock:  # the chunk is not an axis of the query: its rows are tokens from the group's first on
         strides |= {"query_l": 0, "query_k": 0}
     return {
-        "query": call.query, "key": call.key, "value": call.value, "attention_bias": call.attention_bias,
+        "query": call.query,
+        "key": call.key,
+        "value": call.value,
+        "attention_bias": call.attention_bias,
         # As bytes: Triton's interpreter cannot use a bool that was loaded as a mask.
         "mask": None if call.mask is None else call.mask.view(torch.uint8),
-        "relative_key": call.relative_key, "content_bias": call.content_bias, "relative_bias": call.relative_bias,
-        "query_cos": call.query_cos, "query_sin": call.query_sin, "key_cos": call.key_cos, "key_sin": call.key_sin,
-        "null_key": call.null_key, "null_value": call.null_value, "chunk_spans": call.chunk_spans,
-        "first_visible": call.first_visible, "dropout_seed": call.dropout_seed,
-        "scale": float(call.scale), "threshold": dropout.threshold(call.dropout_p),
+        "relative_key": call.relative_key,
+        "content_bias": call.content_bias,
+        "relative_bias": call.relative_bias,
+        "query_cos": call.query_cos,
+        "query_sin": call.query_sin,
+        "key_cos": call.key_cos,
+        "key_sin": call.key_sin,
+        "null_key": call.null_key,
+        "null_value": call.null_value,
+        "chunk_spans": call.chunk_spans,
+        "first_visible": call.first_visible,
+        "dropout_seed": call.dropout_seed,
+        "scale": float(call.scale),
+        "threshold": dropout.threshold(call.dropout_p),
         "survivor_scale": dropout.survivor_scale(call.dropout_p),
-        "num_tokens": n, "num_places": lq * kq * n,
-        "place_l": 0 if by_clock else kq * n, "place_k": 0 if by_clock else n,
-        "num_neighbours": k if by_clock else 1, "retrieved_length": r, "query_neighbours": kq, "num_heads": h,
-        "heads_per_key": h // hk, "num_chunks": num_chunks, "stride": call.stride, "first_token": call.first_token,
+        "num_tokens": n,
+        "num_places": lq * kq * n,
+        "place_l": 0 if by_clock else kq * n,
+        "place_k": 0 if by_clock else n,
+        "num_neighbours": k if by_clock else 1,
+        "retrieved_length": r,
+        "query_neighbours": kq,
+        "num_heads": h,
+        "heads_per_key": h // hk,
+        "num_chunks": num_chunks,
+        "stride": call.stride,
+        "first_token": call.first_token,
         "num_distances": 0 if call.relative_key is None else call.relative_key.shape[1],
-        **strides, **_strides("key", call.key, "blkrh"), **_strides("value", call.value, "blkrh"),
-        **_strides("mask", call.mask, "blkr"), **_strides("bias", call.attention_bias, "hm"),
-        **_strides("relative", call.relative_key, "hx"), **_strides("content_bias", call.content_bias, "h"),
+        **strides,
+        **_strides("key", call.key, "blkrh"),
+        **_strides("value", call.value, "blkrh"),
+        **_strides("mask", call.mask, "blkr"),
+        **_strides("bias", call.attention_bias, "hm"),
+        **_strides("relative", call.relative_key, "hx"),
+        **_strides("content_bias", call.content_bias, "h"),
         **_strides("relative_bias", call.relative_bias, "h"),
-        **_strides("query_cos", call.query_cos, "m"), **_strides("query_sin", call.query_sin, "m"),
-        **_strides("key_cos", call.key_cos, "r"), **_strides("key_sin", call.key_sin, "r"),
-        **_strides("null_key", call.null_key, "h"), **_strides("null_value", call.null_value, "h"),
-        "GROUPING": call.grouping, "CAUSAL": bool(call.causal),
-        "DIM": d, "VALUE_DIM": call.value.shape[-1], "WIDTH": width, "INTERLEAVED": bool(call.rotary_interleaved),
+        **_strides("query_cos", call.query_cos, "m"),
+        **_strides("query_sin", call.query_sin, "m"),
+        **_strides("key_cos", call.key_cos, "r"),
+        **_strides("key_sin", call.key_sin, "r"),
+        **_strides("null_key", call.null_key, "h"),
+        **_strides("null_value", call.null_value, "h"),
+        "GROUPING": call.grouping,
+        "CAUSAL": bool(call.causal),
+        "DIM": d,
+        "VALUE_DIM": call.value.shape[-1],
+        "WIDTH": width,
+        "INTERLEAVED": bool(call.rotary_interleaved),
         "FLAT": all(k == 1 or of_k == r * of_r for of_k, of_r in moved),
         "LONG": _needs_long_offsets(call, grad_out),
-        "BIAS_PER_SLOT": by_clock and k > 1 and call.attention_bias is not None
+        "BIAS_PER_SLOT": by_clock
+        and k > 1
+        and call.attention_bias is not None
         and call.attention_bias.shape[2] == k * r,
-        "BLOCK_PAIR": configs.power_of_two(width), "BLOCK_REST": configs.power_of_two(d - 2 * width),
+        "BLOCK_PAIR": configs.power_of_two(width),
+        "BLOCK_REST": configs.power_of_two(d - 2 * width),
         "BLOCK_VALUE": configs.power_of_two(call.value.shape[-1]),
-    }  # fmt: skip
+    }
 
 
 def _planes(lse: torch.Tensor, call: Any) -> dict[str, torch.Tensor | None]:
@@ -210,10 +244,15 @@ def plan_forward(out, lse, call: Call, settings: configs.LaunchSettings | None =
     first_group, num_groups = _groups(call, attended=True)
     row_tiles = _row_tiles(call, settings)
     arguments = {
-        **_shared_arguments(call), "out": out, **_planes(lse, call), "first_group": first_group,
-        "num_groups": num_groups, "row_tiles": row_tiles, **_key_tiles(call, settings, call.relative_key is not None),
+        **_shared_arguments(call),
+        "out": out,
+        **_planes(lse, call),
+        "first_group": first_group,
+        "num_groups": num_groups,
+        "row_tiles": row_tiles,
+        **_key_tiles(call, settings, call.relative_key is not None),
         **_tile_arguments(settings),
-    }  # fmt: skip
+    }
     programs = call.query.shape[0] * num_groups * row_tiles * call.query.shape[4]
     return Launch("forward", triton_forward.forward_kernel, programs, arguments, settings)
 
@@ -255,11 +294,18 @@ def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, call: Cal
         first_group, num_groups = _groups(call, attended=kind == "backward_queries")
         row_tiles = _row_tiles(call, settings)
         arguments = {
-            **shared, "grad_query": gradients[0], "grad_key": gradients[1], "grad_value": gradients[2],
-            "first_group": first_group, "num_groups": num_groups, "row_tiles": row_tiles,
-            "FORM": _FORMS[kind], "SINGLE_PASS": kind in ("backward", "backward_shared"),
-            **_key_tiles(call, settings, call.relative_key is not None), **_tile_arguments(settings),
-        }  # fmt: skip
+            **shared,
+            "grad_query": gradients[0],
+            "grad_key": gradients[1],
+            "grad_value": gradients[2],
+            "first_group": first_group,
+            "num_groups": num_groups,
+            "row_tiles": row_tiles,
+            "FORM": _FORMS[kind],
+            "SINGLE_PASS": kind in ("backward", "backward_shared"),
+            **_key_tiles(call, settings, call.relative_key is not None),
+            **_tile_arguments(settings),
+        }
         tiles = (row_tiles * h, max(arguments["key_tiles"], 1) * hk, hk)[_FORMS[kind]]
         launches.append(Launch(kind, triton_backward.backward_kernel, b * num_groups * tiles, arguments, settings))
 
@@ -288,16 +334,26 @@ def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, call: Cal
         num_copies = next(x for x in (d_bias, d_relative_key, d_null_key, d_content_bias) if x is not None).shape[0]
         own_tiles = row_tiles * key_tiles if kind == "backward_bias" else 1
         arguments = {
-            **shared, "bias_copies": d_bias, "relative_key_copies": d_relative_key,
-            "content_bias_copies": d_content_bias, "relative_bias_copies": d_relative_bias,
-            "null_key_copies": d_null_key, "null_value_copies": d_null_value,
-            "first_group": first_group, "num_groups": num_groups, "row_tiles": row_tiles,
-            "sharing": sharing, "num_copies": num_copies,
+            **shared,
+            "bias_copies": d_bias,
+            "relative_key_copies": d_relative_key,
+            "content_bias_copies": d_content_bias,
+            "relative_bias_copies": d_relative_bias,
+            "null_key_copies": d_null_key,
+            "null_value_copies": d_null_value,
+            "first_group": first_group,
+            "num_groups": num_groups,
+            "row_tiles": row_tiles,
+            "sharing": sharing,
+            "num_copies": num_copies,
             "num_items": b * num_groups * sharing * (1 if kind == "backward_bias" else row_tiles),
             "table_rows": 0 if d_bias is None else d_bias.shape[2],
             "table_columns": 0 if d_bias is None else d_bias.shape[3],
-            "WHAT": what, **_key_tiles(call, settings, within), **_tile_arguments(settings), "key_tiles": key_tiles,
-        }  # fmt: skip
+            "WHAT": what,
+            **_key_tiles(call, settings, within),
+            **_tile_arguments(settings),
+            "key_tiles": key_tiles,
+        }
         launches.append(
             Launch(kind, triton_parameters.parameters_kernel, num_copies * own_tiles * h, arguments, settings)
         )
@@ -314,9 +370,12 @@ def _tune(kinds: tuple[str, ...], call: Call, run: Callable[[], tuple[torch.Tens
         if choice in configs.tuned or kind in configs.overrides:
             continue
         key = tuning.key_of(
-            operation="attention", choice=choice, triton=triton.__version__, code=_code(),
+            operation="attention",
+            choice=choice,
+            triton=triton.__version__,
+            code=_code(),
             device=torch.cuda.get_device_name(call.query.device) if call.query.is_cuda else "interpreter",
-        )  # fmt: skip
+        )
         settings = _remembered(key)
         if settings is None:
 
@@ -415,9 +474,13 @@ PARAMETERS = ("attention_bias", "relative_key", "content_bias", "relative_bias",
 
 
 def gradients(
-    call: Call, grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    call: Call,
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     wanted: Collection[str],
-) -> dict[str, torch.Tensor]:  # fmt: skip
+) -> dict[str, torch.Tensor]:
     refuse_lse_gradient(grad_lse, "Triton")
     found = allocate_gradients(call, wanted)
     with _on_device_of(out):
@@ -435,14 +498,19 @@ def gradients(
 
 
 def _differentiate(
-    call: Call, grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, found: dict[str, torch.Tensor],
+    call: Call,
+    grad_out: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    found: dict[str, torch.Tensor],
     groups: int,
-) -> None:  # fmt: skip
+) -> None:
     num_copies = min(common.PARTIAL_COPIES, call.query.shape[0] * groups)
     copies = {
         name: memory.allocate((num_copies, *found[name].shape), torch.float32, out.device)
-        for name in PARAMETERS if name in found and found[name].numel()
-    }  # fmt: skip
+        for name in PARAMETERS
+        if name in found and found[name].numel()
+    }
     computed = {name: found[name] for name in ("query", "key", "value")}
     backward = (grad_out, out, lse)
     widened = interpreting() and call.query.dtype == torch.bfloat16

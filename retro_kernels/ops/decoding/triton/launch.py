@@ -93,37 +93,65 @@ def plan(out, lse, call: Call, scratch: dict[str, torch.Tensor] | None = None) -
         if getattr(call, name) is not None and getattr(call, name).dtype in (torch.bool, torch.float8_e4m3fn)
     }
     shared = {
-        "position": call.position, "valid": call.valid, "chunk": call.chunk, **scratch,
-        "num_tokens": t, "num_heads": h, "chunk_size": call.chunk_size, "key_tiles": key_tiles, "num_rows": b * t * h,
+        "position": call.position,
+        "valid": call.valid,
+        "chunk": call.chunk,
+        **scratch,
+        "num_tokens": t,
+        "num_heads": h,
+        "chunk_size": call.chunk_size,
+        "key_tiles": key_tiles,
+        "num_rows": b * t * h,
         "VALUE_DIM": d_value,
-    }  # fmt: skip
+    }
     attend = {
         **{name: getattr(call, name) for name in call.form.tensors},
-        **shared, "scale": float(call.scale), "num_kv_heads": hk, "heads_per_key": h // hk, "retrieved_length": r,
-        "num_slots": slots, "row_tiles": row_tiles,
-        **_strides("query", call.query, "bth"), **_strides("key", call.key, "bkrh"),
-        **_strides("value", call.value, "bkrh"), **_strides("mask", call.mask, "bkr"),
-        **_strides("key_scale", call.key_scale, "bkr"), **_strides("value_scale", call.value_scale, "bkr"),
-        **_strides("key_cos", call.key_cos, "r"), **_strides("key_sin", call.key_sin, "r"),
-        "DIM": d, "WIDTH": width, "INTERLEAVED": call.rotary_interleaved,
-        "KEY_FLOAT8": call.key.dtype == torch.float8_e4m3fn, "VALUE_FLOAT8": call.value.dtype == torch.float8_e4m3fn,
+        **shared,
+        "scale": float(call.scale),
+        "num_kv_heads": hk,
+        "heads_per_key": h // hk,
+        "retrieved_length": r,
+        "num_slots": slots,
+        "row_tiles": row_tiles,
+        **_strides("query", call.query, "bth"),
+        **_strides("key", call.key, "bkrh"),
+        **_strides("value", call.value, "bkrh"),
+        **_strides("mask", call.mask, "bkr"),
+        **_strides("key_scale", call.key_scale, "bkr"),
+        **_strides("value_scale", call.value_scale, "bkr"),
+        **_strides("key_cos", call.key_cos, "r"),
+        **_strides("key_sin", call.key_sin, "r"),
+        "DIM": d,
+        "WIDTH": width,
+        "INTERLEAVED": call.rotary_interleaved,
+        "KEY_FLOAT8": call.key.dtype == torch.float8_e4m3fn,
+        "VALUE_FLOAT8": call.value.dtype == torch.float8_e4m3fn,
         "BIAS_PER_SLOT": k > 1 and call.logit_bias is not None and call.logit_bias.shape[3] == slots,
-        "SINGLE": settings.block_rows == 1, "BLOCK_ROWS": settings.block_rows, "BLOCK_KEYS": settings.block_keys,
+        "SINGLE": settings.block_rows == 1,
+        "BLOCK_ROWS": settings.block_rows,
+        "BLOCK_KEYS": settings.block_keys,
         "BLOCK_DIM": min(configs.power_of_two(d), settings.block_dim),
         "BLOCK_VALUE": min(configs.power_of_two(d_value), settings.block_dim),
-        "BLOCK_PAIR": configs.power_of_two(width), "BLOCK_REST": configs.power_of_two(d - 2 * width),
+        "BLOCK_PAIR": configs.power_of_two(width),
+        "BLOCK_REST": configs.power_of_two(d - 2 * width),
         "PRECISION": settings.precision,
-    }  # fmt: skip
+    }
     attend = {**attend, **as_bytes}
     for name in ("null_logit", "null_value"):
         del attend[name]
     block_value = min(configs.power_of_two(d_value), _VALUES_AT_ONCE)
     value_blocks = -(-d_value // block_value)
     combine = {
-        **shared, "out": out, "lse": lse, "null_logit": call.null_logit, "null_value": call.null_value,
-        **_strides("null_value", call.null_value, "h"), "value_blocks": value_blocks, "BLOCK_TILES": _TILES_AT_ONCE,
+        **shared,
+        "out": out,
+        "lse": lse,
+        "null_logit": call.null_logit,
+        "null_value": call.null_value,
+        **_strides("null_value", call.null_value, "h"),
+        "value_blocks": value_blocks,
+        "BLOCK_TILES": _TILES_AT_ONCE,
         "BLOCK_VALUE": block_value,
-    }  # fmt: skip
+    }
     if "valid" in as_bytes:
         combine["valid"] = as_bytes["valid"]
     combining = configs.LaunchSettings(1, _TILES_AT_ONCE, block_value, 4, 1)
