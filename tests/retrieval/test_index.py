@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from retrieval_common import CHUNK, database_of
-from retro_kernels.retrieval.index.index import build_index, replace_index, save_settings
 from typer.testing import CliRunner
 
 from retro_kernels.cli.db import app
@@ -23,6 +22,7 @@ from retro_kernels.retrieval.index import evaluation, exact
 from retro_kernels.retrieval.index import index as index_module
 from retro_kernels.retrieval.index.choice import EXACT, choose, lists_of
 from retro_kernels.retrieval.index.evaluation import evaluate_search, plot
+from retro_kernels.retrieval.index.index import build_index, replace_index, save_settings
 
 DIM, SPEC = 32, "IVF64,SQ8"
 
