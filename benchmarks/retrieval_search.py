@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from retro_kernels.retrieval.index.index.index import import_faiss
 
 from retro_kernels.bench import environment, results
 from retro_kernels.retrieval import Database, open_index, replace_index
 from retro_kernels.retrieval.index.evaluation import evaluate_search
+from retro_kernels.retrieval.index.index import import_faiss
 
 INDEXES = ("IVF{lists},SQ8", "IVF{lists},RaBitQ", "OPQ48,IVF{lists},PQ48")
 BATCHES, KS, ROUNDS = (1, 64, 1024), (2, 64), 5

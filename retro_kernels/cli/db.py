@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import db_build, db_index, db_query
-from .db_common import Folder, show_errors
+from .db_common import Folder, printable, say, show_errors
 
 app = typer.Typer(
     help="Retrieval databases: build one, see what it holds, check it, look something up.", no_args_is_help=True
@@ -41,7 +41,7 @@ def info(folder: Folder) -> None:
         "embedder": manifest["embedder"] or "none",
         "index": _index_facts(manifest["index"]),
     }.items():
-        typer.echo(f"{name:<11} {value}")
+        say(f"{name:<11} {value}")
 
 
 def _index_facts(entry: dict | None) -> str:
@@ -60,10 +60,10 @@ def verify(folder: Folder) -> None:
     with show_errors():
         problems = Database(folder).verify()
     for line in problems:
-        typer.echo(f"error: {line}", err=True)
+        typer.echo(printable(f"error: {line}"), err=True)
     if problems:
         raise typer.Exit(1)
-    typer.echo("every checksum and count holds")
+    say("every checksum and count holds")
 
 
 @app.command("import")
@@ -84,9 +84,9 @@ def import_(
         database = import_database(
             format, source, out, tokenizer=tokenizer, chunk_size=chunk_size, neighbours=neighbours
         )
-    typer.echo(f"{out}: {len(database):,} chunks of {database.num_documents:,} documents")
+    say(f"{out}: {len(database):,} chunks of {database.num_documents:,} documents")
     if database.manifest["files"]:
-        typer.echo(f"  their neighbours are in {out / NEIGHBOURS}")
+        say(f"  their neighbours are in {out / NEIGHBOURS}")
 
 
 @app.command()
@@ -102,4 +102,4 @@ def export(
 
     with show_errors():
         rows = export_parquet(Database(folder), out, embeddings=embeddings, text=text)
-    typer.echo(f"{out}: {rows:,} chunks")
+    say(f"{out}: {rows:,} chunks")

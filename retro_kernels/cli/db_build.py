@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .db_common import show_errors, show_progress
+from .db_common import say, show_errors, show_progress
 
 NONE = "none"
 
@@ -70,8 +70,8 @@ def build(
             progress=progress,
         )
     facts = database.manifest["build"]
-    typer.echo(f"{out}: {len(database):,} chunks of {database.num_documents:,} documents")
+    say(f"{out}: {len(database):,} chunks of {database.num_documents:,} documents")
     if facts["shorter_than_a_chunk"]:
-        typer.echo(f"  {facts['shorter_than_a_chunk']:,} documents are shorter than a chunk and were padded")
+        say(f"  {facts['shorter_than_a_chunk']:,} documents are shorter than a chunk and were padded")
     for reason, count in facts["skipped"].items():
-        typer.echo(f"  {count:,} left out: {reason} (named in {out / 'skipped.jsonl'})")
+        say(f"  {count:,} left out: {reason} (named in {out / 'skipped.jsonl'})")

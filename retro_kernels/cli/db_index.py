@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .db_common import Folder, show_errors, show_progress
+from .db_common import Folder, counting, say, say_json, show_errors, show_progress
 
 
 def index(
@@ -18,20 +17,12 @@ def index(
 ) -> None:
     """Gives a finished database an index, or another one. The old one serves until the new one is whole; a stopped
     command goes on when it is run again."""
-    from retro_kernels.retrieval.build.builder import Meter
-    from retro_kernels.retrieval.index.index.index import replace_index
+    from retro_kernels.retrieval.index.index import replace_index
 
     with show_errors(), show_progress() as report:
-        meter: list[Meter] = []
-
-        def step(done: int, total: int) -> None:
-            if not meter:
-                meter.append(Meter("index", total, report))
-            meter[0](0, done - meter[0].chunks, done - meter[0].size)
-
-        database = replace_index(folder, index, device=device, progress=step)
+        database = replace_index(folder, index, device=device, progress=counting("index", report))
     entry = database.manifest["index"]
-    typer.echo(f"{folder}: {entry['spec']} over {len(database):,} keys ({entry['why']})")
+    say(f"{folder}: {entry['spec']} over {len(database):,} keys ({entry['why']})")
 
 
 def evaluate(
@@ -54,9 +45,9 @@ def evaluate(
     from retro_kernels.retrieval import Database
     from retro_kernels.retrieval.index.evaluation import evaluate_search
     from retro_kernels.retrieval.index.evaluation import plot as draw
-    from retro_kernels.retrieval.index.index.index import save_settings
+    from retro_kernels.retrieval.index.index import save_settings
 
-    with show_errors(OSError, ImportError):
+    with show_errors(ImportError):
         given = None if query_file is None else np.load(query_file, allow_pickle=False)
         found = evaluate_search(
             Database(folder), k=k, num_queries=queries, queries=given, recall=recall, seed=seed, device=device
@@ -66,7 +57,7 @@ def evaluate(
         if save and found.points:
             save_settings(folder, **found.recommended)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        say_json(found.to_dict())
         return
     from rich import box
     from rich.console import Console
@@ -87,4 +78,4 @@ def evaluate(
         "" if names else "exact",
     )
     Console().print(table)
-    typer.echo(f"recommended: {found.reason}" + (" (saved)" if save and found.points else ""))
+    say(f"recommended: {found.reason}" + (" (saved)" if save and found.points else ""))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .db_common import Folder, show_errors, show_progress
+from .db_common import Folder, printable, say, say_json, show_errors, show_progress
 
 if TYPE_CHECKING:
     from retro_kernels.retrieval import Retrieved, Retriever
@@ -61,12 +60,12 @@ def neighbours(
                 retriever, inputs, out, same_document=same_document, progress=progress, **changed
             )
     facts = made.facts
-    typer.echo(
+    say(
         f"{out}: {facts['tokens']:,} tokens of {facts['documents']:,} documents, {facts['num_neighbours']} neighbours "
         f"for each of {facts['chunks']:,} chunks"
     )
     if facts["missing"]:
-        typer.echo(f"  {facts['missing']:,} neighbours are missing: nothing else passed the filters")
+        say(f"  {facts['missing']:,} neighbours are missing: nothing else passed the filters")
 
 
 def query(
@@ -93,7 +92,7 @@ def query(
         )
         found = _entries(retriever, retriever.retrieve_text([text]))
     if as_json:
-        typer.echo(json.dumps({"query": text, "neighbours": found}, indent=1, ensure_ascii=False))
+        say_json({"query": text, "neighbours": found})
     else:
         _print(text, found)
 
@@ -135,20 +134,20 @@ def _print(text: str, found: list[dict[str, Any]]) -> None:
 
     console = Console(highlight=False)
     if not found:
-        typer.echo("no neighbour passed the filters")
+        say("no neighbour passed the filters")
     for one in found:
         place = [one["path"]]
         place += [] if one["record"] is None else [f"record {one['record']:,}"]
         place += [] if one["character"] is None else [f"character {one['character']:,}"]
-        where, distance = ", ".join(place), f"distance {one['distance']:.3f}"
+        where, distance = printable(", ".join(place)), f"distance {one['distance']:.3f}"
         if not console.is_terminal:
             # For other programs: no frames, nothing cut.
             following = f"\n  … {one['continuation'].strip()}" if one["continuation"] else ""
-            typer.echo(f"{one['rank']}. {distance}  {where}\n  {one['text']}{following}\n")
+            say(f"{one['rank']}. {distance}  {where}\n  {one['text']}{following}\n")
             continue
-        body = Text(one["text"], style="bold")
+        body = Text(printable(one["text"]), style="bold")
         if one["continuation"]:
-            body.append(one["continuation"], style="not bold dim")
+            body.append(printable(one["continuation"]), style="not bold dim")
         title = Text.assemble((f"{one['rank']}", "bold cyan"), "  ", distance)
         console.print(
             Panel(body, title=title, subtitle=Text(where, style="cyan"), title_align="left", subtitle_align="right")
