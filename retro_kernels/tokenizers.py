@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 BYTES, FILE = "bytes", "tokenizer.json"
 DEFAULT_TOKENIZER = OFFLINE
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+"""What tokenizers call the end of a document, where no tokenizer_config.json beside them says it."""
 
 
 class Encoded(NamedTuple):
@@ -39,9 +42,12 @@ class ChunkTokenizer(Protocol):
     identity: dict[str, Any]
     """JSON: "name", under which it is loaded again, "kind" and "sha256", by which it is recognised."""
     vocabulary_size: int
+    """One more than the largest token of text."""
+    eos_token_id: int
+    """The token that ends a document: a special one of the tokenizer, or the one after all of them."""
 
     def encode(self, text: str) -> list[int]:
-        """Text to tokens, without special ones."""
+        """Text to tokens, without special ones: text that reads like one is text."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens to text."""
@@ -51,9 +57,10 @@ class ChunkTokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """A token is a byte of UTF-8, 0 to 255; larger tokens are no text."""
+    """A token is a byte of UTF-8, 0 to 255; larger tokens are no text, and 256 ends a document."""
 
     vocabulary_size = 256
+    eos_token_id = 256
 
     def __init__(self) -> None:
         self.identity = {"name": BYTES, "kind": BYTES, "sha256": hashlib.sha256(b"bytes of UTF-8").hexdigest()}
@@ -100,8 +107,20 @@ class HuggingFaceTokenizer:
         self.path = path
         self.inner.no_truncation()
         self.inner.no_padding()
-        self.vocabulary_size = self.inner.get_vocab_size()
+        self.inner.encode_special_tokens = True  # "<|endoftext|>" in a text is these letters, not the end of it
+        self.vocabulary_size = max(self.inner.get_vocab().values(), default=-1) + 1
+        self.eos_token_id = self._end()
         self.identity = {"name": name, "kind": "tokenizer.json", "sha256": hash_of_file(path)}
+
+    def _end(self) -> int:
+        config = self.path.with_name("tokenizer_config.json")
+        try:
+            named = json.loads(config.read_text()).get("eos_token") if config.is_file() else None
+        except (ValueError, AttributeError) as error:
+            raise DatabaseError(f"tokenizer: {config} cannot be read ({error})") from error
+        named = named.get("content") if isinstance(named, dict) else named
+        found = (self.inner.token_to_id(name) for name in (named, *ENDS) if isinstance(name, str))
+        return next((token for token in found if token is not None), self.vocabulary_size)
 
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False).ids

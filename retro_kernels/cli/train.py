@@ -17,9 +17,8 @@ def read(path: Path) -> tuple[Any, Any, Any]:
     import yaml
 
     from ..models import RetroConfig
-    from ..models.data import TokenStream, identity_of
+    from ..models.data import TokenStream, facts_of
     from ..models.training import TrainingConfig
-    from ..retrieval import open_tokenizer
 
     class Loader(yaml.SafeLoader):
         """Reads 2e-4 as a number, which YAML 1.1 does not."""
@@ -41,11 +40,10 @@ def read(path: Path) -> tuple[Any, Any, Any]:
     model = dict(document["model"])
     model = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
     try:
-        identity = identity_of(where["folder"])
-        if identity is not None:
-            model.setdefault("tokenizer", identity["name"])
-            if "vocab_size" not in model:
-                model["vocab_size"] = open_tokenizer(identity).vocabulary_size
+        facts = facts_of(where["folder"])
+        for name in ("tokenizer", "vocab_size", "eos_token_id"):
+            if facts.get(name) is not None:
+                model.setdefault(name, facts[name])
         preset = model.pop("preset", None)
         config = RetroConfig(**model) if preset is None else RetroConfig.preset(preset, **model)
         settings = TrainingConfig(**document["training"])

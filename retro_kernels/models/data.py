@@ -14,7 +14,7 @@ import torch
 
 from ..ops import checks
 from ..retrieval.database import Database
-from ..retrieval.training_data import FACTS, IDS, TOKENS, open_neighbours
+from ..retrieval.training_data import ENDS, FACTS, IDS, STARTS, TOKENS, open_neighbours
 from .config import RetroConfig
 from .loss import IGNORED
 
@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor
     neighbours: torch.Tensor | None
     neighbour_mask: torch.Tensor | None
+    sequence_starts: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         return self._each(lambda x: x.to(device, non_blocking=True))
@@ -41,8 +42,7 @@ class Batch(NamedTuple):
         return self._each(lambda x: x.tensor_split(count, dim=1)[i]) if count > 1 else self
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        neighbours, mask = (None if x is None else change(x) for x in (self.neighbours, self.neighbour_mask))
-        return Batch(change(self.tokens), change(self.targets), neighbours, mask)
+        return Batch(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
 
 
 class NumberedNeighbours:
@@ -65,9 +65,14 @@ class TokenStream:
         tokens.npy       integers [tokens]
         neighbours.npy   integers [chunks, k, r]: what was retrieved for tokens u * m to u * m + m - 1; -1 where a
                          neighbour or a part of it is absent. Without the file there is no retrieval.
+        document_starts.npy, document_ends.npy
+                         integers [documents]: where each begins, a multiple of m, and ends; optional
         data.json        {"tokenizer": name, "chunk_size": m, "bytes": bytes of text in the stream}, all optional
 
-    Files are mapped, not read.
+    Files are mapped, not read. Where documents are known, each is read alone: tokens see no other document, the target
+    of its last one is the config's `eos_token_id`, and what fills its last chunk up is no target. A last row that is
+    not full is filled up likewise. Without them the stream is one text, of which the tokens that fill no row are left
+    out.
 
     Args:
         folder: where they are.
@@ -75,7 +80,8 @@ class TokenStream:
         database: where the neighbours' database is by now, if it was moved.
 
     Attributes:
-        bytes: of text, None if not known. num_tokens: of the rows, targets included.
+        bytes: of text, None if not known. num_targets: tokens to predict in all rows. documents: where each begins and
+            ends, None if not known. facts: `data.json`.
         tokenizer: what identifies it, where the folder says so (see `retrieval.tokenizers`), else None.
 
     Raises FileNotFoundError; DatabaseError for an unfinished folder and for another database than its neighbours are
@@ -91,10 +97,12 @@ class TokenStream:
         self.folder, self.config = Path(folder), config
         path = self.folder / FACTS
         self.neighbours: np.ndarray | NumberedNeighbours | None = None
+        self.documents: tuple[np.ndarray, np.ndarray] | None = None
         facts: dict[str, Any]
         if (self.folder / IDS).exists():
             data = open_neighbours(self.folder, database)
             self.tokens, facts = data.tokens, data.facts
+            self.documents = np.asarray(data.document_starts), np.asarray(data.document_ends)
             self.neighbours = NumberedNeighbours(data.ids, data.database, config.retrieved_length or 0)
         else:
             if database is not None:
@@ -102,7 +110,10 @@ class TokenStream:
             self.tokens = self._map_array(TOKENS, 1)
             if (self.folder / NEIGHBOURS).exists():
                 self.neighbours = self._map_array(NEIGHBOURS, 3)
-            facts = json.loads(path.read_text()) if path.exists() else {}
+            if (self.folder / STARTS).exists():
+                self.documents = np.array(self._map_array(STARTS, 1)), np.array(self._map_array(ENDS, 1))
+            facts = _read_facts(path) if path.exists() else {}
+        self.facts = facts
         self.tokenizer: dict[str, Any] | None = facts.get("tokenizer_identity")
         self.bytes: int | None = facts.get("bytes")
         for name, mine in (("tokenizer", config.tokenizer), ("chunk_size", config.chunk_size)):
@@ -113,19 +124,28 @@ class TokenStream:
             raise ValueError(
                 f"max_length: got {n}, expected a multiple of chunk_size = {m}, so that rows are whole chunks"
             )
-        # A row needs one token more, the target of its last.
-        self.rows = max(len(self.tokens) - 1, 0) // n
-        if self.rows == 0:
+        if self.documents is None:  # a row needs one token more, the target of its last
+            self.rows = max(len(self.tokens) - 1, 0) // n
+            self.num_targets = self.rows * n
+            chunks_needed = self.rows * n // m
+        else:
+            self._check_documents()
+            self.rows, chunks_needed = -(-len(self.tokens) // n), len(self.tokens) // m
+            starts, ends = self.documents
+            lengths = ends - starts
+            ended = 0 if config.eos_token_id is None else int((lengths > 0).sum())
+            self.num_targets = int(np.maximum(lengths - 1, 0).sum()) + ended
+        if self.rows == 0 or self.num_targets == 0:
             raise ValueError(
-                f"{self.folder / TOKENS}: got {len(self.tokens)} tokens, expected more than max_length = {n}"
+                f"{self.folder / TOKENS}: got {len(self.tokens)} tokens, expected "
+                f"{f'more than max_length = {n}' if self.documents is None else 'some text'}"
             )
-        self.num_tokens = self.rows * n
         if self.neighbours is not None:
             chunks, _, r = self.neighbours.shape
-            if chunks < self.rows * n // m or r > (config.retrieved_length or 0):
+            if chunks < chunks_needed or r > (config.retrieved_length or 0):
                 raise ValueError(
                     f"{self.folder}: got neighbours of shape {list(self.neighbours.shape)}, expected [chunks, k, r] "
-                    f"with at least {self.rows * n // m} chunks of {m} tokens and r at most {config.retrieved_length}"
+                    f"with at least {chunks_needed} chunks of {m} tokens and r at most {config.retrieved_length}"
                 )
 
     def batch(
@@ -138,22 +158,62 @@ class TokenStream:
         Raises ValueError for a token outside the vocabulary, with its place.
         """
         n, m = self.config.max_length, self.config.chunk_size
-        stretch = np.stack([np.asarray(self.tokens[row * n : (row + 1) * n + 1], dtype=np.int64) for row in rows])
+        places = np.asarray(rows, dtype=np.int64)[:, None] * n + np.arange(n + 1)
+        stretch = np.stack([self._cut(self.tokens, row * n, n + 1) for row in rows])
         self._check(TOKENS, stretch, 0)
-        tokens, targets = (torch.from_numpy(np.ascontiguousarray(x)) for x in (stretch[:, :-1], stretch[:, 1:]))
+        tokens, targets = stretch[:, :-1], stretch[:, 1:]
+        begins: torch.Tensor | None = None
+        if self.documents is not None:
+            starts, ends = self.documents
+            of = np.searchsorted(starts, places[:, :-1], side="right") - 1
+            left = ends[of] - places[:, :-1]  # tokens of the document from here on
+            filler, end = self.config.eos_token_id, IGNORED
+            if filler is not None:
+                end = filler
+            tokens = np.where(left > 0, tokens, filler or 0)
+            targets = np.where(left > 1, targets, np.where(left == 1, end, IGNORED))
+            begins = torch.from_numpy(places[:, :-1] == starts[of])
+        given = [torch.from_numpy(np.ascontiguousarray(x)) for x in (tokens, targets)]
         usual = self.config.num_neighbours if self.config.cross_attention_layers else 0
         k = usual if num_neighbours is None else num_neighbours
         if self.neighbours is None or k == 0:
-            return Batch(tokens, targets, None, None)
+            return Batch(given[0], given[1], None, None, begins)
         chunks = n // m
-        of = rows if neighbours_of is None else neighbours_of
-        found = np.stack(
-            [np.asarray(self.neighbours[row * chunks : (row + 1) * chunks, :k], dtype=np.int64) for row in of]
-        )
+        others = rows if neighbours_of is None else neighbours_of
+        found = np.stack([self._neighbours(row * chunks, chunks, k) for row in others])
         self._check(NEIGHBOURS if isinstance(self.neighbours, np.ndarray) else IDS, found, ABSENT)
         neighbours = torch.from_numpy(found)
         mask = neighbours != ABSENT
-        return Batch(tokens, targets, neighbours.clamp(min=0), mask)
+        return Batch(given[0], given[1], neighbours.clamp(min=0), mask, begins)
+
+    def _neighbours(self, first: int, chunks: int, k: int) -> np.ndarray:
+        found = np.asarray(self.neighbours[first : first + chunks, :k], dtype=np.int64)  # type: ignore[index]
+        lacking = chunks - len(found)
+        return np.pad(found, ((0, lacking), (0, 0), (0, 0)), constant_values=ABSENT) if lacking else found
+
+    @staticmethod
+    def _cut(tokens: np.ndarray, first: int, count: int) -> np.ndarray:
+        found = np.asarray(tokens[first : first + count], dtype=np.int64)
+        return np.pad(found, (0, count - len(found))) if len(found) < count else found
+
+    def _check_documents(self) -> None:
+        """Raises ValueError for documents that do not lie one after another in the tokens."""
+        starts, ends = self.documents  # type: ignore[misc]
+        m = self.config.chunk_size
+        following = np.append(starts[1:], len(self.tokens))
+        if (
+            starts.shape != ends.shape
+            or len(starts) == 0
+            or starts[0] != 0
+            or (starts % m).any()
+            or (ends < starts).any()
+            or (ends > following).any()
+            or (following - ends >= m).any()
+        ):
+            raise ValueError(
+                f"{self.folder}: {STARTS} and {ENDS} do not fit; expected documents one after another, each from a "
+                f"multiple of chunk_size = {m} on and in as few chunks as hold it"
+            )
 
     def _check(self, name: str, found: np.ndarray, low: int) -> None:
         if found.size and (found.min() < low or found.max() >= self.config.vocab_size):
@@ -176,10 +236,20 @@ class TokenStream:
         return found
 
 
-def identity_of(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The identity of the tokenizer of a folder of data; None where the folder does not say."""
+def facts_of(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a folder of data says of itself, nothing where it says nothing. Raises ValueError for a broken file."""
     path = Path(folder) / FACTS
-    return json.loads(path.read_text()).get("tokenizer_identity") if path.is_file() else None
+    return _read_facts(path) if path.is_file() else {}
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: got {type(found).__name__}, expected a JSON object")
+    return found
 
 
 class Order:
@@ -203,13 +273,17 @@ def prefetch(
     places: Iterator[Sequence[int]],
     device: torch.device,
     part: tuple[int, int] = (0, 1),
+    *,
+    documents_apart: bool = True,
 ) -> Iterator[Batch]:
     """The batch of each of `places` (numbers of rows seen before), made in another thread while the one before is
-    used, and on a GPU copied from pinned memory. `part`: (i, count), part i of every row only."""
+    used, and on a GPU copied from pinned memory. `part`: (i, count), part i of every row only.
+    `documents_apart`: say where documents begin."""
     pinned = device.type == "cuda"
 
     def make(at: Sequence[int]) -> Batch:
-        batch = stream.batch([order[place] for place in at]).part(*part)
+        batch = stream.batch([order[place] for place in at])
+        batch = (batch if documents_apart else batch._replace(sequence_starts=None)).part(*part)
         return batch.pin_memory() if pinned else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="data") as pool:
@@ -223,4 +297,4 @@ def prefetch(
             yield waiting.result().to(device)
 
 
-__all__ = ["ABSENT", "IGNORED", "Batch", "Order", "TokenStream", "identity_of", "prefetch"]
+__all__ = ["ABSENT", "IGNORED", "Batch", "Order", "TokenStream", "facts_of", "prefetch"]

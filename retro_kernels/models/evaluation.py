@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from ..nn import common
 from ..ops import checks
 from ..retrieval.corpus.filters import longest_common_stretch
-from .data import TokenStream
+from .data import IGNORED, TokenStream
 from .retro import Retro
 
 MODES = ("on", "off", "random")
 OVERLAPS = (0.0625, 0.125, 0.25, 0.5, 1.0)
 CHUNKS_AT_ONCE = 1024
+NO_TOKEN = -2
+"""Fills a chunk up, and is in no neighbour."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Result:
     Attributes:
         retrieval: "on", "off" or "random" (the neighbours of another row). num_neighbours: k; 0 where it is off.
         max_overlap: only chunks that have at most this share of their tokens in one piece in a neighbour; None: all.
-        tokens: how many were predicted. bits_per_token. bits_per_byte: by the bytes a token of the stream has on the
-            average; None where the stream does not say how many bytes it has.
+        tokens: how many were predicted, ends of documents included. bits_per_token. bits_per_byte: of the original
+            text, by the bytes that the stream has for each token to predict; None where it does not say how many.
     """
 
     retrieval: str
@@ -55,13 +57,14 @@ def evaluate(
     batch_size: int = 8,
     max_rows: int | None = None,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
     """The model's loss on every row of the stream (`max_rows` of them, the first), for each kind of retrieval and each
     k. All predict the same tokens.
 
     `overlaps`: shares a between 0 and 1. For each there is a result of the chunks C with r(C) <= a alone, where r(C) is
     the longest stretch of C that a neighbour of C holds, as a share of C (section 2.6): what the model gains there is
-    not copied.
+    not copied. `progress`: called with the passes over a batch that are done, and their number.
 
     Raises ValueError for an unknown kind of retrieval, for a k that the stream does not have, for an overlap outside
     [0, 1], and for "on", "random" or overlaps of a stream without neighbours.
@@ -82,29 +85,31 @@ def evaluate(
     rows = list(range(count))
     other = _other_rows(stream.rows, seed) if "random" in retrieval else []
     variants = [(mode, k) for mode in retrieval for k in ([0] if mode == "off" else ks)]
-    m = model.config.chunk_size
-    training = model.training
+    losses: dict[tuple[str, int], list[torch.Tensor]] = {variant: [] for variant in variants}
+    there = []
+    training, device = model.training, model.embedding.weight.device
+    parts = _batches(rows, batch_size)
     model.eval()
     try:
-        losses = {
-            (mode, k): torch.cat(
-                [
-                    _losses(model, stream, part, k, [other[row] for row in part] if mode == "random" else None)
-                    for part in _batches(rows, batch_size)
-                ]
-            )
-            for mode, k in variants
-        }
+        for i, part in enumerate(parts):
+            for j, (mode, k) in enumerate(variants):
+                batch = stream.batch(part, k, [other[row] for row in part] if mode == "random" else None)
+                loss = model.loss(*batch.to(device), reduction="none").float().cpu()
+                losses[mode, k].append(loss)
+                if progress is not None:
+                    progress(i * len(variants) + j + 1, len(parts) * len(variants))
+            there.append(batch.targets != IGNORED)
     finally:
         model.train(training)
-    share = torch.from_numpy(_overlaps(stream, count, m)) if overlaps else torch.zeros(0)
-    per_byte = None if not stream.bytes else len(stream.tokens) / stream.bytes
+    counts = torch.cat(there).flatten()
+    share = torch.from_numpy(_overlap_of_targets(stream, count)) if overlaps else torch.zeros(0)
+    total = stream.num_targets if stream.documents is not None else len(stream.tokens)
+    per_byte = total / stream.bytes if stream.bytes else None
     results = []
-    for (mode, k), loss in losses.items():
-        # The target of place i is token i + 1: chunk u's letters are predicted one place earlier.
-        by_chunk = loss.flatten()[m - 1 : -1].unflatten(0, (-1, m)) if overlaps else loss
+    for (mode, k), found in losses.items():
+        loss = torch.cat(found).flatten()
         for limit in (None, *overlaps):
-            kept = loss if limit is None else by_chunk[share.flatten()[1:] <= limit]
+            kept = loss[counts if limit is None else counts & (share <= limit)]
             bits = float(kept.double().mean()) / math.log(2) if kept.numel() else math.nan
             results.append(Result(mode, k, limit, kept.numel(), bits, None if per_byte is None else bits * per_byte))
     return results
@@ -149,11 +154,6 @@ def draw_overlaps(results: Sequence[Result], path: str | os.PathLike[str]) -> No
         raise ValueError(f"plot: got {os.fspath(path)!r}, expected a name that ends in .svg, .png or .pdf") from error
 
 
-def _losses(model: Retro, stream: TokenStream, rows: list[int], k: int, of: list[int] | None) -> torch.Tensor:
-    batch = stream.batch(rows, k, of).to(model.embedding.weight.device)
-    return model.loss(*batch, reduction="none").float().cpu()
-
-
 def _batches(rows: list[int], size: int) -> list[list[int]]:
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 
@@ -168,16 +168,35 @@ def _other_rows(rows: int, seed: int) -> list[int]:
     return other.tolist()
 
 
-def _overlaps(stream: TokenStream, rows: int, m: int) -> np.ndarray:
-    """r(C) of every chunk of the first rows, [chunks]."""
+def _overlap_of_targets(stream: TokenStream, rows: int) -> np.ndarray:
+    """r(C) of the chunk C that each target of the first rows belongs to, [rows * max_length]. A document's end belongs
+    to its last chunk; a target of a chunk that is not in the rows is given 2, more than any share."""
+    n, m = stream.config.max_length, stream.config.chunk_size
+    share = np.append(_overlaps(stream, min(rows * n, len(stream.tokens)) // m), 2.0)
+    place = np.arange(rows * n)
+    target = place + 1
+    if stream.documents is not None:
+        starts, ends = stream.documents
+        target = np.minimum(target, ends[np.searchsorted(starts, place, side="right") - 1] - 1)
+    return share[np.minimum(target // m, len(share) - 1)]
+
+
+def _overlaps(stream: TokenStream, chunks: int) -> np.ndarray:
+    """r(C) of the first chunks, [chunks]: of the tokens that a chunk has, so many stand in one piece in a neighbour."""
     if stream.neighbours is None:
         raise ValueError(f"{stream.folder}: no neighbours to overlap with")
-    chunks = rows * stream.config.max_length // m
+    m = stream.config.chunk_size
     found = np.empty(chunks)
     for first in range(0, chunks, CHUNKS_AT_ONCE):
         some = slice(first, min(first + CHUNKS_AT_ONCE, chunks))
         tokens = np.asarray(stream.tokens[some.start * m : some.stop * m], dtype=np.int64).reshape(-1, m)
+        lengths = np.full(len(tokens), m)
+        if stream.documents is not None:
+            starts, ends = stream.documents
+            begin = np.arange(some.start, some.stop) * m
+            lengths = np.minimum(ends[np.searchsorted(starts, begin, side="right") - 1] - begin, m)
+            tokens = np.where(np.arange(m) < lengths[:, None], tokens, NO_TOKEN)
         neighbours = np.asarray(stream.neighbours[some], dtype=np.int64)
         shared = longest_common_stretch(torch.from_numpy(tokens), torch.from_numpy(neighbours))
-        found[some] = shared.amax(-1).numpy() / m if neighbours.shape[1] else 0.0
+        found[some] = shared.amax(-1).numpy() / np.maximum(lengths, 1) if neighbours.shape[1] else 0.0
     return found

@@ -86,6 +86,7 @@ class TrainingConfig:
         activation_checkpointing: see `Retro`. compile: run it under torch.compile.
         parallel: with several processes "ddp" or "fsdp" (FSDP2).
         context_parallel: so many processes divide every row of tokens among them, at chunk borders.
+        documents_apart: tokens see their own document alone. context_parallel cannot, and wants False.
         tensor_parallel: so many processes divide heads, projections and feed-forwards among them; more processes than
             those need parallel="fsdp".
         peak_flops: of one device, for the model-FLOPs utilisation; None: not given.
@@ -116,6 +117,7 @@ class TrainingConfig:
     parallel: str = "ddp"
     context_parallel: int = 1
     tensor_parallel: int = 1
+    documents_apart: bool = True
     peak_flops: float | None = None
     backend: str | None = None
 
@@ -168,7 +170,7 @@ class LossOf(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return self.model.loss(batch.tokens, batch.targets, batch.neighbours, batch.neighbour_mask, reduction="sum")
+        return self.model.loss(*batch, reduction="sum")
 
 
 def take_decoder(model: Retro, folder: str | os.PathLike[str]) -> None:
@@ -229,6 +231,11 @@ class Trainer:
                 f"context_parallel: got {parts}, expected that max_length = {config.max_length} is so many parts of "
                 f"whole chunks of {config.chunk_size}"
             )
+        if parts > 1 and settings.documents_apart and stream.documents is not None:
+            raise ValueError(
+                f"documents_apart: got True with context_parallel = {parts}, expected False: the processes that share "
+                "a row do not keep its documents apart"
+            )
         # Ranks count through tensor parallelism first, then context, then data.
         self.context_rank = self.rank // settings.tensor_parallel % parts
         self.replica, replicas = self.rank // together, self.world // together
@@ -273,6 +280,7 @@ class Trainer:
             self._places(),
             self.device,
             (self.context_rank, settings.context_parallel),
+            documents_apart=settings.documents_apart,
         )
         flops = 3 * sum(self.config.forward_flops().values()) * settings.batch_size
         self.model.train()

@@ -1,16 +1,17 @@
 """The neighbours of a training corpus, looked up once and kept beside its tokens (RETRO, section 2.3).
 
-The folder that training reads holds one stream of tokens, cut into chunks without regard to documents, as training cuts
-it into rows:
+The folder that training reads holds one stream of tokens, in which every document begins at a chunk's border, as in the
+database: a text that both have is cut alike in both.
 
-    tokens.npy           integers [tokens], documents one after another, without padding
-    document_starts.npy  int64 [documents], where each begins in the stream
+    tokens.npy           integers [chunks * m], documents one after another, each filled up to whole chunks
+    document_starts.npy  int64 [documents], where each begins in the stream, a multiple of m
+    document_ends.npy    int64 [documents], where each ends: what follows, up to the next start, fills up
     neighbour_ids.npy    int64 [chunks, k], chunks of the database, nearest first; -1 where there is none. Row u is of
                          tokens u * m to u * m + m - 1
     data.json            what it is, with a SHA-256 per file; written last
 
-Neighbours are in the database, whose path and hash `data.json` has. What was retrieved with chunk u is read while chunk
-u + 1 is predicted, so no neighbour is of a document that has tokens in either.
+Neighbours are in the database, whose path and hash `data.json` has. What was retrieved with a chunk is read by the rest
+of its document alone, so no neighbour is of that document.
 """
 
 from __future__ import annotations
@@ -28,13 +29,20 @@ import torch
 
 from ..errors import DatabaseError
 from ..files import replaced, write_bytes, write_json
+from ..tokenizers import open_tokenizer
 from .build.builder import Meter, Report, build_database
 from .database import MANIFEST, Database
 from .manifest import describe, inside, lock_folder, name_full_disk, problem_with, read_json
 from .retriever import Retriever
 
-FORMAT, VERSION = "retro-kernels training data", 1
-TOKENS, STARTS, IDS, FACTS = "tokens.npy", "document_starts.npy", "neighbour_ids.npy", "data.json"
+FORMAT, VERSION = "retro-kernels training data", 2
+TOKENS, STARTS, ENDS, IDS, FACTS = (
+    "tokens.npy",
+    "document_starts.npy",
+    "document_ends.npy",
+    "neighbour_ids.npy",
+    "data.json",
+)
 WORK, PLAN, CORPUS = "work", "plan.json", "corpus"
 BLOCK = 4096
 """Chunks whose neighbours are looked up and kept at a time: what a killed run repeats."""
@@ -49,9 +57,11 @@ class TrainingData:
     folder: Path
     facts: dict[str, Any]
     """`data.json`: "tokenizer" (its name), "chunk_size", "bytes" of text (None if unknown), "tokens", "documents",
-    "chunks", "num_neighbours", "missing", "filters" and more."""
+    "chunks", "num_neighbours", "missing", "filters", "eos_token_id" (which ends a document), "vocab_size" (with that)
+    and more."""
     tokens: np.ndarray
     document_starts: np.ndarray
+    document_ends: np.ndarray
     ids: np.ndarray
     """int64 [chunks, k], for `database.chunks`."""
     database: Database
@@ -81,10 +91,10 @@ def open_neighbours(folder: str | os.PathLike[str], database: str | os.PathLike[
         found = Database(where)
         if found.content_hash() != facts["database_sha256"]:
             raise DatabaseError(f"{where} is not the database that the neighbours in {root} are of: name that one")
-        tokens, starts, ids = (_map_array(root / name) for name in (TOKENS, STARTS, IDS))
+        tokens, starts, ends, ids = (_map_array(root / name) for name in (TOKENS, STARTS, ENDS, IDS))
     except (KeyError, TypeError) as error:
         raise DatabaseError(f"{root / FACTS} is damaged: {type(error).__name__} {error}") from error
-    return TrainingData(root, facts, tokens, starts, ids, found)
+    return TrainingData(root, facts, tokens, starts, ends, ids, found)
 
 
 def precompute_neighbours(
@@ -107,7 +117,7 @@ def precompute_neighbours(
         progress: as in `build_database`; its last stages are "match" and "search".
         reading: `format`, `text_field`, `encoding`, `keep_duplicates`, ... of `build_database`.
 
-    Raises DatabaseError as `build_database` does; ValueError for a corpus of less than a chunk.
+    Raises DatabaseError as `build_database` does; ValueError for a corpus without a token.
     """
     root = Path(folder)
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
@@ -132,9 +142,9 @@ def precompute_neighbours(
     with lock_folder(root), name_full_disk(root):
         if not _begin(root, plan):
             corpus = _corpus(given, root / WORK / CORPUS, database, progress, reading)
-            starts = _write_stream(root, corpus)
-            _search(root, retriever, corpus, starts, same_document, progress)
-            _finish(root, plan, retriever, corpus, len(starts))
+            _write_stream(root, corpus)
+            _search(root, retriever, corpus, same_document, progress)
+            _finish(root, plan, retriever, corpus)
         shutil.rmtree(root / WORK, ignore_errors=True)
     return open_neighbours(root, database.folder)
 
@@ -194,60 +204,50 @@ def _blocks(database: Database) -> Iterator[tuple[np.ndarray, np.ndarray, np.nda
         yield database.documents(ids).cpu().numpy(), tokens, mask
 
 
-def _write_stream(root: Path, corpus: Database) -> np.ndarray:
-    """Writes the corpus's tokens and where its documents begin. -> the latter"""
-    total = corpus.manifest["counts"]["tokens"]
-    if total < corpus.chunk_size:
-        raise ValueError(f"inputs: {total} tokens; expected at least a chunk of {corpus.chunk_size}")
-    if (root / STARTS).exists():
-        return np.load(root / STARTS, allow_pickle=False)
-    dtype = np.dtype(corpus.manifest["token_dtype"])
-    lengths = np.zeros(corpus.num_documents, np.int64)
-    with _array(root / TOKENS, dtype, (total,)) as file:
+def _write_stream(root: Path, corpus: Database) -> None:
+    """Writes the corpus's tokens, and where its documents begin and end."""
+    if len(corpus) == 0:
+        raise ValueError("inputs: no token; expected some text")
+    if (root / ENDS).exists():
+        return
+    m, dtype = corpus.chunk_size, np.dtype(corpus.manifest["token_dtype"])
+    lengths, chunks = (np.zeros(corpus.num_documents, np.int64) for _ in range(2))
+    with _array(root / TOKENS, dtype, (len(corpus) * m,)) as file:
         for documents, tokens, mask in _blocks(corpus):
             np.add.at(lengths, documents, mask.sum(-1))
-            file.write(tokens[mask].astype(dtype).tobytes())
-    starts = np.concatenate(([0], lengths.cumsum()[:-1]))
-    with _array(root / STARTS, starts.dtype, starts.shape) as file:
-        file.write(starts.tobytes())
-    return starts
+            np.add.at(chunks, documents, 1)
+            file.write(np.where(mask, tokens, 0).astype(dtype).tobytes())
+    starts = np.concatenate(([0], chunks.cumsum()[:-1])) * m
+    for name, places in ((STARTS, starts), (ENDS, starts + lengths)):
+        with _array(root / name, places.dtype, places.shape) as file:
+            file.write(places.tobytes())
 
 
-def _search(
-    root: Path,
-    retriever: Retriever,
-    corpus: Database,
-    starts: np.ndarray,
-    same_document: bool,
-    progress: Report | None,
-) -> None:
-    """Looks up the neighbours of every chunk of the stream; what is there already is kept."""
-    m = corpus.chunk_size
-    tokens = _map_array(root / TOKENS)
-    chunks = len(tokens) // m
+def _search(root: Path, retriever: Retriever, corpus: Database, same_document: bool, progress: Report | None) -> None:
+    """Looks up the neighbours of every chunk of the corpus; what is there already is kept."""
+    chunks = len(corpus)
     owners = None if same_document else Owners(corpus, retriever.database, progress)
     meter = Meter("search", chunks, progress)
     for number, first in enumerate(range(0, chunks, BLOCK)):
         path = _block_file(root, number)
-        count = min(BLOCK, chunks - first)
+        numbers = torch.arange(first, min(first + BLOCK, chunks))
         if path.exists():
-            meter.before(0, count, count)
+            meter.before(0, len(numbers), len(numbers))
             continue
         path.parent.mkdir(exist_ok=True)
-        own = None if owners is None else owners(first * m + m * np.arange(count), 2 * m, starts)
-        part = torch.from_numpy(tokens[first * m : (first + count) * m].astype(np.int64)).view(count, m)
-        ids = retriever.retrieve(part, documents=own).ids.cpu()
-        write_bytes(path, ids.numpy().tobytes())
-        meter(0, count, count)
+        own = None if owners is None else owners(corpus.documents(numbers).cpu().numpy())
+        tokens, mask = corpus.chunks(numbers, corpus.chunk_size)
+        found = retriever.retrieve(tokens.long().masked_fill_(~mask, -1), documents=own)
+        write_bytes(path, found.ids.cpu().numpy().tobytes())
+        meter(0, len(numbers), len(numbers))
 
 
 def _block_file(root: Path, number: int) -> Path:
     return root / WORK / "ids" / f"{number:08d}"
 
 
-def _finish(root: Path, plan: dict[str, Any], retriever: Retriever, corpus: Database, documents: int) -> None:
-    total, m, k = corpus.manifest["counts"]["tokens"], corpus.chunk_size, retriever.num_neighbours
-    chunks, missing = total // m, 0
+def _finish(root: Path, plan: dict[str, Any], retriever: Retriever, corpus: Database) -> None:
+    chunks, k, missing = len(corpus), retriever.num_neighbours, 0
     with _array(root / IDS, np.dtype(np.int64), (chunks, k)) as file:
         for number, first in enumerate(range(0, chunks, BLOCK)):
             block = _block_file(root, number).read_bytes()
@@ -256,22 +256,25 @@ def _finish(root: Path, plan: dict[str, Any], retriever: Retriever, corpus: Data
             missing += int((np.frombuffer(block, np.int64) < 0).sum())
             file.write(block)
     identity = corpus.manifest["tokenizer"]
+    tokenizer = open_tokenizer(identity)
     facts = {
         "format": FORMAT,
         "version": VERSION,
         "tokenizer": identity["name"],
         "tokenizer_identity": identity,
-        "chunk_size": m,
+        "eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": max(tokenizer.vocabulary_size, tokenizer.eos_token_id + 1),
+        "chunk_size": corpus.chunk_size,
         "bytes": (corpus.manifest["build"] or {}).get("text_bytes"),
-        "tokens": total,
-        "documents": documents,
+        "tokens": corpus.manifest["counts"]["tokens"],
+        "documents": corpus.num_documents,
         "chunks": chunks,
         "num_neighbours": k,
         "missing": missing,
         "filters": plan["filters"],
         "database": Path(os.path.relpath(retriever.database.folder, root)).as_posix(),
         "database_sha256": plan["database_sha256"],
-        "files": [describe(root, root / name) for name in (TOKENS, STARTS, IDS)],
+        "files": [describe(root, root / name) for name in (TOKENS, STARTS, ENDS, IDS)],
         "request": plan,
     }
     write_json(root / FACTS, facts)
@@ -296,7 +299,7 @@ def _array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[b
 
 
 class Owners:
-    """Finds the documents of the database that have the same tokens as the corpus at some place."""
+    """Finds the documents of the database that are a document of the corpus."""
 
     def __init__(self, corpus: Database, database: Database, progress: Report | None) -> None:
         same = corpus.content_hash() == database.content_hash()
@@ -307,19 +310,13 @@ class Owners:
         ranked = theirs[self._order]
         self._begin, self._end = (np.searchsorted(ranked, mine, side=side) for side in ("left", "right"))
 
-    def __call__(self, places: np.ndarray, length: int, starts: np.ndarray) -> torch.Tensor:
-        """int64 [places, d]: the database's documents that have tokens in the `length` tokens from each place, -1 for
-        none more. starts: of the corpus's documents."""
-        begin = np.searchsorted(starts, places, side="right") - 1
-        end = np.searchsorted(starts, places + length, side="left")
-        lists = [
-            np.concatenate([self._order[self._begin[d] : self._end[d]] for d in range(a, b)])
-            for a, b in zip(begin.tolist(), end.tolist())
-        ]
-        found = np.full((len(lists), max(map(len, lists))), -1, np.int64)
-        for row, one in zip(found, lists):
-            row[: len(one)] = one
-        return torch.from_numpy(found)
+    def __call__(self, documents: np.ndarray) -> torch.Tensor:
+        """int64 [chunks, d]: the database's documents with the text of each of these documents of the corpus, -1 for
+        none more."""
+        begin, end = self._begin[documents], self._end[documents]
+        column = np.arange(int((end - begin).max(initial=0)))
+        place = np.minimum(begin[:, None] + column, len(self._order) - 1)
+        return torch.from_numpy(np.where(begin[:, None] + column < end[:, None], self._order[place], -1))
 
 
 def _document_hashes(database: Database, meter: Meter) -> np.ndarray:

@@ -56,12 +56,13 @@ def test_by_overlap_only_such_chunks_count(model, stream):
     np.save(stream.folder / "neighbours.npy", neighbours)
     stream = type(stream)(stream.folder, stream.config)
     results = {x.max_overlap: x for x in evaluate(model, stream, retrieval=["off"], overlaps=(0.0, 0.5, 1.0))}
-    # The stream's first chunk has no token before it to be predicted from.
-    assert [results[limit].tokens for limit in (0.0, 0.5, 1.0)] == [m * int((kinds[1:] <= i).sum()) for i in range(3)]
+    # The stream's first token has none before it to be predicted from.
+    counts = [m * int((kinds <= i).sum()) - 1 for i in range(3)]
+    assert [results[limit].tokens for limit in (0.0, 0.5, 1.0)] == counts
     batch = stream.batch(range(ROWS))
     with torch.no_grad():
         loss = model.loss(batch.tokens, batch.targets, reduction="none").flatten()
-    own = [loss[u * m - 1 : u * m - 1 + m] for u in range(1, chunks) if kinds[u] == 0]
+    own = [loss[max(u * m - 1, 0) : u * m - 1 + m] for u in range(chunks) if kinds[u] == 0]
     assert results[0.0].bits_per_token == pytest.approx(float(torch.cat(own).mean()) / math.log(2), rel=1e-5)
 
 

@@ -53,7 +53,8 @@ def made(tmp_path_factory):
 def test_from_text_to_text_with_sources(made):
     model = checkpoints(made / "run")[-1]
     config = json.loads((model / "config.json").read_text())
-    assert (config["tokenizer"], config["vocab_size"]) == ("bytes", 256)  # the data's
+    found = [config[name] for name in ("tokenizer", "vocab_size", "eos_token_id")]
+    assert found == ["bytes", 257, 256]  # the data's
     plot = made / "overlap.svg"
     found = json.loads(invoke("evaluate", model, made / "data", "--device", "cpu", "--json", "--plot", plot))
     assert {x["retrieval"] for x in found} == {"on", "off", "random"}

@@ -91,7 +91,7 @@ def test_a_retrofitted_decoder_learns_to_read_neighbours_and_stays_what_it_was(t
     trainer(stream, tmp_path / "parts", steps=120, save_every=60, log_every=60, **given).run()
     expected, got = weights_of(tmp_path / "whole", 120), weights_of(tmp_path / "parts", 120)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
-    tokens, targets, neighbours, mask = stream.batch(range(ROWS))
+    tokens, targets, neighbours, mask, _ = stream.batch(range(ROWS))
     with torch.no_grad():
         assert torch.equal(whole.model.eval()(tokens), decoder.model.eval()(tokens))
         assert whole.model.loss(tokens, targets, neighbours, mask) < whole.model.loss(tokens, targets) - 0.2

@@ -142,7 +142,7 @@ def test_nothing_is_unpickled(tmp_path: Path):
     retriever = Retriever(database, embedder=Letters(), index=Everything(database))
     precompute_neighbours(retriever, database.folder, tmp_path / "out")
     facts = json.loads((tmp_path / "out" / "data.json").read_text())
-    for name in ("tokens.npy", "document_starts.npy", "neighbour_ids.npy"):
+    for name in ("tokens.npy", "document_starts.npy", "document_ends.npy", "neighbour_ids.npy"):
         path = tmp_path / "out" / name
         content = path.read_bytes()
         np.save(path, np.array([Runs(tmp_path / "ran")], dtype=object), allow_pickle=True)

@@ -49,22 +49,24 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_folder_holds_the_neighbours_of_a_loop(database: Database, corpus: Path, tmp_path: Path, monkeypatch):
-    """Tokens, places and neighbours, and that none is of a document with tokens in the chunk or the one after it."""
+    """Tokens, places and neighbours, that every document begins at a chunk's border, and has no neighbour of itself."""
     monkeypatch.setattr(training_data, "BLOCK", 7)
     monkeypatch.setattr(training_data, "SCANNED", 5)
     seen = []
     made = precompute(retriever_of(database), corpus, tmp_path / "out", progress=seen.append)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    data = "".join(texts).encode()
-    assert sorted(contents(tmp_path / "out")) == ["data.json", "document_starts.npy", "neighbour_ids.npy", "tokens.npy"]
+    arrays = [f"{name}.npy" for name in ("document_ends", "document_starts", "neighbour_ids", "tokens")]
+    assert sorted(contents(tmp_path / "out")) == ["data.json", *arrays]
     assert made.tokens.dtype == np.uint16
-    assert made.tokens.tolist() == list(data)
-    lengths = [len(text.encode()) for text in texts]
-    assert made.document_starts.tolist() == np.cumsum([0, *lengths])[:-1].tolist()
-    chunks = len(data) // CHUNK
+    data = [text.encode() for text in texts]
+    filled = [text + bytes(-len(text) % CHUNK) for text in data]
+    assert made.tokens.tolist() == list(b"".join(filled))
+    assert made.document_starts.tolist() == np.cumsum([0, *map(len, filled)])[:-1].tolist()
+    assert (made.document_ends - made.document_starts).tolist() == [len(text) for text in data]
+    chunks = len(b"".join(filled)) // CHUNK
     assert made.ids.shape == (chunks, K)
     assert made.ids.dtype == np.int64
-    owners = [text for text in texts for _ in text.encode()]
+    cut = [(text, one[at : at + CHUNK]) for text, one in zip(texts, data) for at in range(0, len(one), CHUNK)]
     sources = [
         json.loads(database.folder.with_suffix(".jsonl").read_text().splitlines()[database.source(c).record])["text"]
         for c in range(len(database))
@@ -72,9 +74,8 @@ def test_a_folder_holds_the_neighbours_of_a_loop(database: Database, corpus: Pat
     retriever = retriever_of(database)
     same = 0
     for chunk in range(chunks):
-        read = set(owners[chunk * CHUNK : (chunk + 2) * CHUNK])
-        left_out = [c for c in range(len(database)) if sources[c] in read]
-        tokens = torch.tensor(list(data[chunk * CHUNK : (chunk + 1) * CHUNK]))
+        left_out = [c for c in range(len(database)) if sources[c] == cut[chunk][0]]
+        tokens = torch.tensor(list(cut[chunk][1]))
         exclude = torch.tensor(left_out, dtype=torch.int64)
         assert made.ids[chunk].tolist() == retriever.retrieve(tokens, exclude=exclude).ids.tolist()
         same += not set(left_out).isdisjoint(retriever.retrieve(tokens).ids.tolist())
@@ -82,12 +83,13 @@ def test_a_folder_holds_the_neighbours_of_a_loop(database: Database, corpus: Pat
     facts = made.facts
     assert {name: facts[name] for name in ("format", "version", "tokenizer", "chunk_size", "bytes", "chunks")} == {
         "format": "retro-kernels training data",
-        "version": 1,
+        "version": 2,
         "tokenizer": "bytes",
         "chunk_size": CHUNK,
-        "bytes": len(data),
+        "bytes": sum(map(len, data)),
         "chunks": chunks,
     }
+    assert (facts["eos_token_id"], facts["vocab_size"], facts["tokens"]) == (256, 257, sum(map(len, data)))
     assert (tmp_path / "out" / facts["database"]).resolve() == database.folder.resolve()
     assert facts["missing"] == int((made.ids < 0).sum())
     assert [at.stage for at in seen][-1] == "search"
@@ -103,7 +105,8 @@ def test_a_database_is_a_corpus_too(database: Database, tmp_path: Path):
     assert np.array_equal(made.tokens, files.tokens)
     assert np.array_equal(made.ids, files.ids)
     assert made.facts["bytes"] == files.facts["bytes"] == database.manifest["build"]["text_bytes"]
-    assert len(made.tokens) == database.manifest["counts"]["tokens"]
+    assert made.facts["tokens"] == database.manifest["counts"]["tokens"]
+    assert len(made.tokens) == len(database) * CHUNK
     other = database_of(tmp_path / "other", chunk_size=4)
     with pytest.raises(DatabaseError, match="chunks of 4"):
         precompute(retriever_of(database), other.folder, tmp_path / "x")
@@ -164,8 +167,8 @@ def test_what_is_refused(database: Database, corpus: Path, tmp_path: Path):
     (tmp_path / "full" / "letter").write_text("dear")
     with pytest.raises(DatabaseError, match="not empty"):
         precompute(retriever_of(database), corpus, tmp_path / "full")
-    with pytest.raises(ValueError, match="expected at least a chunk"):
-        precompute(retriever_of(database), write_texts(tmp_path / "short.jsonl", ["abc"]), tmp_path / "short")
+    short = precompute(retriever_of(database), write_texts(tmp_path / "short.jsonl", ["abc"]), tmp_path / "short")
+    assert (short.tokens.tolist(), short.document_ends.tolist()) == ([*b"abc", *[0] * (CHUNK - 3)], [3])
     with pytest.raises(DatabaseError, match="does not exist"):
         open_neighbours(tmp_path / "full")
     # The database moved, or is another one.
@@ -188,8 +191,8 @@ def test_what_is_refused(database: Database, corpus: Path, tmp_path: Path):
         with pytest.raises(DatabaseError, match=name):
             open_neighbours(out)
         (out / name).write_bytes(content)
-    (out / "data.json").write_text(before["data.json"].decode().replace('"version": 1', '"version": 2'))
-    with pytest.raises(DatabaseError, match="version 1"):
+    (out / "data.json").write_text(before["data.json"].decode().replace('"version": 2', '"version": 1'))
+    with pytest.raises(DatabaseError, match="version 2"):
         open_neighbours(out)
 
 
@@ -219,7 +222,7 @@ def test_the_commands(database: Database, corpus: Path, tmp_path: Path, letters_
     )
     assert done.exit_code == 0, done.output
     made = open_neighbours(tmp_path / "out")
-    assert f"{len(made.tokens):,} tokens of" in done.output
+    assert f"{made.facts['tokens']:,} tokens of" in done.output
     precompute(retriever_of(database), corpus, tmp_path / "api")
     assert np.array_equal(made.ids, open_neighbours(tmp_path / "api").ids)
     refused = run.invoke(app, ["db", "neighbours", str(tmp_path), str(corpus), "--out", str(tmp_path / "x")])
