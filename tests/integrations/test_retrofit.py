@@ -445,6 +445,72 @@ def test_other_encoders(tmp_path, name, join, encoder):
         assert torch.equal(base(ids, neighbours=neighbours, neighbour_mask=mask).logits, expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi", "opt"])
+def test_new_projections_begin_as_copies_of_the_layers_own(name):
+    """Of what the layer itself reads they make its keys and values: fused, biased, partly turned."""
+    own, fresh = opened(name), opened(name, encoder="fresh")
+    tokens = batch()[1][0, 0]
+    read = {}
+    for attention in own.retro.attentions():
+        attention.register_forward_pre_hook(
+            lambda module, args, kwargs: read.update({module.layer_idx: kwargs.get("hidden_states", *args[:1])}),
+            with_kwargs=True,
+        )
+    with torch.no_grad():
+        expected = own.retro.encode(tokens, None)
+        for part in fresh.retro.parts():
+            frequencies = None if part.rotary is None else fresh.retro.tables()[part.rotary[0]]
+            for x, y in zip(part.keys_and_values(read[part.layer], frequencies), expected[part.layer]):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    trained = {key for key, x in fresh.named_parameters() if x.requires_grad}
+    assert set(gradients(fresh)) == trained
+
+
+def test_keys_with_norms_cannot_begin_as_copies():
+    model = decoder("qwen3")
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match="no linear map"):
+        rk.retrofit(model, encoder="fresh", **SETTINGS)
+    assert set(model.state_dict()) == before
+    rk.retrofit(model, encoder="fresh", init="random", **SETTINGS)
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_maps_of_each_head_change_nothing_at_first_and_learn(tmp_path, join):
+    plain, model = opened("qwen2", join), opened("qwen2", join, adapt=True)
+    ids, neighbours, mask = batch()
+    given = {"neighbours": neighbours, "neighbour_mask": mask}
+    with torch.no_grad():
+        assert torch.equal(model(ids, **given).logits, plain(ids, **given).logits)
+    found = gradients(model)
+    assert {key.rpartition(".retro.")[2] for key in found} == {
+        "gate.weight",
+        "query_map.weight",
+        "value_map.weight",
+    }
+    assert all(x.abs().max() > 0 for x in found.values())
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if "_map." in name:
+                x.normal_(std=0.3)
+    prompt = {"retriever": Retriever(), "max_new_tokens": 15, "pad_token_id": 0, "do_sample": False}
+    out = model.generate(ids[:, :11], **prompt)
+    assert torch.equal(out, model.generate(ids[:, :11], use_cache=False, **prompt))
+    model.retro.save_pretrained(tmp_path)
+    again = decoder("qwen2")
+    rk.retrofit(again, tmp_path)
+    with torch.no_grad():
+        logits = model(ids, **given).logits
+        assert torch.equal(again(ids, **given).logits, logits)
+        # A map of the values is one of what is found: a head's own dimensions, mixed.
+        part = model.retro.parts()[0]
+        x = torch.randn(3, 4, 8)
+        w = part.value_map.weight
+        expected = torch.stack([x[:, h] @ (torch.eye(8) + w[h]) for h in range(4)], 1)
+        torch.testing.assert_close(part.value_map(x), expected)
+        assert not torch.equal(plain(ids, **given).logits, logits)
+
+
 # -- bad input: a sentence each, and the model as it was
 
 
@@ -493,7 +559,7 @@ def test_models_that_cannot_be_retrofitted():
         ({"join": "sum"}, "join: got 'sum'"),
         ({"encoder": "big"}, "encoder: got 'big'"),
         ({"init": "random"}, 'init: got "random"'),
-        ({"encoder": "fresh"}, 'init: got "self_attention"'),
+        ({"encoder": Table()}, "states are 20 wide, expected 32"),
         ({"chunk_size": 0}, "chunk_size: got 0"),
         ({"encoder": torch.nn.Identity(), "init": "random"}, "encoder: gave"),
     ],
@@ -502,7 +568,7 @@ def test_wrong_settings_are_named_and_leave_the_model_alone(change, message):
     model = decoder()
     base = set(model.state_dict())
     encoder = change.get("encoder")
-    if isinstance(encoder, torch.nn.Module):
+    if isinstance(encoder, torch.nn.Identity):
         encoder.forward = lambda tokens, mask: tokens
     with pytest.raises(ValueError, match=message):
         rk.retrofit(model, **{**SETTINGS, **change})

@@ -65,6 +65,7 @@ def retrofit(
     retrieved_length: int = 128,
     freeze: bool = True,
     gate: float | None = None,
+    adapt: bool = False,
     tokenizer: str | None = None,
 ) -> RetrofitReport:
     """Makes a RETRO of a decoder of Hugging Face transformers, in place.
@@ -92,8 +93,9 @@ def retrofit(
         encoder: what reads the neighbours. "own": the decoder. "fresh": a new `rk.nn.NeighbourEncoder` over the
             decoder's embeddings. Or a module that takes tokens int64 [s, r] and a mask bool [s, r] and gives states
             [s, r, e], of any width e.
-        init: where the neighbours' keys and values come from. "self_attention": the layer's own projections, with
-            encoder="own". "random": two new projections a layer, for other encoders.
+        init: where the neighbours' keys and values come from. "self_attention": with encoder="own", the layer's own
+            projections; with other encoders of the decoder's width, two new projections a layer that begin as copies
+            of these. "random": two new ones that begin anyhow, for other encoders.
         join: "softmax": the text so far and the neighbours under one softmax, the gate a bias on the neighbours'
             logits. A neighbour's first token is hidden there, being where heads look that look for nothing. "add": the
             neighbours' attention times the gate is added to the text's (the paper's residual, a gate for each head).
@@ -101,6 +103,8 @@ def retrofit(
         freeze: only what is added is trained. False leaves every parameter of the base as it is.
         gate: the value that all gates begin with; default -3 with join="softmax" (nearly closed: closed is -inf, from
             where nothing is learned) and 0 with join="add" (closed; it learns from there).
+        adapt: also add two maps a head, one of its query and one of what it finds among the neighbours (2 d^2 numbers,
+            both the identity at first): what chunked cross-attention with projections of its own could learn.
         tokenizer: its name, compared with the retriever's database.
 
     Raises:
@@ -152,6 +156,7 @@ def retrofit(
             "encoder": kind,
             "init": init,
             "layers": None if layers is None else list(layers),
+            "adapt": adapt,
             "tokenizer": tokenizer,
         }
     structure.refuse_by_config(decoder, settings["join"])
@@ -183,14 +188,10 @@ def retrofit(
 
 
 def _check_init(kind: str, init: str) -> None:
-    expected = "self_attention" if kind == "own" else "random"
-    if init != expected:
-        why = (
-            "whose keys and values are the decoder's"
-            if kind == "own"
-            else "whose states the decoder's projections do not know"
+    if kind == "own" and init != "self_attention":
+        raise ValueError(
+            f'init: got "{init}" with encoder="own", whose keys and values are the decoder\'s, expected "self_attention"'
         )
-        raise ValueError(f'init: got "{init}" with encoder={kind!r}, {why}, expected "{expected}"')
 
 
 def _install(decoder: Any, found: dict[int, Found], settings: dict[str, Any], encoder: Any) -> Retrofit:
@@ -225,9 +226,12 @@ def _install(decoder: Any, found: dict[int, Found], settings: dict[str, Any], en
                     eager=one.eager,
                     rotary=one.rotary,
                     encoder_dim=width,
+                    adapt=settings.get("adapt", False),
                     device=weight.device,
                     dtype=dtype,
                 ).train(one.module.training)
+            if width is not None and settings["init"] == "self_attention":
+                structure.copy_projections(decoder, found, width)
             decoder.retro = retro
             decoder.forward = RetroForward(decoder)
             _prove(decoder, retro, ids, base)

@@ -63,6 +63,18 @@ class Gate(nn.Module):
         return x * self.weight.to(x.dtype)[:, None]
 
 
+class HeadMap(nn.Module):
+    """A linear map for each head, [h, d, d], kept as its difference from the identity, which it is at first."""
+
+    def __init__(self, num_heads: int, head_dim: int, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_heads, head_dim, head_dim, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., h, d] -> [..., h, d]."""
+        return x + torch.einsum("...hd,hde->...he", x, self.weight.to(x.dtype))
+
+
 def in_use(module: Any) -> Any:
     """The module, or the copy of it that PEFT trains in its place."""
     copies = getattr(module, "modules_to_save", None)
@@ -83,6 +95,7 @@ class RetrofitAttention(nn.Module):
             2j + 1; None where positions are in the hidden states.
         encoder_dim: width of the encoder's states, whose keys and values this part then makes; None where the decoder
             itself reads the neighbours and its keys and values come as they are.
+        adapt: whether there is a map of each head's query, and one of what it finds.
     """
 
     def __init__(
@@ -97,6 +110,7 @@ class RetrofitAttention(nn.Module):
         eager: Any,
         rotary: tuple[int, bool] | None,
         encoder_dim: int | None,
+        adapt: bool,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -104,6 +118,8 @@ class RetrofitAttention(nn.Module):
         self.layer, self.join, self.eager, self.rotary = layer, join, eager, rotary
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.gate: Any = Gate(num_heads, join, device)
+        self.query_map: Any = HeadMap(num_heads, head_dim, device) if adapt else None
+        self.value_map: Any = HeadMap(num_heads, value_head_dim, device) if adapt else None
         self.w_key: nn.Linear | None = None
         self.w_value: nn.Linear | None = None
         if encoder_dim is not None:

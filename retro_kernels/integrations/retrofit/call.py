@@ -211,6 +211,10 @@ class ModelCall:
                 turn = self.turn if self.turn.shape[0] == query.shape[0] else self.turn.expand(query.shape[0], -1)
                 self._tables[number] = tables(plan.take(turn), self.frequencies[number])
             query = rotate(query, *self._tables[number], interleaved)
+        if part.query_map is not None:
+            query = part.query_map(query)
         key, value = self.keys_and_values(part)
         out, lse = plan.attention(query, key.to(query.dtype), value.to(query.dtype), self.mask, scale, cap)
+        if part.value_map is not None:
+            out = part.value_map(out)
         return plan.put(out, 0.0), plan.put(lse, -torch.inf)

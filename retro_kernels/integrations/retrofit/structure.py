@@ -193,6 +193,47 @@ def record(model: Any, found: dict[int, Found], ids: torch.Tensor, positions: to
     return recorder
 
 
+def copy_projections(model: Any, found: dict[int, Found], width: int) -> None:
+    """Gives the projections of keys and values of every part those of its layer, with their biases, however the family
+    holds them: what each attention makes, at position 0, of nothing and of every unit vector.
+
+    Raises ValueError where states of this width are not what the layer reads, and where its keys or values are no
+    linear map of what it reads (norms of the keys)."""
+    weight = model.get_input_embeddings().weight
+    given = torch.cat([torch.zeros(1, width), torch.eye(width), torch.randn(3, width)])[:, None]
+    given = given.to(weight.device, model.dtype)
+
+    def replace(module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if hidden.shape[-1] != width:
+            raise ValueError(
+                f'init: got "self_attention" for an encoder whose states are {width} wide, expected '
+                f'{hidden.shape[-1]}, which is what the decoder\'s projections read, or init="random"'
+            )
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": given}
+        return (given, *args[1:]), kwargs
+
+    hooks = [one.module.register_forward_pre_hook(replace, with_kwargs=True) for one in found.values()]
+    try:
+        ids = torch.zeros(len(given), 1, dtype=torch.int64, device=weight.device)
+        recorder = record(model, found, ids, torch.zeros_like(ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.05
+    for layer, one in found.items():
+        for made, linear in zip(recorder.keys[layer], (one.module.retro.w_key, one.module.retro.w_value)):
+            rows = made[:, :, 0].flatten(1)
+            linear.bias.copy_(rows[0])
+            linear.weight.copy_((rows[1 : width + 1] - rows[0]).T)
+            if _difference(linear(given[-3:, 0]), rows[-3:]) > tolerance:
+                raise ValueError(
+                    f'init: got "self_attention", but the keys of {one.name} are no linear map of what it reads (it '
+                    'may have norms of the keys), so that they cannot begin as copies; expected init="random"'
+                )
+
+
 def intercept(found: Found) -> None:
     """The attention reads its config through ours."""
     found.module.config = LayerConfig(found.module.config)
