@@ -79,6 +79,8 @@ class TrainingConfig:
         retrofit: the folder of a trained decoder, a `Retro` without chunked cross-attention. Its weights are taken and
             stay as they are; only chunked cross-attention and encoder are trained (appendix B.2 of the paper), so that
             with retrieval off the model remains that decoder. None: all weights are fresh, and trained.
+        init: with `retrofit`, what chunked cross-attention and encoder begin with: "random", or "self_attention", the
+            decoder's own layers (see `begin_with_self_attention`).
         precision: "fp32", or "bf16" (autocast; the weights stay fp32).
         seed: of the initial weights, dropout and the order of rows.
         save_every, keep: steps between checkpoints, and how many are kept.
@@ -107,6 +109,7 @@ class TrainingConfig:
     epsilon: float = 1e-8
     clip: float | None = 1.0
     retrofit: str | None = None
+    init: str = "random"
     precision: str = "fp32"
     seed: int = 0
     save_every: int = 1000
@@ -144,6 +147,11 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not checks.number(name, value) > 0.0:
                 raise ValueError(f"{name}: got {value}, expected more than 0, or None: {none}")
+        common.one_of("init", self.init, ("random", "self_attention"))
+        if self.init != "random" and self.retrofit is None:
+            raise ValueError(
+                f"init: got {self.init!r} without retrofit, expected the folder of a trained decoder there"
+            )
         common.one_of("precision", self.precision, ("fp32", "bf16"))
         common.one_of("parallel", self.parallel, ("ddp", "fsdp"))
         if self.compile and (self.context_parallel > 1 or self.tensor_parallel > 1):
@@ -192,6 +200,47 @@ def take_decoder(model: Retro, folder: str | os.PathLike[str]) -> None:
     model.load_state_dict(weights, strict=False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in weights)
+
+
+@torch.no_grad()
+def begin_with_self_attention(model: Retro) -> None:
+    """Chunked cross-attention takes the weights of the self-attention of its block, the encoder those of the decoder's
+    first layers: a decoder that finds in its own text what it has read before then finds it in neighbours. The
+    encoder's cross-attention adds nothing at first, and gates of blocks are opened to 0.3.
+
+    Raises ValueError where the sizes of encoder and decoder differ.
+    """
+    config, encoder = model.config, model.encoder
+    assert encoder is not None
+    for name, theirs, mine in (
+        ("encoder_dim", config.encoder_dim, config.model_dim),
+        ("encoder_heads", config.encoder_heads, config.num_heads),
+        ("encoder_head_dim", config.encoder_head_dim, config.head_dim),
+        ("encoder_feed_forward_dim", config.encoder_feed_forward_dim, config.feed_forward_dim),
+        ("num_kv_heads", config.num_kv_heads, config.num_heads),
+    ):
+        if theirs != mine:
+            raise ValueError(f'init: got "self_attention" with {name} = {theirs}, expected {mine}, as in the decoder')
+    if config.encoder_layers > config.num_layers:
+        raise ValueError(
+            f'init: got "self_attention" with encoder_layers = {config.encoder_layers}, expected at most num_layers = '
+            f"{config.num_layers}"
+        )
+    if model.encoder_embedding is not None:
+        model.encoder_embedding.weight.copy_(model.embedding.weight)
+    for layer, block in zip(encoder.layers, model.blocks):
+        for name in ("self_norm", "self_attention", "feed_forward_norm", "feed_forward"):
+            getattr(layer, name).load_state_dict(getattr(block, name).state_dict(), strict=False)
+        if layer.cross_attention is not None:
+            layer.cross_attention.w_out.weight.zero_()
+    retrieving = [block for block in model.blocks if block.cross_attention is not None]
+    for block in retrieving:
+        block.cross_attention.load_state_dict(block.self_attention.state_dict(), strict=False)
+        block.cross_norm.load_state_dict(block.self_norm.state_dict())
+        if block.gate is not None:
+            block.gate.fill_(math.atanh(0.3))
+    if encoder.final_norm is not None:
+        encoder.final_norm.load_state_dict(retrieving[0].self_norm.state_dict())
 
 
 class Trainer:
@@ -253,6 +302,8 @@ class Trainer:
         self.model.activation_checkpointing = settings.activation_checkpointing
         if settings.retrofit is not None:
             take_decoder(self.model, settings.retrofit)
+            if settings.init == "self_attention":
+                begin_with_self_attention(self.model)
         self.wrapped = self._wrap()
         groups = []
         for parameters in _by_mesh(self.model.parameters()):

@@ -116,6 +116,46 @@ def test_a_decoder_that_does_not_fit_is_named(tmp_path):
         trainer(stream, tmp_path / "run", retrofit=str(tmp_path / "nowhere"))
 
 
+def test_chunked_cross_attention_begins_with_the_self_attention_of_its_block(tmp_path):
+    stream = stream_of(tmp_path / "data")
+    config = stream.config
+    decoder = dataclasses.replace(config, cross_attention_layers=())
+    Retro(decoder).save_pretrained(tmp_path / "decoder")
+    given = {"retrofit": str(tmp_path / "decoder"), "init": "self_attention"}
+    with pytest.raises(ValueError, match="init: got 'self_attention' without retrofit"):
+        settings(tmp_path / "run", init="self_attention")
+    same = {
+        "encoder_dim": config.model_dim,
+        "encoder_heads": config.num_heads,
+        "encoder_head_dim": config.head_dim,
+        "encoder_feed_forward_dim": config.feed_forward_dim,
+    }
+    for name in same:
+        changed = dataclasses.replace(config, **{**same, name: 2 * same[name]})
+        with pytest.raises(ValueError, match=f"init: .*{name} = {2 * same[name]}, expected {same[name]}"):
+            trainer(TokenStream(tmp_path / "data", changed), tmp_path / "run", **given)
+    stream = TokenStream(tmp_path / "data", dataclasses.replace(config, **same, cross_attention_gate=True))
+    model = trainer(stream, tmp_path / "run", **given).model
+    of_decoder = Retro.from_pretrained(tmp_path / "decoder").state_dict()
+    for p in stream.config.cross_attention_layers:
+        found = model.blocks[p - 1].cross_attention.state_dict()
+        for name in ("w_query", "w_key", "w_value", "w_out", "relative.projection"):
+            expected = of_decoder[f"blocks.{p - 1}.self_attention.{name}.weight"]
+            assert torch.equal(found[f"{name}.weight"], expected), name
+        assert model.blocks[p - 1].gate.tanh().item() == pytest.approx(0.3)
+    for i, layer in enumerate(model.encoder.layers):
+        expected = of_decoder[f"blocks.{i}.feed_forward.w_in.weight"]
+        assert torch.equal(layer.feed_forward.w_in.weight, expected)
+        assert torch.equal(layer.self_attention.w_key.weight, of_decoder[f"blocks.{i}.self_attention.w_key.weight"])
+    neighbours = stream.batch([0, 1]).neighbours
+    b, chunks = neighbours.shape[:2]
+    with torch.no_grad():  # what the chunk is makes no difference to the encoder yet
+        hidden = torch.randn(2, b, chunks * config.chunk_size, config.model_dim)
+        assert torch.equal(model.encode(neighbours, hidden[0]), model.encode(neighbours, hidden[1]))
+    frozen = {name for name, x in model.named_parameters() if not x.requires_grad}
+    assert frozen == set(of_decoder)
+
+
 def test_accumulated_micro_batches_and_several_processes_equal_one_batch(tmp_path):
     stream = stream_of(tmp_path / "data")
     trainer(stream, tmp_path / "one", steps=4, **COMPARABLE).run()
