@@ -210,8 +210,9 @@ def begin_with_self_attention(model: Retro) -> None:
 
     Raises ValueError where the sizes of encoder and decoder differ.
     """
-    config, encoder = model.config, model.encoder
-    assert encoder is not None
+    config = model.config
+    encoder: Any = model.encoder
+    blocks: list[Any] = list(model.blocks)
     for name, theirs, mine in (
         ("encoder_dim", config.encoder_dim, config.model_dim),
         ("encoder_heads", config.encoder_heads, config.num_heads),
@@ -228,12 +229,12 @@ def begin_with_self_attention(model: Retro) -> None:
         )
     if model.encoder_embedding is not None:
         model.encoder_embedding.weight.copy_(model.embedding.weight)
-    for layer, block in zip(encoder.layers, model.blocks):
+    for layer, block in zip(encoder.layers, blocks):
         for name in ("self_norm", "self_attention", "feed_forward_norm", "feed_forward"):
             getattr(layer, name).load_state_dict(getattr(block, name).state_dict(), strict=False)
         if layer.cross_attention is not None:
             layer.cross_attention.w_out.weight.zero_()
-    retrieving = [block for block in model.blocks if block.cross_attention is not None]
+    retrieving = [block for block in blocks if block.cross_attention is not None]
     for block in retrieving:
         block.cross_attention.load_state_dict(block.self_attention.state_dict(), strict=False)
         block.cross_norm.load_state_dict(block.self_norm.state_dict())

@@ -190,7 +190,8 @@ def retrofit(
 def _check_init(kind: str, init: str) -> None:
     if kind == "own" and init != "self_attention":
         raise ValueError(
-            f'init: got "{init}" with encoder="own", whose keys and values are the decoder\'s, expected "self_attention"'
+            f'init: got "{init}" with encoder="own", whose keys and values are the decoder\'s, expected '
+            '"self_attention"'
         )
 
 
