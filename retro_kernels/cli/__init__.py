@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, db, doctor, evaluate, generate, train, verify
+from . import bench, db, doctor, evaluate, generate, retrofit, train, verify
 
 app = typer.Typer(
     name="retro-kernels",
@@ -22,6 +22,7 @@ app.command("doctor")(doctor.doctor)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)
 app.command("train")(train.train)
+app.command("retrofit")(retrofit.retrofit)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.add_typer(db.app, name="db")

@@ -399,6 +399,14 @@ def test_saved_and_put_on_the_base_again(tmp_path, join):
     assert not hasattr(other, "retro")
     with pytest.raises(FileNotFoundError, match=r"retro\.json"):
         rk.retrofit(decoder(), tmp_path)
+    for name in ("retro.safetensors", "retro.json"):
+        content = (tmp_path / "retro" / name).read_bytes()
+        (tmp_path / "retro" / name).write_bytes(content[: len(content) // 2])
+        base = decoder()
+        with pytest.raises(ValueError, match=rf"{name}: cannot be read"):
+            rk.retrofit(base, tmp_path / "retro")
+        assert not hasattr(base, "retro")
+        (tmp_path / "retro" / name).write_bytes(content)
 
 
 def test_the_base_is_saved_and_loaded_as_ever(tmp_path):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ...files import replaced, write_json
+
 SETTINGS, TENSORS = "retro.json", "retro.safetensors"
 FORMAT = 1
 SAMPLED = 256
@@ -36,10 +38,11 @@ def save(retro: Any, folder: Any) -> None:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in retro.added().items()}
-    save_file(tensors, path / TENSORS, metadata={"format": "pt"})
+    with replaced(path / TENSORS) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     written = {"format": FORMAT, "base": fingerprint(retro.model), "base_class": type(retro.model).__name__}
     written |= {"settings": retro.settings}
-    (path / SETTINGS).write_text(json.dumps(written, indent=2) + "\n")
+    write_json(path / SETTINGS, written)
 
 
 def read_settings(folder: Any) -> dict[str, Any]:
@@ -48,9 +51,13 @@ def read_settings(folder: Any) -> dict[str, Any]:
         raise FileNotFoundError(
             f"layers: {path} is not there; expected a folder that model.retro.save_pretrained wrote"
         )
-    written = json.loads(path.read_text())
-    if written.get("format") != FORMAT:
-        raise ValueError(f"{path}: got format {written.get('format')!r}, expected {FORMAT}")
+    try:
+        written = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(written, dict) or written.get("format") != FORMAT:
+        found = written.get("format") if isinstance(written, dict) else type(written).__name__
+        raise ValueError(f"{path}: got format {found!r}, expected {FORMAT}")
     return written
 
 
@@ -63,9 +70,13 @@ def check_base(written: dict[str, Any], model: Any) -> None:
 
 
 def load_tensors(retro: Any, folder: Any) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(Path(folder) / TENSORS)
+    try:
+        tensors = load_file(Path(folder) / TENSORS)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{Path(folder) / TENSORS}: cannot be read ({error})") from error
     expected = retro.added()
     if set(tensors) != set(expected):
         missing, surplus = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
