@@ -45,7 +45,7 @@ def command(model, data, out, *more):
     return CliRunner().invoke(app, [str(x) for x in (*given, *more)])
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights_and_the_folder_is_put_on_the_base(model, data, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_to_the_same_weights_and_its_folder_fits_the_base(model, data, tmp_path, monkeypatch):
     whole = command(model, data, tmp_path / "whole", "--json", "--adapt")
     assert whole.exit_code == 0, whole.output
     assert "not known whether its tokens are the data's" in whole.output
