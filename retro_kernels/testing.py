@@ -33,6 +33,9 @@ class Refused(Exception):
     """A backend takes no problem of a class."""
 
 
+SOFTCAP = 1.5  # of the cases with a cap: the logits of standard normal inputs reach it
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One call. `options` are names that `make` knows; sizes are the letters of design section 1. The operation is
@@ -142,6 +145,8 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> 
         arguments |= {"key": draw(*keys, hk, case.d), "value": draw(*keys, hk, d_value)}
     if not decoding:
         arguments["dropout_p"] = case.dropout_p
+    if "softcap" in on:
+        arguments["logit_softcap"] = SOFTCAP
     if case.operation in ("cca", "projected"):
         arguments |= {name: getattr(case, name) for name in ("stride", "align", "query_offset", "chunk_offset")}
         arguments["chunk_size"] = case.m

@@ -13,7 +13,7 @@ struct BackwardBuffers {
   float *keys, *keys_across, *values;
   float *query, *query_panels, *query_across;
   float *grad, *grad_panels, *grad_across;
-  float *scores, *grad_scores, *bias;
+  float *scores, *grad_scores, *bias, *slopes;  // slopes: of the soft cap
   float *p_down, *ds_down, *ds_across;  // pairs along the rows, along the rows, along the keys
   float* p_across = nullptr;            // pairs along the keys, where it is wanted
   float *grad_query, *grad_key, *grad_value;
@@ -37,6 +37,7 @@ struct BackwardBuffers {
     scores = arena->take(z.keys * kRows);
     grad_scores = arena->take(z.keys * kRows);
     bias = arena->take(p.bias.data ? z.keys * kRows : 0);
+    slopes = p.softcap > 0.0f ? arena->take(z.keys * kRows) : nullptr;
     p_down = z.pairs ? arena->take(z.keys * kRows / 2) : scores;
     ds_down = z.pairs ? arena->take(z.keys * kRows / 2) : grad_scores;
     ds_across = z.pairs ? arena->take(z.keys / 2 * kRows) : grad_scores;
@@ -121,12 +122,15 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
     }
     const float* wide_query = query;
     if (kPairs) widen_row((const bfloat_t*)query, p.dim, f.wide, z.dim), wide_query = f.wide;
-    const float logit = dot(wide_query, f.null_key, z.dim) * (p.scale * kLog2e);
+    const float product = dot(wide_query, f.null_key, z.dim);
+    float slope = 1.0f;
+    const float logit =
+        p.softcap > 0.0f ? cap_logit(p, product * p.scale, &slope) * kLog2e : product * (p.scale * kLog2e);
     const float below = (logit - f.lse[i]) - (p.bias.data ? f.log_sum[i] : 0.0f);
     const float probability = exp2(smaller(vfloat{}, splat(below)))[0];
     const float kept = null_kept >> i & 1 ? survivor : 0.0f;
     const float of_null = kept > 0.0f ? dot(wide_grad, f.null_output, z.dim_value) : 0.0f;
-    const float ds = probability * (of_null - f.delta[i]);
+    const float ds = probability * (of_null - f.delta[i]) * slope;
     f.null_grad[i] = ds;
     if (grad_query)
       for (int64_t j = 0; j < z.dim; ++j) dq[j] = ds * f.null_key[j];
@@ -146,7 +150,11 @@ static void pack_backward_rows(const Problem& p, const Item& item, const Sizes& 
   interleave_rows<kPairs>(f.grad, z.ld_value, rows.padded, z.dim_value, f.grad_across, z.dim_value);
 }
 
-// scores, grad_scores [key][row] -> probabilities and dS, as the three products want them. With kIdle, where the block has
+// dS of the logits before the cap. Where dS is 0, the slope may be NaN: of what a row does not see.
+RK_INLINE vfloat cap_gradient(vfloat ds, vfloat slope) { return ds == vfloat{} ? ds : ds * slope; }
+
+// scores, grad_scores [key][row] -> probabilities and dS, as the three products want them; of these, what is kept wide is
+// that of the capped logits. With kIdle, where the block has
 // such rows, both are 0 in those that saw nothing or pad it, whatever keys and values hold. With large logits a score may
 // be above the log-sum-exp, by their rounding.
 template <bool kPairs, bool kKeepWide, bool kDrop, bool kIdle>
@@ -167,6 +175,7 @@ static void differentiate_block(const Keys& keys, int64_t padded_rows, float fac
     }
     if constexpr (kIdle) *ds = lse == splat(infinity()) ? vfloat{} : *ds;
     if (kKeepWide) store(f.grad_scores + at, *ds);
+    if (f.slopes) *ds = cap_gradient(*ds, load(f.slopes + at));
   };
 #if RK_LEVEL >= 3
   if constexpr (kPairs) {
@@ -244,7 +253,7 @@ template <class T, bool kPairs>
 static void backward_tile(const Problem& p, const Sizes& z, const BackwardBuffers& f, const Rows& rows,
                           const Keys& keys, bool query_wanted, bool key_wanted, bool add_query, bool add_key,
                           bool parameters, int64_t copy, Prefetch* next) {
-  float factor = p.scale * kLog2e;
+  float factor = p.softcap > 0.0f ? kLog2e : p.scale * kLog2e;
   const int64_t row_depth = kPairs ? (rows.count + 1) / 2 : rows.count;
   const int64_t key_depth = kPairs ? (keys.count + 1) / 2 : keys.count;
   const float* bias = p.bias.data ? f.bias : nullptr;
@@ -255,6 +264,7 @@ static void backward_tile(const Problem& p, const Sizes& z, const BackwardBuffer
     add_relative<kPairs>(p, z, rows, keys, f.query_relative_panels, f.relative.band, f.relative.sheared, f.scores, next);
   multiply<false, kPairs>(keys.padded, rows.padded, z.depth_value, f.values, z.ld_value, f.grad_panels, kPanel,
                           panel_size(z.depth_value), f.grad_scores, kRows, false, next);
+  if (f.slopes) cap_scores(p, rows.padded, keys.count, f.scores, f.slopes);
   if (partly_hidden(p, rows, keys)) {
     hide_unseen(rows, keys, factor, f.scores);
     factor = 1.0f;
@@ -263,6 +273,9 @@ static void backward_tile(const Problem& p, const Sizes& z, const BackwardBuffer
   const bool wide = parameters && (p.bias_partial || p.relative_key.data);
   differentiate<kPairs>(p, keys, rows, factor, bias, wide, f);
   if (parameters && p.bias_partial) add_bias_gradient(p, rows, keys, f.grad_scores, copy);
+  if (wide && f.slopes)  // the bias is added after the cap; all else is before it
+    for (int64_t at = 0; at < keys.count * kRows; at += kLanes)
+      store(f.grad_scores + at, cap_gradient(load(f.grad_scores + at), load(f.slopes + at)));
   if (parameters && p.relative_key.data)
     add_relative_gradients<kPairs>(p, z, f.relative, rows, keys, f.grad_scores, f.query_relative_across,
                                    f.grad_query_relative, copy, next);

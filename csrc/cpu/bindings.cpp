@@ -39,12 +39,12 @@ namespace {
       MaybeTensor key_cos, MaybeTensor key_sin, MaybeTensor null_key, MaybeTensor null_value,                      \
       MaybeTensor chunk_spans, MaybeTensor first_visible, MaybeTensor dropout_seed
 #define RK_SETTINGS                                                                                                  \
-  int64_t grouping, bool causal, bool interleaved, double scale, double dropout_p, int64_t stride, int64_t first_token, \
-      MaybeTensor relative_packed
+  int64_t grouping, bool causal, bool interleaved, double scale, double softcap, double dropout_p, int64_t stride, \
+      int64_t first_token, MaybeTensor relative_packed
 // Besides, `relative_packed`: room for the packed table, given with relative_key.
 #define RK_ALL                                                                                                       \
   query, key, value, mask, bias, relative_key, content_bias, relative_bias, query_cos, query_sin, key_cos, key_sin,  \
-      null_key, null_value, chunk_spans, first_visible, dropout_seed, grouping, causal, interleaved, scale,          \
+      null_key, null_value, chunk_spans, first_visible, dropout_seed, grouping, causal, interleaved, scale, softcap, \
       dropout_p, stride, first_token, relative_packed
 
 Problem make_problem(RK_ARGUMENTS, RK_SETTINGS) {
@@ -86,6 +86,8 @@ Problem make_problem(RK_ARGUMENTS, RK_SETTINGS) {
   p.stride = p.grouping == kClock ? stride : p.tokens;
   p.first_token = p.grouping == kClock ? first_token : 0;
   p.scale = static_cast<float>(scale);
+  STD_TORCH_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap must be 0 or positive and finite, got ", softcap);
+  p.softcap = static_cast<float>(softcap);
   p.query = query.numel() ? query.const_data_ptr() : nullptr;
   p.key = key.numel() ? key.const_data_ptr() : nullptr;
   p.value = value.numel() ? value.const_data_ptr() : nullptr;
@@ -244,7 +246,8 @@ Absorbed make_absorbed(const Problem& problem, const Tensor& encoded, const Tens
   Absorbed a{};
   a.p = problem;
   Problem& p = a.p;
-  STD_TORCH_CHECK(p.grouping == kClock && p.rotary_width == 0, "the absorbed forward needs grouping CLOCK, no rotation");
+  STD_TORCH_CHECK(p.grouping == kClock && p.rotary_width == 0 && p.softcap == 0.0f,
+                  "the absorbed kernels need grouping CLOCK, no rotation and no softcap");
   p.key = p.value = nullptr;
   STD_TORCH_CHECK(encoded.dim() == 5, "encoded must have 5 dimensions, has ", encoded.dim());
   a.width = encoded.size(4);
@@ -589,7 +592,8 @@ void set_isa(std::string name) { choose_level(name); }
   "Tensor? key_sin, Tensor? null_key, Tensor? null_value, Tensor? chunk_spans, Tensor? first_visible, "               \
   "Tensor? dropout_seed, "
 #define RK_SETTINGS_SCHEMA                                                                                           \
-  "int grouping, bool causal, bool rotary_interleaved, float scale, float dropout_p, int stride, int first_token, "    \
+  "int grouping, bool causal, bool rotary_interleaved, float scale, float softcap, float dropout_p, int stride, "      \
+  "int first_token, "                                                                                                  \
   "Tensor(z!)? relative_packed, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {

@@ -380,9 +380,12 @@ RK_INLINE bool nan_before(float highest, float total) {
 // One row's products of a tile -> its weights relative to the running maximum, times the values' scales.
 static void tile_softmax(const DecodeProblem& p, const Tile& tile, const float* key_scale, const float* value_scale,
                          const float* bias, float* scores, float* highest, float* total, float* sums, int64_t ld) {
-  const float factor = p.scale * kLog2e;
+  const bool capped = p.softcap > 0.0f;
+  const float factor = capped ? p.scale / p.softcap : p.scale * kLog2e;
   const int64_t n = tile.count, padded = round_up(n, kLanes);
   for (int64_t i = 0; i < n; ++i) scores[i] *= key_scale ? factor * key_scale[i] : factor;
+  if (capped)
+    for (int64_t i = 0; i < padded; i += kLanes) store(scores + i, tanh(load(scores + i)) * (p.softcap * kLog2e));
   if (bias) {
     const bool per_slot = p.bias_slots != p.retrieved;
     for (int64_t i = 0; i < n; ++i) scores[i] += in_base_2(bias[per_slot ? tile.slot[i] : tile.token[i]]);

@@ -43,7 +43,7 @@ int64_t floor_divide(int64_t x, int64_t by) { return x >= 0 ? x / by : -((by - 1
   Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTensor logit_bias, MaybeTensor null_logit,      \
       MaybeTensor null_value, MaybeTensor key_cos, MaybeTensor key_sin, MaybeTensor key_scale,                   \
       MaybeTensor value_scale, Tensor position, MaybeTensor valid, MaybeTensor chunk, bool interleaved,          \
-      double scale, int64_t chunk_size
+      double scale, double softcap, int64_t chunk_size
 
 // How many ranges of slots there will be: what `partial` must have room for.
 int64_t make_decode_problem(DecodeProblem& p, Tensor query, Tensor key, Tensor value, MaybeTensor key_cos) {
@@ -94,6 +94,8 @@ void decode(RK_DECODE_ARGUMENTS, Tensor out, Tensor lse, MaybeTensor partial) {
   const int64_t b = p.batch, t = p.tokens, h = p.heads, k = p.neighbours, r = p.retrieved;
   STD_TORCH_CHECK(chunk_size >= 1, "chunk_size must be at least 1, got ", chunk_size);
   p.scale = static_cast<float>(scale);
+  STD_TORCH_CHECK(softcap >= 0 && std::isfinite(softcap), "softcap must be 0 or positive and finite, got ", softcap);
+  p.softcap = static_cast<float>(softcap);
   p.rotary_interleaved = interleaved;
   if (mask) {
     check_shape(*mask, "mask", {b, k, r});
@@ -227,8 +229,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(retro_kernels_cpu, m) {
   m.def(
       "decode(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? logit_bias, Tensor? null_logit, "
       "Tensor? null_value, Tensor? key_cos, Tensor? key_sin, Tensor? key_scale, Tensor? value_scale, Tensor position, "
-      "Tensor? valid, Tensor? chunk, bool rotary_interleaved, float scale, int chunk_size, Tensor(a!) out, "
-      "Tensor(b!) lse, Tensor(c!)? partial) -> ()");
+      "Tensor? valid, Tensor? chunk, bool rotary_interleaved, float scale, float softcap, int chunk_size, "
+      "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? partial) -> ()");
   m.def("decode_project(Tensor x, Tensor weight, bool transposed, Tensor(a!) out) -> ()");
   m.def("decode_splits(Tensor query, Tensor key, Tensor value, Tensor? key_cos) -> int");
 }

@@ -10,7 +10,7 @@ struct DecodeProblem {
   int64_t batch, tokens, heads, dim;
   int64_t neighbours, retrieved, kv_heads, dim_value;
   int64_t slots;  // neighbours * retrieved
-  float scale;
+  float scale, softcap;  // softcap: as in problem.h
   Type type;  // of query and out
   CacheType key_type, value_type;
   bool shared;  // value is key, element for element

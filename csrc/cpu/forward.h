@@ -178,7 +178,7 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
                           int64_t last_item) {
   const int64_t slots = item_at(p, first_item).slots;
   const bool one_block = slots <= z.keys;
-  const float factor = p.scale * kLog2e;
+  const float factor = p.softcap > 0.0f ? kLog2e : p.scale * kLog2e;
   Rows rows;
   Keys keys;
   Prefetch ahead;
@@ -210,7 +210,8 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
         }
         const float* q = f.raw + i * z.ld;
         if (kPairs) widen_row((const bfloat_t*)q, p.dim, f.wide, z.dim), q = f.wide;
-        f.highest[i] = dot(q, f.null_key, z.dim) * factor;
+        const float product = dot(q, f.null_key, z.dim);
+        f.highest[i] = p.softcap > 0.0f ? cap_logit(p, product * p.scale) * kLog2e : product * factor;
         f.sum[i] = f.highest[i] == -infinity() ? 0.0f : 1.0f;
         if (null_kept >> i & 1)
           __builtin_memcpy(out, f.null_value, (size_t)z.dim_value * 4);
@@ -248,6 +249,7 @@ static void forward_items(const Problem& p, const Sizes& z, const ForwardBuffers
                                 f.scores, kRows, false, next);
         if (p.relative_key.data)
           add_relative<kPairs>(p, z, rows, keys, f.rows_relative, f.relative.band, f.relative.sheared, f.scores, next);
+        if (p.softcap > 0.0f) cap_scores(p, rows.padded, keys.count, f.scores, nullptr);
         const bool hidden = partly_hidden(p, rows, keys);
         if (hidden) hide_unseen(rows, keys, factor, f.scores);
         const auto softmax = p.dropout ? softmax_block<kPairs, true> : softmax_block<kPairs, false>;

@@ -191,6 +191,26 @@ static void gather_bias(const Problem& p, const Rows& rows, const Keys& keys, fl
   }
 }
 
+// Scales the scores and caps them: what they are multiplied by afterwards is log2(e) alone. `slopes`, where it is given,
+// gets the derivative of the capped logits by the logits.
+static void cap_scores(const Problem& p, int64_t padded_rows, int64_t count, float* scores, float* slopes) {
+  const float factor = p.scale / p.softcap;
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t i = 0; i < padded_rows; i += kLanes) {
+      const vfloat t = tanh(load(scores + k * kRows + i) * factor);
+      store(scores + k * kRows + i, t * p.softcap);
+      if (slopes) store(slopes + k * kRows + i, 1.0f - t * t);
+    }
+}
+
+// A logit of the null slot, capped like the others.
+RK_INLINE float cap_logit(const Problem& p, float logit, float* slope = nullptr) {
+  if (p.softcap == 0.0f) return logit;
+  const float t = tanh(splat(logit / p.softcap))[0];
+  if (slope) *slope = 1.0f - t * t;
+  return t * p.softcap;
+}
+
 // Scales the scores to base 2 and hides from each row what `causal` hides.
 static void hide_unseen(const Rows& rows, const Keys& keys, float factor, float* scores) {
   for (int64_t i = 0; i < rows.padded; i += kLanes) {

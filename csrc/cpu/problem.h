@@ -29,6 +29,7 @@ struct Problem {
   int64_t stride;       // CLOCK: tokens that attend to one chunk
   int64_t first_token;  // CLOCK: token of clock 0; may be negative
   float scale;
+  float softcap;  // logits are softcap * tanh(logits / softcap) before the bias; 0: they are not capped
   Type type;  // of query, key, value, out and their gradients
 
   const void *query, *key, *value;

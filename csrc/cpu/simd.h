@@ -109,6 +109,20 @@ RK_INLINE vfloat exp2(vfloat x) {
   return p * (vfloat)power;
 }
 
+// tanh(x), relative to 1e-7 or so: an odd polynomial near 0, where the difference to 1 would cancel; NaN stays NaN.
+RK_INLINE vfloat tanh(vfloat x) {
+  const vfloat s = x * x;
+  vfloat p = splat(-5.70498872745e-3f);
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const vfloat near = x + x * s * p;
+  const vfloat bounded = smaller(splat(15.0f), larger(splat(-15.0f), x));  // beyond, tanh rounds to 1
+  const vfloat far = 1.0f - 2.0f / (exp2(bounded * 2.885390082f) + 1.0f);
+  return s < splat(0.390625f) ? near : x == x ? far : x;
+}
+
 // log2(x) to 1e-7 or so for normal x > 0; NaN stays NaN: log2 m = 2 / ln 2 atanh((m - 1) / (m + 1)) for the mantissa m, 0.71 to 1.41
 RK_INLINE vfloat log2(vfloat x) {
   const vint bits = (vint)x - 0x3f3504f3;  // of sqrt(1/2)

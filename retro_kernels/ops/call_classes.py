@@ -44,6 +44,8 @@ def features(call: Any) -> Features:
             options.append("rotary_interleaved")
     if getattr(call, "dropout_p", 0.0) > 0.0:
         options.append("dropout")
+    if getattr(call, "logit_softcap", 0.0) > 0.0:
+        options.append("softcap")
     if getattr(call, "causal", False):
         options.append("causal")
     if getattr(call, "first_visible", None) is not None or getattr(call, "chunk_spans", None) is not None:

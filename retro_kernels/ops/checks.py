@@ -202,6 +202,16 @@ def scale_of(scale: Any, query: torch.Tensor) -> float:
     return query.shape[-1] ** -0.5 if scale is None else number("scale", scale)
 
 
+def softcap_of(logit_softcap: Any) -> float:
+    """-> the cap, or 0 for None: no cap."""
+    if logit_softcap is None:
+        return 0.0
+    cap = number("logit_softcap", logit_softcap)
+    if not 0.0 < cap < math.inf:
+        raise ValueError(f"logit_softcap: got {cap}, expected a positive number, or None for no cap")
+    return cap
+
+
 def dropout_of(dropout_p: Any, query: torch.Tensor) -> tuple[float, torch.Tensor | None]:
     """-> p, and a fresh seed from torch's generator, or 0 and None where nothing would be dropped."""
     dropout_p = number("dropout_p", dropout_p)

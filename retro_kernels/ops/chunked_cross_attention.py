@@ -27,6 +27,7 @@ def chunked_cross_attention(
     null_key: torch.Tensor | None = None,
     null_value: torch.Tensor | None = None,
     scale: float | None = None,
+    logit_softcap: float | None = None,
     dropout_p: float = 0.0,
     stride: int | None = None,
     align: str = "start",
@@ -62,6 +63,8 @@ def chunked_cross_attention(
         rotary_interleaved: pairs dimensions 2j and 2j + 1 instead of j and j + w.
         null_key, null_value: [h, d] and [h, d_value], one always visible slot without position.
         scale: any number; default d ** -0.5.
+        logit_softcap: c > 0: scaled logits x become c * tanh(x / c), before the bias is added (Gemma 2); None: no cap.
+            "cuda" refuses it.
         dropout_p: in [0, 1), on the probabilities; rounded to a multiple of 2 ** -16. Every backend drops the same
             probabilities for the same state of torch's generator (`ops/dropout.py`).
         stride: tokens between retrievals, 1 <= stride <= m; default m.
@@ -113,6 +116,7 @@ def chunked_cross_attention(
                 chunk_size,
                 rotary_interleaved,
                 scale,
+                logit_softcap,
                 stride,
                 align,
                 query_offset,
@@ -176,6 +180,7 @@ def chunked_cross_attention(
         chunk_spans=spans,
         dropout_seed=dropout_seed,
         scale=checks.scale_of(scale, query),
+        logit_softcap=checks.softcap_of(logit_softcap),
         dropout_p=dropout_p,
         rows=m,
         stride=stride,

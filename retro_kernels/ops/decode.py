@@ -1,5 +1,5 @@
 """Decoding, `chunked_cross_attention_decode` and `projected_chunked_cross_attention_decode`: check the arguments, do
-what of the call is small in PyTorch (`chunked_cross_attention_decode/common.py`), and run the rest on the backend that
+what of the call is small in PyTorch (`decoding/common.py`), and run the rest on the backend that
 `ops/backends.py` chooses."""
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def chunked_cross_attention_decode(
     null_key: torch.Tensor | None = None,
     null_value: torch.Tensor | None = None,
     scale: float | None = None,
+    logit_softcap: float | None = None,
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
     return_lse: bool = False,
@@ -63,8 +64,8 @@ def chunked_cross_attention_decode(
         chunk: int64 [b], which chunk's neighbours the cache holds, where known: a token that attends to another chunk
             is then past the border too. Without it the cache is taken to hold those of the first retrieving token.
         neighbour_mask: bool [b, k, r], True = attend. What a masked token holds reaches nothing, NaN included.
-        attention_bias, relative_key, content_bias, relative_bias, null_key, null_value, scale: as in the full
-            operation, indexed by each token's row.
+        attention_bias, relative_key, content_bias, relative_bias, null_key, null_value, scale, logit_softcap: as in
+            the full operation, tables indexed by each token's row. Fused backends refuse a cap with `relative_key`.
         query_rotary: (cos, sin) of [m, w], by row.
         key_rotary: (cos, sin) of [r, w], by neighbour token, where the cache holds keys that were not turned; without
             it the cache holds keys already turned.
@@ -107,7 +108,9 @@ def chunked_cross_attention_decode(
         "chunk": chunk,
     }
     signature = _signature(
-        backend, ("chunked_cross_attention_decode", chunk_size, rotary_interleaved, scale, validate), given
+        backend,
+        ("chunked_cross_attention_decode", chunk_size, rotary_interleaved, scale, logit_softcap, validate),
+        given,
     )
     plan = plans.get(signature)
     if plan is not None:
@@ -144,6 +147,7 @@ def chunked_cross_attention_decode(
             chunk=chunk,
             chunk_size=chunk_size,
             scale=checks.scale_of(scale, query),
+            logit_softcap=checks.softcap_of(logit_softcap),
         ),
         d_value,
         k,
@@ -584,6 +588,7 @@ def _kernel_call(
         chunk=call.chunk,
         rotary_interleaved=call.rotary_interleaved,
         scale=call.scale,
+        logit_softcap=call.logit_softcap,
         chunk_size=call.chunk_size,
     )
 

@@ -26,6 +26,7 @@ def neighbour_self_attention(
     causal: bool = False,
     sequence_starts: torch.Tensor | None = None,
     scale: float | None = None,
+    logit_softcap: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
@@ -55,6 +56,8 @@ def neighbour_self_attention(
         sequence_starts: bool [b, r], True at the first token of every document packed into a row; needs `causal` and
             l = k = 1, and excludes `attention_bias`. Tokens see their own document only, and positions restart with it.
         scale: any number; default d ** -0.5.
+        logit_softcap: c > 0: scaled logits x become c * tanh(x / c), before the bias is added (Gemma 2); None: no cap.
+            "cuda" refuses it.
         dropout_p: in [0, 1), on the probabilities; rounded to a multiple of 2 ** -16.
         return_lse: also return the natural logarithm of the softmax's sum. It has a gradient on "reference" and "cpu";
             on "triton" and "cuda" a backward that needs its gradient, and under torch.compile any, raises RuntimeError.
@@ -87,7 +90,7 @@ def neighbour_self_attention(
     }
     signature = None
     if type(dropout_p) in (int, float) and dropout_p == 0 and sequence_starts is None:
-        options = ("neighbour_self_attention", rotary_interleaved, causal, scale, return_lse)
+        options = ("neighbour_self_attention", rotary_interleaved, causal, scale, logit_softcap, return_lse)
         signature = plans.signature(backend, options, given)
         plan = plans.get(signature)
         if plan is not None:
@@ -150,6 +153,7 @@ def neighbour_self_attention(
         dropout_seed=dropout_seed,
         causal=causal,
         scale=checks.scale_of(scale, query),
+        logit_softcap=checks.softcap_of(logit_softcap),
         dropout_p=dropout_p,
         rows=r,
         stride=max(r, 1),
@@ -174,6 +178,7 @@ def neighbour_cross_attention(
     key_rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     rotary_interleaved: bool = False,
     scale: float | None = None,
+    logit_softcap: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
@@ -200,6 +205,8 @@ def neighbour_cross_attention(
             turn the first 2 w dimensions, have no gradient, and exclude `relative_key`.
         rotary_interleaved: pairs dimensions 2j and 2j + 1 instead of j and j + w.
         scale: any number; default d ** -0.5.
+        logit_softcap: c > 0: scaled logits x become c * tanh(x / c), before the bias is added (Gemma 2); None: no cap.
+            "cuda" refuses it.
         dropout_p: in [0, 1), on the probabilities; rounded to a multiple of 2 ** -16.
         return_lse: also return the natural logarithm of the softmax's sum. It has a gradient on "reference" and "cpu";
             on "triton" and "cuda" a backward that needs its gradient, and under torch.compile any, raises RuntimeError.
@@ -232,7 +239,7 @@ def neighbour_cross_attention(
     }
     signature = None
     if type(dropout_p) in (int, float) and dropout_p == 0:
-        options = ("neighbour_cross_attention", rotary_interleaved, scale, return_lse)
+        options = ("neighbour_cross_attention", rotary_interleaved, scale, logit_softcap, return_lse)
         signature = plans.signature(backend, options, given)
         plan = plans.get(signature)
         if plan is not None:
@@ -279,6 +286,7 @@ def neighbour_cross_attention(
         rotary_interleaved=rotary_interleaved,
         dropout_seed=dropout_seed,
         scale=checks.scale_of(scale, query),
+        logit_softcap=checks.softcap_of(logit_softcap),
         dropout_p=dropout_p,
         rows=r,
         stride=max(r, 1),

@@ -31,6 +31,7 @@ class Options:
     def __init__(self, given: dict[str, Any], slots_of_a_neighbour: int, head_dim: int):
         self.r = slots_of_a_neighbour
         self.scale = head_dim**-0.5 if given.get("scale") is None else given["scale"]
+        self.softcap = given.get("logit_softcap")
         self.interleaved = given.get("rotary_interleaved", False)
         self.survivor_scale = survivor_scale(given.get("dropout_p", 0.0))
         names = ("attention_bias", "relative_key", "content_bias", "relative_bias", "null_key", "null_value")
@@ -39,6 +40,9 @@ class Options:
         for name in ("query_rotary", "key_rotary"):
             tables = given.get(name)
             setattr(self, name, None if tables is None else tuple(table.detach().double() for table in tables))
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
 def survivor_scale(p: float) -> float:
@@ -81,7 +85,7 @@ def attend(
     columns = [j * options.r + t for j, t, _ in slots]
     logits = []
     if options.null_key is not None:
-        logits.append(options.scale * (content * options.null_key[head]).sum(-1, keepdim=True))
+        logits.append(options.capped(options.scale * (content * options.null_key[head]).sum(-1, keepdim=True)))
         values = torch.cat([options.null_value[head][None], values])
     if slots:
         turned = turn(keys, options.key_rotary, [place for _, _, place in slots], options.interleaved)
@@ -90,6 +94,7 @@ def attend(
             distances = [row - t + options.r - 1 for _, t, _ in slots]
             position = options.relative_key[head][distances]
             of_slots = of_slots + options.scale * (position * plus(options.relative_bias)).sum(-1)
+        of_slots = options.capped(of_slots)
         if options.attention_bias is not None:
             bias = options.attention_bias[head]
             places = [t for _, t, _ in slots] if bias.shape[-1] == options.r else columns

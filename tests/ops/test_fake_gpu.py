@@ -112,7 +112,7 @@ def test_every_operation_is_planned_compiled_and_launched_for_sm_90():
     """Forward and backward by Triton's real path, compiler and shared-memory limit included. A second call of the same
     shape compiles nothing."""
     found = in_a_process("""
-        from retro_kernels.ops.attention import triton as attention
+        from retro_kernels.ops.attention.triton import launch as attention
 
         found = {}
         with fake_driver(90) as driver:

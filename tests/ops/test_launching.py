@@ -83,7 +83,7 @@ def test_what_watches_or_changes_a_launch_sends_it_triton_s_way():
         textwrap.dedent(RECORDED)
         + textwrap.dedent("""
         from triton import knobs
-        from retro_kernels.ops.attention import configs
+        from retro_kernels.ops.attention.triton import configs
 
         case = testing.Case("cca", **small)
         given = {k: x.detach() if isinstance(x, torch.Tensor) else x

@@ -182,6 +182,7 @@ def test_every_option_of_a_call_belongs_to_its_class():
         "chunk_spans",
         "first_visible",
         "dropout_p",
+        "logit_softcap",
         "causal",
         "stride",
         "grouping",

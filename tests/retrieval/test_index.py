@@ -269,7 +269,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from retro_kernels.retrieval import Database
-from retro_kernels.retrieval.index import build_index
+from retro_kernels.retrieval.index.index import build_index
 folder = Path(sys.argv[1])
 build_index(Database(folder), sys.argv[2], part_bytes=int(sys.argv[3]))
 """

@@ -83,8 +83,18 @@ def _core(call: common.Call) -> tuple[Any, ...]:
 
 def _settings(call: common.Call) -> tuple[Any, ...]:
     packed = None if call.relative_key is None else _packed_table(call.relative_key, call.query.dtype)
-    scale, dropout_p = call.scale, call.dropout_p
-    return attention_common.CLOCK, False, False, scale, dropout_p, call.stride, call.first_token, packed
+    softcap = 0.0
+    return (
+        attention_common.CLOCK,
+        False,
+        False,
+        call.scale,
+        softcap,
+        call.dropout_p,
+        call.stride,
+        call.first_token,
+        packed,
+    )
 
 
 def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,8 @@ for token t of neighbour j; M is the number of rows of the tables: m (>= stride)
     scale * ((q + content_bias) . k + (q + relative_bias) . relative_key[row - t + r - 1]) + attention_bias[row, t]
 
 (attention_bias[row, slot] where it is that wide) with q and k rotated by row and by t. The null slot's logit is
-scale * q' . null_key, q' rotated or with content_bias.
+scale * q' . null_key, q' rotated or with content_bias. With logit_softcap c > 0 what is x without the bias becomes
+c * tanh(x / c), the null slot's logit too; 0 stands for no cap.
 `causal` (NEIGHBOUR only): row i sees t <= i; with `first_visible` (int32 [b, n], lq = kq = 1) only
 first_visible[b, i] <= t, and rotary tables are read at i - first_visible[b, i] and t - first_visible[b, t]: positions
 restart in every document. There is no attention_bias with `first_visible` (with `causal` alone there may be). A row
@@ -104,6 +105,7 @@ class Call(calls.Call):
     causal: bool = False
     rotary_interleaved: bool = False
     scale: float
+    logit_softcap: float = 0.0
     dropout_p: float = 0.0
     stride: Length
     first_token: Length = 0

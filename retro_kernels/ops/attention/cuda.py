@@ -45,6 +45,7 @@ def _refused_option(call: common.Call) -> str | None:
         "relative_key": call.relative_key,
         "query_rotary": call.query_cos,
         "null_key": call.null_key,
+        "logit_softcap": call.logit_softcap or None,
         "dropout_p": call.dropout_seed,
         "causal": call.causal or None,
     }

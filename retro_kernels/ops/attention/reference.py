@@ -146,6 +146,8 @@ def attend_folded(
         table = torch.where(used[:, None], call.relative_key.to(compute), 0.0)  # the other rows may hold anything
         by_distance = torch.einsum("gqihd,hxd->gqhix", relative_query, table)
         logits = logits + call.scale * by_distance[..., i[:, None], distance][..., None, :]
+    if call.logit_softcap > 0.0:
+        logits = call.logit_softcap * torch.tanh(logits / call.logit_softcap)
     if call.attention_bias is not None:
         bias = call.attention_bias[:, :rows].to(compute)
         # A [h, M, r] bias is the same for every neighbour; [h, M, j * r] is neighbour-major.
@@ -162,6 +164,8 @@ def attend_folded(
     # All slots under one softmax, after the null slot: the learned one, or one that nothing ever sees.
     if call.null_key is not None and call.null_value is not None:
         null_logits = call.scale * torch.einsum("gqihd,hd->gqhi", content_query, call.null_key.to(compute))
+        if call.logit_softcap > 0.0:
+            null_logits = call.logit_softcap * torch.tanh(null_logits / call.logit_softcap)
         null_value = call.null_value.to(compute)
     else:
         null_logits = logits.new_full(logits.shape[:4], float("-inf"))

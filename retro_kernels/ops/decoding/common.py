@@ -14,7 +14,9 @@ The private op takes what is large, the cache, in place, and everything else red
     null_logit  [b, t, h] fp32             the null slot's logit
     query       [b, t, h, d]               turned, or with content_bias
 
-so that its logits are scale * key_scale[slot] * (query . key[slot]) + logit_bias[.., t | slot], and its values
+so that its logits are scale * key_scale[slot] * (query . key[slot]) + logit_bias[.., t | slot], the product capped
+before the bias is added where there is a `logit_softcap` (relative positions, which belong under the cap, are then
+refused), and its values
 value_scale[slot] * value[slot]. A null slot without `null_value` has the value 0 (decoding from encoder states adds
 what it stands for itself).
 """
@@ -60,6 +62,7 @@ class Call(calls.Call):
     chunk: torch.Tensor | None = None
     rotary_interleaved: bool = False
     scale: float
+    logit_softcap: float = 0.0
     chunk_size: Length
 
 
@@ -95,6 +98,7 @@ class DecodeCall:
     chunk: torch.Tensor | None = None
     chunk_size: int
     scale: float
+    logit_softcap: float = 0.0
 
     @property
     def query_rotary(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -205,7 +209,10 @@ def null_logit(call: DecodeCall, content: torch.Tensor) -> torch.Tensor | None:
     """[b, t, h] fp32."""
     if call.null_key is None:
         return None
-    return (call.scale * (content.float() * call.null_key.float()).sum(-1)).contiguous()
+    logit = call.scale * (content.float() * call.null_key.float()).sum(-1)
+    if call.logit_softcap > 0.0:
+        logit = call.logit_softcap * torch.tanh(logit / call.logit_softcap)
+    return logit.contiguous()
 
 
 def refusal(name: str, call: DecodeCall, largest_head: int) -> str | None:
@@ -224,6 +231,11 @@ def refusal(name: str, call: DecodeCall, largest_head: int) -> str | None:
         return (
             f"sizes of a head or an encoder state are {sizes[1]} and {sizes[2]}; the {name} kernels take at most "
             f'{largest_head}: use backend="reference"'
+        )
+    if call.logit_softcap > 0.0 and call.relative_key is not None:
+        return (
+            "logit_softcap with relative_key: the cap is of both terms' sum, which the decode kernels do not form: use "
+            'backend="reference"'
         )
     if call.key_rotary is not None and call.key_rotary[0].shape[-1] > 128:
         return f"key_rotary turns {2 * call.key_rotary[0].shape[-1]} dimensions; the {name} kernels turn at most 256"

@@ -82,6 +82,7 @@ def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
         call.chunk,
         call.rotary_interleaved,
         call.scale,
+        call.logit_softcap,
         call.chunk_size,
         out,
         lse,

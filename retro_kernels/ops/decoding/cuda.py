@@ -43,6 +43,8 @@ def refusal(call: common.DecodeCall) -> str | None:
     reason = cuda_extension.device_refusal(call.query) or common.refusal("CUDA", call, LARGEST_HEAD)
     if reason is not None:
         return reason
+    if call.logit_softcap > 0.0:
+        return 'the CUDA kernels have no logit_softcap: use backend="triton"'
     if call.key_rotary is not None:
         return 'the CUDA kernels have no key_rotary: cache keys that are turned already, or use backend="triton"'
     for name, x in (("query", call.query), ("key", call.key), ("value", call.value)):

@@ -72,6 +72,7 @@ def attend(call: common.DecodeCall) -> tuple[torch.Tensor, torch.Tensor]:
         null_key=call.null_key,
         null_value=call.null_value,
         scale=call.scale,
+        logit_softcap=call.logit_softcap,
         rows=m,
         stride=m,
         return_lse=True,

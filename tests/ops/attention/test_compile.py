@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 import retro_kernels as rk
 from retro_kernels.ops.attention.common import CLOCK, Call
 from retro_kernels.ops.backends import ATTENTION as BACKENDS
+from retro_kernels.testing import FP32_TOLERANCE, error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu
@@ -49,7 +50,8 @@ def op_arguments():
         "dropout_seed": torch.tensor([5], device=DEVICE),
     }
     tensors = [given.get(name) for name in Call.form.tensors]
-    return tensors, [CLOCK, False, False, 0.3, 0.25, 4, 3]
+    settings = {"grouping": CLOCK, "scale": 0.3, "dropout_p": 0.25, "stride": 4, "first_token": 3}
+    return tensors, [settings.get(name, 0) for name in Call.form.settings]
 
 
 @pytest.mark.parametrize("test", ["test_schema", "test_faketensor"])
@@ -136,6 +138,7 @@ def test_compiles_with_inductor(fused):
 def test_one_tensor_given_twice_compiles(fused):
     """A self-attention's query is often its key and its value too; the gradient is the sum of the three."""
     torch._dynamo.reset()
+    torch.manual_seed(0)
     x = torch.randn(1, 2, 1, 5, 2, 8, device=DEVICE, requires_grad=True)
 
     def call(x):
@@ -146,7 +149,7 @@ def test_one_tensor_given_twice_compiles(fused):
     ours, plain = (torch.autograd.grad(out.square().sum(), x)[0] for out in (given, expected))
     torch.testing.assert_close(ours, plain)
     reference = rk.neighbour_self_attention(x, x, x, backend="reference")
-    torch.testing.assert_close(plain, torch.autograd.grad(reference.square().sum(), x)[0])
+    assert error(plain, torch.autograd.grad(reference.square().sum(), x)[0]) <= FP32_TOLERANCE
 
 
 ENCODER = (

@@ -215,7 +215,8 @@ def test_opcheck(test):
     given = {"query": x["query"].detach()[:, None, None], "mask": x["neighbour_mask"]}
     given |= {name: x[name].detach() for name in ("key", "value")}
     tensors = [given.get(name) for name in Call.form.tensors]
-    settings = [CLOCK, False, False, 0.3, 0.0, 8, 7]
+    given = {"grouping": CLOCK, "scale": 0.3, "stride": 8, "first_token": 7}
+    settings = [given.get(name, 0) for name in Call.form.settings]
     torch.library.opcheck(cuda.forward, [*tensors, *settings], test_utils=test)
     out, lse = cuda.forward(*tensors, *settings)
     arguments = [torch.ones_like(out), None, *tensors, out, lse, *settings, False, False, False]

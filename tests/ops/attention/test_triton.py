@@ -282,7 +282,7 @@ def test_import_and_refusal_without_the_interpreter_or_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = "from retro_kernels.ops.attention import triton as t; print(t.unavailable())"
+    code = "from retro_kernels.ops.attention.triton import launch as t; print(t.unavailable())"
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "no CUDA device" in out.stdout
     assert "TRITON_INTERPRET=1" in out.stdout
@@ -292,7 +292,7 @@ def test_import_without_triton():
     """Where Triton is not installed the module imports all the same, and `unavailable` names the remedy."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from retro_kernels.ops.attention import triton as t; print(t.unavailable())"
+        "from retro_kernels.ops.attention.triton import launch as t; print(t.unavailable())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install triton" in out.stdout
@@ -311,6 +311,7 @@ def test_refusals_name_the_option(change, words):
         value=torch.empty(1, 1, 1, 1, 1, 4),
         relative_key=None,
         dropout_p=0.0,
+        logit_softcap=0.0,
     )
     assert backend.refusal(call) is None
     vars(call).update(change)

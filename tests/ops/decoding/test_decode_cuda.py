@@ -267,7 +267,9 @@ def test_opcheck(test):
     x = of_eights()
     arguments = [x["query"][:, :1].contiguous(), x["key"][:, 0], x["value"][:, 0], *(11 * [None])]
     arguments[11] = torch.tensor([9, 9, 9])
-    torch.library.opcheck(torch.ops.retro_kernels.decode_cuda.default, [*arguments, False, 0.3, M], test_utils=test)
+    torch.library.opcheck(
+        torch.ops.retro_kernels.decode_cuda.default, [*arguments, False, 0.3, 0.0, M], test_utils=test
+    )
 
 
 @pytest.mark.parametrize("what", ["NaN of query", "NaN of key", "NaN of value", "inf of query", "NaN of null_key"])

@@ -575,6 +575,8 @@ def refusal(call) -> str | None:
         return f'query is {query.dtype}; the Triton kernels take float32, float16, bfloat16: use backend="reference"'
     if max(query.shape[-1], call.value.shape[-1]) > 256:
         return f"head sizes are {query.shape[-1]} and {call.value.shape[-1]}; the Triton kernels take at most 256"
+    if call.logit_softcap > 0.0:
+        return 'the Triton kernels have no logit_softcap yet: use backend="reference"'
     if interpreting():
         return None
     if query.device.type != "cuda":

@@ -190,6 +190,8 @@ def refusal(call: common.DecodeCall) -> str | None:
             f"{LARGEST_TURNED}: cache keys that are turned already"
         )
     reason = common.refusal("Triton", call, LARGEST_HEAD)
+    if reason is None and call.logit_softcap > 0.0:
+        reason = 'the Triton kernels have no logit_softcap yet: use backend="reference"'
     if reason is not None or interpreting():
         return reason
     if call.query.device.type != "cuda":
