@@ -150,6 +150,33 @@ class FewTokens:
         )
 
 
+@pytest.mark.parametrize("adapt", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_new_token_gets_the_logits_of_the_whole_text(name, adapt):
+    """Steps take both attentions under one softmax in a way of their own: heads of every bias, closed ones too, in a
+    batch of which one text is padded."""
+    model = opened(name, adapt=adapt)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for part in model.retro.parts():
+            part.gate.weight.copy_(torch.tensor([-torch.inf, -1.0, 0.5, 2.0]))
+            for x in (part.query_map, part.value_map) if adapt else ():
+                x.weight.normal_(std=0.2)
+    ids, _, _ = batch(2, 27)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    retriever, n = Retriever(), 22
+    place = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, position_ids=place, retriever=retriever).logits
+        first = {"attention_mask": mask[:, :n], "position_ids": place[:, :n], "use_cache": True}
+        cache = model(ids[:, :n], retriever=retriever, **first).past_key_values
+        for i in range(n, 27):
+            given = {"attention_mask": mask[:, : i + 1], "past_key_values": cache, "retriever": retriever}
+            step = model(ids[:, i : i + 1], position_ids=place[:, i : i + 1], **given).logits
+            torch.testing.assert_close(step, whole[:, i : i + 1], rtol=1e-4, atol=1e-4)
+
+
 def test_a_token_costs_a_step_and_a_chunk_its_neighbours_once():
     model, retriever = opened(), Retriever()
     ids, _, _ = batch(2, 2 * M)

@@ -183,6 +183,9 @@ class ModelCall:
 
     def attend(self, module: Any, base: Any, query: Any, key: Any, value: Any, mask: Any, options: Any) -> Any:
         """See `attention.attend`."""
+        if isinstance(self.plan, Step) and module.retro.join == "softmax" and module.retro.layer in self.active:
+            if not torch.is_grad_enabled():
+                return self._one_softmax(module.retro, query, key, value, mask, options), None
         out, weights = base(module, query, key, value, mask, **options)
         part: RetrofitAttention = module.retro
         if self.plan.num_chunks == 0 or part.layer not in self.active:
@@ -204,17 +207,50 @@ class ModelCall:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """query [b, n, h, d] -> out [b, n, h, d_value] and lse [b, n, h]."""
         plan = self.plan
-        query = plan.take(query)
-        if part.rotary is not None:
-            number, interleaved = part.rotary
-            if number not in self._tables:
-                turn = self.turn if self.turn.shape[0] == query.shape[0] else self.turn.expand(query.shape[0], -1)
-                self._tables[number] = tables(plan.take(turn), self.frequencies[number])
-            query = rotate(query, *self._tables[number], interleaved)
-        if part.query_map is not None:
-            query = part.query_map(query)
+        query = self._turned(part, plan.take(query))
         key, value = self.keys_and_values(part)
         out, lse = plan.attention(query, key.to(query.dtype), value.to(query.dtype), self.mask, scale, cap)
         if part.value_map is not None:
             out = part.value_map(out)
         return plan.put(out, 0.0), plan.put(lse, -torch.inf)
+
+    def _turned(self, part: RetrofitAttention, query: torch.Tensor) -> torch.Tensor:
+        """The queries [b, t, h, d] that attend, turned on to their places behind a neighbour."""
+        if part.rotary is not None:
+            number, interleaved = part.rotary
+            if number not in self._tables:
+                turn = self.turn if self.turn.shape[0] == query.shape[0] else self.turn.expand(query.shape[0], -1)
+                self._tables[number] = tables(self.plan.take(turn), self.frequencies[number])
+            query = rotate(query, *self._tables[number], interleaved)
+        return query if part.query_map is None else part.query_map(query)
+
+    def _one_softmax(
+        self, part: RetrofitAttention, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """What `attend` gives for one new token of every sequence, in as few operations as it takes, since for one token
+        their number is what costs: the softmax over the text and the neighbours at once. -> [b, 1, h, d_value]."""
+        b, h, _, d = query.shape
+        hk = key.shape[1]
+        scale, cap = options.get("scaling"), options.get("softcap")
+        scale = d**-0.5 if scale is None else float(scale)
+        dtype = accumulation_dtype(query.dtype)
+        turned = self._turned(part, query.transpose(1, 2))
+        places, found = (x[:, 0].flatten(1, 2).transpose(1, 2) for x in self.keys_and_values(part))
+        logits = []
+        for q, k in ((query, key), (turned, places)):
+            x = (q.reshape(b, hk, h // hk, d).to(dtype) * scale) @ k.to(dtype).transpose(-1, -2)
+            logits.append((x if cap is None else cap * (x / cap).tanh()).view(b, h, -1))
+        own, theirs = logits
+        if mask is not None:
+            mask = mask[:, :, 0, : own.shape[-1]]
+            own = own.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else own + mask
+        theirs = theirs.masked_fill(~self.mask.view(b, 1, -1), -torch.inf)
+        theirs = part.gate(theirs.transpose(1, 2)).transpose(1, 2)
+        shares = torch.cat([own, theirs], -1).softmax(-1).view(b, hk, h // hk, -1)
+        text, neighbours = shares.split([own.shape[-1], theirs.shape[-1]], -1)
+        if self.watch and not self.changed:
+            self.changed = bool((neighbours > 0).any())
+        added = (neighbours @ found.to(dtype)).view(b, 1, h, -1)
+        if part.value_map is not None:
+            added = part.value_map(added)
+        return ((text @ value.to(dtype)).view(b, 1, h, -1) + added).to(query.dtype)
