@@ -183,11 +183,11 @@ class ModelCall:
 
     def attend(self, module: Any, base: Any, query: Any, key: Any, value: Any, mask: Any, options: Any) -> Any:
         """See `attention.attend`."""
-        if isinstance(self.plan, Step) and module.retro.join == "softmax" and module.retro.layer in self.active:
-            if not torch.is_grad_enabled():
-                return self._one_softmax(module.retro, query, key, value, mask, options), None
-        out, weights = base(module, query, key, value, mask, **options)
         part: RetrofitAttention = module.retro
+        one_token = isinstance(self.plan, Step) and part.join == "softmax" and not torch.is_grad_enabled()
+        if one_token and part.layer in self.active:
+            return self._one_softmax(part, query, key, value, mask, options), None
+        out, weights = base(module, query, key, value, mask, **options)
         if self.plan.num_chunks == 0 or part.layer not in self.active:
             return out, weights
         check_not_reentrant(self.with_gradient)
@@ -227,8 +227,8 @@ class ModelCall:
     def _one_softmax(
         self, part: RetrofitAttention, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]
     ) -> torch.Tensor:
-        """What `attend` gives for one new token of every sequence, in as few operations as it takes, since for one token
-        their number is what costs: the softmax over the text and the neighbours at once. -> [b, 1, h, d_value]."""
+        """What `attend` gives for one new token of every sequence, in as few operations as it takes, since their number
+        is what one token costs: the softmax over the text and the neighbours at once. -> [b, 1, h, d_value]."""
         b, h, _, d = query.shape
         hk = key.shape[1]
         scale, cap = options.get("scaling"), options.get("softcap")
