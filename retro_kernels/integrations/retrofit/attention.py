@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -186,19 +185,17 @@ def own_lse(query: torch.Tensor, key: torch.Tensor, mask: Any, scale: float, sof
     b, h, n, _ = query.shape
     hk = key.shape[1]
     if mask is None and n > 1:
-        key = key[:, :, :n]
-        if softcap is None:  # in memory linear in n; the values, which are not asked for, are as narrow as may be
-            q, k = (x.transpose(1, 2)[:, None, None] for x in (query, key))
-            value = key.new_zeros(NARROW).expand(b, 1, 1, n, hk, NARROW)
-            return neighbour_self_attention(q, k, value, causal=True, scale=scale, return_lse=True)[1].view(b, n, h)
+        # In memory linear in n; the values, which are not asked for, are as narrow as may be.
+        q, k = (x.transpose(1, 2)[:, None, None] for x in (query, key[:, :, :n]))
+        value = key.new_zeros(NARROW).expand(b, 1, 1, n, hk, NARROW)
+        options: dict[str, Any] = {"causal": True, "scale": scale, "logit_softcap": softcap, "return_lse": True}
+        return neighbour_self_attention(q, k, value, **options)[1].view(b, n, h)
     dtype = accumulation_dtype(query.dtype)
     query = query.reshape(b, hk, h // hk * n, -1)
     logits = (query.to(dtype) @ key.transpose(-1, -2).to(dtype)).view(b, h, n, -1) * scale
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
-    if mask is None and n > 1:
-        logits = logits.masked_fill(torch.ones(n, n, dtype=torch.bool, device=key.device).triu(1), -torch.inf)
-    elif mask is not None:
+    if mask is not None:
         mask = mask[..., : logits.shape[-1]]
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
     return logits.logsumexp(-1).transpose(1, 2)
@@ -241,31 +238,3 @@ def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *
 
 
 AttentionInterface.register(NAME, attend)
-
-
-def softcapped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    rows: int,
-    row: int,
-    scale: float,
-    cap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chunked cross-attention with capped logits, in plain PyTorch, since the fused operations have none: query
-    [b, t, h, d], whose first token is row `row` of the first chunk of `rows` rows, key and value [b, l, k, r, hk, d],
-    mask bool [b, l, k, r] -> out [b, t, h, d_value] and lse [b, t, h]."""
-    b, t, h, d = query.shape
-    hk, num_chunks = key.shape[4], -(-(row + t) // rows)
-    dtype = accumulation_dtype(query.dtype)
-    q = F.pad(query, (0, 0, 0, 0, row, num_chunks * rows - row - t))
-    q = q.view(b, num_chunks, rows, hk, h // hk, d).to(dtype)
-    k, v = (x[:, :num_chunks].flatten(2, 3).to(dtype) for x in (key, value))
-    logits = cap * (torch.einsum("blmgqd,bltgd->blgqmt", q, k) * (scale / cap)).tanh()
-    logits = logits.masked_fill(~mask[:, :num_chunks].flatten(2)[:, :, None, None, None], -torch.inf)
-    lse = logits.logsumexp(-1)
-    share = (logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-    out = torch.einsum("blgqmt,bltgd->blmgqd", share, v).reshape(b, num_chunks * rows, h, -1)
-    lse = lse.permute(0, 1, 4, 2, 3).reshape(b, num_chunks * rows, h)
-    return out[:, row : row + t].to(query.dtype), lse[:, row : row + t]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ...ops.attention.reference import accumulation_dtype
 from ...ops.chunked_cross_attention import chunked_cross_attention
-from .attention import RetrofitAttention, check_not_reentrant, own_lse, rotate, softcapped, tables
+from .attention import RetrofitAttention, check_not_reentrant, own_lse, rotate, tables
 
 KeysAndValues = dict[int, tuple[torch.Tensor, torch.Tensor]]
 """Attention -> keys and values [b, l, k, r, hk, d] each."""
@@ -42,8 +42,6 @@ class Plan:
 
     def attention(self, query: Any, key: Any, value: Any, mask: Any, scale: float, cap: float | None) -> Any:
         """query [b, t, h, d] -> out [b, t, h, d_value] and lse [b, t, h]."""
-        if cap is not None:
-            return softcapped(query, key, value, mask, self.rows, self.row, scale, cap)
         return chunked_cross_attention(
             query,
             key,
@@ -51,6 +49,7 @@ class Plan:
             chunk_size=self.rows,
             neighbour_mask=mask,
             scale=scale,
+            logit_softcap=cap,
             return_lse=True,
             query_offset=self.rows - 1 + self.row,
         )
