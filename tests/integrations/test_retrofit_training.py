@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +14,7 @@ import retro_kernels as rk
 
 transformers = pytest.importorskip("transformers")
 from decoders import SETTINGS, M, batch, decoder  # noqa: E402
+from retrofit_processes import WAYS, train  # noqa: E402
 
 
 def call(model, **given):
@@ -155,3 +161,18 @@ def test_fsdp_shares_out_the_parts_with_their_layers():
         distributed.destroy_process_group()
     torch.testing.assert_close(models[1], models[0])
     assert all(x.abs().min() > 0 for x in models[0][1])
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *sys.path]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(here / "retrofit_processes.py"), str(tmp_path)]
+    both = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE) for rank in range(2)]
+    errors = [one.communicate(timeout=240)[1].decode() for one in both]
+    assert [one.returncode for one in both] == [0, 0], errors
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    expected = train("alone", slice(None))
+    assert set(found) == set(WAYS)
+    for added in found.values():
+        torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-6)
+    assert all(x.abs().max() > 1e-5 for x in expected.values())
