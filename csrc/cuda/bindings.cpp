@@ -161,7 +161,7 @@ void absorbed_forward(Tensor query, Tensor key, Tensor value, MaybeTensor mask, 
 }
 
 // With chunk_spans the caller has set grad_query to 0.
-void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTensor chunk_spans,
+void backward(Tensor grad_out, MaybeTensor grad_lse, Tensor query, Tensor key, Tensor value, MaybeTensor mask, MaybeTensor chunk_spans,
               Tensor out, Tensor lse, int64_t grouping, double scale, int64_t stride, int64_t first_token,
               Tensor grad_query, Tensor grad_key, Tensor grad_value) {
   Problem p = make_problem(query, key, value, mask, chunk_spans, grouping, scale, stride, first_token);
@@ -172,6 +172,13 @@ void backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, MaybeTens
   check_device(grad_out, "grad_out", query), check_rows(grad_out, "grad_out");
   STD_TORCH_CHECK(half_type(grad_out, "grad_out") == p.type, "grad_out must have the query's dtype");
   p.grad_out = static_cast<const uint16_t*>(address(grad_out)), p.grad_out_stride = strides_of(grad_out);
+  if (grad_lse) {
+    check_shape(*grad_lse, "grad_lse", {p.batch, query.size(1), p.query_neighbours, p.tokens, p.heads});
+    check_device(*grad_lse, "grad_lse", query);
+    STD_TORCH_CHECK(grad_lse->scalar_type() == ScalarType::Float && grad_lse->is_contiguous() && lse.is_contiguous(),
+                    "grad_lse must be float32, and lie contiguously as lse");
+    p.grad_lse = static_cast<const float*>(address(*grad_lse));
+  }
   check_shape(grad_query, "grad_query", {p.batch, query.size(1), p.query_neighbours, p.tokens, p.heads, p.dim});
   check_shape(grad_key, "grad_key", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
   check_shape(grad_value, "grad_value", {p.batch, p.chunks, p.neighbours, p.retrieved, p.kv_heads, p.dim});
@@ -212,7 +219,7 @@ std::tuple<int64_t, int64_t, int64_t, int64_t> launches() {
 
 RK_DEFINE(m) {
   m.def("attention_forward(" RK_SLOTS RK_SETTINGS "Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("attention_backward(Tensor grad_out, " RK_SLOTS "Tensor out, Tensor lse, " RK_SETTINGS
+  m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, " RK_SLOTS "Tensor out, Tensor lse, " RK_SETTINGS
         "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value) -> ()");
   m.def(
       "absorbed_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, int stride, int first_token, "

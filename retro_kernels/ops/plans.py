@@ -25,6 +25,7 @@ REMEMBERED = ("cpu", "triton")  # the backends whose plans are kept: what they t
 
 _MOST = 4096  # a run whose every call has new sizes starts anew
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
 
 _plans: dict[tuple[Any, ...], Any] = {}
 
@@ -64,12 +65,13 @@ def signature(backend: str | None, options: tuple[Any, ...], given: Mapping[str,
     for x in given.values():
         if x is None:
             found.append(None)
-        elif x.layout is not torch.strided or (not x.is_cpu if index < 0 else x.get_device() != index):
+            continue
+        if x.layout is not _STRIDED or (not x.is_cpu if index < 0 else x.get_device() != index):
             return None
-        elif launched:
-            found += (x.dtype, *x.shape, *x.stride())
-        else:
-            found += (x.dtype, *x.shape)  # flat: to compare shapes as such takes longer than all the rest
+        found.append(x.dtype)
+        found += x.shape  # flat: to compare shapes as such takes longer than all the rest
+        if launched:
+            found += x.stride()
     return tuple(found)
 
 
@@ -140,7 +142,8 @@ class Plan(Rule):
             for x in tensors:
                 if x.requires_grad:
                     return record_eagerly(self, tensors)
-        return self.forward(*tensors)
+        out, lse = self.attend(self.template.fill(tensors))
+        return out if self.out_shape is None else out.view(self.out_shape), lse
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = self.attend(self.template.fill(tensors))

@@ -59,6 +59,7 @@ struct Problem {
   // backward only
   const uint16_t* grad_out;
   Strides grad_out_stride;
+  const float* grad_lse;  // of the natural log-sum-exp, laid out as lse; null: none
   uint16_t *grad_query, *grad_key, *grad_value;
   Strides grad_query_stride, grad_key_stride, grad_value_stride;
 };

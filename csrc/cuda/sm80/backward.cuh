@@ -102,7 +102,8 @@ attention_backward(RK_PARAMETER Problem p) {
       shared_pointer<float>(Shape::kShift)[row] = wanted(row) ? shift_of(p.lse[lse.at(first + row)]) : kNothing;
     }
   };
-  // delta = sum of grad_out * out, once the block has landed; a barrier must follow.
+  // delta = sum of grad_out * out, less the gradient of the log-sum-exp, since dS = P (dP - delta + dlse); once the block
+  // has landed; a barrier must follow. A row that saw nothing passes no gradient, whatever arrives for its lse.
   const auto find_delta = [&](int block) {
     constexpr int kShare = kThreads / ROWS;  // lanes of one row
     const int first = block % row_blocks * ROWS, row = thread_index() / kShare;
@@ -120,7 +121,11 @@ attention_backward(RK_PARAMETER Problem p) {
     }
 #pragma unroll
     for (int mask = 1; mask < kShare; mask *= 2) sum += shuffle_xor(sum, mask);
-    if (thread_index() % kShare == 0) shared_pointer<float>(Shape::kDelta)[row] = sum;
+    if (thread_index() % kShare == 0) {
+      if (p.grad_lse && shared_pointer<const float>(Shape::kShift)[row] != kNothing)
+        sum -= p.grad_lse[row_places(p, g, p.lse_stride, head_of(block)).at(first + row)];
+      shared_pointer<float>(Shape::kDelta)[row] = sum;
+    }
   };
 
   const int row = warp_index() / Shape::kKeySplits * 16, split = warp_index() % Shape::kKeySplits;

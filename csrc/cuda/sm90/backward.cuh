@@ -175,7 +175,8 @@ RK_DEVICE void produce(const Backward& f, const BackwardChannel<kDim> c) {
 
 // ---- a consumer warpgroup
 
-// Waits for a block of rows and finds its delta = sum of grad_out * out, and the shift of its logits.
+// Waits for a block of rows and finds the shift of its logits, and its delta = sum of grad_out * out, less the gradient
+// of the log-sum-exp, since dS = P (dP - delta + dlse). A row that saw nothing passes no gradient.
 template <class T, int kDim>
 RK_DEVICE void take_rows(const Backward& f, const BackwardChannel<kDim> c, int panel,
                          const Place<BackwardShape<kDim>::kRowStages>& at, const Owned& o, int block) {
@@ -184,10 +185,12 @@ RK_DEVICE void take_rows(const Backward& f, const BackwardChannel<kDim> c, int p
   const int half = thread_index() % 2, row = thread_index() % 128 / 2, token = b.token + row;
   const bool there = row < f.box_rows && token >= 0 && token < p.tokens;
   float shift = kNothing, delta = 0.0f;
-  if (there)
-    shift = shift_of(
-        p.lse[o.batch * p.lse_stride.batch + b.head * p.lse_stride.head + token * p.lse_stride.token +
-              (p.grouping == kClock ? 0 : o.chunk * p.lse_stride.chunk + b.neighbour * p.lse_stride.neighbour)]);
+  if (there) {
+    const int64_t place = o.batch * p.lse_stride.batch + b.head * p.lse_stride.head + token * p.lse_stride.token +
+                          (p.grouping == kClock ? 0 : o.chunk * p.lse_stride.chunk + b.neighbour * p.lse_stride.neighbour);
+    shift = shift_of(p.lse[place]);
+    if (p.grad_lse && half == 0 && shift != kNothing) delta = -p.grad_lse[place];
+  }
   wait(c.rows_full(at.at), at.parity);
   if (there) {
 #pragma unroll

@@ -13,8 +13,9 @@ kv head) is computed by one thread in one order, and partial sums are assigned t
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -65,10 +66,16 @@ def _packed_table(relative_key: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return memory.allocate((heads, -(-distances // 8) * 8 + 8, width), torch.float32, relative_key.device)
 
 
+@functools.cache
+def _op(name: str) -> Callable[..., None]:
+    """The compiled op itself: `torch.ops` looks its overloads through at every call."""
+    return getattr(torch.ops.retro_kernels_cpu, name).default
+
+
 def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
     packed = None if call.relative_key is None else _packed_table(call.relative_key, call.query.dtype)
-    torch.ops.retro_kernels_cpu.attention_forward(
+    _op("attention_forward")(
         call.query,
         call.key,
         call.value,
@@ -112,7 +119,7 @@ def gradients(
     found = allocate_gradients(call, wanted)
     packed = None if call.relative_key is None else _packed_table(call.relative_key, grad_out.dtype)
     partial = _partial_sums(call, found) if len(found) > 3 else {}
-    torch.ops.retro_kernels_cpu.attention_backward(
+    _op("attention_backward")(
         grad_out,
         grad_lse,
         call.query,

@@ -22,7 +22,7 @@ from collections.abc import Collection
 import torch
 
 from ... import cuda_extension
-from ..call import allocate_gradients, refuse_lse_gradient
+from ..call import allocate_gradients
 from . import common
 
 HEAD_DIMS = (64, 96, 128)
@@ -107,7 +107,6 @@ def gradients(
     lse: torch.Tensor,
     wanted: Collection[str],
 ) -> dict[str, torch.Tensor]:
-    refuse_lse_gradient(grad_lse, "CUDA")
     found = allocate_gradients(call, wanted)
     if call.chunk_spans is not None:
         found["query"].zero_()
@@ -115,6 +114,7 @@ def gradients(
         grad_out = grad_out.clone(memory_format=torch.contiguous_format)
     cuda_extension.ops(call.query).attention_backward(
         grad_out,
+        grad_lse,
         call.query,
         call.key,
         call.value,

@@ -82,6 +82,7 @@ PAPER = (
     Case("self", "self", b=1, l=1, k=1, r=128, h=1, d=128),
     Case("cross", "cross", b=1, l=1, k=2, m=64, r=128, h=1, d=64, options=("mask",)),
 )
+OF_LSE = ("everything", "mask, an empty chunk", "packed", "self, grouped", "cross, odd", "rows of three tiles")
 BOTH = (
     "plain",
     "everything",
@@ -107,14 +108,18 @@ def make(case: Case, dtype: torch.dtype) -> dict:
     return arguments
 
 
-def check(case: Case, dtype: torch.dtype) -> None:
+def check(case: Case, dtype: torch.dtype, *, of_lse: bool = False) -> None:
+    """`of_lse`: a gradient of the log-sum-exp arrives too, NaN for rows that saw nothing, which pass none."""
     arguments = make(case, dtype)
-    grad_out = torch.randn(case.out_shape, dtype=torch.float64).to(dtype).double()
-    expected = cases.run(cases.as_dtype(arguments, torch.float64), "reference", grad_out)
-    given = cases.run(arguments, "cuda", grad_out)
+    grads = [torch.randn(case.out_shape, dtype=torch.float64).to(dtype).double()]
+    if of_lse:
+        lse = cases.run(arguments, "reference")["lse"]
+        grads.append(torch.randn(lse.shape, dtype=torch.float64).masked_fill(lse == float("-inf"), float("nan")))
+    expected = cases.run(cases.as_dtype(arguments, torch.float64), "reference", *grads)
+    given = cases.run(arguments, "cuda", *grads)
     assert given["out"].dtype == dtype
     assert given["lse"].dtype == torch.float32
-    cases.assert_twice(given, cases.same_precision(arguments, grad_out), expected, dtype)
+    cases.assert_twice(given, cases.same_precision(arguments, *grads), expected, dtype)
 
 
 @pytest.mark.usefixtures("guarded")
@@ -122,6 +127,12 @@ def check(case: Case, dtype: torch.dtype) -> None:
 def test_bf16_is_within_twice_the_error_of_pytorch(case):
     """Outputs are poisoned and lie between guard bands."""
     check(case, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("case", [case for case in (*CCA, *ENCODER) if case.name in OF_LSE], ids=str)
+def test_the_gradient_of_the_log_sum_exp(case):
+    check(case, torch.bfloat16, of_lse=True)
 
 
 @pytest.mark.usefixtures("guarded")
