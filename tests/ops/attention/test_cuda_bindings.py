@@ -40,9 +40,7 @@ def attention() -> dict:
 def backward() -> dict:
     x = attention()
     grads = {"grad_out": half(2, 1, 1, 21, 4, 64), "grad_lse": torch.randn(2, 1, 1, 21, 4)}
-    return {**grads, **x} | {
-        f"grad_{name}": torch.empty_like(x[name]) for name in ("query", "key", "value")
-    }
+    return {**grads, **x} | {f"grad_{name}": torch.empty_like(x[name]) for name in ("query", "key", "value")}
 
 
 def absorbed() -> dict:
