@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import db_build, db_index, db_query
+from . import db_build, db_encode, db_index, db_query
 from .db_common import Folder, printable, say, show_errors
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app.command("neighbours")(db_query.neighbours)
 app.command("query")(db_query.query)
 app.command("index")(db_index.index)
 app.command("evaluate")(db_index.evaluate)
+app.command("encode")(db_encode.encode)
 
 
 @app.command()

@@ -47,7 +47,7 @@ def retrofit(
         settings = GateTraining(steps=steps, batch_size=batch, length=length, held_out=texts, precision=precision)
         facts = open_neighbours(data, db).facts
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-        decoder = _load(model, gguf).to(device)
+        decoder = load_decoder(model, gguf).to(device)
         chunk_size = facts["chunk_size"]
         report = rk.retrofit(
             decoder,
@@ -72,7 +72,8 @@ def _say(text: str) -> None:
     typer.echo(printable(text), err=True)
 
 
-def _load(model: str, gguf: str | None) -> Any:
+def load_decoder(model: str, gguf: str | None) -> Any:
+    """A decoder of transformers in fp32. Raises ValueError for a name that is nowhere."""
     import torch
     from transformers import AutoModelForCausalLM
 

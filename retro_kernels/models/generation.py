@@ -26,6 +26,8 @@ class Neighbours(NamedTuple):
     """bool [s, k, r], True = a token that is there; None: all are."""
     sources: Sequence[Any] | None = None
     """The origin of each of the s chunks' neighbours, in whatever form the retriever wants shown."""
+    ids: torch.Tensor | None = None
+    """int64 [s, k], numbers of the database's chunks, -1 where there is none; None: not known."""
 
 
 Retriever = Callable[[torch.Tensor], Neighbours]

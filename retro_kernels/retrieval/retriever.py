@@ -248,7 +248,7 @@ class Retriever:
         from ..models.generation import Neighbours
 
         found = self.retrieve(chunks)
-        return Neighbours(found.tokens, found.mask, found.sources)
+        return Neighbours(found.tokens, found.mask, found.sources, found.ids)
 
     def submit(self, chunks: Tensor | np.ndarray, **given: Any) -> Future[Retrieved]:
         """`retrieve` in another thread: work goes on while the neighbours are looked up."""

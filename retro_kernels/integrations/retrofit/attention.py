@@ -116,6 +116,7 @@ class RetrofitAttention(nn.Module):
         super().__init__()
         self.layer, self.join, self.eager, self.rotary = layer, join, eager, rotary
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.value_head_dim = head_dim, value_head_dim
         self.gate: Any = Gate(num_heads, join, device)
         self.query_map: Any = HeadMap(num_heads, head_dim, device) if adapt else None
         self.value_map: Any = HeadMap(num_heads, value_head_dim, device) if adapt else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from ...ops import checks as validate
 from . import checks
 from .attention import CALL, CLOSED, LayerConfig, Reader, RetrofitAttention, in_use
 from .call import KeysAndValues
+
+if TYPE_CHECKING:
+    from .store import EncodedChunks
 
 NOT_READ = object()
 
@@ -42,12 +45,23 @@ class Retrofit(nn.Module):
         self.checked = False
         """Whether it was seen that neighbours change something."""
         self._open: dict[int, Any] = {}
+        self.store: EncodedChunks | None = None
+        """What was made of the retriever's database beforehand; see `use`."""
+        self._seen: Any = None
+        """The database that is known to be the store's."""
+        self._numbers: dict[bytes, int] = {}
+        """The numbers of the chunks that were retrieved since the last prompt, by their tokens."""
         self.force = False
         """Computes also what closed gates leave out: the probe shows that it changes nothing."""
 
     @property
     def model(self) -> Any:
         return self._model[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are read."""
+        return self.model.get_input_embeddings().weight.device
 
     def attentions(self) -> Iterator[nn.Module]:
         """The self-attentions that have a part of ours."""
@@ -146,6 +160,29 @@ class Retrofit(nn.Module):
         named = [{u: self.found.get(tuple(row[u * m : (u + 1) * m])) for u in range(len(row) // m)} for row in rows]
         return [{u: source for u, source in row.items() if source is not None} for row in named]
 
+    def use(self, store: EncodedChunks | None) -> None:
+        """Takes the keys and values of retrieved neighbours from what `encode_database` made of the retriever's
+        database (None: reads them again). A retriever that does not say which chunks it found is read as ever.
+
+        Raises ValueError for what was made by another base, or of shorter neighbours, or without a layer that looks at
+        them.
+        """
+        if store is not None:
+            from .files import fingerprint
+
+            if store.facts["base"] != fingerprint(self.model):
+                raise ValueError(f"store: {store.folder} was made by another base than this model")
+            if store.facts["retrieved_length"] != self.retrieved_length:
+                raise ValueError(
+                    f"store: {store.folder} has neighbours of {store.facts['retrieved_length']} tokens, expected "
+                    f"retrieved_length = {self.retrieved_length}"
+                )
+            lacking = sorted(self.active() - set(store.shapes))
+            if lacking:
+                raise ValueError(f"store: {store.folder} has no layers {lacking}, whose gates are open: close these")
+        self.store, self._seen = store, None
+        self.forget()
+
     # -- reading neighbours
 
     def encode(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> KeysAndValues | torch.Tensor:
@@ -184,13 +221,51 @@ class Retrofit(nn.Module):
         flat, there = tokens.flatten(0, -2), mask.flatten(0, -2)
         both = torch.cat([flat.masked_fill(~there, 0), there.long()], -1)
         different, place = both.unique(dim=0, return_inverse=True)
-        r = tokens.shape[-1]
-        encoded = self.encode(different[:, :r], different[:, r:].bool())
-        made = self.projected(encoded)
+        made = self._made(different, tokens.shape[-1])
         return {
             layer: (key[place].unflatten(0, tokens.shape[:-1]), value[place].unflatten(0, tokens.shape[:-1]))
             for layer, (key, value) in made.items()
         }
+
+    def _is_stored(self, database: Any) -> bool:
+        """Whether a retriever's numbers are of what is in the store. Raises ValueError for another database."""
+        if self.store is None or database is None:
+            return False
+        if database is not self._seen:
+            if database.content_hash() != self.store.facts["database_sha256"]:
+                raise ValueError(
+                    f"retriever: its database is not the one that {self.store.folder} was made of; give that one, or "
+                    "model.retro.use(None)"
+                )
+            self._seen = database
+        return True
+
+    def forget(self) -> None:
+        """A new prompt begins."""
+        self._numbers.clear()
+
+    def _made(self, both: torch.Tensor, r: int) -> KeysAndValues:
+        """Keys and values of neighbours, tokens and mask [s, 2 r]: those of the store, and others read now."""
+        store = self.store
+        numbers = [] if store is None else [self._numbers.get(row.tobytes(), -1) for row in both.cpu().numpy()]
+        kept = [place for place, number in enumerate(numbers) if number >= 0]
+        if store is None or not kept:
+            return self.projected(self.encode(both[:, :r], both[:, r:].bool()))
+        known = store(torch.tensor([numbers[place] for place in kept]))
+        new = torch.tensor([place for place in range(len(both)) if place not in set(kept)], device=both.device)
+        read = self.projected(self.encode(both[new, :r], both[new, r:].bool())) if len(new) else {}
+        made: KeysAndValues = {}
+        for layer, pair in known.items():
+            whole = []
+            for i, x in enumerate(pair):
+                like = read[layer][i] if read else x.to(self.model.dtype)
+                full = like.new_zeros(len(both), *x.shape[1:], device=both.device)
+                full[torch.tensor(kept, device=both.device)] = x.to(full)
+                if read:
+                    full[new] = like
+                whole.append(full)
+            made[layer] = (whole[0], whole[1])
+        return made
 
     def projected(self, encoded: KeysAndValues | torch.Tensor) -> KeysAndValues:
         if isinstance(encoded, dict):
@@ -240,6 +315,11 @@ class Retrofit(nn.Module):
                 raise ValueError(f"retriever: gave sources of {len(sources)} chunks, expected {s}")
             for i, chunk in enumerate(chunks.tolist()):
                 self.found[tuple(chunk)] = sources[i]
+        numbers = getattr(found, "ids", None)
+        if numbers is not None and self._is_stored(getattr(retriever, "database", None)):
+            padded = torch.nn.functional.pad(tokens.masked_fill(~mask, 0), (0, r - shape[2]))
+            both = torch.cat([padded, torch.nn.functional.pad(mask, (0, r - shape[2])).long()], -1).flatten(0, 1)
+            self._numbers.update((x.tobytes(), y) for x, y in zip(both.numpy(), numbers.flatten().tolist()))
         full_tokens, full_mask = torch.zeros(s, k, r, dtype=torch.int64), torch.zeros(s, k, r, dtype=torch.bool)
         full_tokens[:, : shape[1], : shape[2]], full_mask[:, : shape[1], : shape[2]] = tokens, mask
         return full_tokens, full_mask

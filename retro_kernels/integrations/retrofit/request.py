@@ -126,6 +126,7 @@ def _first(request: Request) -> tuple[ModelCall | None, Memory]:
     neighbours, mask = request.neighbours, request.mask
     if request.retriever is not None:
         retro.found.clear()
+        retro.forget()
         if count:
             neighbours, mask = _of_prompts(request, memory.starts)
     if count == 0:
