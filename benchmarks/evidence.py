@@ -1,6 +1,6 @@
 """Generates the table by which the dispatcher chooses between Triton and CUDA C++ on a GPU:
 
-    python -m benchmarks.evidence        reads benchmarks/results/*.csv, writes retro_kernels/ops/evidence.json
+    python -m benchmarks.evidence        from benchmarks/results/*.csv to retro_kernels/ops/verification/evidence.json
 
 Only what was measured counts: a device gets an entry when the GPU suite ran there in full and no check of the CUDA C++
 kernels failed; an operation, dtype and head size when both backends were timed in the same run, without options. The
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from retro_kernels.bench import results
 from retro_kernels.bench.operations import CCA, DTYPES, ENCODER_CROSS, ENCODER_SELF, PLAIN
-from retro_kernels.ops import evidence, verified_file
+from retro_kernels.ops.verification import evidence
 
 OPERATIONS = {
     CCA: "chunked_cross_attention",
@@ -65,13 +65,13 @@ def winners(document: dict) -> dict[str, str] | None:
 
 
 def verified(folder: Path) -> list[dict]:
-    """The self-check's verdicts of every such run, in the form of `retro_kernels/ops/verified_file.py`."""
+    """The self-check's verdicts of every such run, in the form of `retro_kernels/ops/records.py`."""
     records = []
     for file in results.committed(folder):
         document = results.load(file)
         if winners(document) is not None:
             records += document.get("verified") or []
-    return verified_file.checked(records)
+    return records.checked(records)
 
 
 def collect(folder: Path) -> dict[str, dict[str, str]]:

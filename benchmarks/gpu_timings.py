@@ -124,9 +124,9 @@ def self_check(record: Record) -> None:
     Its verdicts are what `benchmarks.evidence` ships."""
     import retro_kernels as rk
     from retro_kernels.cli.verify import classes
-    from retro_kernels.ops import self_check as check
-    from retro_kernels.ops import verification
-    from retro_kernels.ops.call_classes import Class
+    from retro_kernels.ops.verification import self_check as check
+    from retro_kernels.ops.verification import verdicts
+    from retro_kernels.ops.verification.classes import Class
 
     device = device_of(record)
     names = [name for name in (("cpu",) if record.reduced else ("triton", "cuda")) if rk.backends()[name].available]
@@ -138,7 +138,7 @@ def self_check(record: Record) -> None:
         verdicts = (check.check_here(*one, device) for one in wanted)
     else:
         verdicts = check.check_in_children(wanted, device)
-    identities = {name: verification.identity(device, name) for name in names}
+    identities = {name: verdicts.identity(device, name) for name in names}
     with contextlib.closing(verdicts):
         for one, name in wanted:
             with record.item(f"{name}: {one}") as found:
@@ -146,10 +146,10 @@ def self_check(record: Record) -> None:
                 found["detail"] = verdict.detail
                 if verdict.status == check.UNKNOWN:
                     raise RuntimeError(f"could not be checked: {verdict.detail}")
-                entry = {verification.entry_of(one, name): verdict.to_json()}
+                entry = {verdicts.entry_of(one, name): verdict.to_json()}
                 found["verified"] = {"identity": identities[name], "verdicts": entry}
                 if not record.reduced:
-                    verification.remember(one, name, device, verdict)
+                    verdicts.remember(one, name, device, verdict)
                 if verdict.status == check.FAILED:
                     raise RuntimeError(verdict.detail)
 

@@ -1,6 +1,6 @@
 """How a backend is checked: problems, the error rule, memory that shows what was not or wrongly written.
 
-The tests, the self-check of a GPU (`ops/verification.py`) and the GPU suite judge by what is here. A case is a shape
+The tests, the self-check of a GPU (`ops/verification`) and the GPU suite judge by what is here. A case is a shape
 and the names of the options that are on; `make` draws its tensors.
 
 The rule. The truth is the reference in fp64. An fp32 result may be FP32_TOLERANCE of the largest true value off, a
@@ -22,7 +22,7 @@ from .ops import memory as ops_memory
 from .ops.attention import reference
 
 if TYPE_CHECKING:
-    from .ops.call_classes import Class
+    from .ops.verification.classes import Class
 
 
 class Wrong(AssertionError):
@@ -422,7 +422,7 @@ def guard_bands() -> Iterator[Bands]:
     bands.check()
 
 
-# What the self-check of a class of calls runs: `Class` and its words are those of `ops/call_classes.py`.
+# What the self-check of a class of calls runs: `Class` and its words are those of `ops/verification/classes.py`.
 
 ODD_ROWS = {16: 13, 32: 29, 64: 57, 128: 101, 512: 150, 1024: 530}
 EVEN_ROWS = {16: 16, 32: 32, 64: 64, 128: 128, 512: 192, 1024: 576}

@@ -25,7 +25,8 @@ import torch
 from benchmarks import rehearsal
 from benchmarks.fake_gpu import fake_tensors
 from retro_kernels import testing
-from retro_kernels.ops import backends, self_check, verification
+from retro_kernels.ops import backends
+from retro_kernels.ops.verification import self_check, verdicts
 
 SHOWN = "eager with gradients, compiled whole, and chosen by default, on CUDA tensors"
 RUNTIME = """
@@ -97,7 +98,7 @@ def expect_like(name: str, given: torch.Tensor, shape: tuple[int, ...], like: to
 def walk(case: testing.Case) -> str:
     passed = self_check.Verdict(self_check.PASSED, "", 0.0, "here")
     found: dict[str | None, list[str]] = {}
-    with fake_tensors(90), mock.patch.object(verification, "_decided", return_value=passed):
+    with fake_tensors(90), mock.patch.object(verdicts, "_decided", return_value=passed):
         arguments = on_cuda(case)
         call = testing.operation(arguments)
         for backend in ("triton", None):
@@ -122,7 +123,7 @@ def refused(status: str) -> str:
     """With this verdict the default is not the fused kernel, and a warning says so."""
     verdict = self_check.Verdict(status, "the reason", 0.0, "here")
     backends._warned.clear()
-    with fake_tensors(90), mock.patch.object(verification, "_decided", return_value=verdict):
+    with fake_tensors(90), mock.patch.object(verdicts, "_decided", return_value=verdict):
         arguments = on_cuda(testing.Case("", d=64))
         call = testing.operation(arguments)
         with warnings.catch_warnings(record=True) as caught:

@@ -179,11 +179,11 @@ def backends() -> tuple[list[Entry], bool]:
     try:
         import retro_kernels as rk
         from retro_kernels.ops import backends as choice
-        from retro_kernels.ops import verification
         from retro_kernels.ops.backends import ATTENTION as BACKENDS
+        from retro_kernels.ops.verification import verdicts
 
         states = rk.backends()
-        defaults = {verification.describe(device): choice.outlook(BACKENDS, device) for device in choice.devices()}
+        defaults = {verdicts.describe(device): choice.outlook(BACKENDS, device) for device in choice.devices()}
     except Exception as error:
         entry = Entry("retro_kernels", f"importing it fails: {_describe(error)}", PROBLEM, "see the versions above")
         return [entry], False

@@ -30,8 +30,8 @@ def verify(
     """
     import torch
 
-    from ..ops import self_check, verification
     from ..ops.backends import ATTENTION as BACKENDS
+    from ..ops.verification import self_check, verdicts
 
     on = torch.device(device)
     if on.type == "cuda" and on.index is None and torch.cuda.is_available():
@@ -42,7 +42,7 @@ def verify(
         raise typer.BadParameter(f"got {unknown[0]!r}, expected triton or cuda", param_hint="--backend")
     names = [name for name, reason in unusable.items() if reason is None]
     here = on.type != "cuda" or torch.cuda.is_available()
-    if not names or not here or not verification.needs_proof(on):
+    if not names or not here or not verdicts.needs_proof(on):
         for name, reason in unusable.items():
             other = f"kernels on {on} need no proof" if here else f"there is no {on}"
             typer.echo(f"{name}: {reason or other}", err=True)
@@ -60,33 +60,31 @@ def verify(
 
     missing = []
     for one, name in wanted:
-        verdict = None if again else verification.known(one, name, on)
+        verdict = None if again else verdicts.known(one, name, on)
         if verdict is None or verdict.status != self_check.PASSED:
             missing.append((one, name))
         else:
             add(one, name, verdict)
     for (one, name), verdict in zip(missing, self_check.check_in_children(missing, on)):
-        verification.remember(one, name, on, verdict)
+        verdicts.remember(one, name, on, verdict)
         add(one, name, verdict)
 
     counts = {status: sum(row["status"] == status for row in rows) for status in ("passed", "failed", "unknown")}
     if as_json:
-        identities = {name: verification.identity(on, name) for name in names}
-        typer.echo(
-            json.dumps({"device": verification.describe(on), "identities": identities, "verdicts": rows}, indent=1)
-        )
+        identities = {name: verdicts.identity(on, name) for name in names}
+        typer.echo(json.dumps({"device": verdicts.describe(on), "identities": identities, "verdicts": rows}, indent=1))
     else:
-        from ..ops import verified_file
+        from ..ops.verification import records
 
         said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        typer.echo(f"{verification.describe(on)}: {said}. Remembered in {verified_file.path()}.")
+        typer.echo(f"{verdicts.describe(on)}: {said}. Remembered in {records.path()}.")
     raise typer.Exit(FAILED if counts["failed"] else UNKNOWN if counts["unknown"] else PASSED)
 
 
 def classes(backend: str, every: bool) -> list[Any]:
     """The classes that RETRO's own sizes use, in half precision; with `every`, every option alone and together, dtypes
     and head sizes. What the backend refuses by its kind is left out."""
-    from ..ops.call_classes import Class
+    from ..ops.verification.classes import Class
 
     halves = ("bfloat16", "float16") if every else ("bfloat16",)
     found = []

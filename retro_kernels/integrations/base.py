@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..ops.call_classes import Class
+from ..ops.verification.classes import Class
 
 AS_TRAINED, PAPER = "as_trained", "paper"
 

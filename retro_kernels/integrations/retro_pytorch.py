@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..nn import ChunkedCrossAttention, NeighbourEncoder
-from ..ops.call_classes import Class, tile
 from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
+from ..ops.verification.classes import Class, tile
 from .base import AS_TRAINED, PAPER, FusedForward, class_names, warn_once
 
 VERSION = "0.3.9"

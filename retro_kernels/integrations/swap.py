@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..ops import backends as backend_choice
-from ..ops import verification
 from ..ops.backends import ATTENTION as BACKENDS
+from ..ops.verification import verdicts
 from . import retro_pytorch
 from .base import AS_TRAINED, PAPER, FusedForward, Integration
 
@@ -149,9 +149,9 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, 
                 skipped[name] = reason
                 continue
             device = next((x.device for x in module.parameters()), torch.device("cpu"))
-            if verification.needs_proof(device):
+            if verdicts.needs_proof(device):
                 backend, why = backend_choice.default_of(BACKENDS, integration.likely_class(module), device)
-                where = verification.describe(device)
+                where = verdicts.describe(device)
                 if backend == "reference" and not force:
                     skipped[name] = f"left as it is: on {where} its calls would run as the slow reference ({why})"
                     slower += 1

@@ -2,7 +2,7 @@
 
 `call.py` says what a backend is: a module. A backend asked for by name runs or raises with that
 reason. Without a name the first of the device's order is taken that can run and, on a GPU, has proved itself there
-(`verification.py`); when that is only the reference, a warning says why, once for each reason.
+(`verification/`); when that is only the reference, a warning says why, once for each reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from . import call_classes, evidence, verification
 from .absorbed import cpu as absorbed_cpu
 from .absorbed import cuda as absorbed_cuda
 from .absorbed import reference as absorbed_reference
@@ -28,6 +27,7 @@ from .decoding import cuda as decoding_cuda
 from .decoding import reference as decoding_reference
 from .later import import_later
 from .plans import ENVIRONMENT_VARIABLE
+from .verification import classes, evidence, verdicts
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
@@ -88,11 +88,11 @@ def _default_words(modules: dict[str, ModuleType], name: str) -> str:
     for device in devices():
         if name in DEFAULT_ORDER[device.type]:
             first, why = outlook(modules, device)
-            where = f"on {verification.describe(device)}"
+            where = f"on {verdicts.describe(device)}"
             if name == first:
                 words.append(f"the default {where}: {why}")
             else:
-                words.append(f"asked after {first} {where}; {verification.summary(name, device)[1]}")
+                words.append(f"asked after {first} {where}; {verdicts.summary(name, device)[1]}")
     return "; ".join(words) or "taken by name only: it is the default of no device here"
 
 
@@ -108,9 +108,9 @@ def outlook(modules: dict[str, ModuleType], device: torch.device) -> tuple[str, 
     for name in DEFAULT_ORDER.get(device.type, ()):
         reason = _unavailable(modules, name)
         if reason is None:
-            if not verification.needs_proof(device):
+            if not verdicts.needs_proof(device):
                 return name, "it can run"
-            hopeful, why = verification.summary(name, device)
+            hopeful, why = verdicts.summary(name, device)
             if hopeful:
                 return name, why
             reason = why
@@ -158,15 +158,15 @@ def first_fused(modules: dict[str, ModuleType], call: Any) -> tuple[str | None, 
     On a GPU a class of calls that has not been checked yet is checked here."""
     device = call.query.device
     names, given = DEFAULT_ORDER.get(device.type, ()), None
-    if verification.needs_proof(device):
-        given = call_classes.features(call)
+    if verdicts.needs_proof(device):
+        given = classes.features(call)
         names = evidence.order(call, names)
     reasons: list[str] = []
     unproved: list[str] = []
     for name in names:
         reason = _unavailable(modules, name) or modules[name].refusal(call)
         if reason is None and given is not None:
-            proved, why = verification.verified(call.operation, name, device, given)
+            proved, why = verdicts.verified(call.operation, name, device, given)
             if not proved:
                 reason = why
                 unproved.append(f"{name}: {why}")
@@ -183,14 +183,14 @@ def why_not(modules: dict[str, ModuleType], name: str, call: Any) -> str | None:
     return _unavailable(modules, name) or modules[name].refusal(call)
 
 
-def default_of(modules: dict[str, ModuleType], wanted: call_classes.Class, device: torch.device) -> tuple[str, str]:
+def default_of(modules: dict[str, ModuleType], wanted: classes.Class, device: torch.device) -> tuple[str, str]:
     """The backend that calls of a class on a GPU take when none is named, and why. Checks what is not known yet."""
     reasons = []
     names = DEFAULT_ORDER.get(device.type, ())
     for name in evidence.order_of(wanted.operation, device, getattr(torch, wanted.dtype), wanted.head_dim, names):
         reason = _unavailable(modules, name)
         if reason is None:
-            proved, reason = verification.verified_class(wanted, name, device)
+            proved, reason = verdicts.verified_class(wanted, name, device)
             if proved:
                 return name, reason
         reasons.append(f"{name}: {reason}")

@@ -9,7 +9,8 @@ import torch
 
 from benchmarks import evidence as generator
 from retro_kernels.bench import results
-from retro_kernels.ops import backends, evidence
+from retro_kernels.ops import backends
+from retro_kernels.ops.verification import evidence
 
 DEVICE = "NVIDIA H100"
 

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 import retro_kernels as rk
 from retro_kernels import extension, testing
 from retro_kernels.cli import app, doctor, verify
-from retro_kernels.ops import backends, self_check, verification
+from retro_kernels.ops import backends
 from retro_kernels.ops.backends import ATTENTION as BACKENDS
-from retro_kernels.ops.call_classes import Class
+from retro_kernels.ops.verification import self_check, verdicts
+from retro_kernels.ops.verification.classes import Class
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
@@ -31,7 +32,7 @@ def gpu(monkeypatch, tmp_path):
         lambda wanted, device: (self_check.check_here(*one, device) for one in wanted),
     )
     yield tmp_path / "verified.json"
-    verification.forget()
+    verdicts.forget()
 
 
 def invoke(*arguments):

@@ -13,8 +13,8 @@ from retro_pytorch.retro_pytorch import RETRO
 import retro_kernels as rk
 from retro_kernels import extension, testing
 from retro_kernels.integrations import retro_pytorch, swap
-from retro_kernels.ops import verification
-from retro_kernels.ops.call_classes import Class, features
+from retro_kernels.ops.verification import verdicts
+from retro_kernels.ops.verification.classes import Class, features
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(exte
 def gpu(monkeypatch, tmp_path):
     fake(monkeypatch, tmp_path)
     yield
-    verification.forget()
+    verdicts.forget()
 
 
 def retro():
@@ -83,7 +83,7 @@ def test_the_class_that_swap_asks_about_is_that_of_the_calls(gpu, monkeypatch):
     expected = retro_pytorch.likely_class(module)
     asked = []
     monkeypatch.setattr(
-        rk.ops.backends.call_classes,
+        rk.ops.backends.classes,
         "features",
         lambda call: asked.append(Class.of(call.operation, features(call))) or features(call),
     )

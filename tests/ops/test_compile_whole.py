@@ -10,7 +10,8 @@ import torch
 from small_calls import HK, OPERATIONS, B, D, E, H, K, L, M, N, R, draw, operation
 
 import retro_kernels as rk
-from retro_kernels.ops import compiling, evidence
+from retro_kernels.ops import compiling
+from retro_kernels.ops.verification import evidence
 
 
 @pytest.fixture(autouse=True)

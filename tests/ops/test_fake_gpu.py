@@ -89,10 +89,10 @@ def test_triton_is_traced_whole_on_a_cuda_device():
 def test_the_default_call_is_traced_whole_on_a_cuda_device():
     """With no backend named, by what was found out about this device before: no file and no lock is traced."""
     found = in_a_process("""
-        from retro_kernels.ops import self_check, verification
+        from retro_kernels.ops.verification import self_check, verdicts
 
         passed = self_check.Verdict(self_check.PASSED, "", 0.0, "here")
-        with fake_tensors(90), mock.patch.object(verification, "_decided", lambda *_: passed):
+        with fake_tensors(90), mock.patch.object(verdicts, "_decided", lambda *_: passed):
             query = torch.empty(1, 130, 2, 64, dtype=torch.bfloat16, device="cuda")
             key = torch.empty(1, 2, 2, 128, 2, 64, dtype=torch.bfloat16, device="cuda")
             ops = []

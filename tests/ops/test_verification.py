@@ -19,11 +19,12 @@ from faked_gpu import MODULES, NAME, fake, spoilt
 
 import retro_kernels as rk
 from retro_kernels import extension, testing
-from retro_kernels.ops import backends, self_check, verification, verified_file
+from retro_kernels.ops import backends
 from retro_kernels.ops.absorbed.common import Call as AbsorbedCall
 from retro_kernels.ops.attention.common import Call
-from retro_kernels.ops.call_classes import Class, features, representative
 from retro_kernels.ops.decoding.common import DecodeCall
+from retro_kernels.ops.verification import records, self_check, verdicts
+from retro_kernels.ops.verification.classes import Class, features, representative
 
 pytestmark = pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 
@@ -36,7 +37,7 @@ def gpu(monkeypatch, tmp_path):
     """The faked GPU -> the file that it remembers in."""
     fake(monkeypatch, tmp_path)
     yield tmp_path / "verified.json"
-    verification.forget()
+    verdicts.forget()
 
 
 @pytest.fixture
@@ -254,7 +255,7 @@ def test_what_passed_is_remembered_by_the_next_process(gpu, checks):
     assert record["identity"]["capability"] == "9.0"
     assert set(record["identity"]) == {"device", "capability", "driver", "torch", "triton", "kernels"}
     assert [verdict["status"] for verdict in record["verdicts"].values()] == ["passed"]
-    verification.forget()
+    verdicts.forget()
     call()
     assert checks == ["triton"]
 
@@ -262,8 +263,8 @@ def test_what_passed_is_remembered_by_the_next_process(gpu, checks):
 @pytest.mark.parametrize("field", ["describe", "driver", "triton_version", "kernels_hash"])
 def test_another_device_driver_compiler_or_kernel_is_checked_anew(gpu, checks, monkeypatch, field):
     call()
-    verification.forget()
-    monkeypatch.setattr(verification, field, lambda *_: "another")
+    verdicts.forget()
+    monkeypatch.setattr(verdicts, field, lambda *_: "another")
     call()
     assert checks == ["triton", "triton"]
     assert len(json.loads(gpu.read_text())["devices"]) == 2
@@ -323,7 +324,7 @@ def test_a_fault_is_found_and_the_next_backend_taken(gpu, checks, monkeypatch, f
         warnings.simplefilter("error")
         call()
     assert len(taken) == count + 1
-    verification.forget()  # the next process: nothing is checked, and it is told too
+    verdicts.forget()  # the next process: nothing is checked, and it is told too
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(UserWarning, match="runs on cuda, because"):
         call()
@@ -368,7 +369,7 @@ def test_the_check_leaves_the_caller_as_it_was(gpu, checks):
     with torch.autocast("cpu", torch.bfloat16):
         rk.chunked_cross_attention(**x)
     assert checks == ["triton", "triton"]
-    assert all(x["status"] == "passed" for x in verified_file.load(verification.identity(CPU, "triton")).values())
+    assert all(x["status"] == "passed" for x in records.load(verdicts.identity(CPU, "triton")).values())
 
 
 def test_a_named_backend_is_not_asked_for_proof(gpu, checks, monkeypatch):
@@ -395,20 +396,20 @@ def test_every_operation_asks(gpu, checks):
             case = testing.Case("", operation, e=48, options=("mask", "null"), strategy="absorb")
             testing.run(testing.make(case, dtype), None)
     assert len(checks) == 10
-    verdicts = verified_file.load(verification.identity(CPU, "triton"))
-    assert len(verdicts) == 10
-    assert all(verdict["status"] == "passed" for verdict in verdicts.values()), verdicts
+    kept = records.load(verdicts.identity(CPU, "triton"))
+    assert len(kept) == 10
+    assert all(verdict["status"] == "passed" for verdict in kept.values()), kept
 
 
 def test_nothing_is_checked_while_a_graph_is_captured(gpu, checks, monkeypatch):
-    monkeypatch.setattr(verification, "capturing", lambda device: True)
+    monkeypatch.setattr(verdicts, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match=r"CUDA graph.*retro-kernels verify"):
         call()
     assert checks == []
-    monkeypatch.setattr(verification, "capturing", lambda device: False)
+    monkeypatch.setattr(verdicts, "capturing", lambda device: False)
     call()
-    verification.forget()
-    monkeypatch.setattr(verification, "capturing", lambda device: True)
+    verdicts.forget()
+    monkeypatch.setattr(verdicts, "capturing", lambda device: True)
     call()  # what is on disk is known
     assert checks == ["triton"]
 
@@ -429,7 +430,7 @@ def test_a_compiled_call_is_checked_while_it_is_traced(gpu, checks):
     compiled = torch.compile(rk.chunked_cross_attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**x), expected)
     assert checks == ["triton"]
-    assert all(v["status"] == "passed" for v in verified_file.load(verification.identity(CPU, "triton")).values())
+    assert all(v["status"] == "passed" for v in records.load(verdicts.identity(CPU, "triton")).values())
 
 
 def test_a_compiled_call_warns_too(gpu, checks, monkeypatch):
@@ -484,13 +485,13 @@ def test_a_folder_that_cannot_be_written_is_said(gpu, checks, monkeypatch, tmp_p
 
 def _add(number):
     for entry in range(10):
-        verified_file.add({"device": str(number % 2)}, f"{number} {entry}", {"status": "passed"})
+        records.add({"device": str(number % 2)}, f"{number} {entry}", {"status": "passed"})
 
 
 def test_processes_that_write_at_once_lose_nothing(gpu):
     with multiprocessing.get_context("fork").Pool(4) as pool:
         pool.map(_add, range(4))
-    kept = [len(verified_file.load({"device": device})) for device in ("0", "1")]
+    kept = [len(records.load({"device": device})) for device in ("0", "1")]
     assert kept == [20, 20]
     assert sorted(file.name for file in gpu.parent.iterdir()) == ["verified.json", "verified.json.lock"]
 
@@ -499,10 +500,10 @@ def test_processes_that_write_at_once_lose_nothing(gpu):
 
 
 def ship(monkeypatch, status, **changes):
-    identity = {**verification.identity(CPU, "triton"), **changes}
-    entry = verification.entry_of(Class("chunked_cross_attention", "float32", 16, 16, 16), "triton")
+    identity = {**verdicts.identity(CPU, "triton"), **changes}
+    entry = verdicts.entry_of(Class("chunked_cross_attention", "float32", 16, 16, 16), "triton")
     record = {"identity": identity, "verdicts": {entry: {"status": status, "detail": "of the suite"}}}
-    monkeypatch.setattr(verified_file, "_shipped", lambda: [record])
+    monkeypatch.setattr(records, "_shipped", lambda: [record])
 
 
 def test_shipped_evidence_is_read_first(gpu, checks, monkeypatch):
@@ -511,7 +512,7 @@ def test_shipped_evidence_is_read_first(gpu, checks, monkeypatch):
     assert checks == []
     assert not gpu.exists()
     ship(monkeypatch, "failed")
-    verification.forget()
+    verdicts.forget()
     with pytest.warns(UserWarning, match="of the suite"):
         call(m=8)
     assert checks == ["cuda"]
@@ -526,7 +527,7 @@ def test_shipped_evidence_of_something_else_does_not_count(gpu, checks, monkeypa
 
 def test_a_family_without_shipped_evidence_is_checked_apart(monkeypatch):
     record = {"identity": {"capability": "9.0"}, "verdicts": {"x": {"status": "passed"}}}
-    monkeypatch.setattr(verified_file, "_shipped", lambda: [record])
+    monkeypatch.setattr(records, "_shipped", lambda: [record])
     assert not self_check.apart("9.0")
     assert self_check.apart("12.0")
     record["verdicts"]["x"]["status"] = "failed"
@@ -604,7 +605,7 @@ for fate, size in (("at once", 16), ("rank 1 remembers", 32), ("rank 0's fails",
     if (rank, fate) == (0, "rank 0's fails"):
         t.spoilt(monkeypatch, "triton", forward=t.nan_left)
     if (rank, fate) == (1, "rank 1 remembers"):
-        t.verified_file.add(t.verification.identity(t.CPU, "triton"), t.verification.entry_of(wanted, "triton"),
+        t.records.add(t.verdicts.identity(t.CPU, "triton"), t.verdicts.entry_of(wanted, "triton"),
                             {{"status": "failed", "detail": "a bad GPU"}})
     if rank == 1 and fate != "at once":
         store.wait([f"rank 0 has called: {{fate}}"])
@@ -614,7 +615,7 @@ for fate, size in (("at once", 16), ("rank 1 remembers", 32), ("rank 0's fails",
         warnings.simplefilter("always")
         try:
             t.call(d=size)
-            taken = sorted(key[1] for key, answer in t.verification._answers.items() if answer[0] and key[3][1] == size)
+            taken = sorted(key[1] for key, answer in t.verdicts._answers.items() if answer[0] and key[3][1] == size)
         except RuntimeError as raised:
             error = str(raised)
     results[fate] = [taken, list(made), error]

@@ -1,7 +1,7 @@
 """The absorbed strategy in CUDA C++ (csrc/cuda/sm90/absorbed.cuh), forward only: for compute capability 9.0.
 
 State: the kernel compiles for sm_90a and passes its checks in the emulator (csrc/cuda/emulator). No GPU has run it yet.
-A GPU takes it by default after Triton's, once it has proved it right (`ops/verification.py`).
+A GPU takes it by default after Triton's, once it has proved it right (`ops/verification`).
 
 What it takes: float16 and bfloat16; one head size of 64, 96 or 128 for keys and values; up to 256 slots in a chunk, of
 neighbours of a multiple of 8 tokens; a width e of a multiple of 8; a mask, grouped heads, and everything that the clock

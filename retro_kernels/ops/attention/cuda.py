@@ -2,7 +2,7 @@
 
 State: the kernels compile for every architecture they are built for and pass their checks in the emulator
 (csrc/cuda/emulator, every CUDA thread a fiber of the CPU). No GPU has run them yet. A GPU takes them by default after
-Triton's, once it has proved them right (`ops/verification.py`).
+Triton's, once it has proved them right (`ops/verification`).
 
 What they take: float16 and bfloat16, one head size of 64, 96 or 128 for keys and values, a mask, grouped heads, packed
 documents and everything that the clock says (stride, alignment, offsets); rows that begin at multiples of 16 bytes.

@@ -2,7 +2,7 @@
 
 State: the kernels compile for every architecture they are built for and pass their checks in the emulator
 (csrc/cuda/emulator). No GPU has run them yet. A GPU takes them by default after Triton's, once it has proved
-them right (`ops/verification.py`).
+them right (`ops/verification`).
 
 What they take: float32, float16 and bfloat16, caches of the same dtype or quantised, every option but keys to be
 turned; rows of a multiple of 8 numbers that begin at multiples of 16 bytes (8 where a number has one byte). `refusal`

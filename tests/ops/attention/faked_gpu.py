@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from retro_kernels.ops import backends, plans, self_check, verification
+from retro_kernels.ops import backends, plans
 from retro_kernels.ops.backends import ABSORBED as ABSORBED_BACKENDS
 from retro_kernels.ops.backends import ATTENTION as BACKENDS
 from retro_kernels.ops.backends import DECODING as DECODE_BACKENDS
+from retro_kernels.ops.verification import self_check, verdicts
 
 NAME = "NVIDIA H100 80GB HBM3"
 MODULES = (BACKENDS, DECODE_BACKENDS, ABSORBED_BACKENDS)
@@ -17,10 +18,10 @@ MODULES = (BACKENDS, DECODE_BACKENDS, ABSORBED_BACKENDS)
 def fake(monkeypatch, tmp_path):
     """The GPU knows nothing, and has evidence for its family, so that checks run in this process."""
     monkeypatch.setenv("RETRO_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(verification, "needs_proof", lambda device: True)
-    monkeypatch.setattr(verification, "describe", lambda device: NAME)
-    monkeypatch.setattr(verification, "capability", lambda device: "9.0")
-    monkeypatch.setattr(verification, "driver", lambda: "550.54.15")
+    monkeypatch.setattr(verdicts, "needs_proof", lambda device: True)
+    monkeypatch.setattr(verdicts, "describe", lambda device: NAME)
+    monkeypatch.setattr(verdicts, "capability", lambda device: "9.0")
+    monkeypatch.setattr(verdicts, "driver", lambda: "550.54.15")
     monkeypatch.setattr(self_check, "apart", lambda capability: False)
     monkeypatch.setattr(backends, "DEFAULT_ORDER", {"cpu": ("triton", "cuda")})
     monkeypatch.setattr(backends, "_warned", set())
@@ -28,7 +29,7 @@ def fake(monkeypatch, tmp_path):
     for modules in MODULES:
         for name in ("triton", "cuda"):
             monkeypatch.setitem(modules, name, modules["cpu"])
-    verification.forget()
+    verdicts.forget()
 
 
 def spoilt(monkeypatch, name="triton", forward=None, backward=None):

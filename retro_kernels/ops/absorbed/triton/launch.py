@@ -1,7 +1,7 @@
 """The absorbed strategy in Triton, forward and backward: the projections are inside, keys and values never exist.
 
 State: these kernels have run in Triton's interpreter and compile ahead of time for sm_80, sm_90 and sm_100; no GPU has
-run them yet. A GPU takes them by default once it has proved them right (`ops/verification.py`). What was
+run them yet. A GPU takes them by default once it has proved them right (`ops/verification`). What was
 compiled and which settings spill is in tests/ops/absorbed/aot_absorbed.py. No speed has been
 measured.
 

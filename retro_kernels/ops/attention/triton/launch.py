@@ -1,7 +1,7 @@
 """Attention within groups in Triton, forward and backward, for NVIDIA GPUs from compute capability 8.0 on.
 
 State: these kernels have run in Triton's interpreter and compile ahead of time for sm_80, sm_90 and sm_100; no GPU has
-run them yet. A GPU takes them by default once it has proved them right (`ops/verification.py`). What was
+run them yet. A GPU takes them by default once it has proved them right (`ops/verification`). What was
 compiled and which settings spill is in tests/ops/attention/aot.py: mostly the backward with relative positions.
 
 Floor. A group of Lq rows and Lk slots takes 4 Lq Lk d FLOPs a head forward and moves 2 d (Lq + Lk) elements; a

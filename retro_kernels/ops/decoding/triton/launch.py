@@ -1,7 +1,7 @@
 """Decoding in Triton, for NVIDIA GPUs from compute capability 8.0 on.
 
 State: these kernels have run in Triton's interpreter and compile ahead of time for sm_80, sm_90 and sm_100 without a
-spill; no GPU has run them yet. A GPU takes them by default once it has proved them right (`ops/verification.py`).
+spill; no GPU has run them yet. A GPU takes them by default once it has proved them right (`ops/verification`).
 
 Floor. Every number of the cache is multiplied once for each row (a token and a query head) that shares it: in bf16 1
 FLOP a byte with one row, and 2 h = 64 of encoder states, which are key and value both, against the 295 that keep an

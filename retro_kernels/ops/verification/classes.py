@@ -6,7 +6,7 @@ import dataclasses
 import operator
 from typing import Any
 
-from .attention.common import CHUNK
+from ..attention.common import CHUNK
 
 # What `features` gives: (dtype, head_dim, value_dim, rows, slots, encoder_dim, options).
 Features = tuple[Any, ...]

@@ -3,7 +3,7 @@
 `python -m benchmarks.evidence` makes it from the results of the GPU suite; it is empty as long as no GPU has run that.
 "devices": a device whose run was whole and right -> for each operation, dtype and head size that was timed the backend
 that took less time. Where it says nothing, Triton comes before CUDA C++. "verified": the verdicts of those runs
-(`verified_file.py`).
+(`records.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .compiling import constant
+from ..compiling import constant
 
 TABLE = Path(__file__).with_name("evidence.json")
 

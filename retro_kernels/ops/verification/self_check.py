@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from . import verified_file
-from .call_classes import Class
+from . import records
+from .classes import Class
 
 PASSED, FAILED, UNKNOWN = "passed", "failed", "unknown"
 PATIENCE = 300.0  # seconds for one check in a child process, compilation included
@@ -44,7 +44,7 @@ class Verdict:
 
 def apart(capability: str) -> bool:
     """Whether a check must run in a process of its own: no evidence ships for this compute capability ("9.0")."""
-    return capability not in verified_file.shipped_capabilities()
+    return capability not in records.shipped_capabilities()
 
 
 Wanted = tuple[Class, str]
@@ -71,7 +71,7 @@ def _in_thread(work: Callable[[], Verdict]) -> Verdict:
 
 def check_here(wanted: Class, backend: str, device: torch.device) -> Verdict:
     """One class in this process and thread. Whatever goes wrong is the verdict."""
-    from .. import testing
+    from ... import testing
 
     began = time.monotonic()
     devices = [device] if device.type == "cuda" else []
@@ -112,12 +112,12 @@ def check_in_children(wanted: list[Wanted], device: torch.device) -> Iterator[Ve
 
 
 def child_command() -> list[str]:
-    return [sys.executable, "-c", "from retro_kernels.ops.self_check import child; child()"]
+    return [sys.executable, "-c", "from retro_kernels.ops.verification.self_check import child; child()"]
 
 
 def _child(wanted: list[Wanted], device: torch.device) -> Generator[Verdict]:
     """Verdicts of a child as they come; at its death one more, of the class it was at."""
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     try:
         process = subprocess.Popen(

@@ -1,13 +1,13 @@
 """Which fused kernels a GPU has proved right, class of calls by class: by a check of their own, made once.
 
-`verified(operation, backend, device, features)` is the one question. A class of calls (`call_classes.py`) is an
+`verified(operation, backend, device, features)` is the one question. A class of calls (`classes.py`) is an
 operation, a dtype, head sizes, tile sizes and a set of options. The first call of a class on a GPU runs a small fixed
 problem of that class there (`self_check.py`): odd sizes with a mask and even sizes without, forward and gradients,
 outputs filled with NaN between guard bands, twice for the same bits, against the reference in fp64, judged by the rule
 of the tests (`retro_kernels/testing.py`). What passes is fused from then on; for what fails the next backend is asked,
 and a failure is remembered too.
 
-Memory. In this process a dictionary; on disk `verified.json` (`verified_file.py`) by device, driver, versions and a
+Memory. In this process a dictionary; on disk `verified.json` (`records.py`) by device, driver, versions and a
 hash of the kernels; before it is asked what ships with the library, made from the committed results of GPUs.
 
 Where. An illegal access spoils a CUDA context for good. So where no evidence ships for a device's compute capability, a
@@ -37,9 +37,9 @@ from typing import Any
 
 import torch
 
-from . import self_check, verified_file
-from .call_classes import Class, Features
-from .compiling import constant
+from ..compiling import constant
+from . import records, self_check
+from .classes import Class, Features
 from .self_check import FAILED, PASSED, UNKNOWN, Verdict
 
 REMEDY = (
@@ -105,17 +105,17 @@ def forget() -> None:
 def known(wanted: Class, backend: str, device: torch.device) -> Verdict | None:
     """The verdict that ships with the library or is on disk, or None. Touches no GPU but for its name."""
     here = identity(device, backend)
-    shipped = verified_file.all_shipped(here).get(entry_of(wanted, backend))
+    shipped = records.all_shipped(here).get(entry_of(wanted, backend))
     if shipped is not None:
         return Verdict.from_json(shipped, "ships with the library")
-    entry = verified_file.load(here).get(entry_of(wanted, backend))
-    return None if entry is None else Verdict.from_json(entry, str(verified_file.path()))
+    entry = records.load(here).get(entry_of(wanted, backend))
+    return None if entry is None else Verdict.from_json(entry, str(records.path()))
 
 
 def summary(backend: str, device: torch.device) -> tuple[bool, str]:
     """Whether some class of calls may take a backend on a device, as far as is known, and what is. Checks nothing."""
     here = identity(device, backend)
-    entries = {**verified_file.load(here), **verified_file.all_shipped(here)}
+    entries = {**records.load(here), **records.all_shipped(here)}
     mine = {entry: x["status"] for entry, x in entries.items() if entry.startswith(f"{backend} ")}
     if not mine:
         return True, "nothing is checked yet: every class of calls is at its first call, or by `retro-kernels verify`"
@@ -151,7 +151,7 @@ def _decided(wanted: Class, backend: str, device: torch.device) -> Verdict:
 
 def remember(wanted: Class, backend: str, device: torch.device, verdict: Verdict) -> None:
     if verdict.status != UNKNOWN:
-        verified_file.add(identity(device, backend), entry_of(wanted, backend), verdict.to_json())
+        records.add(identity(device, backend), entry_of(wanted, backend), verdict.to_json())
 
 
 def say(text: str) -> None:
@@ -237,7 +237,7 @@ def triton_version() -> str:
 @functools.lru_cache(maxsize=8)
 def kernels_hash(backend: str) -> str:
     """Changes with the kernels, their settings and the check: with the sources, and with the compiled library."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
     names = (
         "cuda.py" if backend == "cuda" else "triton/*.py",
@@ -251,7 +251,7 @@ def kernels_hash(backend: str) -> str:
     for file in sorted([*sources, folder.parent / "testing.py"]):
         digest.update(file.relative_to(folder.parent).as_posix().encode() + b"\0" + file.read_bytes())
     if backend == "cuda":
-        from .. import cuda_extension
+        from ... import cuda_extension
 
         with contextlib.suppress(OSError):
             digest.update(cuda_extension.LIBRARY.read_bytes())

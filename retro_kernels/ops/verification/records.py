@@ -9,8 +9,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .. import files
-from . import evidence, tuning
+from ... import files
+from .. import tuning
+from . import evidence
 
 FORMAT = 1
 # A shipped verdict holds for these of its fields: what decides which machine code runs, and on what.
