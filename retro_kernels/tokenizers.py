@@ -25,6 +25,8 @@ BYTES, FILE = "bytes", "tokenizer.json"
 DEFAULT_TOKENIZER = OFFLINE
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 """What tokenizers call the end of a document, where no tokenizer_config.json beside them says it."""
+UNKNOWN = ("<unk>", "[UNK]")
+"""What tokenizers call what they do not know, where their model does not say it."""
 
 
 class Encoded(NamedTuple):
@@ -45,12 +47,14 @@ class ChunkTokenizer(Protocol):
     """One more than the largest token of text."""
     eos_token_id: int
     """The token that ends a document: a special one of the tokenizer, or the one after all of them."""
+    unknown_token: int | None
+    """The token of what the tokenizer does not know; None where it knows everything."""
 
     def encode(self, text: str) -> list[int]:
         """Text to tokens, without special ones: text that reads like one is text."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens to text."""
+        """Tokens to text. Special ones are left out but for the unknown one, which stands for text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """Every text in tokens, without special ones, and where they begin."""
@@ -61,6 +65,7 @@ class ByteTokenizer:
 
     vocabulary_size = 256
     eos_token_id = 256
+    unknown_token: int | None = None
 
     def __init__(self) -> None:
         self.identity = {"name": BYTES, "kind": BYTES, "sha256": hashlib.sha256(b"bytes of UTF-8").hexdigest()}
@@ -110,6 +115,9 @@ class HuggingFaceTokenizer:
         self.inner.encode_special_tokens = True  # "<|endoftext|>" in a text is these letters, not the end of it
         self.vocabulary_size = max(self.inner.get_vocab().values(), default=-1) + 1
         self.eos_token_id = self._end()
+        self.unknown_token = self._unknown()
+        special = (token for token, added in self.inner.get_added_tokens_decoder().items() if added.special)
+        self._left_out = frozenset(special) - {self.unknown_token}
         self.identity = {"name": name, "kind": "tokenizer.json", "sha256": hash_of_file(path)}
 
     def _end(self) -> int:
@@ -122,11 +130,17 @@ class HuggingFaceTokenizer:
         found = (self.inner.token_to_id(name) for name in (named, *ENDS) if isinstance(name, str))
         return next((token for token in found if token is not None), self.vocabulary_size)
 
+    def _unknown(self) -> int | None:
+        names = (getattr(self.inner.model, "unk_token", None), *UNKNOWN)
+        found = (self.inner.token_to_id(name) for name in names if isinstance(name, str))
+        return next((token for token in found if token not in (None, self.eos_token_id)), None)
+
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        text = self.inner.decode(list(tokens))
+        kept = [token for token in tokens if token not in self._left_out]
+        text = self.inner.decode(kept, skip_special_tokens=False)
         # Of a chunk that begins within a word, "##ing" would be other tokens when it is encoded again; "ing" is one.
         prefix = getattr(self.inner.model, "continuing_subword_prefix", None)
         return text.removeprefix(prefix) if prefix else text

@@ -14,6 +14,7 @@ app = typer.Typer(
     help="Retrieval databases: build one, see what it holds, check it, look something up.", no_args_is_help=True
 )
 app.command("build")(db_build.build)
+app.command("add")(db_build.add)
 app.command("neighbours")(db_query.neighbours)
 app.command("query")(db_query.query)
 app.command("index")(db_index.index)
@@ -69,21 +70,24 @@ def verify(folder: Folder) -> None:
 
 @app.command("import")
 def import_(
-    format: Annotated[str, typer.Argument(help="retro-pytorch or megatron.", show_default=False)],
+    format: Annotated[
+        str, typer.Argument(help="retro-pytorch, megatron, or numpy: embeddings.npy and texts.", show_default=False)
+    ],
     source: Annotated[
-        Path, typer.Argument(help="The folder with processed-stats.json, or the Retro project's.", show_default=False)
+        Path, typer.Argument(help="The folder with these files, or the Retro project's.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="The new database's folder.")],
     tokenizer: Annotated[str | None, typer.Option(help="The one that made the tokens, as for `db build`.")] = None,
-    chunk_size: Annotated[int, typer.Option(help="Of retro-pytorch's files; Megatron's say their own.")] = 64,
+    chunk_size: Annotated[int, typer.Option(help="Of a chunk; Megatron's files say their own.")] = 64,
     neighbours: Annotated[Path | None, typer.Option(help="A folder of Megatron's `query`.")] = None,
+    embedder: Annotated[str | None, typer.Option(help="What made the embeddings, as for `db build`.")] = None,
 ) -> None:
     """Makes a database of the chunks, embeddings and neighbours that another project made."""
     from retro_kernels.retrieval.exchange import NEIGHBOURS, import_database
 
     with show_errors():
         database = import_database(
-            format, source, out, tokenizer=tokenizer, chunk_size=chunk_size, neighbours=neighbours
+            format, source, out, tokenizer=tokenizer, chunk_size=chunk_size, neighbours=neighbours, embedder=embedder
         )
     say(f"{out}: {len(database):,} chunks of {database.num_documents:,} documents")
     if database.manifest["files"]:

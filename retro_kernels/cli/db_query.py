@@ -32,6 +32,10 @@ def neighbours(
     same_document: Annotated[
         bool, typer.Option("--same-document", help="Let neighbours be of the chunk's own document.")
     ] = False,
+    held_out: Annotated[
+        float | None,
+        typer.Option(help="Keep this share of the documents apart for evaluation, in OUT/held-out, as 0.05."),
+    ] = None,
     max_overlap: Overlap = None,
     search: Search = None,
     format: Annotated[str | None, typer.Option(help="As for build.")] = None,
@@ -41,7 +45,8 @@ def neighbours(
     device: Device = "cpu",
 ) -> None:
     """Looks up the neighbours of every chunk of a corpus, into a folder for training. Stopped, it goes on."""
-    from retro_kernels.retrieval import Retriever, precompute_neighbours
+    from retro_kernels.retrieval import Retriever, open_neighbours, precompute_neighbours
+    from retro_kernels.retrieval.training_data import HELD_OUT
 
     reading = {"format": format, "text_field": text_field, "encoding": encoding, "keep_duplicates": keep_duplicates}
     usual = {"format": None, "text_field": "text", "encoding": "utf-8", "keep_duplicates": False}
@@ -57,15 +62,27 @@ def neighbours(
         )
         with show_progress() as progress:
             made = precompute_neighbours(
-                retriever, inputs, out, same_document=same_document, progress=progress, **changed
+                retriever, inputs, out, same_document=same_document, held_out=held_out, progress=progress, **changed
             )
-    facts = made.facts
+        parts = {out: made}
+        if held_out is not None:
+            parts[out / HELD_OUT] = open_neighbours(out / HELD_OUT, folder)
+    for where, part in parts.items():
+        _say_found(where, part.facts)
+
+
+def _say_found(where: Path, facts: dict[str, Any]) -> None:
+    """What a folder of training data holds, and what is missing of it."""
+    chunks, k, missing = facts["chunks"], facts["num_neighbours"], facts["missing"]
     say(
-        f"{out}: {facts['tokens']:,} tokens of {facts['documents']:,} documents, {facts['num_neighbours']} neighbours "
-        f"for each of {facts['chunks']:,} chunks"
+        f"{where}: {facts['tokens']:,} tokens of {facts['documents']:,} documents in {chunks:,} chunks, with "
+        f"{chunks * k - missing:,} of {chunks * k:,} neighbours ({k} a chunk)"
     )
-    if facts["missing"]:
-        say(f"  {facts['missing']:,} neighbours are missing: nothing else passed the filters")
+    if missing:
+        say(
+            f"  {missing / (chunks * k):.1%} of the neighbours are missing, {facts['chunks_without_neighbours']:,} "
+            "chunks have none: nothing else in the database passed the filters"
+        )
 
 
 def query(

@@ -2,6 +2,7 @@
 
 from ..errors import DatabaseError
 from ..tokenizers import ChunkTokenizer, load_tokenizer, open_tokenizer
+from .build.adding import add_documents
 from .build.builder import Progress, build_database
 from .build.writer import ShardWriter, committed_shard, finish_database
 from .database import Database, Source
@@ -23,6 +24,7 @@ __all__ = [
     "ShardWriter",
     "Source",
     "TrainingData",
+    "add_documents",
     "build_database",
     "build_index",
     "committed_shard",

@@ -10,7 +10,7 @@ numbered through all shards. Files of a shard, all raw little-endian arrays:
     chunk_offsets     [chunks]               int64, where the chunk begins in its document, in characters
     document_chunks   [documents + 1]        int64, the document's first chunk
     document_ends     [documents]            int64, where the document's tokens end in the stream (the rest is padding)
-    sources           bytes                  one JSON object per document
+    sources           bytes                  one JSON object per document: "path", and "record" and "bytes" if known
     source_starts     [documents + 1]        int64, where each begins in `sources`
     embeddings        [chunks, dim]          float16 or float32 (absent where none were made)
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,8 @@ class Source:
     """The token of the document at which the chunk begins."""
     num_tokens: int
     """Tokens of the chunk that are not padding."""
+    bytes: int | None = None
+    """Of the document's text, if known."""
 
 
 def token_dtype(vocabulary_size: int) -> str:
@@ -141,10 +144,15 @@ class _Shard:
 
     def source(self, chunk: int, chunk_size: int, first_document: int) -> Source:
         document = int(self.documents[chunk])
+        start, stop = self.source_starts[document : document + 2].tolist()
         with self.paths["sources"].open("rb") as file:
-            file.seek(int(self.source_starts[document]))
-            line = file.read(int(self.source_starts[document + 1] - self.source_starts[document]))
+            if not 0 <= start < stop <= os.fstat(file.fileno()).st_size:
+                raise ValueError(f"sources of {start} to {stop}")
+            file.seek(start)
+            line = file.read(stop - start)
         known = json.loads(line)
+        if not isinstance(known["path"], str) or not isinstance(known.get("record"), (int, type(None))):
+            raise TypeError(f"source {known!r}")
         token_offset = (chunk - int(self.first_chunks[document])) * chunk_size
         return Source(
             first_document + document,
@@ -153,6 +161,7 @@ class _Shard:
             int(self.offsets[chunk]),
             token_offset,
             min(chunk_size, int(self.ends[document]) - chunk * chunk_size),
+            known.get("bytes"),
         )
 
 
@@ -236,12 +245,15 @@ class Database:
             self._check_out(out, (*shape, length))
         tokens, mask = (x.view(len(flat), length) for x in out)
         valid = torch.zeros(len(flat), dtype=torch.int64, device=self.device)
-        for shard, first, rows in self._by_shard(flat):
+        for number, (shard, first, rows) in self._numbered_shards(flat):
+            try:
+                found, count = shard.gather((flat if rows is None else flat[rows]) - first, length, self.chunk_size)
+            except IndexError as error:
+                raise self._damaged(number, error) from error
             if rows is None:
-                found, valid = shard.gather(flat - first, length, self.chunk_size)
                 tokens.copy_(found)
+                valid = count
             else:
-                found, count = shard.gather(flat[rows] - first, length, self.chunk_size)
                 tokens.index_copy_(0, rows, found.to(tokens.dtype))
                 valid.index_copy_(0, rows, count)
         if self.manifest["token_dtype"] == "uint16":
@@ -272,8 +284,17 @@ class Database:
         documents = torch.full_like(flat, -1)
         for number, (shard, first, rows) in self._numbered_shards(flat):
             chosen = slice(None) if rows is None else rows
-            documents[chosen] = shard.documents[flat[chosen] - first].long() + int(self._first_document[number])
+            local = shard.documents[flat[chosen] - first].long()
+            if len(local) and not 0 <= int(local.min()) <= int(local.max()) < shard.num_documents:
+                raise self._damaged(number, "chunk_documents names a document that the shard does not have")
+            documents[chosen] = local + int(self._first_document[number])
         return documents.view(shape)
+
+    def _damaged(self, shard: int, what: object) -> DatabaseError:
+        return DatabaseError(
+            f"{self._shards[shard].paths['tokens'].parent} is damaged ({what}): `retro-kernels db verify "
+            f"{self.folder}` names the file; restore it, or build the database anew"
+        )
 
     def source(self, chunk: int) -> Source:
         """-> where one chunk comes from. Raises IndexError for a negative number or one beyond the last chunk."""
@@ -281,11 +302,45 @@ class Database:
             raise IndexError(f"chunk: got {chunk}; the database has {len(self)} chunks")
         number = int(np.searchsorted(self._first_chunk, chunk, side="right")) - 1
         local = chunk - int(self._first_chunk[number])
-        return self._shards[number].source(local, self.chunk_size, int(self._first_document[number]))
+        try:
+            return self._shards[number].source(local, self.chunk_size, int(self._first_document[number]))
+        except (IndexError, KeyError, OSError, TypeError, ValueError, RecursionError) as error:
+            raise self._damaged(number, error) from error
 
     def sources(self, ids: Tensor | np.ndarray) -> list[Source | None]:
         """-> where each chunk of `ids` (flattened) comes from; None for a negative id."""
         return [self.source(chunk) if chunk >= 0 else None for chunk in self._flat(ids)[0].tolist()]
+
+    def first_chunks(self) -> np.ndarray:
+        """-> int64 [documents + 1], each document's first chunk, and behind the last one's the number of all chunks."""
+        parts = [shard.first_chunks[:-1] + first for shard, first in zip(self._shards, self._first_chunk.tolist())]
+        return np.concatenate([*parts, [len(self)]])
+
+    def offsets(self, chunks: range) -> np.ndarray:
+        """-> int64: where chunks of one shard begin in their documents, in characters."""
+        number = int(np.searchsorted(self._first_chunk, chunks.start, side="right")) - 1
+        first = int(self._first_chunk[number])
+        return self._shards[number].offsets[chunks.start - first : chunks.stop - first]
+
+    def _facts_of_documents(self) -> Iterator[dict[str, Any]]:
+        for number, shard in enumerate(self._shards):
+            with shard.paths["sources"].open("rb") as file:
+                for line in file:
+                    try:
+                        known = json.loads(line)
+                        yield {"path": known["path"], "bytes": known.get("bytes")}
+                    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+                        raise self._damaged(number, error) from error
+
+    def paths(self) -> set[str]:
+        """-> the files that documents are of."""
+        return {known["path"] for known in self._facts_of_documents()}
+
+    def document_bytes(self) -> np.ndarray | None:
+        """-> int64 [documents], the bytes of each document's text; None where the database does not know."""
+        sizes = [known["bytes"] for known in self._facts_of_documents()]
+        known = len(sizes) == self.num_documents and all(type(size) is int for size in sizes)
+        return np.array(sizes, np.int64) if known else None
 
     def embeddings(self, block: int = 65536) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (number of the first chunk, [at most `block`, dim] view of the memory map) through all chunks.
@@ -298,9 +353,18 @@ class Database:
             for start in range(0, len(stored), block):
                 yield first + start, stored[start : start + block]
 
+    def keys(self, ids: np.ndarray) -> np.ndarray:
+        """-> float32 [ids, dim], the embeddings of these chunks."""
+        flat = torch.from_numpy(ids)
+        keys = np.empty((len(ids), self.dim or 0), np.float32)
+        for _, (shard, first, rows) in self._numbered_shards(flat):
+            chosen = slice(None) if rows is None else rows.numpy()
+            keys[chosen] = shard.embeddings(self.manifest["embedding_dtype"], keys.shape[1])[ids[chosen] - first]
+        return keys
+
     def content_hash(self) -> str:
-        """SHA-256 of the manifest without its index: what chunks, documents and keys are, whatever searches them."""
-        content = {name: value for name, value in self.manifest.items() if name != "index"}
+        """SHA-256 of the manifest without its index and its input's times: what chunks, documents and keys are."""
+        content = {name: value for name, value in self.manifest.items() if name not in ("index", "input_times")}
         return hashlib.sha256(json_bytes(content)).hexdigest()
 
     def verify(self) -> list[str]:
@@ -362,9 +426,6 @@ class Database:
             if number >= 0:
                 yield number, (self._shards[number], int(self._first_chunk[number]), rows)
 
-    def _by_shard(self, flat: Tensor) -> Iterator[tuple[_Shard, int, Tensor | None]]:
-        return (entry for _, entry in self._numbered_shards(flat))
-
 
 def checked_manifest(manifest: Any, folder: Path) -> dict[str, Any]:
     """-> the manifest. Raises DatabaseError unless it is of this version, whole, and every file has its size."""
@@ -377,8 +438,9 @@ def checked_manifest(manifest: Any, folder: Path) -> dict[str, Any]:
             "rebuild it, or use the release of retro_kernels that wrote it"
         )
     try:
-        if manifest["chunk_size"] < 1 or manifest["token_dtype"] not in TOKEN_DTYPES:
-            raise ValueError(f"chunk_size {manifest['chunk_size']}, token_dtype {manifest['token_dtype']!r}")
+        _check_kinds(manifest)
+        if manifest["token_dtype"] not in TOKEN_DTYPES:
+            raise ValueError(f"token_dtype {manifest['token_dtype']!r}")
         if manifest["embedder"] is not None and manifest["embedding_dtype"] not in EMBEDDING_DTYPES:
             raise ValueError(f"embedding_dtype {manifest['embedding_dtype']!r}")
         for total in ("chunks", "documents", "tokens"):
@@ -390,9 +452,47 @@ def checked_manifest(manifest: Any, folder: Path) -> dict[str, Any]:
                 _check_size(folder, shard["files"][name], sizes.get(name))
         for entry in (manifest["index"]["files"] if manifest["index"] else []) + manifest.get("files", []):
             _check_size(folder, entry, None)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DatabaseError(f"{where} is damaged: {type(error).__name__} {error}") from error
     return manifest
+
+
+def _check_kinds(manifest: dict[str, Any]) -> None:
+    """Raises ValueError for a value of another kind than its readers expect, KeyError for one that is absent."""
+
+    def expect(value: Any, *kinds: type, least: int | None = None) -> None:
+        if type(value) not in kinds or (least is not None and value is not None and value < least):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"got {value!r}, expected {names}" + ("" if least is None else f" of at least {least}"))
+
+    expect(manifest["chunk_size"], int, least=1)
+    expect(manifest["dim"], int, type(None), least=1)
+    expect(manifest["build"], dict, type(None))
+    expect(manifest["index"], dict, type(None))
+    expect(manifest["embedder"], dict, type(None))
+    expect(manifest["tokenizer"], dict)
+    if (manifest["dim"] is None) != (manifest["embedder"] is None):
+        raise ValueError(f"dim {manifest['dim']!r} with embedder {manifest['embedder']!r}")
+    for identity in (manifest["tokenizer"], manifest["embedder"] or {"name": ""}):
+        for name in ("name", *({"kind", "sha256", "precision"} & identity.keys())):
+            expect(identity[name], str)
+    files = [*manifest.get("files", [])]
+    for shard in manifest["shards"]:
+        for total in ("chunks", "documents", "tokens"):
+            expect(shard[total], int, least=0)
+        files += shard["files"].values()
+    index = manifest["index"]
+    if index is not None:
+        for name in ("kind", "spec", "asked", "why"):
+            expect(index[name], str)
+        for value in index["settings"].values():
+            expect(value, int, least=0)
+        if index["kind"] not in ("exact", "faiss") or (index["kind"] == "faiss") != bool(index["files"]):
+            raise ValueError(f"index of kind {index['kind']!r} with {len(index['files'])} files")
+        files += index["files"]
+    for entry in files:
+        expect(entry["bytes"], int, least=0)
+        expect(entry["sha256"], str)
 
 
 def _check_size(folder: Path, entry: dict[str, Any], expected: int | None) -> None:

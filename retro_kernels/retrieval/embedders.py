@@ -11,6 +11,7 @@ import torch
 from ..errors import DatabaseError
 from ..hub import OFFLINE, check_identity, hash_of, model_folder
 from ..ops import checks
+from ..tokenizers import ChunkTokenizer
 from .index.devices import find_device
 
 DEFAULT_EMBEDDER = OFFLINE
@@ -30,6 +31,12 @@ class Embedder(Protocol):
 
         An embedder may have `embed(texts)` as well, which gives the same as a tensor on the device where it was made: a
         `Retriever` then searches with it there."""
+
+
+def embedded_text(tokenizer: ChunkTokenizer, tokens: Sequence[int]) -> str:
+    """What the embedder is given of a chunk, when a database is built and when its neighbours are looked up: its tokens
+    as text. Whoever looks up has the tokens alone, so that the text they came from must not decide the key."""
+    return tokenizer.decode(tokens)
 
 
 def length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -18,12 +18,15 @@ import torch
 
 from ..errors import DatabaseError
 from ..files import replaced
-from ..tokenizers import load_tokenizer, open_tokenizer
+from ..tokenizers import ChunkTokenizer, load_tokenizer, open_tokenizer
 from .build.writer import ShardWriter, finish_database
+from .corpus.readers import Options, Problem, Reader, find
 from .database import Database, token_dtype
+from .embedders import Embedder, load_embedder
 from .manifest import describe, inside, lock_folder, name_full_disk, read_json
 
-FORMATS = ("retro-pytorch", "megatron")
+FORMATS = ("retro-pytorch", "megatron", "numpy")
+EMBEDDINGS = "embeddings.npy"
 NEIGHBOURS = "neighbours.npy"
 SHARD_CHUNKS = 1 << 22
 """Chunks after which an imported shard ends, at the next document's border."""
@@ -181,6 +184,50 @@ class _Megatron:
         return np.concatenate(found)
 
 
+class _Numpy:
+    """A folder with `embeddings.npy`, floating [texts, dim], and files of texts, one chunk each, in the same order."""
+
+    def __init__(self, folder: Path, tokenizer: ChunkTokenizer | None, chunk_size: int) -> None:
+        if tokenizer is None:
+            raise ValueError("tokenizer: got none; expected one, which cuts the texts into tokens")
+        self.tokenizer, self.chunk_size, self.vocabulary_size = tokenizer, chunk_size, tokenizer.vocabulary_size
+        path = folder / EMBEDDINGS
+        try:
+            self.embeddings = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise DatabaseError(f"{path} holds no array of numbers ({error})") from None
+        if self.embeddings.ndim != 2 or self.embeddings.dtype.kind != "f" or not self.embeddings.size:
+            raise DatabaseError(
+                f"{path}: {self.embeddings.dtype} {list(self.embeddings.shape)}; expected floating [texts, dim]"
+            )
+        self.count = len(self.embeddings)
+        self._pieces, self._folder = find([folder])[0], folder
+
+    def documents(self) -> Iterator[_Document]:
+        number = 0
+        for piece in self._pieces:
+            for found in Reader(piece, Options()):
+                where = piece.name if found.record is None else f"{piece.name}, record {found.record:,}"
+                try:
+                    tokens = np.array(self.tokenizer.encode("".join(found.blocks)), np.int64)
+                except Problem as problem:
+                    raise DatabaseError(f"{where}: {problem}; every embedding needs its text") from None
+                if not 0 < len(tokens) <= self.chunk_size:
+                    raise DatabaseError(
+                        f"{where}: {len(tokens):,} tokens; expected 1 to {self.chunk_size}, a chunk, which has one "
+                        "embedding: cut the texts before they are embedded, or take a larger chunk size"
+                    )
+                if number >= self.count:
+                    raise DatabaseError(f"{where}: a text without an embedding, {EMBEDDINGS} has {self.count:,}")
+                yield _Document(tokens, piece.name, found.record, number)
+                number += 1
+        if number != self.count:
+            raise DatabaseError(f"{self._folder}: {number:,} texts, {EMBEDDINGS} has {self.count:,} embeddings")
+
+    def neighbours(self) -> None:
+        return None
+
+
 def _h5py() -> Any:
     try:
         import h5py
@@ -199,29 +246,40 @@ def import_database(
     tokenizer: str | None = None,
     chunk_size: int = 64,
     neighbours: str | os.PathLike[str] | None = None,
+    embedder: str | Embedder | None = None,
 ) -> Database:
     """Makes the database `folder` of chunks that another project made.
 
     Args:
         format: "retro-pytorch": `source` is the folder with `processed-stats.json`, `train.chunks.dat`,
             `train.doc_ids.dat` and, where they are there, embeddings and neighbours. "megatron": a Retro project's
-            folder with `config.json`, `db` and `data`.
+            folder with `config.json`, `db` and `data`. "numpy": a folder with your own `embeddings.npy`, floating
+            [texts, dim], and the texts in the same order in files as `build_database` reads them, of a chunk at most
+            each.
         tokenizer: the one that made the tokens, by name as in `load_tokenizer`; None leaves it unknown.
         chunk_size: of retro-pytorch's files; Megatron's say their own.
         neighbours: a folder of Megatron's `query`.
+        embedder: what made the embeddings, by name as in `load_embedder`, if it can embed queries here too.
 
-    A chunk's source is its document's number in the other project. The embedder of imported embeddings is unknown:
-    queries must be given as embeddings of the same model. Raises DatabaseError for files that are missing or do not fit
-    together, and for a folder that is not empty; ValueError for an unknown format.
+    A chunk's source is its document's number in the other project. Unless `embedder` is named, that of imported
+    embeddings is unknown: queries must be given as embeddings of the same model. Raises DatabaseError for files that
+    are missing or do not fit together, and for a folder that is not empty; ValueError for an unknown format.
     """
     if format not in FORMATS:
         raise ValueError(f"format: got {format!r}; expected one of {FORMATS}")
     root, given = Path(folder), Path(source)
     query = None if neighbours is None else Path(neighbours)
-    found = _RetroPytorch(given, chunk_size) if format == "retro-pytorch" else _Megatron(given, query)
     known = None if tokenizer is None else load_tokenizer(tokenizer)
+    found: _RetroPytorch | _Megatron | _Numpy
+    if format == "numpy":
+        found = _Numpy(given, known, chunk_size)
+    else:
+        found = _RetroPytorch(given, chunk_size) if format == "retro-pytorch" else _Megatron(given, query)
     vocabulary = known.vocabulary_size if known else found.vocabulary_size
     dim = None if found.embeddings is None else found.embeddings.shape[1]
+    keys = None if embedder is None else load_embedder(embedder)
+    if keys is not None and keys.dim != dim:
+        raise DatabaseError(f"embedder: makes {keys.dim} numbers, the imported embeddings have {dim}")
     shape: dict[str, Any] = {
         "chunk_size": found.chunk_size,
         "token_dtype": token_dtype(vocabulary) if vocabulary else "int32",
@@ -245,14 +303,14 @@ def import_database(
             root,
             shards,
             tokenizer=known.identity if known else unknown,
-            embedder=None if dim is None else unknown,
-            build={"imported": format, "skipped": {}, "shorter_than_a_chunk": 0},
+            embedder=None if dim is None else unknown if keys is None else keys.identity,
+            build={"imported": format, "skipped": {}, "shorter_than_a_chunk": 0, "unknown_tokens": 0},
             files=files,
             **shape,
         )
 
 
-def _write(root: Path, found: _RetroPytorch | _Megatron, shape: dict[str, Any]) -> int:
+def _write(root: Path, found: _RetroPytorch | _Megatron | _Numpy, shape: dict[str, Any]) -> int:
     """-> the number of shards."""
     shards = 0
     writer: ShardWriter | None = None
@@ -313,7 +371,8 @@ def export_parquet(
             columns: dict[str, Any] = {
                 "id": list(ids),
                 "document": [source.document for source in sources],
-                "path": [source.path for source in sources],
+                # A file's name may be no UTF-8, and Parquet knows nothing else.
+                "path": [source.path.encode("utf-8", "backslashreplace").decode() for source in sources],
                 "record": [source.record for source in sources],
                 "token_offset": [source.token_offset for source in sources],
                 "tokens": kept,

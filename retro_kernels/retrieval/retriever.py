@@ -20,7 +20,7 @@ from ..hub import check_identity
 from ..tokenizers import open_tokenizer
 from .corpus import filters
 from .database import Database, Source
-from .embedders import Embedder, load_embedder
+from .embedders import Embedder, embedded_text, load_embedder
 from .index.devices import find_device
 from .index.index import Index
 
@@ -32,6 +32,8 @@ FETCHED = (64, 200)
 English documentation two neighbours of other documents are among the first 64 for 99 % of the chunks."""
 EMBEDDED = 4096
 """Chunks that the embedder is given at a time, to sort by length."""
+HIDDEN = -2
+"""The label (`Retriever.look_up`) of documents that are nobody's neighbours."""
 TOKENS_AT_ONCE = 1 << 22
 """Candidates' tokens that are looked at together."""
 
@@ -113,8 +115,8 @@ class Retriever:
         precision: of the embedder; by default the one that made the keys.
         memory_map, search: given to `open_index`; `search` is a dict of its settings, as {"nprobe": 16}.
 
-    A chunk's tokens are those of the database's tokenizer. Their text is what is embedded, as it was when the database
-    was built; a tokenizer that does not keep blanks or capitals loses them here.
+    A chunk's tokens are those of the database's tokenizer. They are decoded and embedded, as they were when the
+    database was built: a chunk of the database has its own key, whatever its tokenizer loses.
 
     Calls from several threads take turns. `submit` and `prefetch` work in a thread of the retriever's, which `close`
     (or leaving a `with` block) ends.
@@ -235,12 +237,13 @@ class Retriever:
         A text has no chunk, so that `max_overlap` is the share of the text's tokens. Nothing is remembered."""
         k = self.num_neighbours if num_neighbours is None else num_neighbours
         encoded = [self._tokenizer.encode(text) for text in texts]
+        known = [embedded_text(self._tokenizer, tokens) for tokens in encoded]
         chunks = torch.full((len(texts), max(map(len, encoded), default=0)), -1, dtype=torch.int64)
         for row, tokens in zip(chunks, encoded):
             row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
         none = torch.empty(len(texts), 0, dtype=torch.int64)
         with self._turn:
-            ids, distances = self._search(self._embed(list(texts)), chunks, none, none, k)
+            ids, distances = self._search(self._embed(known), chunks, none, none, k)
         return self._retrieved(ids, distances, (len(texts),))
 
     def __call__(self, chunks: Tensor) -> Neighbours:
@@ -249,6 +252,26 @@ class Retriever:
 
         found = self.retrieve(chunks)
         return Neighbours(found.tokens, found.mask, found.sources, found.ids)
+
+    def look_up(self, chunks: Tensor, own: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
+        """The neighbours of many chunks that have documents of their own, for `precompute_neighbours`. -> ids [q, k]
+
+        chunks: int64 [q, m], -1 for no token. own: int64 [q], the label of each chunk's document. labels: int64
+        [documents], of the database's documents: those of a chunk's own label are none of its neighbours, and those
+        of the label HIDDEN nobody's. keys: float32 [q, dim], of each chunk where it is known, else NaN. Equal chunks of
+        one label are looked up once: a text that is there a thousand times takes no thousand times as long."""
+        asked, first, again = np.unique(
+            torch.cat([own[:, None], chunks], dim=1).numpy(), axis=0, return_index=True, return_inverse=True
+        )
+        chunks, own, queries = chunks[first], own[first], keys[first].clone()
+        with self._turn:
+            unknown = queries.isnan().any(-1).nonzero()[:, 0]
+            if len(unknown):
+                queries[unknown] = self._embed(self._texts(chunks[unknown])).cpu()
+            none = torch.empty(len(asked), 0, dtype=torch.int64)
+            queries = queries.to(self.device)
+            ids, _ = self._search(queries, chunks, own[:, None], none, self.num_neighbours, labels)
+        return ids[torch.from_numpy(again.reshape(-1))]
 
     def submit(self, chunks: Tensor | np.ndarray, **given: Any) -> Future[Retrieved]:
         """`retrieve` in another thread: work goes on while the neighbours are looked up."""
@@ -345,13 +368,14 @@ class Retriever:
         return ids, distances
 
     def _texts(self, chunks: Tensor) -> list[str]:
-        return [self._tokenizer.decode([token for token in row if token >= 0]) for row in chunks.tolist()]
+        return [embedded_text(self._tokenizer, [x for x in row if x >= 0]) for row in chunks.tolist()]
 
     def _embed(self, texts: list[str]) -> Tensor:
-        """-> float32 [texts, dim], on the embedder's device if it says where that is."""
+        """-> float32 [texts, dim], rounded as the keys are, on the embedder's device if it says where that is."""
         embed = getattr(self.embedder, "embed", self.embedder)
         parts = [torch.as_tensor(embed(texts[at : at + EMBEDDED])) for at in range(0, len(texts), EMBEDDED)]
-        return torch.cat(parts) if parts else torch.empty(0, self.embedder.dim)
+        stored = getattr(torch, self.database.manifest["embedding_dtype"])
+        return torch.cat(parts).to(stored).float() if parts else torch.empty(0, self.embedder.dim)
 
     def _nearest(self, queries: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """-> distances and ids [q, width]. The library's indexes take queries where they are; others get arrays."""
@@ -359,9 +383,18 @@ class Retriever:
         distances, ids = self.index.search(given, width)
         return torch.as_tensor(distances), torch.as_tensor(ids)
 
-    def _search(self, queries: Tensor, chunks: Tensor, own: Tensor, excluded: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search(
+        self,
+        queries: Tensor,
+        chunks: Tensor,
+        own: Tensor,
+        excluded: Tensor,
+        k: int,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """-> ids and distances [q, k] of the nearest chunks that pass the filters, on the CPU. Candidates are looked at
-        where the database's tokens are."""
+        where the database's tokens are. labels: as in `look_up`; `own` [q, 1] is a label then, and else documents."""
+        labels = None if labels is None else labels.to(self.database.device)
         ids = torch.full((len(queries), k), -1, dtype=torch.int64)
         distances = torch.full((len(queries), k), torch.inf)
         rows = torch.arange(len(queries) if len(self.database) else 0)
@@ -373,9 +406,8 @@ class Retriever:
             for part in rows.split(max(1, TOKENS_AT_ONCE // (width * self.retrieved_length))):
                 near, found = self._nearest(queries[part.to(queries.device)], width)
                 where = self.database.device
-                kept = self._kept(
-                    found.to(where), *(x[part].to(where, non_blocking=True) for x in (chunks, own, excluded))
-                ).cpu()
+                mine, theirs, without = (x[part].to(where, non_blocking=True) for x in (chunks, own, excluded))
+                kept = self._kept(found.to(where), mine, theirs, without, labels).cpu()
                 near, found = near.cpu(), found.cpu()
                 rank = kept.long().cumsum(-1)
                 row, column = (kept & (rank <= k)).nonzero(as_tuple=True)
@@ -403,12 +435,17 @@ class Retriever:
             if width == whole:
                 return
 
-    def _kept(self, found: Tensor, chunks: Tensor, own: Tensor, excluded: Tensor) -> Tensor:
+    def _kept(
+        self, found: Tensor, chunks: Tensor, own: Tensor, excluded: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
         """bool [q, c]: which of the candidates pass the filters. All on the database's device."""
         kept = found >= 0
         if excluded.numel():
             kept &= ~filters.listed(found, excluded)
-        if own.numel():
+        if labels is not None:
+            of = labels[self.database.documents(found).clamp(min=0)]
+            kept &= (of != own) & (of != HIDDEN)
+        elif own.numel():
             kept &= ~filters.listed(self.database.documents(found), own)
         if self.max_overlap is None and not self.deduplicate:
             return kept

@@ -8,15 +8,20 @@ database: a text that both have is cut alike in both.
     document_ends.npy    int64 [documents], where each ends: what follows, up to the next start, fills up
     neighbour_ids.npy    int64 [chunks, k], chunks of the database, nearest first; -1 where there is none. Row u is of
                          tokens u * m to u * m + m - 1
+    inputs.json          the files that it was made of, their sizes and times
     data.json            what it is, with a SHA-256 per file; written last
 
 Neighbours are in the database, whose path and hash `data.json` has. What was retrieved with a chunk is read by the rest
 of its document alone, so no neighbour is of that document.
+
+With `held_out` the folder `held-out` in it is another one of the same kind, of documents that training has not and
+that are neighbours of none.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,12 +33,14 @@ import numpy as np
 import torch
 
 from ..errors import DatabaseError
-from ..files import replaced, write_bytes, write_json
+from ..files import json_bytes, replaced, write_bytes, write_json
 from ..tokenizers import open_tokenizer
 from .build.builder import Meter, Report, build_database
+from .corpus.inputs import InputFiles
+from .corpus.matching import blocks, document_hashes, mix
 from .database import MANIFEST, Database
 from .manifest import describe, inside, lock_folder, name_full_disk, problem_with, read_json
-from .retriever import Retriever
+from .retriever import HIDDEN, Retriever
 
 FORMAT, VERSION = "retro-kernels training data", 2
 TOKENS, STARTS, ENDS, IDS, FACTS = (
@@ -43,11 +50,10 @@ TOKENS, STARTS, ENDS, IDS, FACTS = (
     "neighbour_ids.npy",
     "data.json",
 )
-WORK, PLAN, CORPUS = "work", "plan.json", "corpus"
+HELD_OUT = "held-out"
+WORK, PLAN, CORPUS, INPUTS = "work", "plan.json", "corpus", "inputs.json"
 BLOCK = 4096
 """Chunks whose neighbours are looked up and kept at a time: what a killed run repeats."""
-SCANNED = 1 << 16
-"""Chunks that are read at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +63,8 @@ class TrainingData:
     folder: Path
     facts: dict[str, Any]
     """`data.json`: "tokenizer" (its name), "chunk_size", "bytes" of text (None if unknown), "tokens", "documents",
-    "chunks", "num_neighbours", "missing", "filters", "eos_token_id" (which ends a document), "vocab_size" (with that)
-    and more."""
+    "chunks", "num_neighbours", "missing" and "chunks_without_neighbours", "filters", "held_out" (its share),
+    "eos_token_id" (which ends a document), "vocab_size" (with that) and more."""
     tokens: np.ndarray
     document_starts: np.ndarray
     document_ends: np.ndarray
@@ -89,10 +95,21 @@ def open_neighbours(folder: str | os.PathLike[str], database: str | os.PathLike[
                 raise DatabaseError(f"{path}: {size:,} bytes, {FACTS} says {entry['bytes']:,}: restore it")
         where = Path(os.path.normpath(root / facts["database"])) if database is None else Path(database)
         found = Database(where)
-        if found.content_hash() != facts["database_sha256"]:
+        if facts["database_sha256"] not in (found.content_hash(), *found.manifest.get("earlier", [])):
             raise DatabaseError(f"{where} is not the database that the neighbours in {root} are of: name that one")
         tokens, starts, ends, ids = (_map_array(root / name) for name in (TOKENS, STARTS, ENDS, IDS))
-    except (KeyError, TypeError) as error:
+        m, documents = facts["chunk_size"], facts["documents"]
+        for name, array, shape in (
+            (TOKENS, tokens, (facts["chunks"] * m,)),
+            (STARTS, starts, (documents,)),
+            (ENDS, ends, (documents,)),
+            (IDS, ids, (facts["chunks"], facts["num_neighbours"])),
+        ):
+            if array.shape != shape or array.dtype.kind not in "iu":
+                raise DatabaseError(
+                    f"{root / name}: {array.dtype} {list(array.shape)}, {FACTS} says integers {list(shape)}: restore it"
+                )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DatabaseError(f"{root / FACTS} is damaged: {type(error).__name__} {error}") from error
     return TrainingData(root, facts, tokens, starts, ends, ids, found)
 
@@ -103,6 +120,7 @@ def precompute_neighbours(
     folder: str | os.PathLike[str],
     *,
     same_document: bool = False,
+    held_out: float | None = None,
     progress: Report | None = None,
     **reading: Any,
 ) -> TrainingData:
@@ -114,10 +132,14 @@ def precompute_neighbours(
         inputs: files, folders and globs, as in `build_database`, tokenised by the database's tokenizer; or the folder
             of a database with this tokenizer and chunk size, which may be the same.
         same_document: let neighbours be of the same document, which is found in the database by its text.
+        held_out: the share of documents that are kept apart for evaluation, drawn by their text, in the folder
+            `held-out` of this one, which is of the same kind. No chunk has one of them as a neighbour, those of
+            held-out documents included: to both sides it is as if the database had never held them.
         progress: as in `build_database`; its last stages are "match" and "search".
         reading: `format`, `text_field`, `encoding`, `keep_duplicates`, ... of `build_database`.
 
-    Raises DatabaseError as `build_database` does; ValueError for a corpus without a token.
+    A chunk of a document that the database has too has its key there, and is not embedded again. Raises DatabaseError
+    as `build_database` does, and where the corpus changed; ValueError for a corpus without a token.
     """
     root = Path(folder)
     given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
@@ -127,7 +149,18 @@ def precompute_neighbours(
         "max_overlap": retriever.max_overlap,
         "deduplicate": retriever.deduplicate,
     }
+    if held_out is not None and not 0.0 < held_out < 1.0:
+        raise ValueError(f"held_out: got {held_out}; expected a share of the documents, between 0 and 1, or None")
+    own = len(given) == 1 and (Path(given[0]) / MANIFEST).is_file()
+    files = None if own else InputFiles.of(given, reading.get("format"))
+    corpus_hash = (
+        Database(os.fspath(given[0])).content_hash()
+        if files is None
+        else hashlib.sha256(json_bytes(files.entries)).hexdigest()
+    )
     plan = {
+        "corpus_sha256": corpus_hash,
+        "held_out": held_out,
         "inputs": [os.path.abspath(one) for one in given],
         "reading": reading,
         "database_sha256": database.content_hash(),
@@ -140,16 +173,22 @@ def precompute_neighbours(
         raise DatabaseError(f"{root} is a file; expected a new folder")
     root.mkdir(parents=True, exist_ok=True)
     with lock_folder(root), name_full_disk(root):
-        if not _begin(root, plan):
+        if not _begin(root, plan, files):
             corpus = _corpus(given, root / WORK / CORPUS, database, progress, reading)
-            _write_stream(root, corpus)
-            _search(root, retriever, corpus, same_document, progress)
-            _finish(root, plan, retriever, corpus)
+            if len(corpus) == 0:
+                raise ValueError("inputs: no token; expected some text")
+            matched = _Matched(corpus, database, held_out, progress)
+            _search(root, retriever, corpus, matched, same_document, progress)
+            chosen = np.ones(corpus.num_documents, bool)
+            if matched.held is not None:
+                chosen = ~matched.held
+                _finish(root, root / HELD_OUT, plan, retriever, corpus, matched.held)
+            _finish(root, root, plan, retriever, corpus, chosen)
         shutil.rmtree(root / WORK, ignore_errors=True)
     return open_neighbours(root, database.folder)
 
 
-def _begin(root: Path, plan: dict[str, Any]) -> bool:
+def _begin(root: Path, plan: dict[str, Any], files: InputFiles | None) -> bool:
     """Writes the plan down, or checks that what was begun or finished here has the same. -> is it finished?"""
     finished = (root / FACTS).exists()
     path = root / WORK / PLAN
@@ -159,12 +198,18 @@ def _begin(root: Path, plan: dict[str, Any]) -> bool:
         if others:
             raise DatabaseError(f"{root} is not empty (it holds {others[0]!r}): name a new folder")
         path.parent.mkdir(exist_ok=True)
+        if files is not None:
+            write_json(root / WORK / INPUTS, files.entries)
         write_json(path, plan)
     elif found != plan:
         changed = [name for name in plan if not isinstance(found, dict) or found.get(name) != plan[name]]
+        known = root / INPUTS if finished else root / WORK / INPUTS
+        what = f"other {', '.join(changed)}"
+        if changed == ["corpus_sha256"] and files is not None and known.exists():
+            what = files.difference(read_json(known)) or what
         raise DatabaseError(
-            f"{root} holds {'finished' if finished else 'unfinished'} neighbours of something else (other "
-            f"{', '.join(changed)}), which are never overwritten: name another folder, or delete it"
+            f"{root} holds {'finished' if finished else 'unfinished'} neighbours of something else ({what}), which are "
+            "never overwritten: name another folder, or delete it"
         )
     return finished
 
@@ -196,49 +241,53 @@ def _corpus(
     )
 
 
-def _blocks(database: Database) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """All chunks, a block at a time: their documents [c], tokens [c, m] and which are there [c, m]."""
-    for first in range(0, len(database), SCANNED):
-        ids = torch.arange(first, min(first + SCANNED, len(database)))
-        tokens, mask = (x.cpu().numpy() for x in database.chunks(ids, database.chunk_size))
-        yield database.documents(ids).cpu().numpy(), tokens, mask
-
-
-def _write_stream(root: Path, corpus: Database) -> None:
-    """Writes the corpus's tokens, and where its documents begin and end."""
-    if len(corpus) == 0:
-        raise ValueError("inputs: no token; expected some text")
+def _write_stream(root: Path, corpus: Database, chosen: np.ndarray) -> None:
+    """Writes the tokens of the `chosen` documents of the corpus (bool [documents]), and where these begin and end."""
     if (root / ENDS).exists():
         return
     m, dtype = corpus.chunk_size, np.dtype(corpus.manifest["token_dtype"])
-    lengths, chunks = (np.zeros(corpus.num_documents, np.int64) for _ in range(2))
-    with _array(root / TOKENS, dtype, (len(corpus) * m,)) as file:
-        for documents, tokens, mask in _blocks(corpus):
+    chunks = np.diff(corpus.first_chunks())
+    lengths = np.zeros(corpus.num_documents, np.int64)
+    with _array(root / TOKENS, dtype, (int(chunks[chosen].sum()) * m,)) as file:
+        for documents, tokens, mask in blocks(corpus):
             np.add.at(lengths, documents, mask.sum(-1))
-            np.add.at(chunks, documents, 1)
-            file.write(np.where(mask, tokens, 0).astype(dtype).tobytes())
-    starts = np.concatenate(([0], chunks.cumsum()[:-1])) * m
-    for name, places in ((STARTS, starts), (ENDS, starts + lengths)):
+            rows = chosen[documents]
+            file.write(np.where(mask[rows], tokens[rows], 0).astype(dtype).tobytes())
+    starts = np.concatenate(([0], chunks[chosen].cumsum()[:-1])) * m
+    for name, places in ((STARTS, starts), (ENDS, starts + lengths[chosen])):
         with _array(root / name, places.dtype, places.shape) as file:
             file.write(places.tobytes())
 
 
-def _search(root: Path, retriever: Retriever, corpus: Database, same_document: bool, progress: Report | None) -> None:
+def _search(
+    root: Path,
+    retriever: Retriever,
+    corpus: Database,
+    matched: _Matched,
+    same_document: bool,
+    progress: Report | None,
+) -> None:
     """Looks up the neighbours of every chunk of the corpus; what is there already is kept."""
     chunks = len(corpus)
-    owners = None if same_document else Owners(corpus, retriever.database, progress)
     meter = Meter("search", chunks, progress)
     for number, first in enumerate(range(0, chunks, BLOCK)):
         path = _block_file(root, number)
-        numbers = torch.arange(first, min(first + BLOCK, chunks))
+        numbers = np.arange(first, min(first + BLOCK, chunks))
         if path.exists():
             meter.before(0, len(numbers), len(numbers))
             continue
         path.parent.mkdir(exist_ok=True)
-        own = None if owners is None else owners(corpus.documents(numbers).cpu().numpy())
-        tokens, mask = corpus.chunks(numbers, corpus.chunk_size)
-        found = retriever.retrieve(tokens.long().masked_fill_(~mask, -1), documents=own)
-        write_bytes(path, found.ids.cpu().numpy().tobytes())
+        documents = corpus.documents(numbers).cpu().numpy()
+        tokens, mask = (x.cpu() for x in corpus.chunks(numbers, corpus.chunk_size))
+        tokens = tokens.long().masked_fill_(~mask, -1)
+        own = matched.own(documents)
+        ids = retriever.look_up(
+            tokens,
+            torch.full_like(own, -1) if same_document else own,
+            matched.labels,
+            matched.keys(numbers, documents, tokens),
+        )
+        write_bytes(path, ids.numpy().tobytes())
         meter(0, len(numbers), len(numbers))
 
 
@@ -246,17 +295,32 @@ def _block_file(root: Path, number: int) -> Path:
     return root / WORK / "ids" / f"{number:08d}"
 
 
-def _finish(root: Path, plan: dict[str, Any], retriever: Retriever, corpus: Database) -> None:
-    chunks, k, missing = len(corpus), retriever.num_neighbours, 0
-    with _array(root / IDS, np.dtype(np.int64), (chunks, k)) as file:
-        for number, first in enumerate(range(0, chunks, BLOCK)):
+def _finish(
+    root: Path, folder: Path, plan: dict[str, Any], retriever: Retriever, corpus: Database, chosen: np.ndarray
+) -> None:
+    """Makes `folder`, which is `root` or in it, the folder of the `chosen` documents."""
+    folder.mkdir(exist_ok=True)
+    _write_stream(folder, corpus, chosen)
+    total, k = len(corpus), retriever.num_neighbours
+    sizes = np.diff(corpus.first_chunks())
+    chunks, missing, alone = int(sizes[chosen].sum()), 0, 0
+    with _array(folder / IDS, np.dtype(np.int64), (chunks, k)) as file:
+        for number, first in enumerate(range(0, total, BLOCK)):
             block = _block_file(root, number).read_bytes()
-            if len(block) != min(BLOCK, chunks - first) * k * 8:
+            count = min(BLOCK, total - first)
+            if len(block) != count * k * 8:
                 raise DatabaseError(f"{_block_file(root, number)}: {len(block):,} bytes; delete it and run this again")
-            missing += int((np.frombuffer(block, np.int64) < 0).sum())
-            file.write(block)
+            documents = corpus.documents(np.arange(first, first + count)).cpu().numpy()
+            ids = np.frombuffer(block, np.int64).reshape(count, k)[chosen[documents]]
+            missing += int((ids < 0).sum())
+            alone += int((ids < 0).all(-1).sum())
+            file.write(ids.tobytes())
     identity = corpus.manifest["tokenizer"]
     tokenizer = open_tokenizer(identity)
+    files = [folder / name for name in (TOKENS, STARTS, ENDS, IDS)]
+    if (root / WORK / INPUTS).exists():
+        shutil.copyfile(root / WORK / INPUTS, folder / INPUTS)
+        files.append(folder / INPUTS)
     facts = {
         "format": FORMAT,
         "version": VERSION,
@@ -265,19 +329,28 @@ def _finish(root: Path, plan: dict[str, Any], retriever: Retriever, corpus: Data
         "eos_token_id": tokenizer.eos_token_id,
         "vocab_size": max(tokenizer.vocabulary_size, tokenizer.eos_token_id + 1),
         "chunk_size": corpus.chunk_size,
-        "bytes": (corpus.manifest["build"] or {}).get("text_bytes"),
-        "tokens": corpus.manifest["counts"]["tokens"],
-        "documents": corpus.num_documents,
+        "bytes": _text_bytes(corpus, chosen),
+        "tokens": int((_map_array(folder / ENDS) - _map_array(folder / STARTS)).sum()),
+        "documents": int(chosen.sum()),
         "chunks": chunks,
         "num_neighbours": k,
         "missing": missing,
+        "chunks_without_neighbours": alone,
         "filters": plan["filters"],
-        "database": Path(os.path.relpath(retriever.database.folder, root)).as_posix(),
+        "held_out": plan["held_out"],
+        "database": Path(os.path.relpath(retriever.database.folder, folder)).as_posix(),
         "database_sha256": plan["database_sha256"],
-        "files": [describe(root, root / name) for name in (TOKENS, STARTS, ENDS, IDS)],
+        "files": [describe(folder, path) for path in files],
         "request": plan,
     }
-    write_json(root / FACTS, facts)
+    write_json(folder / FACTS, facts)
+
+
+def _text_bytes(corpus: Database, chosen: np.ndarray) -> int | None:
+    if chosen.all():
+        return (corpus.manifest["build"] or {}).get("text_bytes")
+    sizes = corpus.document_bytes()
+    return None if sizes is None else int(sizes[chosen].sum())
 
 
 def _map_array(path: Path) -> np.ndarray:
@@ -298,48 +371,53 @@ def _array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[b
         yield file
 
 
-class Owners:
-    """Finds the documents of the database that are a document of the corpus."""
+class _Matched:
+    """Which documents of corpus and database have the same tokens, and which of the corpus are held out."""
 
-    def __init__(self, corpus: Database, database: Database, progress: Report | None) -> None:
+    def __init__(self, corpus: Database, database: Database, held_out: float | None, progress: Report | None) -> None:
         same = corpus.content_hash() == database.content_hash()
         meter = Meter("match", len(database) + (0 if same else len(corpus)), progress)
-        theirs = _document_hashes(database, meter)
-        mine = theirs if same else _document_hashes(corpus, meter)
-        self._order = np.argsort(theirs, kind="stable")
-        ranked = theirs[self._order]
-        self._begin, self._end = (np.searchsorted(ranked, mine, side=side) for side in ("left", "right"))
+        theirs = document_hashes(database, meter)
+        mine = theirs if same else document_hashes(corpus, meter)
+        self.held: np.ndarray | None = None if held_out is None else _drawn(mine, held_out)
+        _, labels = np.unique(np.concatenate([theirs, mine]), return_inverse=True)
+        labels = labels.reshape(-1)
+        theirs_labels, self._labels = labels[: len(theirs)], labels[len(theirs) :]
+        self._corpus, self._database = corpus, database
+        # The first document of the database with each label, or -1.
+        self._first = np.full(int(labels.max(initial=-1)) + 1, -1, np.int64)
+        self._first[theirs_labels[::-1]] = np.arange(len(theirs))[::-1]
+        self._corpus_chunks, self._database_chunks = corpus.first_chunks(), database.first_chunks()
+        hidden = theirs_labels.copy()
+        if self.held is not None:
+            hidden[np.isin(theirs, mine[self.held])] = HIDDEN
+        self.labels = torch.from_numpy(hidden)
 
-    def __call__(self, documents: np.ndarray) -> torch.Tensor:
-        """int64 [chunks, d]: the database's documents with the text of each of these documents of the corpus, -1 for
-        none more."""
-        begin, end = self._begin[documents], self._end[documents]
-        column = np.arange(int((end - begin).max(initial=0)))
-        place = np.minimum(begin[:, None] + column, len(self._order) - 1)
-        return torch.from_numpy(np.where(begin[:, None] + column < end[:, None], self._order[place], -1))
+    def own(self, documents: np.ndarray) -> torch.Tensor:
+        """int64 [chunks]: labels of these documents of the corpus."""
+        return torch.from_numpy(self._labels[documents])
+
+    def keys(self, chunks: np.ndarray, documents: np.ndarray, tokens: torch.Tensor) -> torch.Tensor:
+        """float32 [chunks, dim]: the keys that the database has of these chunks of the corpus, NaN where it has not."""
+        keys = torch.full((len(chunks), int(self._database.dim or 0)), torch.nan)
+        theirs = self._first[self._labels[documents]]
+        rows = np.flatnonzero(theirs >= 0)
+        at = self._database_chunks[theirs[rows]] + chunks[rows] - self._corpus_chunks[documents[rows]]
+        rows, at = rows[at < len(self._database)], at[at < len(self._database)]
+        found, mask = (x.cpu() for x in self._database.chunks(at, self._database.chunk_size))
+        # Hashes of two texts may be equal.
+        equal = (found.long().masked_fill_(~mask, -1) == tokens[rows]).all(-1)
+        keys[rows[equal.numpy()]] = torch.from_numpy(self._database.keys(at[equal.numpy()]))
+        return keys
 
 
-def _document_hashes(database: Database, meter: Meter) -> np.ndarray:
-    """uint64 [documents]: the sum of all its tokens, each times a number that belongs to its place."""
-    hashes = np.zeros(database.num_documents, np.uint64)
-    first = np.full(database.num_documents, -1, np.int64)
-    at = 0
-    within = _mix(np.arange(database.chunk_size))
-    for documents, tokens, mask in _blocks(database):
-        numbers, begin = np.unique(documents, return_index=True)
-        new = first[numbers] < 0
-        first[numbers[new]] = at + begin[new]
-        place = np.arange(at, at + len(documents)) - first[documents]
-        chunks = (((tokens.astype(np.uint64) + np.uint64(1)) * mask) * within).sum(-1, dtype=np.uint64)
-        np.add.at(hashes, documents, chunks * _mix(place))
-        at += len(documents)
-        meter(0, len(documents), len(documents))
-    return hashes
-
-
-def _mix(numbers: np.ndarray) -> np.ndarray:
-    """A random odd-looking uint64 for each number, the same everywhere (SplitMix64's finaliser)."""
-    x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))) | np.uint64(1)
+def _drawn(hashes: np.ndarray, share: float) -> np.ndarray:
+    """bool [documents]: about `share` of them, of equal ones all or none, by their text alone: the same again whatever
+    the order. Raises ValueError where none would be left on either side."""
+    texts, of = np.unique(hashes, return_inverse=True)
+    count = max(1, round(share * len(texts)))
+    if count >= len(texts):
+        raise ValueError(f"held_out: got {share:g} of {len(texts)} different documents; expected some on either side")
+    chosen = np.zeros(len(texts), bool)
+    chosen[np.argsort(mix(texts), kind="stable")[:count]] = True
+    return chosen[of.reshape(-1)]

@@ -25,6 +25,7 @@ from retro_kernels.retrieval import Database, DatabaseError, build_database, loa
 from retro_kernels.retrieval.build import builder, engines
 from retro_kernels.retrieval.build import shards as shards_module
 from retro_kernels.retrieval.build.shards import Worker
+from retro_kernels.retrieval.corpus.readers import UNKNOWN_ENDING
 from retro_kernels.retrieval.database import MANIFEST
 from retro_kernels.retrieval.manifest import lock_folder
 
@@ -127,7 +128,7 @@ def test_the_database_is_the_input(corpus: Path, tmp_path: Path):
         "empty": report["skipped"]["empty"],
         "not JSON": 1,
         "not utf-8": 1,
-        "unknown ending": 1,
+        UNKNOWN_ENDING: 1,
     }
     lines = [json.loads(line) for line in (tmp_path / "db" / "skipped.jsonl").read_text().splitlines()]
     assert len(lines) == sum(report["skipped"].values())
@@ -312,6 +313,87 @@ def test_what_it_refuses(corpus: Path, tmp_path: Path):
     assert contents(folder) == before
 
 
+class Refuses(Letters):
+    """An embedder that must not be asked."""
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        raise AssertionError("a chunk was embedded")
+
+
+def test_an_index_that_cannot_be_made_is_refused_before_the_first_chunk(corpus: Path, tmp_path: Path, monkeypatch):
+    """A wrong string, one that ends the process within FAISS, one without keys, and a FAISS that is not there."""
+    given = {"embedder": Refuses()}
+    pytest.importorskip("faiss")
+    for spec, message in (
+        ("IVF16,SQ9nonsense", "FAISS refuses 'IVF16,SQ9nonsense'"),
+        ("IVF0,SQ8", "a size of at least 1"),
+        ("OPQ2,IVF16,PQ2", "FAISS refuses"),  # of five numbers
+    ):
+        with pytest.raises(DatabaseError, match=message):
+            build(corpus, tmp_path / "db", index=spec, **given)
+    with pytest.raises(DatabaseError, match="without an embedder"):
+        build(corpus, tmp_path / "db", index="exact", embedder=None)
+    assert not (tmp_path / "db").exists()
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(DatabaseError, match=r"needs FAISS.*retro_kernels\[cpu\]"):
+        build(corpus, tmp_path / "db", index="IVF16,SQ8", **given)
+    monkeypatch.setattr(builder, "CHARACTERS", 1e-4)  # by its size a corpus of more than 100,000 chunks
+    with pytest.raises(DatabaseError, match="chunks by its size; this one needs FAISS"):
+        build(corpus, tmp_path / "db", index="auto", **given)
+    assert build(corpus, tmp_path / "db", index="exact").manifest["index"]["spec"] == "exact"
+
+
+def test_an_index_that_fails_costs_no_embedding(corpus: Path, tmp_path: Path, monkeypatch):
+    """Out of memory, say: the database is whole, and another choice goes on from there."""
+
+    def fail(*given, **options):
+        raise DatabaseError("index: no memory")
+
+    folder = tmp_path / "db"
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "give_index", fail)
+        with pytest.raises(DatabaseError, match=r"no memory\. The database in .*db is whole"):
+            build(corpus, folder, index="exact")
+    assert Database(folder).verify() == []
+    database = build(corpus, folder, embedder=Refuses(), index="auto")
+    assert database.manifest["index"]["asked"] == "auto"
+    build(corpus, tmp_path / "at once", index="auto")
+    assert contents(tmp_path / "at once") == contents(folder)
+    assert build(corpus, folder, embedder=Refuses(), index="exact").manifest["index"]["asked"] == "exact"
+    assert build(corpus, folder, embedder=Refuses(), index=None).manifest["index"]["asked"] == "exact"
+    # A stopped build takes another choice too.
+    interrupted(corpus, tmp_path / "stopped", index=None)
+    assert build(corpus, tmp_path / "stopped", index="exact").content_hash() == database.content_hash()
+
+
+def test_a_finished_database_knows_its_input(corpus: Path, tmp_path: Path):
+    """What changed is named, an edit that keeps size and time apart too; a file that was only touched is the same."""
+    folder = tmp_path / "db"
+    build(corpus, folder)
+    before = contents(folder)
+    path = corpus / "sub" / "4.txt"
+    stat, text = path.stat(), path.read_bytes()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    build(corpus, folder)
+    path.write_bytes(text[:-1] + b"!")
+    with pytest.raises(DatabaseError, match=r"4\.txt changed since the database .* was made"):
+        build(corpus, folder)
+    path.write_bytes(text + b"!")
+    with pytest.raises(DatabaseError, match=r"sub/4\.txt had \d+ bytes, now"):
+        build(corpus, folder)
+    path.write_bytes(text)
+    (corpus / "new.txt").write_text("new")
+    with pytest.raises(DatabaseError, match=r"new\.txt is new"):
+        build(corpus, folder)
+    (corpus / "new.txt").unlink()
+    (corpus / "short.md").unlink()
+    with pytest.raises(DatabaseError, match=r"short\.md is missing now"):
+        build(corpus, folder)
+    with pytest.raises(DatabaseError, match="chunk_size was 8, now 4"):
+        build(corpus, folder, chunk_size=4)
+    assert contents(folder) == before
+
+
 def test_hashes_compared_in_parts_find_the_same_duplicates(corpus: Path, tmp_path: Path, monkeypatch):
     build(corpus, tmp_path / "whole")
     monkeypatch.setattr(shards_module, "HASHES_AT_ONCE", 7)
@@ -365,3 +447,16 @@ def test_the_command_builds_with_the_default_models(corpus: Path, tmp_path: Path
     assert refused.exit_code == 1
     assert "never overwritten" in refused.output
     assert MANIFEST in before
+
+
+@offline
+def test_many_unknown_tokens_are_said(tmp_path: Path):
+    """Half of a Chinese text is [UNK] to the default tokenizer; the command warns, and an English text has none."""
+    for name, text in (("zh", "检索数据库保存每个文本块的嵌入向量。" * 20), ("en", "a plain sentence " * 20)):
+        (tmp_path / f"{name}.txt").write_text(text)
+        given = [str(tmp_path / f"{name}.txt"), "--out", str(tmp_path / name), "--embedder", "none"]
+        run = CliRunner().invoke(app, ["db", "build", *given])
+        assert run.exit_code == 0, run.output
+        assert ("tokens are unknown to the tokenizer" in run.output) == (name == "zh")
+        unknown = Database(tmp_path / name).manifest["build"]["unknown_tokens"]
+        assert (unknown > 0) == (name == "zh")

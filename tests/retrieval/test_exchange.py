@@ -189,6 +189,54 @@ def test_to_parquet(tmp_path: Path):
     assert load_tokenizer("bytes").identity == database.manifest["tokenizer"]
 
 
+def test_own_embeddings_and_their_texts(tmp_path: Path):
+    """Each text is a chunk with its embedding; what does not fit together is named, with its place."""
+    own = tmp_path / "own"
+    own.mkdir()
+    texts = ["abc", "dead beef"[:CHUNK], "ü"]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (own / "texts.jsonl").write_text("".join(lines))
+    keys = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float16)
+    np.save(own / "embeddings.npy", keys)
+    given = ["db", "import", "numpy", str(own), "--tokenizer", "bytes", "--chunk-size", f"{CHUNK}"]
+    run = CliRunner().invoke(app, [*given, "--out", str(tmp_path / "db")])
+    assert run.exit_code == 0, run.output
+    database = Database(tmp_path / "db")
+    assert database.verify() == []
+    check_documents(database, [np.frombuffer(text.encode(), np.uint8) for text in texts], CHUNK)
+    assert np.array_equal(np.concatenate([block for _, block in database.embeddings()]), keys)
+    assert (database.source(1).path, database.source(1).record) == ("texts.jsonl", 1)
+
+    def refused(message: str, **options) -> None:
+        with pytest.raises((DatabaseError, ValueError), match=message):
+            import_database("numpy", own, tmp_path / "x", **{"tokenizer": "bytes", "chunk_size": CHUNK, **options})
+        for path in sorted((tmp_path / "x").rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+
+    refused("tokenizer: got none", tokenizer=None)
+    refused(r"record 1: 8 tokens; expected 1 to 4", chunk_size=4)
+    refused("embedder: makes 2 numbers", embedder=Ones())
+    (own / "texts.jsonl").write_text("".join(lines[:2]))
+    refused(r"2 texts, embeddings.npy has 3")
+    (own / "texts.jsonl").write_text("".join([*lines, lines[0]]))
+    refused(r"record 3: a text without an embedding")
+    (own / "texts.jsonl").write_text("".join([lines[0], "{broken", lines[1], lines[2]]))
+    refused(r"record 1: not JSON")
+    np.save(own / "embeddings.npy", np.array([object()]), allow_pickle=True)
+    refused("holds no array of numbers")
+
+
+def test_a_name_that_is_no_utf8_is_exported(tmp_path: Path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    (tmp_path / "in").mkdir()
+    with open(bytes(tmp_path / "in") + b"/\xff.txt", "wb") as file:
+        file.write(b"abc")
+    database = build_database(tmp_path / "in", tmp_path / "db", tokenizer="bytes", embedder=None, chunk_size=CHUNK)
+    assert database.source(0).path == "\udcff.txt"
+    assert export_parquet(database, tmp_path / "db.parquet") == 1
+    assert parquet.read_table(tmp_path / "db.parquet").to_pylist()[0]["path"] == "\\udcff.txt"
+
+
 class Ones:
     """An embedding is the text's length, and 1."""
 

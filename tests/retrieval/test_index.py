@@ -480,3 +480,33 @@ def test_the_commands(copy, tmp_path):
     assert refused.exit_code == 1
     assert "FAISS refuses 'Nonsense'" in refused.output
     assert "IVF64,SQ8" in runner.invoke(app, ["info", str(copy)]).output
+
+
+def test_codes_of_few_keys_are_trained_in_silence(tmp_path, capfd):
+    """FAISS says for every sub-quantiser that it wants more; the index's own facts say it once."""
+    keys = np.random.default_rng(0).standard_normal((600, DIM)).astype(np.float32)
+    for spec in ("IVF8,PQ16", "OPQ16,IVF8,PQ16", "PQ16"):
+        database = database_with(tmp_path / spec.replace(",", "-"), keys)
+        entry = build_index(database, spec)
+        assert "600 keys are few to train its codes, FAISS asks for 9,984" in entry["why"]
+    said = capfd.readouterr()
+    assert "WARNING" not in said.err + said.out
+
+
+def test_ties_come_by_the_smallest_chunk_whatever_k_is(tmp_path):
+    """240 keys, each 100 times: the first k of any k are the first of a larger one, and FAISS's flat index has the same
+    sets where all equal keys fit."""
+    import faiss
+
+    keys = np.random.default_rng(0).integers(-3, 4, (240, DIM)).astype(np.float32)
+    database = database_with(tmp_path / "db", np.tile(keys, (100, 1)))
+    index = open_index(database)
+    _, most = index.search(keys[:20], 400)
+    order = [list(range(row, 24_000, 240)) for row in range(20)]
+    assert most[:, :100].tolist() == order
+    for k in (1, 2, 8, 64, 200):
+        assert torch.equal(index.search(keys[:20], k)[1], most[:, :k])
+    flat = faiss.IndexFlatL2(DIM)
+    flat.add(np.tile(keys, (100, 1)))
+    found = flat.search(keys[:20], 100)[1]
+    assert [sorted(row) for row in found.tolist()] == order

@@ -20,9 +20,10 @@ from retrieval_common import CHUNK, Everything, Letters, database_of, texts_of, 
 from typer.testing import CliRunner
 
 from retro_kernels.cli import app
-from retro_kernels.retrieval import Database, DatabaseError, Retriever, open_neighbours, training_data
+from retro_kernels.retrieval import Database, DatabaseError, Retriever, add_documents, open_neighbours, training_data
 from retro_kernels.retrieval import precompute_neighbours as precompute
 from retro_kernels.retrieval import retriever as retriever_module
+from retro_kernels.retrieval.corpus import matching
 
 K = 3
 
@@ -51,12 +52,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_folder_holds_the_neighbours_of_a_loop(database: Database, corpus: Path, tmp_path: Path, monkeypatch):
     """Tokens, places and neighbours, that every document begins at a chunk's border, and has no neighbour of itself."""
     monkeypatch.setattr(training_data, "BLOCK", 7)
-    monkeypatch.setattr(training_data, "SCANNED", 5)
+    monkeypatch.setattr(matching, "SCANNED", 5)
     seen = []
     made = precompute(retriever_of(database), corpus, tmp_path / "out", progress=seen.append)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     arrays = [f"{name}.npy" for name in ("document_ends", "document_starts", "neighbour_ids", "tokens")]
-    assert sorted(contents(tmp_path / "out")) == ["data.json", *arrays]
+    assert sorted(contents(tmp_path / "out")) == ["data.json", *arrays[:2], "inputs.json", *arrays[2:]]
     assert made.tokens.dtype == np.uint16
     data = [text.encode() for text in texts]
     filled = [text + bytes(-len(text) % CHUNK) for text in data]
@@ -194,6 +195,129 @@ def test_what_is_refused(database: Database, corpus: Path, tmp_path: Path):
     (out / "data.json").write_text(before["data.json"].decode().replace('"version": 2', '"version": 1'))
     with pytest.raises(DatabaseError, match="version 2"):
         open_neighbours(out)
+
+
+def test_keys_that_the_database_has_are_not_made_again(database: Database, corpus: Path, tmp_path: Path):
+    """Of the database's own corpus nothing is embedded; of another one only documents that the database has not.
+    What is found is the same as where all is embedded."""
+    retriever = retriever_of(database)
+    precompute(retriever, database.folder.with_suffix(".jsonl"), tmp_path / "own")
+    assert retriever.embedder.texts == []
+    made = precompute(retriever, corpus, tmp_path / "other")
+    new = {json.loads(line)["text"] for line in corpus.read_text().splitlines()} - {*texts_of(30)}
+    chunks = {
+        text.encode()[at : at + CHUNK].decode(errors="replace")
+        for text in new
+        for at in range(0, len(text.encode()), CHUNK)
+    }
+    assert set(retriever.embedder.texts) == chunks
+
+    plain = retriever_of(database)
+    with pytest.MonkeyPatch.context() as patch:
+        nothing = lambda self, chunks, documents, tokens: torch.full((len(chunks), Letters.dim), torch.nan)  # noqa: E731
+        patch.setattr(training_data._Matched, "keys", nothing)
+        again = precompute(plain, corpus, tmp_path / "again")
+    assert np.array_equal(made.ids, again.ids)
+
+
+def test_held_out_documents_are_apart_and_nobodys_neighbours(database: Database, corpus: Path, tmp_path: Path):
+    """Both folders together are the corpus; no neighbour on either side has a held-out text; the same in
+    another order."""
+    made = precompute(retriever_of(database), corpus, tmp_path / "out", held_out=0.3)
+    held = open_neighbours(tmp_path / "out" / "held-out")
+    assert held.verify() == made.verify() == []
+
+    def texts(data) -> list[str]:
+        places = zip(data.document_starts.tolist(), data.document_ends.tolist())
+        return [bytes(data.tokens[start:end].tolist()).decode() for start, end in places]
+
+    given = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    assert sorted(texts(made) + texts(held)) == sorted({*given})
+    apart = {*texts(held)}
+    assert len(apart) == round(0.3 * len({*given}))
+    assert apart & {*texts_of(30)}
+    lines = database.folder.with_suffix(".jsonl").read_text().splitlines()
+    for data in (made, held):
+        assert data.facts["bytes"] == sum(len(text.encode()) for text in texts(data))
+        assert data.facts["held_out"] == 0.3
+        assert data.facts["missing"] == int((data.ids < 0).sum())
+        found = [database.source(chunk).record for chunk in np.unique(data.ids[data.ids >= 0]).tolist()]
+        assert not apart & {json.loads(lines[record])["text"] for record in found}
+        assert np.array_equal(data.ids, open_neighbours(data.folder).ids)
+    turned = write_texts(tmp_path / "turned.jsonl", given[::-1])
+    precompute(retriever_of(database), turned, tmp_path / "turned", held_out=0.3)
+    assert {*texts(open_neighbours(tmp_path / "turned" / "held-out"))} == apart
+    for share, message in ((0.0, "between 0 and 1"), (0.99, "expected some on either side")):
+        with pytest.raises(ValueError, match=message):
+            precompute(retriever_of(database), corpus, tmp_path / "x", held_out=share)
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+
+
+def test_a_text_that_is_there_many_times_takes_one_search(tmp_path: Path):
+    """Of n copies every one has all others to pass over: looked up one by one that took n * n."""
+    copies = 400
+    corpus = write_texts(tmp_path / "texts.jsonl", ["page not found"] * copies + ["something else", "abc dead beef"])
+    options = {"tokenizer": "bytes", "embedder": Letters(), "chunk_size": CHUNK, "keep_duplicates": True}
+    database = training_data.build_database(corpus, tmp_path / "db", **options)
+    retriever = retriever_of(database)
+    asked: list[int] = []
+    inner = retriever.index.search
+
+    def search(queries, k):
+        asked.append(len(queries) * k)
+        return inner(queries, k)
+
+    retriever.index.search = search
+    made = precompute(retriever, corpus, tmp_path / "out", keep_duplicates=True)
+    assert len(made.document_starts) == copies + 2
+    # Six different chunks, each looked for among twice as many candidates each time.
+    assert sum(asked) < 6 * 4 * len(database)
+    own = {database.source(chunk).record for chunk in np.unique(made.ids[:-4]).tolist() if chunk >= 0}
+    assert own == {copies, copies + 1}
+
+
+def test_a_changed_corpus_is_named_and_refused(database: Database, tmp_path: Path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number, text in enumerate(texts_of(6, 3)):
+        (texts / f"{number}.txt").write_text(text)
+    out = tmp_path / "out"
+    precompute(retriever_of(database), texts, out)
+    before = contents(out)
+    precompute(retriever_of(database), texts, out)
+    (texts / "new.txt").write_text("new")
+    with pytest.raises(DatabaseError, match=r"finished neighbours of something else \(new.txt is new\)"):
+        precompute(retriever_of(database), texts, out)
+    (texts / "new.txt").unlink()
+    stat = (texts / "3.txt").stat()
+    (texts / "3.txt").write_text("x" * stat.st_size)
+    os.utime(texts / "3.txt", ns=(0, stat.st_mtime_ns + 1))
+    with pytest.raises(DatabaseError, match=r"\(3.txt changed\)"):
+        precompute(retriever_of(database), texts, out)
+    assert contents(out) == before
+
+
+def test_a_database_that_grew_still_has_the_neighbours(tmp_path: Path):
+    database = database_of(tmp_path / "db", 20)
+    made = precompute(retriever_of(database), tmp_path / "db", tmp_path / "out")
+    add_documents(str(write_texts(tmp_path / "more.jsonl", texts_of(5, 8))), tmp_path / "db", embedder=Letters())
+    grown = open_neighbours(tmp_path / "out")
+    assert len(grown.database) > len(database)
+    ids = np.unique(made.ids[made.ids >= 0])
+    assert torch.equal(grown.database.chunks(ids)[0], database.chunks(ids)[0])
+
+
+def test_missing_neighbours_are_counted_truthfully(tmp_path: Path, letters_by_name):
+    """A database of the one document itself has none for it."""
+    database = database_of(tmp_path / "db", 1)
+    corpus = tmp_path / "db.jsonl"
+    done = CliRunner().invoke(
+        app, ["db", "neighbours", str(tmp_path / "db"), str(corpus), "--out", str(tmp_path / "o")]
+    )
+    assert done.exit_code == 0, done.output
+    chunks = len(database)
+    assert f"with 0 of {2 * chunks} neighbours (2 a chunk)" in done.output
+    assert f"100.0% of the neighbours are missing, {chunks} chunks have none" in done.output
 
 
 @pytest.fixture

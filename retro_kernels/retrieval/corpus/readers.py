@@ -23,13 +23,17 @@ from typing import IO, Any
 
 from ...errors import DatabaseError
 
-FORMATS = ("text", "html", "jsonl", "parquet")
+FORMATS = ("text", "html", "jsonl", "parquet", "arrow")
 SUFFIXES = {
     **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst"), "text"),
     **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),
     ".parquet": "parquet",
+    ".arrow": "arrow",
 }
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+"""Of Arrow: what reads it takes a file that is cut between two batches for a shorter one."""
+UNKNOWN_ENDING = "unknown ending (--format text reads it as text)"
 PACKED = (".gz", ".zst")
 BLOCK = 1 << 18
 BOMS = (
@@ -72,7 +76,7 @@ class Piece:
     path: str
     """The file's absolute path."""
     name: str
-    """Its path below the input it was found under."""
+    """Its path below the folder that holds all inputs."""
     format: str
     size: int
     """Bytes of this piece, for Parquet before unpacking."""
@@ -81,6 +85,11 @@ class Piece:
     """Of the whole file, bytes and modification time in ns: a build refuses to go on when they changed."""
     start: int = 0
     stop: int = -1
+
+    @property
+    def place(self) -> str:
+        """The folder below which `name` is, where the path is not that of a link."""
+        return self.path.removesuffix(self.name).rstrip("/")
 
     def unchanged(self) -> bool:
         try:
@@ -93,30 +102,40 @@ class Piece:
 def find(
     inputs: Sequence[str | os.PathLike[str]], *, format: str | None = None, exclude: Path | None = None
 ) -> tuple[list[Piece], list[tuple[str, str]]]:
-    """-> every file of `inputs` (files, folders, globs), in an order that only names decide, each once however often it
-    was named; and what was left out as (name, reason).
+    """All files of the inputs (files, folders, globs), in an order that only names decide, each once however often it
+    was named; and what was left out as (name, reason). A name is the path below the deepest folder that holds all
+    inputs (of a glob: its part without a pattern), so that no two files share one.
 
     A file in a folder is left out where its name begins with a dot or its ending is not known; a file named by the
-    caller, or any with `format`, is read as text then. Files below `exclude` are never input.
-    Raises DatabaseError for an input that is not there, ValueError for an unknown format."""
+    caller, or any with `format`, is read as text then. Files below `exclude` are never input; links to folders are not
+    followed. Raises DatabaseError for an input that is not there, ValueError for an unknown format."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"format: got {format!r}; expected one of {FORMATS}, or None to go by the ending")
     if isinstance(inputs, (str, os.PathLike)):
         inputs = [inputs]
+    listed = [(_folder_of(given), given) for given in [os.fspath(one) for one in inputs]]
+    try:
+        root = os.path.commonpath([folder for folder, _ in listed]) if listed else ""
+    except ValueError:  # two drives of Windows
+        root = os.path.sep
     found: dict[str, Piece] = {}
     left: list[tuple[str, str]] = []
     out = None if exclude is None else Path(exclude).resolve()
-    for given in inputs:
-        for path, name, named in _files(os.fspath(given)):
+    for folder, given in listed:
+        for path, named, problem in _files(given, folder):
+            name = Path(os.path.relpath(path, root)).as_posix()
             real = os.path.realpath(path)
             if real in found or (out is not None and Path(real).is_relative_to(out)):
                 continue
-            if not named and any(part.startswith(".") for part in Path(name).parts):
+            if not named and any(part.startswith(".") for part in Path(os.path.relpath(path, folder)).parts):
                 left.append((name, "hidden"))
+                continue
+            if problem is not None:
+                left.append((f"{name}/", problem))
                 continue
             kind = format or format_of(name) or ("text" if named else None)
             if kind is None:
-                left.append((name, "unknown ending"))
+                left.append((name, UNKNOWN_ENDING))
                 continue
             try:
                 stat = os.stat(real)
@@ -130,28 +149,41 @@ def find(
     return list(found.values()), left
 
 
-def _files(given: str) -> Iterator[tuple[str, str, bool]]:
-    """(path, name below the input, was it named by the caller) of every file of one input."""
+def _folder_of(given: str) -> str:
+    """The folder below which an input's files are named."""
     if os.path.isdir(given):
-        for folder, below, names in os.walk(given):
+        return os.path.abspath(given)
+    if os.path.lexists(given):
+        return os.path.dirname(os.path.abspath(given))
+    if not glob.has_magic(given):
+        raise DatabaseError(f"input: {given!r} does not exist; expected a file, a folder or a glob")
+    fixed = list(Path(given).parts[:-1])
+    while any(glob.has_magic(part) for part in fixed):
+        fixed.pop()
+    return os.path.abspath(os.path.join(*fixed) if fixed else ".")
+
+
+def _files(given: str, folder: str) -> Iterator[tuple[str, bool, str | None]]:
+    """(path, was it named by the caller, why it is left out if it is a folder that is) of every file of one input."""
+    if os.path.isdir(given):
+        unreadable: list[OSError] = []
+        for at, below, names in os.walk(folder, onerror=unreadable.append):
             below.sort()
             for name in sorted(names):
-                path = os.path.join(folder, name)
-                yield path, Path(os.path.relpath(path, given)).as_posix(), False
+                yield os.path.join(at, name), False, None
+            for name in below:
+                if os.path.islink(os.path.join(at, name)):
+                    yield os.path.join(at, name), False, "link to a folder"
+        for error in unreadable:
+            yield os.fspath(error.filename), False, "unreadable"
     elif os.path.lexists(given):
-        yield given, os.path.basename(given), True
-    elif glob.has_magic(given):
+        yield os.path.abspath(given), True, None
+    else:
         matched = sorted(path for path in glob.glob(given, recursive=True) if not os.path.isdir(path))
         if not matched:
             raise DatabaseError(f"input: nothing matches {given!r}")
-        fixed = list(Path(given).parts[:-1])
-        while any(glob.has_magic(part) for part in fixed):
-            fixed.pop()
-        base = os.path.join(*fixed) if fixed else "."
         for path in matched:
-            yield path, Path(os.path.relpath(path, base)).as_posix(), True
-    else:
-        raise DatabaseError(f"input: {given!r} does not exist; expected a file, a folder or a glob")
+            yield os.path.abspath(path), True, None
 
 
 def format_of(name: str) -> str | None:
@@ -176,7 +208,7 @@ def cut(piece: Piece, piece_bytes: int) -> Iterator[Piece]:
                 start, size = number, 0
             size += group
         yield dataclasses.replace(piece, start=start, stop=len(groups), size=size)
-    elif piece.format == "jsonl" and _compression(piece.path) is None and piece.size > piece_bytes:
+    elif piece.format == "jsonl" and _compression(piece.path) is None and piece.size > piece_bytes and not _wide(piece):
         parts = -(-piece.size // piece_bytes)
         borders = [piece.size * number // parts for number in range(parts + 1)]
         for start, stop in itertools.pairwise(borders):
@@ -204,6 +236,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[Document]:
         read = {"text": self._whole, "html": self._whole, "jsonl": self._lines, "parquet": self._rows}
+        read["arrow"] = self._arrow_rows
         with _problems_named():
             yield from read[self.piece.format]()
 
@@ -217,6 +250,9 @@ class Reader:
 
     def _lines(self) -> Iterator[Document]:
         piece, limit = self.piece, self.options.record_bytes
+        if wide := _wide(piece):
+            yield from self._wide_lines(wide)
+            return
         with _open_file(piece.path) as file:
             position = piece.start
             if position:
@@ -234,6 +270,19 @@ class Reader:
                 first = self.records == 0 and piece.start == 0
                 if long or line.strip():
                     yield Document(self.records, self._of_line(None if long else line, first))
+                self.records += 1
+
+    def _wide_lines(self, encoding: str) -> Iterator[Document]:
+        """Lines of UTF-16 or UTF-32, whose ends are no byte of their own."""
+        limit = self.options.record_bytes
+        with io.TextIOWrapper(_open_file(self.piece.path), encoding, newline="\n") as file:
+            while line := file.readline(limit + 1):
+                long = len(line) > limit and not line.endswith("\n")
+                if long:
+                    while (rest := file.readline(BLOCK)) and not rest.endswith("\n"):
+                        pass
+                if long or line.strip():
+                    yield Document(self.records, self._of_line(None if long else line.encode(), False))
                 self.records += 1
 
     def _of_line(self, line: bytes | None, first: bool) -> Iterator[str]:
@@ -272,6 +321,21 @@ class Reader:
                     yield Document(self.records, self._of_row(value))
                     self.records += 1
 
+    def _arrow_rows(self) -> Iterator[Document]:
+        with open(self.piece.path, "rb") as raw:
+            in_a_file = raw.read(6) == b"ARROW1"  # which says at its end where its batches are
+            raw.seek(max(0, self.piece.file_size - len(END_OF_STREAM)))
+            if not in_a_file and raw.read() != END_OF_STREAM:
+                raise Problem("damaged Arrow or Parquet")
+        with _arrow(self.piece, in_a_file) as found:
+            if self.options.text_field not in found.schema.names:
+                raise Problem(f"no column {self.options.text_field!r}")
+            batches = map(found.get_batch, range(found.num_record_batches)) if in_a_file else found
+            for batch in batches:
+                for value in batch.column(self.options.text_field):
+                    yield Document(self.records, self._of_row(value))
+                    self.records += 1
+
     def _of_row(self, value: Any) -> Iterator[str]:
         yield self._text(value.as_py())
 
@@ -290,7 +354,7 @@ class _problems_named:
         if isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)) or type(error).__name__ == "ZstdError":
             raise Problem("damaged packing") from error
         if type(error).__module__.startswith("pyarrow") or (isinstance(error, OSError) and error.errno is None):
-            raise Problem("damaged Parquet") from error
+            raise Problem("damaged Arrow or Parquet") from error
 
 
 def _compression(path: str) -> str | None:
@@ -312,24 +376,81 @@ def _zstd(path: str) -> IO[bytes]:
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]  # Python 3.14
     except ImportError:
         try:
-            import zstandard
+            import zstandard  # noqa: F401
         except ImportError:
             raise DatabaseError(
                 f"{path}: reading .zst needs the package zstandard: pip install 'retro_kernels[retrieval]'"
             ) from None
-        return io.BufferedReader(zstandard.open(path, "rb"))  # type: ignore[arg-type]
+        return io.BufferedReader(_ZstdFile(path), BLOCK)
     return zstd.open(path, "rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """Unpacks zstd frame by frame. Raises EOFError where the file ends within one, which the package's own reader takes
+    for the end of the text."""
+
+    STEP = 1024
+    """Packed bytes at a time: a block of them may hold hundreds of times as many."""
+
+    def __init__(self, path: str) -> None:
+        import zstandard
+
+        self._file = open(path, "rb")  # noqa: SIM115 - closed by `close`
+        self._start = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._packed = self._text = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            self._packed = self._packed or self._file.read(self.STEP)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self._frame = self._frame or self._start()
+            self._text, self._packed = self._frame.decompress(self._packed), b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._text))
+        buffer[:count], self._text = self._text[:count], self._text[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _arrow(piece: Piece, in_a_file: bool) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise _no_pyarrow(piece) from None
+    return (pyarrow.ipc.open_file if in_a_file else pyarrow.ipc.open_stream)(pyarrow.memory_map(piece.path))
+
+
+def _no_pyarrow(piece: Piece) -> DatabaseError:
+    return DatabaseError(
+        f"{piece.path}: reading {piece.format} needs the package pyarrow: pip install 'retro_kernels[retrieval]'"
+    )
 
 
 def _parquet(piece: Piece) -> Any:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise DatabaseError(
-            f"{piece.path}: reading Parquet needs the package pyarrow: pip install 'retro_kernels[retrieval]'"
-        ) from None
+        raise _no_pyarrow(piece) from None
     with _problems_named():
         return parquet.ParquetFile(piece.path, buffer_size=1 << 20, pre_buffer=False)
+
+
+def _wide(piece: Piece) -> str | None:
+    """The encoding that JSON Lines begin with a mark of, where its characters are wider than a byte."""
+    with _problems_named(), _open_file(piece.path) as file:
+        begin = file.read(4)
+    return next((name for mark, name in BOMS if begin.startswith(mark) and name != "utf-8-sig"), None)
 
 
 def _rest_of_line(file: IO[bytes], enough: int | None = None) -> int:
@@ -433,14 +554,32 @@ class _Visible(html.parser.HTMLParser):
         return gap
 
 
+UNFINISHED = 1 << 16
+"""Characters of markup that has no end which are looked through once more where a page ends. The parser goes through
+them once for every tag that they might begin: 0.45 MB of broken markup took it minutes."""
+
+
 def _visible(blocks: Iterable[str], limit: int) -> Iterator[str]:
-    """The text that HTML shows. Raises Problem where markup goes on for more than `limit` characters."""
+    """The text that HTML shows. Markup without an end hides the rest of the page, as it does in a browser.
+
+    Raises Problem where markup goes on for more than `limit` characters."""
     parser = _Visible()
+    waiting, size = [], 0
     for block in blocks:
-        parser.feed(block)
+        # Markup that is not finished is gone through again each time: not before it has doubled.
+        waiting.append(block)
+        size += len(block)
+        if size + len(parser.rawdata) > limit and parser.rawdata:
+            raise Problem(f"longer than {limit:,} bytes")
+        if size < len(parser.rawdata):
+            continue
+        parser.feed("".join(waiting))
+        waiting, size = [], 0
         if len(parser.rawdata) > limit:
             raise Problem(f"longer than {limit:,} bytes")
         yield "".join(parser.found)
         parser.found.clear()
-    parser.close()
+    parser.feed("".join(waiting))
+    if len(parser.rawdata) <= UNFINISHED:
+        parser.close()
     yield "".join(parser.found)

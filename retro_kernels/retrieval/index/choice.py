@@ -16,6 +16,7 @@ PER_CENTROID = 39
 SAMPLED_PER_CENTROID = 64
 LEAST_FOR_CODES = 256
 """Training vectors that 8-bit product codes need."""
+FOR_CODES = 256 * PER_CENTROID
 NPROBE = 64
 
 
@@ -99,12 +100,18 @@ def _fit_to_count(spec: str, count: int) -> tuple[str, str | None]:
     if count < LEAST_FOR_CODES and re.search(r"IVF|PQ|SQ|LSH|IMI", spec):
         return EXACT, f"{count} keys are too few to train {spec}: exact search instead"
     lists = lists_of(spec)
+    few = (
+        f"{count:,} keys are few to train its codes, FAISS asks for {FOR_CODES:,}"
+        if ("PQ" in spec and count < FOR_CODES)
+        else None
+    )
     if lists is None or count >= PER_CENTROID * lists:
-        return spec, None
+        return spec, few
     fewer = _power_of_two(count / PER_CENTROID)
     return (
         re.sub(r"IVF\d+", f"IVF{fewer}", spec),
-        f"{count:,} keys are too few to train {lists:,} lists (at least {PER_CENTROID} each): {fewer:,} instead",
+        f"{count:,} keys are too few to train {lists:,} lists (at least {PER_CENTROID} each): {fewer:,} instead"
+        + (f"; {few}" if few else ""),
     )
 
 

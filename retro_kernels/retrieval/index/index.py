@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import re
 import shutil
 import sys
 import threading
@@ -269,16 +270,39 @@ def replace_index(
     """Gives a finished database another index. The old one serves until the new one is whole, and is then deleted.
 
     Raises DatabaseError as `build_index` does, and where another process is at work on the database."""
-    database = Database(root)
-    with lock_folder(database.folder):
-        database = Database(root)
-        old = database.manifest["index"]
-        used = {Path(file["path"]).parts[0] for file in (old["files"] if old else [])}
-        name = OTHER_FOLDER if INDEX_FOLDER in used else INDEX_FOLDER
-        entry = build_index(database, spec, folder=database.folder / name, device=device, progress=progress)
-        write_manifest(database.folder, {**database.manifest, "index": entry})
-        remove_parts(database.folder, entry)
-    return Database(root)
+    with lock_folder(Database(root).folder):
+        return give_index(Database(root), spec, device=device, progress=progress)
+
+
+def give_index(
+    database: Database, spec: str, *, device: str | torch.device = "cpu", progress: Report | None = None
+) -> Database:
+    """`replace_index` for who has locked the database's folder."""
+    old = database.manifest["index"]
+    used = {Path(file["path"]).parts[0] for file in (old["files"] if old else [])}
+    name = OTHER_FOLDER if INDEX_FOLDER in used else INDEX_FOLDER
+    entry = build_index(database, spec, folder=database.folder / name, device=device, progress=progress)
+    write_manifest(database.folder, {**database.manifest, "index": entry})
+    remove_parts(database.folder, entry)
+    return Database(database.folder)
+
+
+def check_spec(spec: str, dim: int | None, count: int = 0) -> None:
+    """Checks before there is a key that an index can be made: `spec` over embeddings of `dim` numbers (None: there will
+    be none), at least about `count` of them.
+
+    Raises DatabaseError for a string that FAISS refuses, and without a FAISS that will be needed."""
+    if dim is None:
+        raise DatabaseError(f"index: got {spec!r} for a database without an embedder; expected none, nothing to index")
+    if spec == EXACT:
+        return
+    if spec == "auto":
+        if choose(spec, count, dim).spec != EXACT:
+            import_faiss(f"about {count:,} chunks by its size; ")
+        return
+    if re.search(r"[A-Za-z]0+(?!\d)", spec):
+        raise DatabaseError(f"index: got {spec!r}; expected lists and codes of a size of at least 1")
+    make_index(import_faiss(), choose(spec, 1 << 40, dim).spec, dim)
 
 
 def save_settings(root: str | Path, **settings: int) -> Database:
@@ -307,14 +331,14 @@ def remove_parts(root: Path, entry: dict[str, Any] | None) -> None:
             folder.rmdir()
 
 
-def import_faiss() -> ModuleType:
+def import_faiss(why: str = "") -> ModuleType:
     """Raises DatabaseError, naming the extras, where FAISS is not there."""
     try:
         import faiss
     except ImportError as error:
         raise DatabaseError(
-            f"this index needs FAISS ({error}): pip install 'retro_kernels[cpu]' (or [gpu]), or make an exact one, "
-            "which needs nothing: `retro-kernels db index DIR --index exact`"
+            f"index: {why}this one needs FAISS ({error}): pip install 'retro_kernels[cpu]' (or [gpu]), or take exact "
+            "search, which needs nothing: --index exact"
         ) from error
     return faiss
 
@@ -417,7 +441,7 @@ class _Builder:
         self.keys = list(database.embeddings(1 << 62))
         self.count, self.dim = len(database), int(database.dim or 0)
         self.choice, self.folder, self.device, self.progress = choice, folder, device, progress
-        index = self._factory()
+        index = make_index(self.faiss, self.choice.spec, self.dim)
         lists = self._lists(index)
         rows = self.count
         if lists is not None:
@@ -450,24 +474,6 @@ class _Builder:
         self._report(self.count)
         return [whole, lists] if lists.exists() else [whole]
 
-    def _factory(self) -> Any:
-        try:
-            index = self.faiss.index_factory(self.dim, self.choice.spec, self.faiss.METRIC_L2)
-        except RuntimeError as error:
-            if "bad_cast" in str(error):
-                raise DatabaseError(
-                    f"index: this build of FAISS ({self.faiss.__version__}) makes no index in a process that has "
-                    "loaded torch before it (std::bad_cast): `import faiss` before torch and retro_kernels, or install "
-                    "another build of FAISS"
-                ) from None
-            raise DatabaseError(
-                f"index: FAISS refuses {self.choice.spec!r} for embeddings of {self.dim} numbers ({_last_line(error)})"
-            ) from None
-        inner = self.faiss.downcast_index(index.index) if hasattr(index, "chain") else index
-        if hasattr(inner, "do_polysemous_training"):
-            inner.do_polysemous_training = False  # takes most of the training of product codes, and is never used here
-        return index
-
     def _lists(self, index: Any) -> Any:
         """The IVF whose lists can be merged, or None: those that cannot (fast scan packs them) are built as a whole."""
         lists = self.faiss.try_extract_index_ivf(index)
@@ -481,13 +487,14 @@ class _Builder:
         path = self.folder / TRAINED
         if path.exists():
             return
-        index = self._factory()
+        index = make_index(self.faiss, self.choice.spec, self.dim)
         if not index.is_trained:
             lists = self.faiss.try_extract_index_ivf(index)
             if lists is not None and self.device.type == "cuda":
                 lists.clustering_index = on_gpu(self.faiss, self.faiss.IndexFlatL2(lists.d), self.device)
             try:
-                index.train(self._sample())
+                with _few_points_allowed(self.faiss, index):
+                    index.train(self._sample())
             except RuntimeError as error:
                 raise DatabaseError(f"index: FAISS cannot train {self.choice.spec!r} ({_last_line(error)})") from None
             if lists is not None:
@@ -513,10 +520,15 @@ class _Builder:
             for first, keys in self.keys:
                 for at in range(max(start, first), min(stop, first + len(keys)), BLOCK):
                     block = np.asarray(keys[at - first : min(at + BLOCK, stop) - first], np.float32)
-                    if numbered:
-                        index.add_with_ids(block, np.arange(at, at + len(block), dtype=np.int64))
-                    else:
-                        index.add(block)
+                    try:
+                        if numbered:
+                            index.add_with_ids(block, np.arange(at, at + len(block), dtype=np.int64))
+                        else:
+                            index.add(block)
+                    except RuntimeError as error:
+                        raise DatabaseError(
+                            f"index: FAISS cannot fill {self.choice.spec!r} ({_last_line(error)})"
+                        ) from None
                     self._report(at + len(block))
             self._write(index, path)
         self._report(stop)
@@ -544,6 +556,52 @@ class _Builder:
     def _report(self, done: int) -> None:
         if self.progress is not None:
             self.progress(done, self.count)
+
+
+def make_index(faiss: ModuleType, spec: str, dim: int) -> Any:
+    """An empty index. Raises DatabaseError for a string that FAISS refuses."""
+    try:
+        index = faiss.index_factory(dim, spec, faiss.METRIC_L2)
+    except RuntimeError as error:
+        if "bad_cast" in str(error):
+            raise DatabaseError(
+                f"index: this build of FAISS ({faiss.__version__}) makes no index in a process that has loaded torch "
+                "before it (std::bad_cast): `import faiss` before torch and retro_kernels, or install another build of "
+                "FAISS"
+            ) from None
+        raise DatabaseError(
+            f"index: FAISS refuses {spec!r} for embeddings of {dim} numbers ({_last_line(error)})"
+        ) from None
+    inner = faiss.downcast_index(index.index) if hasattr(index, "chain") else index
+    if hasattr(inner, "do_polysemous_training"):
+        inner.do_polysemous_training = False  # takes most of the training of product codes, and is never used here
+    return index
+
+
+@contextmanager
+def _few_points_allowed(faiss: ModuleType, index: Any) -> Iterator[None]:
+    """While an index is trained: `choose` has said where keys are few, and FAISS would say it once for every part of
+    every code."""
+    inner = faiss.downcast_index(index.index) if hasattr(index, "chain") else index
+    if hasattr(inner, "pq"):
+        inner.pq.cp.min_points_per_centroid = 1
+    rotations = (
+        [faiss.downcast_VectorTransform(index.chain.at(i)) for i in range(index.chain.size())]
+        if (hasattr(index, "chain"))
+        else []
+    )
+    codes = []  # kept as long as the rotations point to them
+    for rotation in rotations:
+        if isinstance(rotation, faiss.OPQMatrix):
+            codes.append(faiss.ProductQuantizer(rotation.d_out, rotation.M, 8))
+            codes[-1].cp.min_points_per_centroid = 1
+            rotation.pq = codes[-1]
+    try:
+        yield
+    finally:
+        for rotation in rotations:
+            if isinstance(rotation, faiss.OPQMatrix):
+                rotation.pq = None
 
 
 def _last_line(error: Exception) -> str:
