@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,11 +93,11 @@ class Attention(Workload):
         positions = ((h, self.rows + self.slots - 1, d), (h, d), (h, d)) if self.option == RELATIVE else ()
         return ((*query, h, d), (*key, hk, d), (*key, hk, d), *positions)
 
-    def attend(self, *tensors: Tensor, backend: str | None = None) -> Tensor:
+    def attend(self, *tensors: Tensor, backend: str | None = None) -> Any:
         """The operation of retro_kernels on the tensors of `leaves`."""
         import retro_kernels as rk
 
-        options = dict(zip(self.leaves[3:], tensors[3:]), dropout_p=self.dropout_p, backend=backend)
+        options: dict[str, Any] = dict(zip(self.leaves[3:], tensors[3:]), dropout_p=self.dropout_p, backend=backend)
         if self.operation == CCA:
             return rk.chunked_cross_attention(*tensors[:3], chunk_size=self.chunk_size, **options)
         if self.operation == ENCODER_CROSS:
@@ -132,9 +133,11 @@ def fold(workload: Attention, query: Tensor, key: Tensor, value: Tensor, rows: b
     if workload.operation == CCA:
         b, n, _, _ = query.shape
         m, k = workload.chunk_size, workload.num_neighbours
+        key, value = (t.flatten(0, 1).flatten(1, 2).transpose(1, 2) for t in (key, value))
         return Folded(
             fold_query(query, m),
-            *(t.flatten(0, 1).flatten(1, 2).transpose(1, 2) for t in (key, value)),
+            key,
+            value,
             lambda out: unfold_query(out, b, n),
             1,
             k,

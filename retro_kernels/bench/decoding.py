@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class Decode(Workload):
             return {"flops": 4 * b * h * e * (d + slots), "bytes": rows + states + weights, "cache_bytes": states}
         return {"flops": core + 4 * b * slots * e * hk * d, "bytes": rows + states + weights, "cache_bytes": states}
 
-    def attend(self, *tensors: Tensor, backend: str | None = None, strategy: str = "absorb") -> Tensor:
+    def attend(self, *tensors: Tensor, backend: str | None = None, strategy: str = "absorb") -> Any:
         import retro_kernels as rk
 
         query, encoded, w_key, w_value = tensors
@@ -140,7 +141,7 @@ def cached_sdpa(query: Tensor, encoded: Tensor, w_key: Tensor, w_value: Tensor, 
     return _sdpa(query, *cached(name, encoded, make))  # type: ignore[misc]
 
 
-def own_kv(workload: Decode, backend: str, query, encoded, w_key, w_value, name: str = "kv") -> Tensor:
+def own_kv(workload: Decode, backend: str, query, encoded, w_key, w_value, name: str = "kv") -> Any:
     """retro_kernels' decode operation on keys and values that are kept."""
     import retro_kernels as rk
 
@@ -149,7 +150,8 @@ def own_kv(workload: Decode, backend: str, query, encoded, w_key, w_value, name:
     def make():
         return [x.unflatten(1, (k, r)) for x in key_values(encoded, w_key, w_value)]
 
-    key, value = cached(name, encoded, make)  # type: ignore[misc]
+    stored: Any = cached(name, encoded, make)
+    key, value = stored
     return rk.chunked_cross_attention_decode(
         query, key, value, chunk_size=workload.chunk_size, position=workload.positions(query), backend=backend
     )
@@ -287,7 +289,7 @@ class Step(Workload):
             x = x + F.linear(F.gelu(F.linear(_norm(x), w["up"])), w["down"])
         return x
 
-    def attend(self, *tensors: Tensor, backend: str | None = None, strategy: str = "absorb") -> Tensor:
+    def attend(self, *tensors: Tensor, backend: str | None = None, strategy: str = "absorb") -> Any:
         return self.step(lambda query, *x: self.inner.attend(query, *x[:-1], backend=backend), *tensors)
 
     def eager(self) -> Call:
@@ -369,7 +371,7 @@ def variants(workload: Decode | Step, device: torch.device, *, backends: list[st
         result.append(variant(own, functools.partial(own_kv, inner, name), "kv", layered=True))
         result.append(variant(f"retro_kernels[{name} states]", functools.partial(own_states, inner, name), "states"))
     if step:
-        off = workload.with_option(PLAIN)
+        off: Any = workload.with_option(PLAIN)
         way = functools.partial(off.attend)
         result.append(Variant("retro_kernels" + WITHOUT, off, way, extra=_counts(off, "kv")))
     return result

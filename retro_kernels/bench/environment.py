@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from retro_kernels import machine
 
@@ -71,7 +72,7 @@ def collect(device) -> dict:
     import torch
 
     device = torch.device(device)
-    result = {
+    result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
         "python": platform.python_version(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ class Projected(Workload):
     def bytes(self, mode: str, dtype: torch.dtype) -> int:
         return moved_bytes(self, mode, dtype)
 
-    def attend(self, *tensors: Tensor, backend: str | None = None, strategy: str = "materialise") -> Tensor:
+    def attend(self, *tensors: Tensor, backend: str | None = None, strategy: str = "materialise") -> Any:
         import retro_kernels as rk
 
         return rk.projected_chunked_cross_attention(
@@ -158,7 +159,7 @@ class Layer(Workload):
     def bytes(self, mode: str, dtype: torch.dtype) -> int:
         return moved_bytes(self, mode, dtype)
 
-    def attend(self, *tensors: Tensor, backend: str | None = None, strategy: str = "materialise") -> Tensor:
+    def attend(self, *tensors: Tensor, backend: str | None = None, strategy: str = "materialise") -> Any:
         return self.round_attention(functools.partial(self.inner.attend, backend=backend, strategy=strategy), *tensors)
 
     def round_attention(self, attention: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

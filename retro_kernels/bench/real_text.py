@@ -13,12 +13,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import functools
 import os
 import random
 import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +164,7 @@ def run(
     `characters`: of each play, see `text_database.build`.
     After `deadline` (of time.monotonic) nothing more is timed, and what was left out is noted."""
     step("building the model")
-    original = load_model(device, configuration)
+    original: Any = load_model(device, configuration)
     chunk_size, vocabulary = original.chunk_size, original.token_emb.num_embeddings
     step("text, embeddings and neighbours")
     corpus = text_database.build(
@@ -198,7 +200,9 @@ def run(
     step("comparing with dropout")
     with_dropout = [dtype for dtype in right if _check_dropout(swapped, sequence, retrieved, dtype, result)]
     # After all comparisons, because training steps change the weights; the fastest first, in case the time ends.
-    jobs = [(p, dtype) for p in (0.0, DROPOUT) for dtype in sorted(right if p == 0 else with_dropout, key=costs.get)]
+    jobs = [
+        (p, dtype) for p in (0.0, DROPOUT) for dtype in sorted(right if p == 0 else with_dropout, key=costs.__getitem__)
+    ]
     for i, (p, dtype) in enumerate(jobs):
         what = f"{dtype} with dropout" if p > 0 else dtype
         left = (deadline - time.monotonic()) / sum(1.0 if later == 0 else 0.5 for later, _ in jobs[i:])
@@ -329,7 +333,7 @@ def _time(models, sequence, retrieved, dtype, protocol: Protocol, device, memory
             times[name, "training step"].append(end - start)
     peaks: dict[tuple[str, str], int | None] = {}
     for name in models if memory else ():
-        peaks[name, "training step"] = peak_extra_bytes(lambda name=name: training_step(name), device)
+        peaks[name, "training step"] = peak_extra_bytes(functools.partial(training_step, name), device)
     optimizers.clear()
     layers = {} if dropout else _layer_calls(models, sequence, retrieved, dtype, device)
     for stage, calls in layers.items():
@@ -337,11 +341,11 @@ def _time(models, sequence, retrieved, dtype, protocol: Protocol, device, memory
             times[name, stage] = samples.milliseconds
         for name, timed in calls.items() if memory else ():
             peaks[name, stage] = peak_extra_bytes(timed.call, device)
-    end = f", dropout {dropout:g}" if dropout else ""
+    suffix = f", dropout {dropout:g}" if dropout else ""
     return [
         {
             "dtype": dtype,
-            "stage": stage + end,
+            "stage": stage + suffix,
             "variant": name,
             **Samples(values).summary(),
             "peak_extra_bytes": peaks.get((name, stage)),

@@ -143,11 +143,11 @@ def page(document: dict) -> str:
     parts.append("<h2>Not timed, and why</h2>")
     parts.append(_table(("what", "why"), [list(entry) for entry in missing], left=2) if missing else "<p>Nothing.</p>")
     if document.get("checks"):
-        rows = [[entry["check"], entry["status"], entry["detail"]] for entry in document["checks"]]
-        parts += ["<h2>Checks</h2>", _table(("check", "status", "found"), rows, left=3)]
+        found = [[entry["check"], entry["status"], entry["detail"]] for entry in document["checks"]]
+        parts += ["<h2>Checks</h2>", _table(("check", "status", "found"), found, left=3)]
     if document["parts"]:
-        rows = [[p["name"], p["status"], f"{p['seconds']:.0f}", p.get("detail") or ""] for p in document["parts"]]
-        parts += ["<h2>Parts of the run</h2>", _table(("part", "status", "seconds", "detail"), rows, left=2)]
+        found = [[p["name"], p["status"], f"{p['seconds']:.0f}", p.get("detail") or ""] for p in document["parts"]]
+        parts += ["<h2>Parts of the run</h2>", _table(("part", "status", "seconds", "detail"), found, left=2)]
     parts.append("<h2>Environment</h2>" + _table(("", ""), _flat(environment) + _flat(document["settings"]), left=2))
     return "\n".join(parts) + "\n"
 

@@ -122,7 +122,7 @@ def run(workloads: Iterable[Workload], settings: Settings, ceilings: Ceilings, w
             reason, status = str(error), SKIPPED
         except Exception as error:  # the rest of a run of many minutes must not be lost
             reason = f"fp64 reference: {type(error).__name__}: {_first_line(error)}"
-        if reason is not None:
+        if base is None or reason is not None:
             add(
                 [
                     _row(workload, name, mode, "all", status, reason)
@@ -218,12 +218,12 @@ def _case(workload, dtype, mode, inputs, truths, settings: Settings, ceilings, w
             rows[name].whole_scratch_bytes = scratch
     watcher.step(f"{dtype} {mode}: timing {len(timed)} variants")
     try:
-        found = interleaved(timed, device, settings.protocol, seed=SEED)
+        samples_of = interleaved(timed, device, settings.protocol, seed=SEED)
     except torch.OutOfMemoryError:
-        found = {}
+        samples_of = {}
         for name in timed:
             rows[name].status, rows[name].reason = FAILED, "out of memory while all variants were timed"
-    for name, samples in found.items():
+    for name, samples in samples_of.items():
         row = rows[name]
         computed = workload.with_option(PLAIN) if name.endswith(WITHOUT) else workload
         # Decoding's ways differ in what they must do; each was given the counts of its own.

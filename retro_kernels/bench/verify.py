@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ class Truth:
 
     def _reference(self, part: Slice, inputs: tuple[Tensor, ...]) -> Result:
         """Head by head where all heads' logits at once would be too many (but not with dropout, which counts heads)."""
-        workload = self.workload
+        workload: Any = self.workload
         mode = workload.modes[-1]
         rows = (workload.rows,) if workload.operation == CAUSAL_SELF else ()
         pairs = workload.pairs()[0] if workload.operation in ATTENTIONS else 0

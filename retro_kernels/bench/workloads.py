@@ -82,7 +82,7 @@ NAMES = {
 }
 """The workloads of each operation. (For a decoder's self-attention k changes nothing.)"""
 
-DEFAULT = {
+DEFAULT: dict[tuple[str, str], tuple[str, ...]] = {
     (CCA, PLAIN): NAMES[CCA],
     (ENCODER_SELF, PLAIN): NAMES[ENCODER_SELF],
     (ENCODER_CROSS, PLAIN): NAMES[ENCODER_CROSS],
@@ -101,7 +101,7 @@ DEFAULT = {
 }
 """The workloads that a run times by default, by (operation, option)."""
 
-QUICK = {
+QUICK: dict[tuple[str, str], tuple[str, ...]] = {
     (CCA, PLAIN): ("retro-172m",),
     (ENCODER_SELF, PLAIN): ("encoder-896",),
     (ENCODER_CROSS, PLAIN): ("encoder-896",),
