@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .db_common import Folder, counting, say, say_json, show_errors, show_progress
+from .db_common import Folder, counting, printable, say, say_json, show_errors, show_progress
+
+KEYS_OF_ANOTHER = 0.95
+"""The recall below which keys and embedder are said not to belong together."""
 
 
 def index(
@@ -42,16 +45,32 @@ def evaluate(
     """Compares the index with exact search: recall and queries a second of its settings, and which to take."""
     import numpy as np
 
-    from retro_kernels.retrieval import Database
+    from retro_kernels.retrieval import Database, DatabaseError, Retriever
     from retro_kernels.retrieval.index.evaluation import evaluate_search
     from retro_kernels.retrieval.index.evaluation import plot as draw
     from retro_kernels.retrieval.index.index import save_settings
 
     with show_errors(ImportError):
         given = None if query_file is None else np.load(query_file, allow_pickle=False)
-        found = evaluate_search(
-            Database(folder), k=k, num_queries=queries, queries=given, recall=recall, seed=seed, device=device
-        )
+        database = Database(folder)
+        embed = None
+        if given is None:
+            try:
+                embed = Retriever(database, device=device).embed_chunks
+            except DatabaseError as error:
+                typer.echo(printable(f"asked with stored keys, as nothing can be embedded here: {error}"), err=True)
+        with show_progress() as report:
+            found = evaluate_search(
+                database,
+                k=k,
+                num_queries=queries,
+                queries=given,
+                embed=embed,
+                recall=recall,
+                seed=seed,
+                device=device,
+                progress=counting("evaluate", report),
+            )
         if plot is not None:
             draw(found, plot)
         if save and found.points:
@@ -78,4 +97,11 @@ def evaluate(
         "" if names else "exact",
     )
     Console().print(table)
+    if found.embedded_recall is not None:
+        say(f"recall@{k} of exact search asked with what a retriever embeds: {found.embedded_recall:.3f}")
+    if found.embedded_recall is not None and found.embedded_recall < KEYS_OF_ANOTHER:
+        say(
+            "  warning: the database's keys are not what its embedder makes of its chunks' tokens. Where the tokenizer "
+            "knows little of the text, a database of an older release is such: build it anew"
+        )
     say(f"recommended: {found.reason}" + (" (saved)" if save and found.points else ""))

@@ -273,6 +273,11 @@ class Retriever:
             ids, _ = self._search(queries, chunks, own[:, None], none, self.num_neighbours, labels)
         return ids[torch.from_numpy(again.reshape(-1))]
 
+    def embed_chunks(self, chunks: Tensor) -> Tensor:
+        """int64 [q, m], -1 for no token -> float32 [q, dim]: the queries that `retrieve` searches with."""
+        with self._turn:
+            return self._embed(self._texts(chunks))
+
     def submit(self, chunks: Tensor | np.ndarray, **given: Any) -> Future[Retrieved]:
         """`retrieve` in another thread: work goes on while the neighbours are looked up."""
         if self._closed:

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from retrieval_common import CHUNK, database_of
+from retrieval_common import CHUNK, Letters, database_of
 from typer.testing import CliRunner
 
 from retro_kernels.cli.db import app
-from retro_kernels.retrieval import Database, DatabaseError, ShardWriter, finish_database, open_index
+from retro_kernels.retrieval import Database, DatabaseError, Retriever, ShardWriter, finish_database, open_index
 from retro_kernels.retrieval.index import evaluation, exact
 from retro_kernels.retrieval.index import index as index_module
 from retro_kernels.retrieval.index.choice import EXACT, choose, lists_of
@@ -470,8 +470,9 @@ def test_the_commands(copy, tmp_path):
     shown = runner.invoke(app, ["evaluate", str(copy), "--queries", "100", "--save"])
     assert shown.exit_code == 0, shown.output
     assert "recommended" in shown.output
+    assert "asked with stored keys" in shown.stderr  # its embedder is none that can be loaded
     report = runner.invoke(app, ["evaluate", str(copy), "--queries", "100", "--json"])
-    assert json.loads(report.output)["num_queries"] == 100
+    assert json.loads(report.stdout)["num_queries"] == 100
     np.save(tmp_path / "q.npy", np.zeros((3, DIM + 1), np.float32))
     wrong = runner.invoke(app, ["evaluate", str(copy), "--query-file", str(tmp_path / "q.npy")])
     assert wrong.exit_code == 1
@@ -510,3 +511,14 @@ def test_ties_come_by_the_smallest_chunk_whatever_k_is(tmp_path):
     flat.add(np.tile(keys, (100, 1)))
     found = flat.search(keys[:20], 100)[1]
     assert [sorted(row) for row in found.tolist()] == order
+
+
+def test_an_evaluation_asks_with_what_a_retriever_embeds(tmp_path):
+    """Keys that are not what the embedder makes of the chunks' tokens are told by it; stored keys would hide them."""
+    database = database_of(tmp_path / "db", 40)
+    retriever = Retriever(database, embedder=Letters())
+    found = evaluate_search(database, num_queries=100, embed=retriever.embed_chunks)
+    assert found.embedded_recall == 1.0
+    other = evaluate_search(database, num_queries=100, embed=lambda tokens: retriever.embed_chunks(tokens).flip(-1))
+    assert other.embedded_recall < 0.9
+    assert evaluate_search(database, num_queries=100).embedded_recall is None

@@ -46,6 +46,9 @@ class Evaluation:
     """Empty where the database's own search is exact."""
     recommended: dict[str, int]
     reason: str
+    embedded_recall: float | None = None
+    """The recall of exact search asked with what a retriever embeds of the chunks' tokens, against that asked with
+    their stored keys: 1, unless the database's keys are not its embedder's. None where nothing was embedded."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -57,6 +60,7 @@ def evaluate_search(
     k: int = 2,
     num_queries: int = 1000,
     queries: np.ndarray | Tensor | None = None,
+    embed: Callable[[Tensor], Tensor] | None = None,
     recall: float = 0.95,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -64,8 +68,10 @@ def evaluate_search(
 ) -> Evaluation:
     """Recall@k and queries a second of every setting of the database's index, and the fastest that reaches `recall`.
 
-    queries: floating [q, dim] that are not in the database; by default `num_queries` of its own embeddings, drawn with
-    `seed`, each without itself among what is found. progress: called with the settings that are done and all.
+    queries: floating [q, dim] that are not in the database; by default `num_queries` of its own chunks, drawn with
+    `seed`, each without itself among what is found. embed: makes their queries [q, dim] of their tokens [q, m] (-1:
+    none), as `Retriever.embed_chunks`; without it their stored keys are the queries. progress: called with the
+    settings that are done and all.
 
     Raises ValueError for k, num_queries or recall that cannot be, DatabaseError as `open_index` does.
     """
@@ -84,6 +90,11 @@ def evaluate_search(
     given = torch.as_tensor(queries)
     truth = Index(database, find_device(device), {})
     true, seconds = _time_search(functools.partial(_found, truth, given, own, k, {}))
+    embedded_recall = None
+    if own is not None and embed is not None:
+        tokens, mask = database.chunks(own, database.chunk_size)
+        given = embed(tokens.long().masked_fill_(~mask, -1)).cpu()
+        embedded_recall = _recall(_found(truth, given, own, k, {}), true)
     exact_rate = len(given) / seconds
     sweep = _sweep(index)
     points = []
@@ -91,12 +102,17 @@ def evaluate_search(
         if progress is not None:
             progress(done, len(sweep))
         found, seconds = _time_search(functools.partial(_found, index, given, own, k, settings))
-        hits = (found[:, :, None] == true[:, None]) & (true[:, None] >= 0)
-        points.append(Point(settings, float(hits.sum() / (true >= 0).sum().clamp(min=1)), len(given) / seconds))
+        points.append(Point(settings, _recall(found, true), len(given) / seconds))
     if progress is not None:
         progress(len(sweep), len(sweep))
     recommended, reason = _recommend(points, recall)
-    return Evaluation(index.description, k, len(given), exact_rate, points, recommended, reason)
+    return Evaluation(index.description, k, len(given), exact_rate, points, recommended, reason, embedded_recall)
+
+
+def _recall(found: Tensor, true: Tensor) -> float:
+    """The share of the ids `true` [q, k] (-1: none) that are in the same row of `found` [q, k]."""
+    hits = (found[:, :, None] == true[:, None]) & (true[:, None] >= 0)
+    return float(hits.sum() / (true >= 0).sum().clamp(min=1))
 
 
 def plot(evaluation: Evaluation, path: Path) -> None:
