@@ -16,10 +16,11 @@ call of a causal attention runs its own code.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -27,16 +28,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..models.config import RetroConfig
 from ..nn import ChunkedCrossAttention, NeighbourEncoder
 from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
 from .base import AS_TRAINED, PAPER, FusedForward, class_names, warn_once
+from .tensors import Tensors
 
+NAME = "retro-pytorch"
 VERSION = "0.3.9"
 MODULE = "retro_pytorch.retro_pytorch."
 CCA, ATTENTION, ENCODER = (MODULE + name for name in ("ChunkedCrossAttention", "Attention", "Encoder"))
+MODEL = MODULE + "RETRO"
 LOOKS_FOR = (CCA, ATTENTION)
 
 # SHA-256 of the source of each function that the fused forward stands for. Another source is not known to compute the
@@ -51,6 +56,9 @@ KNOWN_SOURCES = {
     "FeedForward.forward": "a497c13e93e9480a929b39e41637489d98f5f6a0087aeedcc9717619489b4043",
     "RMSNorm.forward": "aa67bd1ec8d348e188508fe86e6f06fcf202973fc855e83d6c5778c9c249b80c",
     "RotaryEmbedding.forward": "17c518ff3bac6c385d8e32167599d3030f553ceade2f314e883610be88a3e2a0",
+    "Decoder.forward": "82620e3fac38042e1ac3a31af57579e47e1ee43eb11b84b73da92394c2aed9e8",
+    "RETRO.forward": "79d01a0bbc42051510f3014f21648a4705962c25b46e96c8e2608ed60e77a7ef",
+    "RETRO.forward_without_retrieval": "6803426927fbe66b0d303487a441da01e47247ac45555fd7e68b8107d0fcb387",
     "rotate_half": "f2c2cc68e50fa339a232d4800fb154d7481282d39f948490f9e7c44602c086bd",
 }
 PARTS = {"to_q", "to_k", "to_v", "to_out", "dropout"}
@@ -149,9 +157,9 @@ def to_encoder(module: Any, *, chunk_size: int = 64, **options: Any) -> Neighbou
     to its constructor. It takes neighbours as [b, l, k, r, dim] and the decoder's activations as [b, n, context_dim],
     where the module takes both by neighbour.
 
-    Raises ValueError when the module is not retro-pytorch 0.3.9's Encoder, or has gated norms.
+    Raises ValueError when the module is not retro-pytorch 0.3.9's Encoder.
     """
-    reason = _encoder_refusal(module) if ENCODER in class_names(module) else f"its class is {class_names(module)[0]}"
+    reason = _parts_refusal(module) if ENCODER in class_names(module) else f"its class is {class_names(module)[0]}"
     if reason is not None:
         raise ValueError(f"module: got {type(module).__name__}, expected an {ENCODER} of {VERSION}, but {reason}")
     own = module.layers[0][0].fn
@@ -160,6 +168,8 @@ def to_encoder(module: Any, *, chunk_size: int = 64, **options: Any) -> Neighbou
     post_norm = type(module.layers[0][0]).__name__ == "PostNorm"
     norm = module.layers[0][0].norm
     kind = {"norm": "layer", "norm_eps": norm.eps} if isinstance(norm, nn.LayerNorm) else {"norm_eps": norm.eps**2}
+    if getattr(norm, "weight", None) is not None and not isinstance(norm, nn.LayerNorm):
+        kind["norm"] = "gated_rms"
     if post_norm:
         kind |= {"norm_position": "post", "residual_scale": float(module.layers[0][0].scale_residual)}
     settings: dict[str, Any] = {
@@ -183,6 +193,8 @@ def to_encoder(module: Any, *, chunk_size: int = 64, **options: Any) -> Neighbou
     )
     state: dict[str, torch.Tensor] = {}
 
+    renamed_norm = {"gamma": "weight", "weight": "gate"} if hasattr(norm, "gamma") else {}
+
     def take(name: str, source: nn.Module, **renamed: str) -> None:
         for key, value in source.named_parameters():
             state[f"{name}.{renamed.get(key, key)}"] = value
@@ -191,16 +203,317 @@ def to_encoder(module: Any, *, chunk_size: int = 64, **options: Any) -> Neighbou
     for i, (attention, cross, feed_forward) in enumerate(module.layers):
         for kind_name, part in (("self", attention), ("cross", cross)):
             if part is not None:
-                take(f"layers.{i}.{kind_name}_norm", part.norm, gamma="weight")
+                take(f"layers.{i}.{kind_name}_norm", part.norm, **renamed_norm)
                 for theirs, ours in linear.items():
                     take(f"layers.{i}.{kind_name}_attention.{ours}", getattr(part.fn, theirs))
-        take(f"layers.{i}.feed_forward_norm", feed_forward.norm, gamma="weight")
+        take(f"layers.{i}.feed_forward_norm", feed_forward.norm, **renamed_norm)
         take(f"layers.{i}.feed_forward.w_in", feed_forward.fn.ff[0])
         take(f"layers.{i}.feed_forward.w_out", feed_forward.fn.ff[3])
-    take("final_norm", module.norm_out, gamma="weight")
+    take("final_norm", module.norm_out, **renamed_norm)
     take("w_out", module.project_out)
     encoder.load_state_dict(state)
     return encoder.train(module.training)
+
+
+# The dialect: what of a RetroConfig is the same for all of its models. (Sizes and the rest: `convert`.)
+PRESET: dict[str, Any] = {
+    "tied_embeddings": False,
+    "readout_bias": True,
+    "shared_embeddings": True,
+    "absolute_positions": "decoder",
+    "positions": "rotary",
+    "null_slot": True,
+    "attention_biases": ("out",),
+    "feed_forward_biases": True,
+}
+DEEPNET: dict[str, Any] = {
+    "norm": "layer",
+    "norm_position": "post",
+    "norm_eps": 1e-5,
+    "final_norm": False,
+    "encoder_final_norm": False,
+}
+HEADS = 8  # RETRO(heads=...) does not reach its layers
+EPS = 1e-8**2  # its norms divide by at least 1e-8
+
+
+def is_model(module: nn.Module) -> bool:
+    """Whether it is a whole RETRO."""
+    return MODEL in class_names(module)
+
+
+def is_weights(names: Mapping[str, Any]) -> bool:
+    """Whether these are the names of its state dict."""
+    return {"token_emb.weight", "pos_emb.weight", "to_logits.weight", "decoder.rotary_pos_emb.inv_freq"} <= names.keys()
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """What its state dict does not tell, as fields of a RetroConfig. Raises ValueError for another version."""
+    reason = _parts_refusal(model)
+    reason = reason or _describe_change("RETRO.forward_without_retrieval", type(model).forward_without_retrieval)
+    ccas = [x for x in model.modules() if CCA in class_names(x)]
+    if reason is None and len({_positions_of(x) for x in ccas}) > 1:
+        reason = "some of its chunked cross-attentions are swapped with other positions than the rest"
+    if reason is not None:
+        raise ValueError(f"source: got a {type(model).__name__}, expected one of {NAME} {VERSION}, but {reason}")
+    (own, _, feed_forward), (encoder_own, _, encoder_feed_forward) = model.decoder.layers[0], model.encoder.layers[0]
+    m, norm = model.chunk_size, own.norm
+    found = {
+        "num_heads": own.fn.heads,
+        "encoder_heads": encoder_own.fn.heads,
+        "attention_scale": own.fn.scale,
+        "chunk_size": m,
+        "pad_token_id": model.pad_id,
+        "norm_eps": norm.eps if isinstance(norm, nn.LayerNorm) else norm.eps**2,
+        "dropout": own.fn.dropout.p,
+        "feed_forward_dropout": feed_forward.fn.ff[2].p,
+        "encoder_dropout": encoder_own.fn.dropout.p,
+        "encoder_feed_forward_dropout": encoder_feed_forward.fn.ff[2].p,
+        "cross_query_positions": shifted_twice(m),
+    }
+    if any(_positions_of(x) == PAPER for x in ccas):
+        found["cross_query_positions"] = None
+    if hasattr(own, "scale_residual"):
+        found |= {
+            "residual_scale": float(own.scale_residual),
+            "encoder_residual_scale": float(encoder_own.scale_residual),
+        }
+    return found
+
+
+def shifted_twice(chunk_size: int) -> tuple[float, ...]:
+    """The positions 2m - 2, 0, 0, ..., 0 by which its chunked cross-attention turns the rows of a chunk."""
+    return 2.0 * chunk_size - 2.0, *[0.0] * (chunk_size - 1)
+
+
+def convert(tensors: Tensors, options: dict[str, Any]) -> tuple[RetroConfig, dict[str, torch.Tensor]]:
+    """Its tensors, and what `describe` or the caller says besides, as a config and the weights of a `Retro`. Of a state
+    dict alone the caller must say `chunk_size`."""
+    if "chunk_size" not in options:
+        raise ValueError(
+            f"chunk_size: got none, which the weights of {NAME} do not tell, expected the model's: give it"
+        )
+    m = options["chunk_size"]
+    depth, encoder_depth = tensors.count("decoder.layers.{}."), tensors.count("encoder.layers.{}.")
+    vocab_size, width = tensors.shape("token_emb.weight")
+    model_dim = tensors.shape("to_logits.weight")[1]
+    inner = tensors.shape("decoder.layers.0.0.fn.to_q.weight")[0]
+    heads, encoder_heads = options.get("num_heads", HEADS), options.get("encoder_heads", HEADS)
+    head_dim = inner // heads
+    kind: dict[str, Any] = {"norm_eps": EPS}
+    if "decoder.layers.0.0.norm.bias" in tensors:
+        kind = {"norm": "layer", "norm_eps": 1e-5}
+        if "decoder.norm_out.bias" not in tensors:
+            kind = {
+                **DEEPNET,
+                "residual_scale": (3 * depth) ** 0.25,
+                "encoder_residual_scale": 0.81 * (encoder_depth**4 * depth) ** 0.0625,
+            }
+    elif "decoder.layers.0.0.norm.weight" in tensors:
+        kind["norm"] = "gated_rms"
+    config = RetroConfig(
+        **{
+            **PRESET,
+            **kind,
+            "vocab_size": vocab_size,
+            "embedding_dim": width,
+            "model_dim": model_dim,
+            "num_layers": depth,
+            "num_heads": heads,
+            "head_dim": head_dim,
+            "feed_forward_dim": tensors.shape("decoder.layers.0.2.fn.ff.0.weight")[0],
+            "cross_attention_layers": _crossing(tensors, "decoder.layers.{}.1.norm.", depth),
+            "encoder_dim": width,
+            "encoder_layers": encoder_depth,
+            "encoder_heads": encoder_heads,
+            "encoder_head_dim": inner // encoder_heads,
+            "encoder_feed_forward_dim": tensors.shape("encoder.layers.0.2.fn.ff.0.weight")[0],
+            "encoder_cross_attention_layers": _crossing(tensors, "encoder.layers.{}.1.norm.", encoder_depth),
+            "encoder_output_dim": model_dim,
+            "max_length": tensors.shape("pos_emb.weight")[0],
+            "rotary_dim": 2 * tensors.shape("decoder.rotary_pos_emb.inv_freq")[0],
+            "cross_query_positions": shifted_twice(m),
+            "pad_token_id": 0,
+            **options,
+        }
+    )
+    for part in ("decoder", "encoder"):
+        given = tensors.take(f"{part}.rotary_pos_emb.inv_freq").float().cpu()
+        if not torch.allclose(given, _frequencies(2 * len(given)), rtol=1e-2):  # as far as bfloat16 tells
+            raise ValueError(f"{tensors.source}: got other rotary frequencies in {part} than those of {NAME} {VERSION}")
+    return config, {ours: tensors.take(theirs, shape) for theirs, ours, shape in _parameters(config)}
+
+
+def export(config: RetroConfig, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of a RETRO with the function of a `Retro`; see `arguments`."""
+    arguments(config)
+    state = {
+        theirs: weights[ours].reshape(_their_shape(ours, weights[ours])) for theirs, ours, _ in _parameters(config)
+    }
+    state |= {
+        f"{part}.rotary_pos_emb.inv_freq": _frequencies(config.rotary_dim or 0) for part in ("decoder", "encoder")
+    }
+    return state
+
+
+def arguments(config: RetroConfig) -> dict[str, Any]:
+    """The arguments of `retro_pytorch.RETRO` for a model with the function of a `Retro`.
+
+    Raises ValueError for a config that it cannot express, naming the first field.
+    """
+    deepnet = config.norm_position == "post"
+    width = config.head_dim or 0
+    wanted = {
+        **PRESET,
+        **(DEEPNET if deepnet else {"final_norm": True, "encoder_final_norm": True}),
+        "norm": "layer" if deepnet else config.norm,
+        "num_heads": HEADS,
+        "encoder_heads": HEADS,
+        "encoder_head_dim": width,
+        "num_kv_heads": HEADS,
+        "encoder_dim": config.embedding_dim,
+        "encoder_output_dim": config.model_dim,
+        "feed_forward_dim": 4 * config.model_dim,
+        "encoder_feed_forward_dim": 4 * config.encoder_dim,
+        "attention_scale": (None, width**-0.5),
+        "rotary_dim": min(width, 32),
+        "cross_query_positions": shifted_twice(config.chunk_size),
+        "cross_attention_kv_heads": HEADS,
+        "cross_attention_biases": ("out",),
+        "hidden_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "encoder_hidden_dropout": 0.0,
+        "activation": "gelu",
+        "pad_token_id": range(config.vocab_size),
+        "norm_eps": 1e-5 if config.norm == "layer" else EPS,
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(RetroConfig)}
+    wanted |= {name: defaults[name] for name in OTHERWISE_PLAIN}
+    for name, expected in wanted.items():
+        given = getattr(config, name)
+        if given not in expected if isinstance(expected, (range, tuple)) and name in LISTED else given != expected:
+            raise ValueError(f"config: got {name} = {given!r}, which {NAME} has not, expected {expected!r}")
+    if width < 32:
+        raise ValueError(f"config: got head_dim = {width}, which {NAME} has not, expected at least 32")
+    return {
+        "num_tokens": config.vocab_size,
+        "max_seq_len": config.max_length,
+        "enc_dim": config.encoder_dim,
+        "enc_depth": config.encoder_layers,
+        "enc_cross_attn_layers": config.encoder_cross_attention_layers,
+        "dec_dim": config.model_dim,
+        "dec_depth": config.num_layers,
+        "dec_cross_attn_layers": config.cross_attention_layers,
+        "dim_head": width,
+        "enc_attn_dropout": config.encoder_dropout,
+        "enc_ff_dropout": config.encoder_feed_forward_dropout,
+        "dec_attn_dropout": config.dropout,
+        "dec_ff_dropout": config.feed_forward_dropout,
+        "chunk_size": config.chunk_size,
+        "pad_id": config.pad_token_id,
+        "norm_klass": nn.LayerNorm if config.norm == "layer" and not deepnet else None,
+        "gated_rmsnorm": config.norm == "gated_rms",
+        "use_deepnet": deepnet,
+        **(
+            {"enc_scale_residual": config.encoder_residual_scale, "dec_scale_residual": config.residual_scale}
+            if deepnet
+            else {}
+        ),
+    }
+
+
+# Fields that it has no choice in beyond PRESET, and those of `arguments` of which several values will do.
+OTHERWISE_PLAIN = (
+    "gated_feed_forward",
+    "cross_attention_gate",
+    "self_positions",
+    "cross_positions",
+    "encoder_positions",
+    "encoder_cross_positions",
+    "rotary_base",
+    "rotary_interleaved",
+    "rotary_frequencies",
+    "qk_norm",
+    "encoder_conditioning",
+    "encoder_context_norm",
+    "encoder_cross_residual",
+    "align",
+    "partial_chunk",
+)
+LISTED = ("attention_scale", "pad_token_id")
+
+
+def _parameters(config: RetroConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name there, name in a `Retro`, shape in it) of every parameter."""
+    d, e, h, w = config.model_dim, config.encoder_dim, config.num_heads, config.head_dim or 0
+    inner, encoder_inner = h * w, config.encoder_heads * config.encoder_head_dim
+
+    def norm(theirs: str, ours: str, width: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        names = {"rms": {"gamma": "weight"}, "gated_rms": {"gamma": "weight", "weight": "gate"}}
+        for their, our in names.get(config.norm, {"weight": "weight", "bias": "bias"}).items():
+            yield f"{theirs}.{their}", f"{ours}.{our}", (width,)
+
+    def linear(theirs: str, ours: str, inputs: int, outputs: int, bias: bool = True):
+        yield f"{theirs}.weight", f"{ours}.weight", (outputs, inputs)
+        if bias:
+            yield f"{theirs}.bias", f"{ours}.bias", (outputs,)
+
+    def attention(theirs: str, ours: str, width: int, source: int, inner: int):
+        yield from linear(f"{theirs}.to_q", f"{ours}.w_query", width, inner, False)
+        yield from linear(f"{theirs}.to_k", f"{ours}.w_key", source, inner, False)
+        yield from linear(f"{theirs}.to_v", f"{ours}.w_value", source, inner, False)
+        yield from linear(f"{theirs}.to_out", f"{ours}.w_out", inner, width)
+
+    def feed_forward(theirs: str, ours: str, width: int, inner: int):
+        yield from norm(f"{theirs}.norm", f"{ours}_norm", width)
+        yield from linear(f"{theirs}.fn.ff.0", f"{ours}.w_in", width, inner)
+        yield from linear(f"{theirs}.fn.ff.3", f"{ours}.w_out", inner, width)
+
+    yield "token_emb.weight", "embedding.weight", (config.vocab_size, e)
+    yield "pos_emb.weight", "position_embedding.weight", (config.max_length, e)
+    if e != d:
+        yield from linear("to_decoder_model_dim", "embedding_projection", e, d)
+    for i in range(config.num_layers):
+        theirs, ours = f"decoder.layers.{i}", f"blocks.{i}"
+        yield from norm(f"{theirs}.0.norm", f"{ours}.self_norm", d)
+        yield from attention(f"{theirs}.0.fn", f"{ours}.self_attention", d, d, inner)
+        if i + 1 in config.cross_attention_layers:
+            yield from norm(f"{theirs}.1.norm", f"{ours}.cross_norm", d)
+            yield from attention(f"{theirs}.1.fn.cross_attn", f"{ours}.cross_attention", d, d, inner)
+            for part in ("k", "v"):
+                null = {"k": "null_key", "v": "null_value"}[part]
+                yield f"{theirs}.1.fn.cross_attn.null_{part}", f"{ours}.cross_attention.{null}", (h, w)
+        yield from feed_forward(f"{theirs}.2", f"{ours}.feed_forward", d, config.feed_forward_dim or 0)
+    for i in range(config.encoder_layers):
+        theirs, ours = f"encoder.layers.{i}", f"encoder.layers.{i}"
+        yield from norm(f"{theirs}.0.norm", f"{ours}.self_norm", e)
+        yield from attention(f"{theirs}.0.fn", f"{ours}.self_attention", e, e, encoder_inner)
+        if i + 1 in config.encoder_cross_attention_layers:
+            yield from norm(f"{theirs}.1.norm", f"{ours}.cross_norm", e)
+            yield from attention(f"{theirs}.1.fn", f"{ours}.cross_attention", e, d, encoder_inner)
+        yield from feed_forward(f"{theirs}.2", f"{ours}.feed_forward", e, config.encoder_feed_forward_dim or 0)
+    if config.final_norm:
+        yield from norm("decoder.norm_out", "final_norm", d)
+        yield from norm("encoder.norm_out", "encoder.final_norm", e)
+    yield from linear("encoder.project_out", "encoder.w_out", e, d)
+    yield from linear("to_logits", "readout", d, config.vocab_size)
+
+
+def _their_shape(ours: str, tensor: torch.Tensor) -> tuple[int, ...]:
+    return (tensor.numel(),) if ours.endswith(("null_key", "null_value")) else tuple(tensor.shape)
+
+
+def _crossing(tensors: Tensors, pattern: str, depth: int) -> tuple[int, ...]:
+    return tuple(i + 1 for i in range(depth) if any(name.startswith(pattern.format(i)) for name in tensors.left))
+
+
+def _frequencies(rotary_dim: int) -> torch.Tensor:
+    return 1.0 / 10000 ** (torch.arange(0, rotary_dim, 2).float() / rotary_dim)
+
+
+def _positions_of(cca: nn.Module) -> str:
+    present = vars(cca).get("forward")
+    return (present.positions or AS_TRAINED) if isinstance(present, FusedForward) else AS_TRAINED
 
 
 class FusedRetroPytorch(FusedForward):
@@ -439,8 +752,9 @@ def _attention_source(attention: nn.Module) -> str | None:
     )
 
 
-def _encoder_refusal(encoder: nn.Module) -> str | None:
-    for name, module in encoder.named_modules():
+def _parts_refusal(model: nn.Module) -> str | None:
+    """Why a part of an encoder, or of a whole model, is not known to compute what it did in VERSION."""
+    for name, module in model.named_modules():
         theirs = [kind for kind in class_names(module) if kind.startswith(MODULE)]
         if not theirs:
             continue
@@ -448,11 +762,17 @@ def _encoder_refusal(encoder: nn.Module) -> str | None:
         if not isinstance(vars(module).get("forward", None), (FusedForward, type(None))):
             return f"something else has replaced forward on {name or 'it'}"
         reason = _describe_change(f"{kind}.forward", type(module).forward)
-        if kind == "Attention":
+        if kind == "ChunkedCrossAttention":
+            reason = refusal(module)
+        elif kind == "Attention" and module.null_k is None:
             reason = _attention_structure(module, null_slot=False) or _attention_source(module)
-            reason = reason or ("it is causal" if module.causal else None)
-        elif kind == "RMSNorm" and module.weight is not None:
-            reason = "it is gated, which NeighbourEncoder has not (swap serves such an encoder)"
+            own = name.startswith("decoder.") and name.endswith(".0.fn")
+            if reason is None and module.causal != own:
+                reason = f"it is {'not ' if own else ''}causal"
+        elif kind in ("PreNorm", "PostNorm") and not (
+            isinstance(module.norm, nn.LayerNorm) or MODULE + "RMSNorm" in class_names(module.norm)
+        ):
+            reason = f"its norm is a {type(module.norm).__name__}, expected RMSNorm or nn.LayerNorm"
         if reason is not None:
             return f"of {name or 'it'}, {reason}"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from ..ops.backends import ATTENTION as BACKENDS
 from ..ops.verification import verdicts
 from . import retro_pytorch
 from .base import AS_TRAINED, PAPER, FusedForward, Integration
+
+if TYPE_CHECKING:
+    from ..models.generation import Generated
 
 INTEGRATIONS: tuple[Integration, ...] = (retro_pytorch,)  # type: ignore[assignment]
 
@@ -38,6 +41,7 @@ class SwapReport:
         notes: dict[str, str],
         positions: str,
         backend_note: str | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         self.replaced = list(replaced)
         self.skipped = dict(skipped)
@@ -45,6 +49,7 @@ class SwapReport:
         self.positions = positions
         self.backend_note = backend_note
         self._forwards = dict(replaced)
+        self._model = model
 
     def undo(self) -> None:
         """Restores every module this call replaced to exactly what it was; a second call does nothing.
@@ -62,6 +67,19 @@ class SwapReport:
                 f"undo: the forward of {_join_names(overlaid)} was replaced by something else after swap; "
                 "take that back first, then call undo() again"
             )
+
+    def generate(self, input_ids: Any, **options: Any) -> Generated:
+        """New tokens after each prompt, every token computed once: the model as a `Retro` that shares its weights, and
+        `Retro.generate` with its arguments. With the best token chosen (the default) these are the tokens that the
+        model's own loop finds by computing everything anew for each.
+
+        Raises ValueError for a model that is no whole one, see `Retro.from_peer`, and what `Retro.generate` raises.
+        """
+        from ..models.retro import Retro
+
+        if self._model is None:
+            raise ValueError("generate: this report has no model, expected one that swap returned")
+        return Retro.from_peer(self._model, copy=False).generate(input_ids, **options)
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """(module, "replaced" or "skipped", remark) of every module that was looked at."""
@@ -164,7 +182,7 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, 
             if remark is not None:
                 notes[name] = remark
     note = "; ".join(f"{what}: {why}" for what, why in taken.items()) or _backend_note(bool(slower))
-    report = SwapReport(replaced, skipped, notes, positions, note)
+    report = SwapReport(replaced, skipped, notes, positions, note, model)
     if slower:
         why = next(reason for reason in skipped.values() if reason.startswith("left as it is"))
         warnings.warn(

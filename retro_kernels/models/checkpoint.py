@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -100,22 +100,39 @@ def load(
             f"{name} = {theirs[name]!r}, not {mine[name]!r}" for name in mine if mine[name] != theirs[name]
         )
         raise ValueError(f"config: {folder / CONFIG} has {different}; expected the same everywhere")
-    model = kind(stored, backend=backend, device="meta")
+    tensors = (
+        (path, name, tensor if dtype is None else tensor.to(dtype))
+        for path in _weight_files(folder)
+        for name, tensor in _tensors(path, "cpu" if device is None else str(device))
+    )
+    return assemble(kind, stored, tensors, folder, backend=backend)
+
+
+def assemble(
+    kind: type[Retro],
+    config: RetroConfig,
+    tensors: Iterable[tuple[Any, str, torch.Tensor]],
+    source: Any,
+    *,
+    backend: str | None = None,
+) -> Retro:
+    """A model in evaluation mode whose parameters are the tensors themselves: (where it is from, its name, it). Raises
+    ValueError, naming `source`, unless they are all that the model has."""
+    model = kind(config, backend=backend, device="meta")
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     weights: dict[str, torch.Tensor] = {}
-    for path in _weight_files(folder):
-        for name, tensor in _tensors(path, "cpu" if device is None else str(device)):
-            if name not in wanted:
-                raise ValueError(f"{path}: got {name}, which a model of {folder / CONFIG} does not have")
-            if tuple(tensor.shape) != wanted[name]:
-                raise ValueError(
-                    f"{path}: got {name} of shape {list(tensor.shape)}, expected {list(wanted[name])}, by {CONFIG}"
-                )
-            weights[name] = tensor if dtype is None else tensor.to(dtype)
+    for origin, name, tensor in tensors:
+        if name not in wanted:
+            raise ValueError(f"{origin}: got {name}, which a model of its config does not have")
+        if tuple(tensor.shape) != wanted[name]:
+            raise ValueError(
+                f"{origin}: got {name} of shape {list(tensor.shape)}, expected {list(wanted[name])}, by its config"
+            )
+        weights[name] = tensor
     missing = sorted(set(wanted) - set(weights))
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(f"{folder}: {shown} missing, expected the weights of every part of the model")
+        raise ValueError(f"{source}: {shown} missing, expected the weights of every part of the model")
     model.load_state_dict(weights, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)

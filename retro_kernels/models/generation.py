@@ -32,7 +32,8 @@ class Neighbours(NamedTuple):
 
 Retriever = Callable[[torch.Tensor], Neighbours]
 """Chunks' tokens, int64 [s, chunk_size] on the CPU -> their neighbours. It is called from another thread, one call at a
-time. If it has an attribute `tokenizer`, that name must be the model's."""
+time. If it has an attribute `tokenizer`, that name must be the model's. (A model with align="end" has an incomplete
+first chunk, which comes with zeros in front.)"""
 
 
 @dataclass
@@ -137,6 +138,10 @@ def generate(
     layers before min(P) run; encoded, conditioned on the chunk, when that layer is reached; and put into the cache from
     which every later token of the chunk reads.
 
+    With align="end" the prompt ends a chunk, whatever its length, so that its neighbours serve the first new token
+    already (the left padding of Wang et al. 2023, arXiv 2304.06762): borders are then every m tokens from there, where
+    a call of the model over the whole would move them with every token.
+
     Args:
         model: in evaluation mode, or without dropout.
         input_ids: the prompts: integers [b, n], or a list of lists of different lengths. At least one token each;
@@ -174,7 +179,7 @@ def generate(
     if model.training and (config.dropout or config.hidden_dropout):
         raise ValueError("model: got a model with dropout in training mode, expected evaluation mode: call .eval()")
     longest = max(map(len, prompts)) + max_new_tokens
-    if config.positions == "rotary" and longest > config.max_length:
+    if config.hard_limit is not None and longest > config.hard_limit:
         raise ValueError(
             f"max_new_tokens: got {max_new_tokens}, with which a sequence may have {longest} tokens, expected at most "
             f"max_length = {config.max_length}"
@@ -240,6 +245,9 @@ class Decoder:
         config = model.config
         self.first = config.cross_attention_layers[0] - 1 if config.cross_attention_layers else -1
         self.device = model.embedding.weight.device
+        # How many tokens the first chunk of each lacks, where chunks are aligned to the end of the prompt.
+        m, ends = config.chunk_size, config.align == "end"
+        self.lead = [-len(sequence) % m if ends else 0 for sequence in sequences]
         attentions = [block.self_attention for block in model.blocks]
         self.cache = SelfAttentionCache(attentions, num_slots=len(sequences), max_length=max_length)  # type: ignore[arg-type]
         self.running = [True] * len(sequences)
@@ -265,31 +273,49 @@ class Decoder:
             self.neighbours.leave(i)
 
     def prefill(self) -> torch.Tensor:
+        config, lengths = self.model.config, [len(sequence) for sequence in self.sequences]
+        if config.align == "end":  # the chunks of a call end where its rows do
+            kinds = lengths
+        elif config.norm_position == "post":  # without a chunk there is no norm after chunked cross-attention
+            kinds = [int(length >= config.chunk_size) for length in lengths]
+        else:
+            kinds = [0] * len(lengths)
+        logits = self.model.embedding.weight.new_zeros(len(lengths), config.vocab_size)
+        for kind in sorted(set(kinds)):
+            rows = [i for i, other in enumerate(kinds) if other == kind]
+            logits[rows] = self._prefill(rows).to(logits.dtype)
+        return logits
+
+    def _prefill(self, rows: list[int]) -> torch.Tensor:
+        """Runs the sequences `rows` from their first token to their last -> logits [rows, vocab_size]."""
         model, m = self.model, self.model.config.chunk_size
-        lengths = [len(sequence) for sequence in self.sequences]
+        lengths = [len(self.sequences[i]) for i in rows]
+        counts = [model.config.num_chunks(length) for length in lengths]
         tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-        for row, sequence in zip(tokens, self.sequences):
-            row[: len(sequence)] = torch.tensor(sequence)
+        for row, i in zip(tokens, rows):
+            row[: len(self.sequences[i])] = torch.tensor(self.sequences[i])
         neighbours = mask = None
         if self.retrieval is not None:
-            neighbours, mask = (x.to(self.device) for x in self.retrieval.of_prompts(self.sequences))
+            found = self.retrieval.of_prompts(self.sequences, rows, counts, self.lead)
+            neighbours, mask = (x.to(self.device) for x in found)
 
         def encode(activations: torch.Tensor) -> torch.Tensor | None:
-            for i, length in enumerate(lengths):
-                begun = length % m
-                self.chunk[i, :begun] = activations[i, length - begun : length]
-            return model.encode(neighbours, activations, mask) if neighbours is not None and max(lengths) >= m else None
+            for row, (i, length) in enumerate(zip(rows, lengths)):
+                begun = (length + self.lead[i]) % m
+                self.chunk[i, :begun] = activations[row, length - begun : length]
+            return model.encode(neighbours, activations, mask) if neighbours is not None and max(counts) else None
 
-        hidden: torch.Tensor = model.embedding(tokens.to(self.device))
+        hidden: torch.Tensor = model.embed(tokens.to(self.device))
         encoded: Any = None
+        self.cache.slots = rows
         for i, block in enumerate(model.blocks):
             if neighbours is not None and i == self.first:
                 encoded = encode
             hidden, encoded = block(hidden, encoded, mask, None, self.cache)
         if self.neighbours is not None and encoded is not None and mask is not None:
-            complete = [(i, length // m - 1) for i, length in enumerate(lengths) if length >= m]
-            slots, chunks = (list(x) for x in zip(*complete))
-            self.neighbours.fill(slots, chunks, encoded[slots, chunks], mask[slots, chunks])
+            complete = [(row, i, count - 1) for row, (i, count) in enumerate(zip(rows, counts)) if count]
+            at, slots, chunks = (list(x) for x in zip(*complete))
+            self.neighbours.fill(slots, chunks, encoded[at, chunks], mask[at, chunks])
         last = torch.tensor(lengths, device=self.device) - 1
         hidden = hidden[torch.arange(len(lengths), device=self.device), last]
         return model.read(model.final_norm(hidden))
@@ -298,21 +324,30 @@ class Decoder:
         model, m = self.model, self.model.config.chunk_size
         places = [len(sequence) - 1 for sequence in self.sequences]
         completed: list[tuple[int, int]] = []
+        by_clock = [p + lead for p, lead in zip(places, self.lead)]
         if self.retrieval is not None:
-            completed = [(i, p // m) for i, p in enumerate(places) if self.running[i] and (p + 1) % m == 0]
-            self.retrieval.begin(self.sequences, completed)
-        position = torch.tensor(places, device=self.device)
+            completed = [(i, p // m) for i, p in enumerate(by_clock) if self.running[i] and (p + 1) % m == 0]
+            if model.config.norm_position == "post":
+                # With its first chunk a sequence passes through norms that all its tokens so far went without.
+                begun = [i for i, u in completed if u == 0]
+                completed = [(i, u) for i, u in completed if u > 0]
+                if begun:
+                    self._prefill(begun)
+            self.retrieval.begin(self.sequences, completed, self.lead)
+        position, clock = (torch.tensor(x, device=self.device) for x in (places, by_clock))
 
         def conditioned(activations: torch.Tensor) -> None:
-            self.chunk[torch.arange(len(places), device=self.device), position % m] = activations[:, 0]
+            self.chunk[torch.arange(len(places), device=self.device), clock % m] = activations[:, 0]
             if completed:
                 self._fill(completed)
 
         tokens = torch.tensor([sequence[-1:] for sequence in self.sequences], device=self.device)
-        hidden = model.embedding(tokens)
+        hidden = model.embed(tokens, position)
         for i, block in enumerate(model.blocks):
             hook = conditioned if self.retrieval is not None and i == self.first else None
-            hidden = block.decode(hidden, self.cache, self.neighbours, position, max(places) + 1, hook)  # type: ignore[operator]
+            hidden = block.decode(  # type: ignore[operator]
+                hidden, self.cache, self.neighbours, position, max(places) + 1, hook, clock
+            )
         return model.read(model.final_norm(hidden[:, 0]))
 
     def _fill(self, completed: list[tuple[int, int]]) -> None:
@@ -368,22 +403,25 @@ class Retrieval:
         """The chunk with whose tokens the neighbours of `chunk` are retrieved; negative where there are none."""
         return chunk - chunk % self.every - self.stale
 
-    def of_prompts(self, sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Neighbours of all complete chunks: tokens and mask [b, l, k, r]; masked where a sequence has fewer chunks."""
-        counts = [len(sequence) // self.m for sequence in sequences]
-        self._request(sequences, [(i, self.origin(u)) for i, count in enumerate(counts) for u in range(count)])
-        size = (len(sequences), max(counts), self.k, self.r)
+    def of_prompts(
+        self, sequences: list[list[int]], rows: list[int], counts: list[int], lead: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Neighbours of the sequences `rows`, of which each has `counts` chunks: tokens and mask [rows, l, k, r];
+        masked where a sequence has fewer. `lead`: the tokens that the first chunk of each sequence lacks."""
+        wanted = [(i, self.origin(u)) for i, count in zip(rows, counts) for u in range(count)]
+        self._request(sequences, wanted, lead)
+        size = (len(rows), max(counts), self.k, self.r)
         tokens, mask = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.bool)
-        for i, count in enumerate(counts):
+        for row, (i, count) in enumerate(zip(rows, counts)):
             for u in range(count):
-                self._take(i, u, tokens[i, u], mask[i, u])
-        self._look_ahead(sequences, [(i, count - 1) for i, count in enumerate(counts) if count])
+                self._take(i, u, tokens[row, u], mask[row, u])
+        self._look_ahead(sequences, [(i, count - 1) for i, count in zip(rows, counts) if count], lead)
         return tokens, mask
 
-    def begin(self, sequences: list[list[int]], completed: list[tuple[int, int]]) -> None:
+    def begin(self, sequences: list[list[int]], completed: list[tuple[int, int]], lead: list[int]) -> None:
         """The last token of these chunks is known: (sequence, chunk)."""
-        self._request(sequences, [(i, self.origin(u)) for i, u in completed])
-        self._look_ahead(sequences, completed)
+        self._request(sequences, [(i, self.origin(u)) for i, u in completed], lead)
+        self._look_ahead(sequences, completed, lead)
 
     def finish(self, completed: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Waits for their neighbours: tokens and mask [s, k, r]."""
@@ -393,15 +431,16 @@ class Retrieval:
             self._take(i, u, tokens[row], mask[row])
         return tokens, mask
 
-    def _look_ahead(self, sequences: list[list[int]], completed: list[tuple[int, int]]) -> None:
+    def _look_ahead(self, sequences: list[list[int]], completed: list[tuple[int, int]], lead: list[int]) -> None:
         if self.stale:
-            self._request(sequences, [(i, self.origin(u + 1)) for i, u in completed])
+            self._request(sequences, [(i, self.origin(u + 1)) for i, u in completed], lead)
 
-    def _request(self, sequences: list[list[int]], wanted: list[tuple[int, int]]) -> None:
+    def _request(self, sequences: list[list[int]], wanted: list[tuple[int, int]], lead: list[int]) -> None:
         new = [pair for pair in dict.fromkeys(wanted) if pair[1] >= 0 and pair not in self.found]
         if not new:
             return
-        chunks = torch.tensor([sequences[i][u * self.m : (u + 1) * self.m] for i, u in new])
+        rows = [([0] * lead[i] + sequences[i])[u * self.m : (u + 1) * self.m] for i, u in new]
+        chunks = torch.tensor(rows)
         future = self.pool.submit(self._retrieve, chunks)
         self.found.update({pair: (future, row) for row, pair in enumerate(new)})
 
@@ -413,7 +452,11 @@ class Retrieval:
         found = future.result()
         k, r = found.tokens.shape[1:]
         tokens[:k, :r] = found.tokens[row]
-        mask[:k, :r] = True if found.mask is None else found.mask[row]
+        if found.mask is not None:
+            mask[:k, :r] = found.mask[row]
+        else:
+            pad = self.model.config.pad_token_id
+            mask[:k, :r] = True if pad is None else found.tokens[row] != pad
         if found.sources is not None:
             self.sources[i][chunk] = found.sources[row]
         for older in [pair for pair in self.found if pair[0] == i and pair[1] < origin]:

@@ -11,16 +11,21 @@ LOGITS_AT_A_TIME = 1 << 24  # 64 MB in fp32
 
 
 def linear_cross_entropy(
-    activations: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, reduction: str = "mean"
+    activations: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    reduction: str = "mean",
 ) -> torch.Tensor:
-    """cross_entropy(activations @ weight.T, targets) in fp32 (fp64 for fp64), a slice of the tokens at a time; the
-    backward pass makes each slice's logits again.
+    """cross_entropy(activations @ weight.T + bias, targets) in fp32 (fp64 for fp64), a slice of the tokens at a time;
+    the backward pass makes each slice's logits again.
 
     torch 2.13 has a `linear_cross_entropy` of its own, whose form that saves memory cannot be compiled and gives no
     loss per token; torch 2.11, which is supported too, need not have it.
 
     Args:
-        activations: [..., model_dim]. weight: [vocab_size, model_dim].
+        activations: [..., model_dim]. weight: [vocab_size, model_dim]. bias: [vocab_size], or None.
         targets: int64 [...], -100 where nothing counts. reduction: "mean" over those that count, "sum", or "none".
 
     Raises ValueError for another reduction.
@@ -32,7 +37,7 @@ def linear_cross_entropy(
     sliced = x.shape[0] > rows
 
     def entropy(x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(x, weight)
+        logits = F.linear(x, weight, bias)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 

@@ -24,6 +24,8 @@ def divide_rows(model: Retro, group: dist.ProcessGroup) -> None:
 
     Raises ValueError where the processes cannot share the heads of the decoder's self-attention out.
     """
+    if model.config.align != "start":
+        raise ValueError(f'context_parallel: got a model with align="{model.config.align}", expected "start"')
     context = ContextParallel(group)
     for block in model.blocks:
         attention: CausalSelfAttention = block.self_attention  # type: ignore[assignment]
@@ -42,6 +44,11 @@ def divide_projections(model: Retro, mesh: DeviceMesh) -> None:
     Raises ValueError for heads and widths that the processes do not divide.
     """
     count = mesh.size()
+    if model.config.null_slot or "bias" in model.config.kinds():
+        raise ValueError(
+            "tensor_parallel: got a model with a null slot or learned biases by distance, which no process divides "
+            "yet, expected one without"
+        )
     for name, module in model.named_modules():
         plan: dict[str, ParallelStyle] = {"w_out": RowwiseParallel()}
         if isinstance(module, CausalSelfAttention | ChunkedCrossAttention | NeighbourAttention):

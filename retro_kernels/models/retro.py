@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from ..nn import NeighbourEncoder, RetroDecoderBlock
+from ..nn import NeighbourEncoder, RetroDecoderBlock, common
 from ..nn.context_parallel import ContextParallel
+from ..nn.positions import t5_buckets
 from ..ops import checks
 from ..ops.compiling import readable
 from . import checkpoint
@@ -36,7 +37,8 @@ class Retro(nn.Module):
         retro.generate(tokens, retriever=retriever, max_new_tokens=100)
 
     Its parts are `embedding`, `blocks`, `final_norm`, with neighbours `encoder` and (unless the embeddings are shared)
-    `encoder_embedding`, and, where the embeddings are not tied, `readout`.
+    `encoder_embedding`, where the embeddings are not tied, `readout`, and where the config asks for them
+    `position_embedding` and `embedding_projection`. `from_peer` makes one of another implementation's model.
 
     Args:
         config: sizes and options.
@@ -63,38 +65,69 @@ class Retro(nn.Module):
         self.activation_checkpointing = False
         self.context: ContextParallel | None = None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        own_positions, cross_positions, encoder_positions, encoder_cross_positions = config.kinds()
         shared: dict[str, Any] = {
             "chunk_size": config.chunk_size,
             "retrieved_length": config.retrieved_length,
-            "positions": config.positions,
+            "align": config.align,
+            "scale": config.attention_scale,
+            "biases": config.attention_biases,
+            "cross_biases": config.cross_attention_biases,
+            "qk_norm": config.qk_norm,
             "gated": config.gated_feed_forward,
             "activation": config.activation,
-            "dropout": config.dropout,
-            "hidden_dropout": config.hidden_dropout,
+            "feed_forward_biases": config.feed_forward_biases,
+            "norm": config.norm,
             "norm_eps": config.norm_eps,
+            "norm_position": config.norm_position,
             "backend": backend,
             **factory,
         }
-        self.embedding = nn.Embedding(config.vocab_size, config.model_dim, **factory)
+        turning: dict[str, Any] = {
+            "rotary_dim": config.rotary_dim,
+            "rotary_base": config.rotary_base,
+            "rotary_interleaved": config.rotary_interleaved,
+            "rotary_frequencies": config.rotary_frequencies,
+        }
+        embedding_dim = config.embedding_dim or config.model_dim
+        self.embedding = nn.Embedding(config.vocab_size, embedding_dim, **factory)
+        self.position_embedding: nn.Embedding | None = None
+        if config.absolute_positions != "none":
+            self.position_embedding = nn.Embedding(config.max_length, embedding_dim, **factory)
+        self.embedding_projection: nn.Linear | None = None
+        if embedding_dim != config.model_dim:
+            self.embedding_projection = nn.Linear(embedding_dim, config.model_dim, **factory)
         self.blocks = nn.ModuleList(
             RetroDecoderBlock(
                 config.model_dim,
                 num_heads=config.num_heads,
                 num_kv_heads=config.num_kv_heads,
+                cross_num_kv_heads=config.cross_attention_kv_heads,
                 head_dim=config.head_dim,
                 feed_forward_dim=config.feed_forward_dim,
                 retrieves=p in config.cross_attention_layers,
-                context_dim=config.encoder_dim,
-                gate=config.cross_attention_gate and p in config.cross_attention_layers,
+                context_dim=config.context_dim,
+                gate=config.cross_attention_gate if p in config.cross_attention_layers else False,
+                condition_on=config.encoder_conditioning,
+                residual_scale=config.residual_scale,
+                positions=own_positions,
+                cross_positions=cross_positions,
                 max_length=config.max_length,
+                num_buckets=config.self_num_buckets,
+                cross_options=self._cross_options(),
+                dropout=config.dropout,
+                hidden_dropout=config.hidden_dropout,
+                feed_forward_dropout=config.feed_forward_dropout,
+                **turning,
                 **shared,
             )
             for p in range(1, config.num_layers + 1)
         )
-        self.final_norm = nn.RMSNorm(config.model_dim, eps=config.norm_eps, **factory)
-        self.readout = (
-            None if config.tied_embeddings else nn.Linear(config.model_dim, config.vocab_size, bias=False, **factory)
-        )
+        make_norm = common.norm_maker(config.norm, config.norm_eps, factory)
+        self.final_norm = make_norm(config.model_dim) if config.final_norm else nn.Identity()
+        self.readout: nn.Linear | None = None
+        if not config.tied_embeddings:
+            self.readout = nn.Linear(config.model_dim, config.vocab_size, bias=config.readout_bias, **factory)
         self.encoder_embedding: nn.Embedding | None = None
         self.encoder: NeighbourEncoder | None = None
         if config.cross_attention_layers:
@@ -108,16 +141,41 @@ class Retro(nn.Module):
                 head_dim=config.encoder_head_dim,
                 feed_forward_dim=config.encoder_feed_forward_dim,
                 cross_attention_layers=config.encoder_cross_attention_layers,
-                feed_forward_biases=False,
+                residual_scale=config.encoder_residual_scale,
+                partial_chunk=config.partial_chunk,
+                cross_residual=config.encoder_cross_residual,
+                context_norm=config.encoder_context_norm,
+                final_norm=config.encoder_final_norm,
+                output_dim=config.encoder_output_dim,
+                positions=encoder_positions,
+                cross_positions=encoder_cross_positions,
+                num_buckets=config.encoder_num_buckets,
+                cross_num_buckets=config.encoder_cross_num_buckets,
+                dropout=config.encoder_dropout or 0.0,
+                hidden_dropout=config.encoder_hidden_dropout or 0.0,
+                feed_forward_dropout=config.encoder_feed_forward_dropout or 0.0,
+                **(turning if "rotary" in (encoder_positions, encoder_cross_positions) else {}),
                 **shared,
             )
         self.reset_parameters()
 
+    def _cross_options(self) -> dict[str, Any]:
+        """What chunked cross-attention alone has."""
+        config = self.config
+        options: dict[str, Any] = {"null_slot": config.null_slot}
+        if config.cross_query_positions is not None:
+            options["query_positions"] = config.cross_query_positions
+        if config.cross_num_buckets is not None:
+            m, k, r = config.chunk_size, config.num_neighbours, config.retrieved_length or 0
+            buckets = t5_buckets(m, k * r, config.cross_num_buckets)
+            options |= {"num_neighbours": k, "bias_buckets": buckets, "num_buckets": config.cross_num_buckets}
+        return options
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Normal weights of deviation `initializer_range`; what adds to a residual stream has it divided by the root of
-        the number of such parts, so that the stream keeps its size. Norms are 1; u, v and gates 0. (The paper does not
-        say.)"""
+        the number of such parts, so that the stream keeps its size. Norms are 1; u, v, gates and biases 0. (The paper
+        does not say.)"""
         std = self.config.initializer_range
         encoder_layers = [] if self.encoder is None else list(self.encoder.layers)
         for layers in (list(self.blocks), encoder_layers):
@@ -126,9 +184,14 @@ class Retro(nn.Module):
                     if isinstance(module, nn.Linear):
                         adds = name.endswith("w_out")
                         nn.init.normal_(module.weight, std=std / (2 * len(layers)) ** (0.5 * adds))
-        for module in (self.embedding, self.encoder_embedding, self.readout):
+        projection = None if self.encoder is None else self.encoder.w_out
+        tables = (self.embedding, self.position_embedding, self.encoder_embedding)
+        for module in (*tables, self.embedding_projection, projection, self.readout):
             if module is not None:
                 nn.init.normal_(module.weight, std=std)
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(
         self,
@@ -153,8 +216,9 @@ class Retro(nn.Module):
         Args:
             tokens: integers [b, n], below `vocab_size`.
             neighbours: integers [b, l, k, r], the tokens retrieved for each chunk; any k, r at most
-                `retrieved_length`. l is the number of complete chunks; chunks beyond it are ignored. None: retrieval is
-                off, and the result that of the decoder alone. Where fewer were retrieved, mask the rest.
+                `retrieved_length`. l is the number of complete chunks (with align "end" also the incomplete one, which
+                comes first); chunks beyond it are ignored. None: retrieval is off, and the result that of the decoder
+                alone. Where fewer were retrieved, mask the rest.
             neighbour_mask: bool [b, l, k, r], True = a token that is there. With nothing visible a chunk's tokens get
                 what they get without retrieval.
             sequence_starts: bool [b, n], True at the first token of every document packed into a row; chunk u is then
@@ -167,7 +231,7 @@ class Retro(nn.Module):
         """
         config = self.config
         neighbours, neighbour_mask = self._check_inputs(tokens, neighbours, neighbour_mask, sequence_starts)
-        h = self.embedding(tokens)
+        h = self.embed(tokens, sequence_starts=sequence_starts)
         encoded = None
         for p, block in enumerate(self.blocks, start=1):
             if neighbours is not None and p == config.cross_attention_layers[0]:
@@ -180,14 +244,39 @@ class Retro(nn.Module):
                 h, encoded = block(h, encoded, neighbour_mask, sequence_starts, cache)
         return self.final_norm(h)
 
+    def embed(
+        self,
+        tokens: torch.Tensor,
+        position: torch.Tensor | None = None,
+        sequence_starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """EMB of Algorithm 1: tokens [b, n] -> [b, n, model_dim]. `position`: int64 [b], of the first token (0 by
+        default), where positions are embedded."""
+        x = self.embedding(tokens)
+        if self.position_embedding is not None:
+            b, n = tokens.shape
+            place = torch.arange(n, device=tokens.device).expand(b, n)
+            if sequence_starts is not None:
+                place = place - checks.document_starts(sequence_starts, x, b, n)
+            if self.context is not None:
+                place = place + self.context.rank * n
+            x = x + self.position_embedding(place if position is None else place + position[:, None])
+        x = F.dropout(x, self.config.embedding_dropout, self.training)
+        return x if self.embedding_projection is None else self.embedding_projection(x)
+
     def read(self, activations: torch.Tensor) -> torch.Tensor:
         """READ of Algorithm 1: [..., model_dim] -> logits [..., vocab_size]."""
-        return F.linear(activations, self.readout_weight)
+        return F.linear(activations, self.readout_weight, self.readout_bias)
 
     @property
     def readout_weight(self) -> torch.Tensor:
         """[vocab_size, model_dim]"""
         return self.embedding.weight if self.readout is None else self.readout.weight
+
+    @property
+    def readout_bias(self) -> torch.Tensor | None:
+        """[vocab_size], where there is one."""
+        return None if self.readout is None else self.readout.bias
 
     def encode(
         self,
@@ -205,8 +294,12 @@ class Retro(nn.Module):
             raise ValueError(
                 "neighbours: got some, but this model has no chunked cross-attention (cross_attention_layers is empty)"
             )
-        embedding = self.embedding if self.encoder_embedding is None else self.encoder_embedding
-        return self.encoder(embedding(neighbours), activations, neighbour_mask, sequence_starts)
+        table = self.embedding if self.encoder_embedding is None else self.encoder_embedding
+        embedded = table(neighbours)
+        if self.position_embedding is not None and self.config.absolute_positions == "both":
+            embedded = embedded + self.position_embedding.weight[: neighbours.shape[-1]]
+        embedded = F.dropout(embedded, self.config.embedding_dropout, self.training)
+        return self.encoder(embedded, activations, neighbour_mask, sequence_starts)
 
     def loss(
         self,
@@ -223,14 +316,17 @@ class Retro(nn.Module):
         checks.tensor("targets", targets, (torch.int64,), tokens.device)
         checks.shape("targets", targets, "b, n", tuple(tokens.shape))
         activations = self.activations(tokens, neighbours, neighbour_mask, sequence_starts)
-        return linear_cross_entropy(activations, self.readout_weight, targets, reduction=reduction)
+        return linear_cross_entropy(
+            activations, self.readout_weight, targets, bias=self.readout_bias, reduction=reduction
+        )
 
     def count_parameters(self) -> dict[str, int]:
         """Parameters by part: "decoder", "cross-attention" (and its norms), "encoder", "embeddings" (each table once).
         "decoder" alone is the paper's baseline; the first three together are its RETRO."""
         counts = dict.fromkeys(("decoder", "cross-attention", "encoder", "embeddings"), 0)
         for name, parameter in self.named_parameters():
-            if name.startswith(("embedding.", "encoder_embedding.", "readout.")):
+            tables = "embedding.", "position_embedding.", "embedding_projection.", "encoder_embedding.", "readout."
+            if name.startswith(tables):
                 part = "embeddings"
             elif name.startswith("encoder."):
                 part = "encoder"
@@ -264,6 +360,54 @@ class Retro(nn.Module):
         """Reads what `save_pretrained` wrote, in evaluation mode; see `models.checkpoint.load`."""
         return checkpoint.load(cls, folder, config=config, backend=backend, device=device, dtype=dtype)
 
+    @classmethod
+    def from_peer(
+        cls,
+        source: nn.Module | str | os.PathLike[str],
+        *,
+        peer: str | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        copy: bool = True,
+        **changes: Any,
+    ) -> Retro:
+        """A copy of another implementation's model, in evaluation mode, with the same logits.
+
+            Retro.from_peer(retro_pytorch_model).generate(tokens, retriever=retriever)
+            Retro.from_peer("checkpoint.pt", chunk_size=64)
+
+        Args:
+            source: a model of one of `integrations.weights.PEERS` (or a wrapper that holds one, swapped or not), or a
+                file or folder with its weights, which is read without running what a pickle might hold.
+            peer: which implementation it is, by its name there; None finds out.
+            backend, device, dtype: of the model; by default the device of the source's weights, and their dtype.
+            changes: fields of the config that a source does not tell, such as `retrieved_length`, `chunk_size` and
+                `num_heads` of a bare state dict, `tokenizer`, `eos_token_id`.
+            copy: False shares the parameters' memory with the source where the layout allows it.
+
+        Raises TypeError or ValueError for what is none of them, for another version, and for tensors that are missing
+        or left over, by name; FileNotFoundError.
+        """
+        from ..integrations.weights import converted
+
+        found = converted(source, peer=peer, **changes)
+        tensors = (
+            (found.source, name, x.detach().to(device, dtype if x.is_floating_point() else None, copy=copy))
+            for name, x in found.weights.items()
+        )
+        return checkpoint.assemble(cls, found.config, tensors, found.source, backend=backend)
+
+    def to_peer(self, peer: str) -> dict[str, torch.Tensor]:
+        """The state dict of another implementation's model with this one's function: "retro-pytorch", for
+        `retro_pytorch.RETRO` with the arguments that `integrations.retro_pytorch.arguments(config)` gives.
+
+        Raises ValueError for another name, and for a config that it cannot express, naming the field.
+        """
+        from ..integrations.weights import exported
+
+        return exported(self.config, self.state_dict(), peer)
+
     def _encoder_of(self, neighbours, neighbour_mask, sequence_starts):
         def encode(activations: torch.Tensor) -> torch.Tensor:
             encoded = self.encode(neighbours, activations, neighbour_mask, sequence_starts)
@@ -285,7 +429,7 @@ class Retro(nn.Module):
         self.check_vocabulary("tokens", tokens)
         b, n = tokens.shape
         parts = 1 if self.context is None else self.context.size
-        if n * parts > config.max_length and config.positions == "rotary":
+        if config.hard_limit is not None and n * parts > config.hard_limit:
             raise ValueError(f"tokens: got n = {n * parts}, expected at most max_length = {config.max_length}")
         if parts > 1 and n % config.chunk_size:
             raise ValueError(
@@ -302,7 +446,7 @@ class Retro(nn.Module):
         if self.encoder is None:
             raise ValueError("neighbours: got some, expected None: cross_attention_layers is empty")
         l, k, r = neighbours.shape[1:]
-        complete = n // config.chunk_size
+        complete = config.num_chunks(n)
         needed = complete if sequence_starts is None else 0
         if neighbours.shape[0] != b or l < needed:
             raise ValueError(
@@ -314,6 +458,8 @@ class Retro(nn.Module):
         if neighbour_mask is not None:
             checks.tensor("neighbour_mask", neighbour_mask, (torch.bool,), tokens.device)
             checks.shape("neighbour_mask", neighbour_mask, "b, l, k, r", tuple(neighbours.shape))
+        elif config.pad_token_id is not None:
+            neighbour_mask = neighbours != config.pad_token_id
         if sequence_starts is None:
             neighbours = neighbours[:, :complete]
             neighbour_mask = None if neighbour_mask is None else neighbour_mask[:, :complete]

@@ -54,6 +54,7 @@ class ChunkedCrossAttention(nn.Module):
             v are learned.
         rotary_dim, rotary_base, rotary_interleaved: how many dimensions turn (default `head_dim`), the base of the
             wavelengths, and whether 2j pairs with 2j + 1 rather than j with j + rotary_dim / 2.
+        rotary_frequencies: the rotary_dim / 2 frequencies themselves, in place of those of the base.
         query_positions: the rotary position of each of the `chunk_size` rows; default m - 1 ... 2m - 2, the paper's
             distances.
         key_positions: the rotary position of each token of a neighbour; default 0 ... retrieved_length - 1.
@@ -90,6 +91,7 @@ class ChunkedCrossAttention(nn.Module):
         rotary_dim: int | None = None,
         rotary_base: float = 10000.0,
         rotary_interleaved: bool = False,
+        rotary_frequencies: Sequence[float] | None = None,
         query_positions: Sequence[float] | None = None,
         key_positions: Sequence[float] | None = None,
         num_neighbours: int | None = None,
@@ -124,6 +126,7 @@ class ChunkedCrossAttention(nn.Module):
             rotary={
                 "rotary_dim": rotary_dim,
                 "rotary_interleaved": rotary_interleaved or None,
+                "rotary_frequencies": rotary_frequencies,
                 "query_positions": query_positions,
                 "key_positions": key_positions,
             },
@@ -172,7 +175,8 @@ class ChunkedCrossAttention(nn.Module):
                 **factory,
             )
         elif positions == "rotary":
-            self.rotary = self._rotary_positions(query_positions, key_positions, rotary_dim, rotary_base, factory)
+            turning = {"base": rotary_base, "frequencies": rotary_frequencies, **factory}
+            self.rotary = self._rotary_positions(query_positions, key_positions, rotary_dim, turning)
         elif positions == "bias":
             num_keys = r if num_neighbours is None else r * checks.integer("num_neighbours", num_neighbours, 1)
             size: tuple[int, ...] = (num_heads, chunk_size, num_keys)
@@ -184,7 +188,7 @@ class ChunkedCrossAttention(nn.Module):
                 raise ValueError(f"num_buckets: got {num_buckets} without bias_buckets, expected both")
             self.attention_bias = nn.Parameter(torch.zeros(size, **factory))
 
-    def _rotary_positions(self, query_positions, key_positions, rotary_dim, base, factory) -> RotaryPositions:
+    def _rotary_positions(self, query_positions, key_positions, rotary_dim, turning) -> RotaryPositions:
         m = self.chunk_size
         rotary_dim = self.head_dim if rotary_dim is None else rotary_dim
         if rotary_dim > self.head_dim:
@@ -195,8 +199,7 @@ class ChunkedCrossAttention(nn.Module):
             range(m - 1, 2 * m - 1) if query_positions is None else query_positions,
             range(self.retrieved_length) if key_positions is None else key_positions,
             rotary_dim=rotary_dim,
-            base=base,
-            **factory,
+            **turning,
         )
 
     def forward(

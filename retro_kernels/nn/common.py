@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..ops import checks
 from ..ops.backends import ENVIRONMENT_VARIABLE
@@ -14,6 +15,34 @@ from ..ops.decoding.reference import by_group
 
 POSITIONS = ("none", "relative", "rotary", "bias")
 PROJECTIONS = ("query", "key", "value", "out")
+
+
+NORMS = ("rms", "layer", "gated_rms")
+Norm = str | Callable[[int], nn.Module]
+
+
+class GatedRMSNorm(nn.RMSNorm):
+    """weight * x / rms(x), times the sigmoid of gate * x (retro-pytorch's `gated_rmsnorm`)."""
+
+    def __init__(self, width: int, eps: float | None = None, **factory: Any) -> None:
+        super().__init__(width, eps=eps, **factory)
+        self.gate = nn.Parameter(torch.ones(width, **factory))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (x * self.gate).sigmoid()
+
+
+def norm_maker(norm: Norm, eps: float | None, factory: dict[str, Any]) -> Callable[[int], nn.Module]:
+    """Makes a norm for a width: one of NORMS, or what the function `norm` makes."""
+    if not isinstance(norm, str):
+        if eps is not None:
+            raise ValueError(f"norm_eps: got {eps} with a norm of your own, expected None: that norm has its own")
+        return norm
+    one_of("norm", norm, NORMS)
+    if norm == "layer":
+        return lambda width: nn.LayerNorm(width, eps=1e-5 if eps is None else eps, **factory)
+    kind = nn.RMSNorm if norm == "rms" else GatedRMSNorm
+    return lambda width: kind(width, eps=1e-6 if eps is None else eps, **factory)
 
 
 def head_sizes(model_dim: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:

@@ -46,7 +46,9 @@ class NeighbourCache:
 
     Args:
         layers: the layers that will decode from it, on one device, with one dtype, `chunk_size` and `context_dim`,
-            aligned to the start and retrieving every `chunk_size` tokens.
+            retrieving every `chunk_size` tokens. Layers that are aligned to the end decode as if the tokens that the
+            prompt's first chunk lacks stood before it: for a prompt of p tokens, positions are then larger by -p
+            modulo `chunk_size`, and the prompt ends a chunk.
         num_slots: sequences at a time; the batch of every `decode`.
         num_neighbours, retrieved_length: k and r; where fewer were retrieved, mask the rest. `retrieved_length` is by
             default that of the layers.
@@ -381,10 +383,10 @@ def _check_layers(layers: list[ChunkedCrossAttention]) -> ChunkedCrossAttention:
     for i, layer in enumerate(layers):
         if not isinstance(layer, ChunkedCrossAttention):
             raise TypeError(f"layers: got {type(layer).__name__} at {i}, expected ChunkedCrossAttention layers")
-        if layer.align != "start" or layer.stride != layer.chunk_size:
+        if layer.stride != layer.chunk_size:
             raise ValueError(
-                f"layers: got align={layer.align!r} and stride={layer.stride} at {i}, which decoding does not have; "
-                f'expected align="start" and stride = chunk_size = {layer.chunk_size}'
+                f"layers: got stride={layer.stride} at {i}, which decoding does not have; expected stride = "
+                f"chunk_size = {layer.chunk_size}"
             )
         for name, mine, wanted in (
             ("chunk_size", layer.chunk_size, layers[0].chunk_size),

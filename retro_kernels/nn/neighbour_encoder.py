@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,18 @@ from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_
 from . import common
 from .positions import RelativePositions, RotaryPositions, t5_buckets
 
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+    "squared_relu": squared_relu,
 }
-Norm = str | Callable[[int], nn.Module]
 
 
 class NeighbourEncoder(nn.Module):
@@ -53,8 +58,9 @@ class NeighbourEncoder(nn.Module):
             attended to as zero activations (Megatron).
         cross_attention_layers: P_enc, the numbers of the layers with cross-attention; None means all.
         cross_residual: what cross-attention is added to: its "input", or its "normed" input (Megatron-core).
-        norm: "rms", "layer", or a function that makes a norm for a width.
-        norm_eps: of "rms" (default 1e-6) and "layer" (default 1e-5).
+        norm: "rms", "layer", "gated_rms" (times the sigmoid of a learned multiple of the input), or a function that
+            makes a norm for a width.
+        norm_eps: of "layer" (default 1e-5) and the others (default 1e-6).
         norm_position: "pre": x + f(norm(x)); "post": norm(residual_scale * x + f(x)).
         residual_scale: factor on what is added to, with norm_position="post" (DeepNet).
         context_norm: normalise the decoder activations here.
@@ -65,12 +71,14 @@ class NeighbourEncoder(nn.Module):
         cross_positions: of cross-attention, likewise; default as `positions`. "relative" is equation 7, the distance
             of neighbour token and activation.
         relative_dim, relative_biases: width of the sinusoid (default `model_dim`), and whether u and v are learned.
-        rotary_dim, rotary_base, rotary_interleaved: as in `ChunkedCrossAttention`.
+        rotary_dim, rotary_base, rotary_interleaved, rotary_frequencies: as in `ChunkedCrossAttention`.
         num_buckets, cross_num_buckets: with "bias", offsets clamped to so many values (see `t5_buckets`).
         scale: factor on the logits; default head_dim ** -0.5.
         biases: which attention projections have a bias: True, False, or some of "query", "key", "value", "out".
+        cross_biases: of cross-attention, likewise; default as `biases`.
+        qk_norm: self-attention normalises each head's queries and keys, before they turn.
         gated: the feed-forward is w_out(activation(w_gate(x)) * w_in(x)) instead of w_out(activation(w_in(x))).
-        activation: "gelu", "gelu_tanh", "relu", "silu", or a function.
+        activation: "gelu", "gelu_tanh", "relu", "silu", "squared_relu", or a function.
         feed_forward_biases: whether its linear layers have a bias.
         dropout: on the attention probabilities. hidden_dropout: on what every sub-layer adds. feed_forward_dropout:
             on the inner activations of the feed-forward. All in training only.
@@ -97,7 +105,7 @@ class NeighbourEncoder(nn.Module):
         partial_chunk: str = "masked",
         cross_attention_layers: Collection[int] | None = (1,),
         cross_residual: str = "input",
-        norm: Norm = "rms",
+        norm: common.Norm = "rms",
         norm_eps: float | None = None,
         norm_position: str = "pre",
         residual_scale: float = 1.0,
@@ -111,10 +119,13 @@ class NeighbourEncoder(nn.Module):
         rotary_dim: int | None = None,
         rotary_base: float = 10000.0,
         rotary_interleaved: bool = False,
+        rotary_frequencies: Sequence[float] | None = None,
         num_buckets: int | None = None,
         cross_num_buckets: int | None = None,
         scale: float | None = None,
         biases: bool | Collection[str] = False,
+        cross_biases: bool | Collection[str] | None = None,
+        qk_norm: bool = False,
         gated: bool = False,
         activation: str | Callable[[torch.Tensor], torch.Tensor] = "gelu",
         feed_forward_biases: bool = True,
@@ -158,7 +169,11 @@ class NeighbourEncoder(nn.Module):
         common.refuse_idle_options(
             kinds,
             relative={"relative_dim": relative_dim, "relative_biases": None if relative_biases else False},
-            rotary={"rotary_dim": rotary_dim, "rotary_interleaved": rotary_interleaved or None},
+            rotary={
+                "rotary_dim": rotary_dim,
+                "rotary_interleaved": rotary_interleaved or None,
+                "rotary_frequencies": rotary_frequencies,
+            },
         )
         common.refuse_idle_options(positions, bias={"num_buckets": num_buckets})
         common.refuse_idle_options(cross_positions, bias={"cross_num_buckets": cross_num_buckets})
@@ -179,12 +194,21 @@ class NeighbourEncoder(nn.Module):
             "rotary_dim": head_dim if rotary_dim is None else rotary_dim,
             "rotary_base": rotary_base,
             "rotary_interleaved": rotary_interleaved,
+            "rotary_frequencies": rotary_frequencies,
             "backend": backend,
             **factory,
         }
-        own = {**attention, "slots": self.retrieved_length, "positions": positions, "num_buckets": num_buckets}
+        make_norm = common.norm_maker(norm, norm_eps, factory)
+        own = {
+            **attention,
+            "slots": self.retrieved_length,
+            "positions": positions,
+            "num_buckets": num_buckets,
+            "head_norm": make_norm if qk_norm else None,
+        }
         cross: dict[str, Any] = {
             **attention,
+            "biases": common.biased_projections(biases if cross_biases is None else cross_biases),
             "context_dim": self.context_dim,
             "slots": chunk_size,
             "positions": cross_positions,
@@ -204,7 +228,6 @@ class NeighbourEncoder(nn.Module):
             "cross_residual": cross_residual,
             "hidden_dropout": common.probability("hidden_dropout", hidden_dropout),
         }
-        make_norm = _norm_factory(norm, norm_eps, factory)
         self.context_norm = make_norm(self.context_dim) if context_norm else None
         self.layers = nn.ModuleList(
             NeighbourEncoderLayer(
@@ -521,6 +544,8 @@ class NeighbourAttention(nn.Module):
         rotary_interleaved: bool,
         num_buckets: int | None,
         backend: str | None,
+        rotary_frequencies: Sequence[float] | None = None,
+        head_norm: Callable[[int], nn.Module] | None = None,
         **factory: Any,
     ) -> None:
         super().__init__()
@@ -534,6 +559,8 @@ class NeighbourAttention(nn.Module):
         self.w_key = nn.Linear(source_dim, num_kv_heads * head_dim, bias="key" in biases, **factory)
         self.w_value = nn.Linear(source_dim, num_kv_heads * head_dim, bias="value" in biases, **factory)
         self.w_out = nn.Linear(num_heads * head_dim, model_dim, bias="out" in biases, **factory)
+        self.query_norm = None if head_norm is None else head_norm(head_dim)
+        self.key_norm = None if head_norm is None else head_norm(head_dim)
         self.relative: RelativePositions | None = None
         self.rotary: RotaryPositions | None = None
         self.attention_bias: nn.Parameter | None
@@ -545,7 +572,14 @@ class NeighbourAttention(nn.Module):
         elif positions == "rotary":
             if rotary_dim > head_dim:
                 raise ValueError(f"rotary_dim: got {rotary_dim}, expected at most head_dim = {head_dim}")
-            self.rotary = RotaryPositions(range(rows), range(slots), rotary_dim=rotary_dim, base=rotary_base, **factory)
+            self.rotary = RotaryPositions(
+                range(rows),
+                range(slots),
+                rotary_dim=rotary_dim,
+                base=rotary_base,
+                frequencies=rotary_frequencies,
+                **factory,
+            )
         elif positions == "bias":
             if num_buckets is not None:
                 checks.integer("num_buckets", num_buckets, 1)
@@ -567,6 +601,8 @@ class NeighbourAttention(nn.Module):
         query = self.w_query(x).unflatten(-1, (self.num_heads, self.head_dim))
         key = self.w_key(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
         value = self.w_value(source).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
         options = {
             "scale": self.scale,
             "dropout_p": self.dropout if self.training else 0.0,
@@ -637,17 +673,6 @@ class FeedForward(nn.Module):
         inner = self.w_in(x)
         inner = self.activation(inner) if self.w_gate is None else self.activation(self.w_gate(x)) * inner
         return self.w_out(F.dropout(inner, self.dropout, self.training))
-
-
-def _norm_factory(norm: Norm, eps: float | None, factory: dict[str, Any]) -> Callable[[int], nn.Module]:
-    if not isinstance(norm, str):
-        if eps is not None:
-            raise ValueError(f"norm_eps: got {eps} with a norm of your own, expected None: that norm has its own")
-        return norm
-    common.one_of("norm", norm, ("rms", "layer"))
-    if norm == "rms":
-        return lambda width: nn.RMSNorm(width, eps=1e-6 if eps is None else eps, **factory)
-    return lambda width: nn.LayerNorm(width, eps=1e-5 if eps is None else eps, **factory)
 
 
 def _windows(x: torch.Tensor, count: int, size: int, stride: int) -> torch.Tensor:

@@ -103,6 +103,7 @@ class RotaryPositions(nn.Module):
         query_positions: the position of each row, any real numbers.
         key_positions: the position of each token of a neighbour (they restart for every neighbour) or of a chunk.
         rotary_dim: how many dimensions turn, even; frequency j is base^(-2j / rotary_dim).
+        frequencies: the rotary_dim / 2 frequencies themselves, in place of those of the base.
 
     The tables are buffers that no state dict carries. They stay fp32 (fp64 in an fp64 module) whatever the module is
     cast to, because a position rounded to bfloat16 turns by the wrong angle.
@@ -120,6 +121,7 @@ class RotaryPositions(nn.Module):
         *,
         rotary_dim: int,
         base: float = 10000.0,
+        frequencies: Sequence[float] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -129,6 +131,12 @@ class RotaryPositions(nn.Module):
         self.query_positions = tuple(float(x) for x in query_positions)
         self.key_positions = tuple(float(x) for x in key_positions)
         self.rotary_dim, self.base = rotary_dim, base
+        self.frequencies = None if frequencies is None else tuple(float(x) for x in frequencies)
+        if self.frequencies is not None and len(self.frequencies) != rotary_dim // 2:
+            raise ValueError(
+                f"rotary_frequencies: got {len(self.frequencies)}, expected {rotary_dim // 2}, one for each pair of "
+                f"rotary_dim = {rotary_dim}"
+            )
         self._build(
             torch.get_default_device() if device is None else torch.device(device),
             torch.get_default_dtype() if dtype is None else dtype,
@@ -139,6 +147,8 @@ class RotaryPositions(nn.Module):
         # Frequencies are rounded to fp32 also in fp64 modules: every peer holds them in an fp32 buffer.
         exponent = torch.arange(0, self.rotary_dim, 2, device=device, dtype=torch.float32) / self.rotary_dim
         frequency = (1.0 / self.base**exponent).to(dtype)
+        if self.frequencies is not None:
+            frequency = torch.tensor(self.frequencies, device=device, dtype=torch.float32).to(dtype)
         for name, positions in (("query", self.query_positions), ("key", self.key_positions)):
             angle = torch.tensor(positions, device=device, dtype=dtype)[:, None] * frequency
             self.register_buffer(f"{name}_cos", angle.cos(), persistent=False)

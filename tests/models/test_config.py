@@ -87,11 +87,50 @@ def test_a_dictionary_holds_all(name):
         ({"encoder_dim": 15}, "encoder_dim: got 15"),
         ({"positions": "rotary", "encoder_head_dim": 7}, "encoder_head_dim: got 7"),
         ({"eos_token_id": 64}, "eos_token_id: got 64"),
+        ({"pad_token_id": -1}, "pad_token_id: got -1"),
+        ({"cross_positions": "absolute"}, "cross_positions: got 'absolute'"),
+        ({"positions": "none", "self_positions": "rotary", "rotary_dim": 3}, "rotary_dim: got 3"),
+        ({"norm": "batch"}, "norm: got 'batch'"),
+        ({"align": "middle"}, "align: got 'middle'"),
+        ({"attention_biases": ("up",)}, "biases: got"),
+        ({"encoder_dropout": 1.0}, "encoder_dropout: got 1.0"),
+        ({"embedding_dim": 8}, "embedding_dim: got 8 with tied_embeddings=True, expected 32"),
+        ({"readout_bias": True}, "readout_bias: got True with tied_embeddings=True"),
+        ({"absolute_positions": "both"}, "encoder_dim: got 16 with absolute_positions"),
+        ({"encoder_output_dim": 0}, "encoder_output_dim: got 0"),
     ],
 )
 def test_what_does_not_fit_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         RetroConfig.preset("tiny", **changes)
+
+
+def test_a_stored_config_of_before_the_dialects_is_still_read():
+    """What a config.json of an earlier version holds: none of the names that came with the dialects."""
+    config = RetroConfig.preset("tiny-rotary")
+    stored = config.to_dict()
+    later = list(stored)[list(stored).index("eos_token_id") + 1 :]
+    assert "norm_position" in later
+    assert RetroConfig.from_dict({name: x for name, x in stored.items() if name not in later}) == config
+
+
+def test_flops_of_a_dialect_are_those_of_the_matrix_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = RetroConfig.preset(
+        "tiny", tied_embeddings=False, embedding_dim=24, encoder_output_dim=20, positions="none"
+    )
+    model, n = Retro(config), 32
+    tokens, neighbours = torch.zeros(1, n, dtype=torch.int64), torch.zeros(1, 8, 2, 8, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens, neighbours)
+    h, d, m, k, r = config.num_heads, config.head_dim, config.chunk_size, 2, 8
+    inner = config.encoder_heads * config.encoder_head_dim
+    attentions = config.num_layers * 4 * n * (n + 1) // 2 * h * d
+    attentions += len(config.cross_attention_layers) * 4 * n * k * r * h * d
+    attentions += 2 * 4 * n * k * r * r // m * inner + 4 * n * k * r * inner
+    skipped = len(config.cross_attention_layers) * 4 * (m - 1) * config.model_dim * h * d
+    assert sum(config.forward_flops(n).values()) - attentions - skipped == counter.get_total_flops()
 
 
 def test_wrong_names_and_types_are_named():

@@ -176,3 +176,77 @@ def test_wrong_arguments_are_named():
         tiny("tiny-rotary").generate([[1]], max_new_tokens=64)
     with pytest.raises(ValueError, match="in training mode"):
         tiny(dropout=0.1).train().generate([[1]])
+
+
+DIALECTS = {
+    "megatron": {
+        "positions": "none",
+        "absolute_positions": "both",
+        "shared_embeddings": True,
+        "encoder_dim": 32,
+        "norm": "layer",
+        "attention_biases": True,
+        "feed_forward_biases": True,
+        "encoder_conditioning": "normed",
+        "encoder_cross_residual": "normed",
+        "encoder_final_norm": False,
+        "cross_attention_gate": 0.7,
+    },
+    "megatron, rotary": {
+        "positions": "none",
+        "self_positions": "rotary",
+        "rotary_dim": 8,
+        "rotary_interleaved": True,
+        "rotary_frequencies": (1.0, 0.3, 0.1, 0.02),
+        "num_kv_heads": 1,
+        "cross_attention_kv_heads": 2,
+        "qk_norm": True,
+        "activation": "squared_relu",
+    },
+    "biases by distance": {"positions": "none", "self_positions": "bias", "self_num_buckets": 9},
+}
+
+
+@pytest.mark.parametrize("partial_chunk", ["zeros", "masked"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_chunks_that_end_with_the_prompt(dialect, partial_chunk):
+    """Prompts of any length, in one batch: every token's logits are those of the whole sequence up to the border of a
+    chunk, where aligning to the end and aligning to the prompt mean the same. One prompt is shorter than a chunk."""
+    model = tiny(align="end", partial_chunk=partial_chunk, max_length=48, **DIALECTS[dialect])
+    m, lookup, sequences = model.config.chunk_size, Lookup(), [list(prompt) for prompt in PROMPTS]
+    retrieval = Retrieval(model, lookup, PROMPTS, None, None, False)
+    decoder, steps = Decoder(model, sequences, 40, retrieval, "key_value"), []
+    with torch.no_grad():
+        steps.append(decoder.prefill())
+        for step in range(2 * m):
+            for i, sequence in enumerate(sequences):
+                sequence.append((7 * step + 13 * i) % 64)
+            steps.append(decoder.step())
+    retrieval.close()
+    for i, prompt in enumerate(PROMPTS):
+        sequence, n = sequences[i], len(prompt) + 2 * m
+        lead = -n % m
+        chunks = torch.tensor([0] * lead + sequence[:n]).view(-1, m)
+        found = lookup.of(chunks)
+        whole = model(torch.tensor([sequence[:n]]), found.tokens[None], found.mask[None])[0]
+        for step, logits in enumerate(steps):
+            torch.testing.assert_close(logits[i], whole[len(prompt) - 1 + step], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dialect", ["biases by distance", "post"])
+def test_other_dialects_aligned_to_the_start(dialect):
+    """Learned biases by distance; and norms after each part, where a sequence's first chunk changes all its tokens."""
+    post = {"norm_position": "post", "norm": "layer", "residual_scale": 1.5, "encoder_residual_scale": 1.2}
+    model = tiny(**(post if dialect == "post" else DIALECTS[dialect]))
+    lookup, sequences = Lookup(), [list(prompt) for prompt in PROMPTS]
+    retrieval = Retrieval(model, lookup, PROMPTS, None, None, False)
+    decoder = Decoder(model, sequences, 40, retrieval, "key_value")
+    with torch.no_grad():
+        logits = decoder.prefill()
+        for step in range(12):
+            for i, sequence in enumerate(sequences):
+                expected = full_logits(model, sequence, lookup, 4, False)
+                torch.testing.assert_close(logits[i], expected, rtol=1e-4, atol=2e-5)
+                sequence.append((7 * step + 13 * i) % 64)
+            logits = decoder.step()
+    retrieval.close()

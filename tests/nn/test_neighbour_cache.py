@@ -462,7 +462,6 @@ def test_wrong_constructor_arguments_are_named():
         ([layer, build(context_dim=CONTEXT + 1)], {}, ValueError, "context_dim"),
         ([layer, build().double()], {}, ValueError, "dtype"),
         ([layer, build(device="meta")], {}, ValueError, "device"),
-        ([build(align="end")], {}, ValueError, "align"),
         ([build(stride=2)], {}, ValueError, "stride"),
         ([layer], {"form": "values"}, ValueError, "form"),
         ([layer], {"dtype": torch.int32}, ValueError, "dtype"),

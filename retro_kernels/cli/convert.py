@@ -1,0 +1,76 @@
+"""`retro-kernels convert`: another implementation's checkpoint as a model of this library, or back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def settings(given: list[str]) -> dict[str, Any]:
+    """`name=value` each, the value as JSON or else as text. Raises ValueError for anything else."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"set: got {text!r}, expected name=value, such as chunk_size=64")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint, a file or a folder; with --to: a model's folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, which must not be there.")],
+    peer: Annotated[str | None, typer.Option(help="The implementation it is of. Default: found out.")] = None,
+    to: Annotated[str | None, typer.Option(help="Instead, export this library's model to: retro-pytorch.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the config that the source does not tell: name=value; may be repeated."),
+    ] = None,
+) -> None:
+    """Converts weights from or to another implementation. Every tensor is accounted for, or nothing is written.
+
+    With --to OUT holds model.safetensors, a state dict, and arguments.json, with which to build the model for it.
+    """
+    from ..files import replaced, write_json
+    from ..integrations.weights import converted, exported
+    from ..models import Retro
+
+    try:
+        if out.exists():
+            raise ValueError(f"out: {out} is there already, expected a name that is free")
+        if to is not None:
+            from safetensors.torch import save_file
+
+            from ..integrations import retro_pytorch
+
+            if peer is not None or set_:
+                raise ValueError("peer, set: got one with --to, which they do nothing for")
+            model = Retro.from_pretrained(source)
+            weights = exported(model.config, model.state_dict(), to)
+            arguments = {
+                name: getattr(value, "__name__", value) for name, value in retro_pytorch.arguments(model.config).items()
+            }
+            out.mkdir(parents=True)
+            with replaced(out / "model.safetensors") as temporary:
+                save_file({name: x.contiguous() for name, x in weights.items()}, temporary)
+            write_json(out / "arguments.json", arguments)
+            typer.echo(f"{out}: {len(weights)} tensors of {to}")
+            return
+        found = converted(source, peer=peer, **settings(set_ or []))
+        from ..models.checkpoint import assemble
+
+        model = assemble(Retro, found.config, ((source, *pair) for pair in found.weights.items()), source)
+        model.save_pretrained(out)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    counts = model.count_parameters()
+    typer.echo(f"{source} is of {found.peer}: {len(found.weights)} tensors, every one accounted for")
+    typer.echo("\n".join(f"  {part:16} {count:15,}" for part, count in counts.items()))
+    typer.echo(f"{out}: use it with retro_kernels.models.Retro.from_pretrained, or retro-kernels generate")
