@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import hashlib
+import inspect
+import textwrap
 import warnings
+from types import CodeType
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +55,43 @@ class Integration(Protocol):
 
     def fused_forward(self, module: nn.Module, positions: str) -> FusedForward:
         """The forward to put on the instance."""
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in HOOKS)
+
+
+def describe_change(name: str, function: Any, known: str | None, version: str, *, verbatim: bool = False) -> str | None:
+    """Why a function is not known to compute what the source whose `digest` is `known` does; None if it is."""
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
+        return f"{name} is no Python function, so it cannot be checked against {version}"
+    found = digest(code, verbatim)
+    if found is None:
+        return f"the source of {name} cannot be read, so it cannot be checked against {version}"
+    if found != known:
+        return f"{name} is not that of {version}: another version, an override or a patch"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def digest(code: CodeType, verbatim: bool = False) -> str | None:
+    """SHA-256 of the source itself (unlike `inspect.getsource(function)` this sees through no decorator), with comments
+    and all; or as Python reads it, without comments and docstring."""
+    try:
+        source = inspect.getsource(code)
+        if not verbatim:
+            function = ast.parse(textwrap.dedent(source)).body[0]
+            if isinstance(function, ast.FunctionDef):
+                if ast.get_docstring(function, clean=False) is not None and len(function.body) > 1:
+                    function.body = function.body[1:]
+                source = ast.unparse(function)
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return None
+    return hashlib.sha256("\n".join(line.rstrip() for line in source.splitlines()).encode()).hexdigest()
 
 
 def class_names(module: nn.Module) -> list[str]:

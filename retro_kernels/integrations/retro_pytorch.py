@@ -17,11 +17,7 @@ call of a causal attention runs its own code.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from types import CodeType
 from typing import Any
 
 import torch
@@ -34,7 +30,7 @@ from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import AS_TRAINED, PAPER, FusedForward, class_names, warn_once
+from .base import AS_TRAINED, PAPER, FusedForward, class_names, describe_change, has_hooks, warn_once
 from .tensors import Tensors
 
 NAME = "retro-pytorch"
@@ -63,7 +59,6 @@ KNOWN_SOURCES = {
 }
 PARTS = {"to_q", "to_k", "to_v", "to_out", "dropout"}
 NULL_SLOT = {"null_k", "null_v"}
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def recognises(module: nn.Module) -> bool:
@@ -532,7 +527,7 @@ class FusedRetroPytorch(FusedForward):
         module: Any = self.module
         attention, m = module.cross_attn, module.chunk_size
         dropout_p = attention.dropout.p if attention.dropout.training else 0.0
-        hooked = _has_hooks(attention) or _has_hooks(attention.dropout)
+        hooked = has_hooks(attention) or has_hooks(attention.dropout)
         unusual = _unusual_call(module, x, context, context_mask, pos_emb)
         if self.positions == PAPER:
             if unusual is not None:
@@ -588,7 +583,7 @@ class FusedRetroPytorchAttention(FusedForward):
         pos_emb the rotary angles of queries [1, 1, n, rotary_dim] and keys -> [B, n, dim]."""
         attention: Any = self.module
         unusual = _unusual_attention_call(attention, x, mask, context, pos_emb)
-        if unusual is not None or _has_hooks(attention.dropout):
+        if unusual is not None or has_hooks(attention.dropout):
             if unusual is not None:
                 warn_once(f"a call ran retro-pytorch's own forward, not the fused one: {unusual}")
             else:
@@ -633,10 +628,6 @@ def _unmask_empty_rows(mask: torch.Tensor, query: torch.Tensor) -> tuple[torch.T
     if mask.device.type == "cpu" and readable(mask) and bool(visible.all()):
         return mask, query
     return mask | ~visible[:, None], query.masked_fill(~visible[:, None, None, None, None], 0.0)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in HOOKS)
 
 
 def _tables(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -780,25 +771,7 @@ def _parts_refusal(model: nn.Module) -> str | None:
 
 def _describe_change(name: str, function: Any) -> str | None:
     """Why a function is not known to compute what KNOWN_SOURCES' does."""
-    code = getattr(function, "__code__", None)
-    if not isinstance(code, CodeType):
-        return f"{name} is no Python function, so it cannot be checked against {VERSION}"
-    found = _digest(code)
-    if found is None:
-        return f"the source of {name} cannot be read, so it cannot be checked against {VERSION}"
-    if found != KNOWN_SOURCES.get(name):
-        return f"{name} is not that of {VERSION}: another version of retro-pytorch, an override or a patch"
-    return None
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(code: CodeType) -> str | None:
-    """Of the source itself, comments and all: unlike `inspect.getsource(function)` this sees through no decorator."""
-    try:
-        lines = inspect.getsource(code).splitlines()
-    except (OSError, TypeError):
-        return None
-    return hashlib.sha256("\n".join(line.rstrip() for line in lines).encode()).hexdigest()
+    return describe_change(name, function, KNOWN_SOURCES.get(name), VERSION, verbatim=True)
 
 
 def _names(children) -> str:

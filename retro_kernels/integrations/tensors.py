@@ -40,6 +40,12 @@ class Tensors:
         """It, without taking it."""
         return self._find(name)
 
+    def move(self, theirs: str, ours: str, into: dict[str, torch.Tensor]) -> None:
+        """Takes a layer's weight, and its bias if it has one."""
+        into[f"{ours}.weight"] = self.take(f"{theirs}.weight")
+        if f"{theirs}.bias" in self:
+            into[f"{ours}.bias"] = self.take(f"{theirs}.bias")
+
     def count(self, pattern: str) -> int:
         """How many numbers from 0 on the pattern's {} can be, so that a name begins with it."""
         number = 0

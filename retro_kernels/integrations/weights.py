@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ..models.config import RetroConfig
-from . import retro_pytorch
+from . import labml, retro_pytorch
 from .tensors import Tensors
 
-PEERS: dict[str, ModuleType] = {module.NAME: module for module in (retro_pytorch,)}
+PEERS: dict[str, ModuleType] = {module.NAME: module for module in (retro_pytorch, labml)}
 PREFIXES = ("module.", "_orig_mod.", "model.", "retro.", "state_dict.")
 
 
