@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import db_build, db_encode, db_index, db_query
-from .db_common import Folder, printable, say, show_errors
+from .db_common import Folder, counting, printable, say, show_errors, show_progress
 
 app = typer.Typer(
     help="Retrieval databases: build one, see what it holds, check it, look something up.", no_args_is_help=True
@@ -59,8 +59,8 @@ def verify(folder: Folder) -> None:
     """Reads every file and checks every checksum and count. Exit code 1 where something is wrong."""
     from retro_kernels.retrieval import Database
 
-    with show_errors():
-        problems = Database(folder).verify()
+    with show_errors(), show_progress() as report:
+        problems = Database(folder).verify(counting("verify", report))
     for line in problems:
         typer.echo(printable(f"error: {line}"), err=True)
     if problems:
@@ -105,6 +105,7 @@ def export(
     from retro_kernels.retrieval import Database
     from retro_kernels.retrieval.exchange import export_parquet
 
-    with show_errors():
-        rows = export_parquet(Database(folder), out, embeddings=embeddings, text=text)
+    with show_errors(), show_progress() as report:
+        step = counting("export", report)
+        rows = export_parquet(Database(folder), out, embeddings=embeddings, text=text, progress=step)
     say(f"{out}: {rows:,} chunks")

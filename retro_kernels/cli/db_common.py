@@ -144,8 +144,10 @@ def _facts(at: Progress) -> str:
     if at.seconds_left is not None:
         minutes, seconds = divmod(round(at.seconds_left), 60)
         left = f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
-    if at.stage in ("match", "search"):
+    if at.stage in ("match", "search", "export", "index", "encode"):
         return f"{at.chunks:,} chunks, {at.chunks_per_second:,.0f} chunks/s{left}"
+    if at.stage in ("verify", "evaluate"):
+        return left.removeprefix(", ")
     if at.stage == "read":
         return f"{at.documents:,} documents{left}"
     return f"{at.documents:,} documents, {at.chunks:,} chunks, {at.chunks_per_second:,.0f} chunks/s{left}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .db_build import standard_input
 from .db_common import Folder, printable, say, say_json, show_errors, show_progress
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def neighbours(
     reading = {"format": format, "text_field": text_field, "encoding": encoding, "keep_duplicates": keep_duplicates}
     usual = {"format": None, "text_field": "text", "encoding": "utf-8", "keep_duplicates": False}
     changed = {name: value for name, value in reading.items() if value != usual[name]}
-    with show_errors():
+    with show_errors(), standard_input(inputs, out, format) as given:
         retriever = Retriever(
             folder,
             num_neighbours=num_neighbours,
@@ -62,7 +63,7 @@ def neighbours(
         )
         with show_progress() as progress:
             made = precompute_neighbours(
-                retriever, inputs, out, same_document=same_document, held_out=held_out, progress=progress, **changed
+                retriever, given, out, same_document=same_document, held_out=held_out, progress=progress, **changed
             )
         parts = {out: made}
         if held_out is not None:

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -367,19 +367,25 @@ class Database:
         content = {name: value for name, value in self.manifest.items() if name not in ("index", "input_times")}
         return hashlib.sha256(json_bytes(content)).hexdigest()
 
-    def verify(self) -> list[str]:
-        """Reads every file. -> what is wrong, one line each; empty where every checksum and count holds."""
-        return list(self.problems())
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Reads every file. -> what is wrong, one line each; empty where every checksum and count holds.
 
-    def problems(self) -> Iterator[str]:
+        progress: called with the bytes that were read, and all."""
+        return list(self.problems(progress))
+
+    def problems(self, progress: Callable[[int, int], None] | None = None) -> Iterator[str]:
         """Yields the problems that `verify` returns."""
         entries = [file for shard in self.manifest["shards"] for file in shard["files"].values()]
         index = self.manifest["index"]
         entries += (index["files"] if index else []) + self.manifest.get("files", [])
+        done, total = 0, sum(entry["bytes"] for entry in entries)
         for entry in entries:
             problem = problem_with(self.folder, entry)
             if problem:
                 yield problem
+            done += entry["bytes"]
+            if progress is not None:
+                progress(done, total)
         for number, shard in enumerate(self._shards):
             yield from (f"shard {number}: {line}" for line in self._inconsistencies(shard))
         listed = {entry["path"] for entry in entries} | {MANIFEST}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -332,13 +332,19 @@ def _write(root: Path, found: _RetroPytorch | _Megatron | _Numpy, shape: dict[st
 
 
 def export_parquet(
-    database: Database, path: str | os.PathLike[str], *, embeddings: bool = False, text: bool = False
+    database: Database,
+    path: str | os.PathLike[str],
+    *,
+    embeddings: bool = False,
+    text: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Writes one row a chunk: `id`, `document`, `path`, `record`, `token_offset`, `tokens` (without padding), `text`
     (its tokens decoded by the database's tokenizer) and `embedding`. -> rows
 
-    The file is whole or absent. Raises DatabaseError where it exists, where pyarrow is not installed, for embeddings
-    that the database has not, and where the tokenizer is another one by now."""
+    progress: called with the rows that are written, and all. The file is whole or absent. Raises DatabaseError where it
+    exists, where pyarrow is not installed, for embeddings that the database has not, and where the tokenizer is another
+    one by now."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -382,6 +388,8 @@ def export_parquet(
             if vectors is not None:
                 columns["embedding"] = list(np.asarray(vectors))
             writer.write_table(arrow.table(columns, schema=schema))
+            if progress is not None:
+                progress(ids.stop, len(database))
     return len(database)
 
 

@@ -93,6 +93,8 @@ def open_neighbours(folder: str | os.PathLike[str], database: str | os.PathLike[
             size = path.stat().st_size if path.is_file() else -1
             if size != entry["bytes"]:
                 raise DatabaseError(f"{path}: {size:,} bytes, {FACTS} says {entry['bytes']:,}: restore it")
+        if not {TOKENS, STARTS, ENDS, IDS} <= {entry["path"] for entry in facts["files"]}:
+            raise ValueError(f"files: got {facts['files']!r}")
         where = Path(os.path.normpath(root / facts["database"])) if database is None else Path(database)
         found = Database(where)
         if facts["database_sha256"] not in (found.content_hash(), *found.manifest.get("earlier", [])):

@@ -320,6 +320,26 @@ def test_missing_neighbours_are_counted_truthfully(tmp_path: Path, letters_by_na
     assert f"100.0% of the neighbours are missing, {chunks} chunks have none" in done.output
 
 
+@pytest.mark.parametrize("other", [None, True, "text", 2.0, -1, [], {}, {"path": 3}], ids=repr)
+def test_wrong_kinds_in_data_json_are_named(database: Database, corpus: Path, tmp_path: Path, other: object):
+    precompute(retriever_of(database), corpus, tmp_path / "out")
+    path = tmp_path / "out" / "data.json"
+    good = json.loads(path.read_text())
+    for name in ("format", "version", "files", "database", "database_sha256", "chunk_size", "chunks", "documents"):
+        if (name, other) == ("version", 2.0):  # JSON's 2 and 2.0 are one number
+            continue
+        path.write_text(json.dumps({**good, name: other}))
+        with pytest.raises(DatabaseError, match=r"data\.json|database"):
+            open_neighbours(tmp_path / "out")
+    for name in ("path", "bytes"):
+        path.write_text(json.dumps({**good, "files": [{**good["files"][0], name: other}]}))
+        with pytest.raises(DatabaseError):
+            open_neighbours(tmp_path / "out")
+    path.write_text(json.dumps(other))
+    with pytest.raises(DatabaseError, match=r"data\.json"):
+        open_neighbours(tmp_path / "out")
+
+
 @pytest.fixture
 def letters_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands find the cheap embedder and index where they look for a real one."""
