@@ -196,10 +196,10 @@ def test_what_half_matches_is_refused_by_name(monkeypatch, tmp_path):
         Retro.from_peer({})
     with pytest.raises(TypeError, match="changes: got width"):
         Retro.from_peer(model, width=3)
-    with pytest.raises(ValueError, match="peer: got 'labml'"):
-        Retro.from_peer(model, peer="labml")
-    with pytest.raises(ValueError, match="peer: got 'labml'"):
-        Retro.from_peer(model).to_peer("labml")
+    with pytest.raises(ValueError, match="peer: got 'gpt'"):
+        Retro.from_peer(model, peer="gpt")
+    with pytest.raises(ValueError, match="peer: got 'gpt'"):
+        Retro.from_peer(model).to_peer("gpt")
     with pytest.raises(ValueError, match=r"config: got .* which retro-pytorch has not"):
         Retro(rk.models.RetroConfig.preset("tiny")).to_peer("retro-pytorch")
     monkeypatch.setattr(RETRO, "forward", lambda self, x: x)
