@@ -78,7 +78,13 @@ def measure(corpus: Path, every: int, copies: int, given: bool, index: str | Non
             stages[at.stage] = time.perf_counter() - begun
 
         database = retrieval.build_database(
-            files, Path(folder) / "db", embedder=embedder, index=index, progress=note, keep_duplicates=copies > 1
+            files,
+            Path(folder) / "db",
+            tokenizer=DEFAULT_EMBEDDER,
+            embedder=embedder,
+            index=index,
+            progress=note,
+            keep_duplicates=copies > 1,
         )
         seconds = time.perf_counter() - begun
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

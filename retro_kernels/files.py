@@ -30,6 +30,13 @@ def replaced(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
         raise
 
 
+def usual_mode(path: Path) -> None:
+    """Gives a file the mode that a new one has by the umask, where a library made it readable for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def move(source: Path, target: Path) -> None:
     """Renames a file or folder within a file system so that the rename, and what a file holds, survive a power cut."""
     sync(source)

@@ -8,25 +8,35 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from .errors import DatabaseError
-from .files import sha256
-from .hub import OFFLINE, check_identity, model_folder
+from .files import sha256, write_bytes
+from .hub import check_identity, model_folder
 
 if TYPE_CHECKING:
     from .models import RetroConfig
 
 BYTES, FILE = "bytes", "tokenizer.json"
-DEFAULT_TOKENIZER = OFFLINE
+DEFAULT_TOKENIZER = BYTES
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 """What tokenizers call the end of a document, where no tokenizer_config.json beside them says it."""
 UNKNOWN = ("<unk>", "[UNK]")
 """What tokenizers call what they do not know, where their model does not say it."""
+SAMPLES = {
+    "capitals": "Of Mice and MEN",
+    "line ends": "one\ntwo\n\nthree",
+    "blanks": "a  b\tc",
+    "accents": "déjà vu, Ærø",
+    "punctuation": "it's (a) 'well-known' x+=1; end.",
+    "scripts": "Ελλάδα Россия 中文 日本語 한국어 ไทย עברית",
+    "symbols": "→ ½ 🙂",
+}
+"""Text that a tokenizer may not give back as it was, by what would be lost."""
 
 
 class Encoded(NamedTuple):
@@ -176,6 +186,43 @@ def open_tokenizer(identity: dict[str, Any]) -> ChunkTokenizer:
     found = load_tokenizer(identity["name"])
     check_identity("tokenizer", identity, found.identity)
     return found
+
+
+def lost_by(tokenizer: ChunkTokenizer) -> list[str]:
+    """Names what a tokenizer does not give back of text that it was given; nothing for one that loses nothing."""
+    return [name for name, text in SAMPLES.items() if tokenizer.decode(tokenizer.encode(text)) != text]
+
+
+def train_tokenizer(
+    texts: Iterable[str], folder: Path, *, vocab_size: int = 16384, progress: bool = False
+) -> HuggingFaceTokenizer:
+    """Trains a byte-level BPE, which loses nothing, and writes it into the folder as `tokenizer.json`. The same texts
+    give the same bytes. Its token 0, which no text becomes, ends a document.
+
+    Raises ValueError for a `vocab_size` that does not hold every byte, DatabaseError where the package tokenizers is
+    not installed.
+    """
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 257:
+        raise ValueError(f"vocab_size: got {vocab_size!r}, expected an integer of at least 257: a token for every byte")
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        raise DatabaseError(
+            "tokenizer: training one needs the package tokenizers: pip install 'retro_kernels[retrieval]'"
+        ) from None
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[ENDS[0]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    made.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / FILE, (made.to_str(pretty=True) + "\n").encode())
+    return HuggingFaceTokenizer(folder / FILE, str(folder))
 
 
 def load_model_tokenizer(folder: Path, config: RetroConfig) -> ChunkTokenizer:

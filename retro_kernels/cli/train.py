@@ -10,10 +10,12 @@ from typing import Annotated, Any
 import typer
 
 SECTIONS = ("model", "data", "training")
+PATHS = ("output", "retrofit", "start_from")
 
 
-def read(path: Path) -> tuple[Any, Any, Any]:
-    """-> RetroConfig, TokenStream, TrainingConfig of a YAML file. Raises ValueError or FileNotFoundError."""
+def read(path: Path) -> tuple[Any, Any, Any, Any]:
+    """-> RetroConfig, TokenStream, TrainingConfig of a YAML file, and the TokenStream of held-out text or None. Paths
+    in it are relative to it. Raises ValueError or FileNotFoundError."""
     import yaml
 
     from ..models import RetroConfig
@@ -34,8 +36,13 @@ def read(path: Path) -> tuple[Any, Any, Any]:
         found = sorted(document) if isinstance(document, dict) else type(document).__name__
         raise ValueError(f"{path}: got {found}, expected the sections {', '.join(SECTIONS)}")
     data = document["data"] if isinstance(document["data"], dict) else {"folder": document["data"]}
-    if "folder" not in data or set(data) - {"folder", "database"}:
-        raise ValueError(f"{path}: got data with {', '.join(data)}, expected a folder, and at most a database with it")
+    if "folder" not in data or set(data) - {"folder", "database", "held_out"}:
+        raise ValueError(
+            f"{path}: got data with {', '.join(data)}, expected a folder, and at most a database and held_out with it"
+        )
+    for section in ("model", "training"):
+        if not isinstance(document[section], dict):
+            raise ValueError(f"{path}: got {section} {document[section]!r}, expected settings, as name: value")
     where = {key: path.parent / str(value) for key, value in data.items()}  # absolute paths stay
     model = dict(document["model"])
     model = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
@@ -46,12 +53,19 @@ def read(path: Path) -> tuple[Any, Any, Any]:
                 model.setdefault(name, facts[name])
         preset = model.pop("preset", None)
         config = RetroConfig(**model) if preset is None else RetroConfig.preset(preset, **model)
-        settings = TrainingConfig(**document["training"])
+        training: dict[str, Any] = {
+            key: tuple(x) if isinstance(x, list) else x for key, x in document["training"].items()
+        }
+        where |= {key: path.parent / str(training[key]) for key in PATHS if training.get(key) is not None}
+        training |= {key: str(where[key]) for key in PATHS if key in where}
+        settings = TrainingConfig(**training)
     except TypeError as error:  # an unknown or a missing name
         raise ValueError(
             f"{path}: {str(error).replace('.__init__()', '').replace('keyword argument', 'setting')}"
         ) from error
-    return config, TokenStream(where["folder"], config, where.get("database")), settings
+    stream = TokenStream(where["folder"], config, where.get("database"))
+    held_out = TokenStream(where["held_out"], config, where.get("database")) if "held_out" in where else None
+    return config, stream, settings, held_out
 
 
 def train(
@@ -61,33 +75,30 @@ def train(
     """Trains a RETRO, or continues the run in the folder that CONFIG names as its output.
 
     CONFIG has three sections: `model` (a `preset` and changes, or all fields of RetroConfig; tokenizer and vocab_size
-    are by default the data's), `data` (the folder that `retro-kernels db neighbours` wrote, or, if its database was
-    moved, `{folder: ..., database: ...}`) and `training` (fields of TrainingConfig). Under torchrun several processes
-    train together. Ctrl-C loses what came after the last checkpoint.
+    are by default the data's), `data` (the folder that `retro-kernels db neighbours` wrote, or `{folder: ..., held_out:
+    ...}` with one of text to evaluate on, and `database: ...` if that was moved) and `training` (fields of
+    TrainingConfig). Paths are relative to CONFIG. Under torchrun several processes train together. Ctrl-C loses what
+    came after the last checkpoint.
     """
     import torch
 
     from ..models.training import NonFiniteLoss, Trainer
-    from ..retrieval import DatabaseError
+    from .db_common import say, show_errors
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
-        if several:
-            if device == "cuda":
-                device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-                torch.cuda.set_device(device)
-            torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        Trainer(*read(config), device=device, say=typer.echo).run()
+        with show_errors(code=2):
+            if several:
+                if device == "cuda":
+                    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+                    torch.cuda.set_device(device)
+                torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            of_model, stream, settings, held_out = read(config)
+            Trainer(of_model, stream, settings, held_out=held_out, device=device, say=say).run()
     except NonFiniteLoss as error:
         typer.echo(f"Stopped: {error}", err=True)
         raise typer.Exit(3) from error
-    except (ValueError, FileNotFoundError, DatabaseError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo("Interrupted: the same command continues from the last checkpoint.", err=True)
-        raise typer.Exit(130) from error
     finally:
         if several and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..files import replaced, write_bytes, write_json
+from ..files import replaced, usual_mode, write_bytes, write_json
 from ..nn import RotaryPositions
 from ..ops import checks
 from .config import RetroConfig
@@ -45,6 +45,7 @@ def write(
     `writes`. Of divided weights it holds one file's at a time, not all.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     checks.integer("max_shard_size", max_shard_size, 1)
@@ -60,7 +61,11 @@ def write(
         shard = {name: _whole(weights[name]) for name in names}
         if writes:
             with replaced(folder / file) as temporary:
-                save_file(shard, temporary, metadata={"format": "pt"})
+                try:
+                    save_file(shard, temporary, metadata={"format": "pt"})
+                except SafetensorError as error:  # which wraps what the system said
+                    raise OSError(f"{folder / file} cannot be written ({error})") from error
+                usual_mode(temporary)  # save_file makes it the owner's alone
     if not writes:
         return
     if split.is_sharded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -186,6 +187,20 @@ class TokenStream:
         mask = neighbours != ABSENT
         return Batch(given[0], given[1], neighbours.clamp(min=0), mask, begins)
 
+    def identity(self) -> dict[str, Any]:
+        """What identifies the data wherever they lie: of every file its size and SHA-256 (of files of a folder without
+        checksums, over 64 pieces), and the database's hash."""
+        if "files" in self.facts:
+            found = {entry["path"]: [entry["bytes"], entry["sha256"]] for entry in self.facts["files"]}
+            return {**found, "database": self.facts["database_sha256"]}
+        names = (TOKENS, NEIGHBOURS, STARTS, ENDS)
+        return {name: _sampled(self.folder / name) for name in names if (self.folder / name).is_file()}
+
+    def share_without_neighbours(self) -> float:
+        """The share of neighbours that `db neighbours` did not find; 0 where it is not known."""
+        wanted = self.facts.get("chunks", 0) * self.facts.get("num_neighbours", 0)
+        return self.facts.get("missing", 0) / wanted if wanted else 0.0
+
     def _neighbours(self, first: int, chunks: int, k: int) -> np.ndarray:
         found = np.asarray(self.neighbours[first : first + chunks, :k], dtype=np.int64)  # type: ignore[index]
         lacking = chunks - len(found)
@@ -252,6 +267,26 @@ def _read_facts(path: Path) -> dict[str, Any]:
     return found
 
 
+def _sampled(path: Path) -> list[Any]:
+    """A file's size, and the SHA-256 of 64 pieces of it, evenly spread (of all of a file up to 4 MiB)."""
+    size, piece, digest = path.stat().st_size, 1 << 16, hashlib.sha256()
+    with path.open("rb") as file:
+        for at in range(0, size, max(piece, size // 64)):
+            file.seek(at)
+            digest.update(file.read(piece))
+    return [size, digest.hexdigest()]
+
+
+def other_rows(rows: int, seed: int) -> list[int]:
+    """For each row another one, no row twice: a random ring. Raises ValueError for a single row."""
+    if rows == 1:
+        raise ValueError("stream: got one row, expected at least two, as random neighbours are those of another row")
+    order = np.random.default_rng(seed).permutation(rows)
+    other = np.empty(rows, dtype=np.int64)
+    other[order] = np.roll(order, 1)
+    return other.tolist()
+
+
 class Order:
     """Which rows come when: every epoch all of them, in an order that only the seed and the epoch decide; so that the
     number of rows seen is all that a resumed run needs to know."""
@@ -297,4 +332,4 @@ def prefetch(
             yield waiting.result().to(device)
 
 
-__all__ = ["ABSENT", "IGNORED", "Batch", "Order", "TokenStream", "facts_of", "prefetch"]
+__all__ = ["ABSENT", "IGNORED", "Batch", "Order", "TokenStream", "facts_of", "other_rows", "prefetch"]

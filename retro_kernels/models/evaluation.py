@@ -14,7 +14,7 @@ import torch
 from ..nn import common
 from ..ops import checks
 from ..retrieval.corpus.filters import longest_common_stretch
-from .data import IGNORED, TokenStream
+from .data import IGNORED, TokenStream, other_rows
 from .retro import Retro
 
 MODES = ("on", "off", "random")
@@ -83,7 +83,7 @@ def evaluate(
         checks.integer("num_neighbours", k, 1, max(stored, 1), f"those of {stream.folder}")
     count = stream.rows if max_rows is None else min(stream.rows, checks.integer("max_rows", max_rows, 1))
     rows = list(range(count))
-    other = _other_rows(stream.rows, seed) if "random" in retrieval else []
+    other = other_rows(stream.rows, seed) if "random" in retrieval else []
     variants = [(mode, k) for mode in retrieval for k in ([0] if mode == "off" else ks)]
     losses: dict[tuple[str, int], list[torch.Tensor]] = {variant: [] for variant in variants}
     there = []
@@ -156,16 +156,6 @@ def draw_overlaps(results: Sequence[Result], path: str | os.PathLike[str]) -> No
 
 def _batches(rows: list[int], size: int) -> list[list[int]]:
     return [rows[at : at + size] for at in range(0, len(rows), size)]
-
-
-def _other_rows(rows: int, seed: int) -> list[int]:
-    """For each row another one, no row twice: a random ring."""
-    if rows == 1:
-        raise ValueError("stream: got one row, expected at least two, as random neighbours are those of another row")
-    order = np.random.default_rng(seed).permutation(rows)
-    other = np.empty(rows, dtype=np.int64)
-    other[order] = np.roll(order, 1)
-    return other.tolist()
 
 
 def _overlap_of_targets(stream: TokenStream, rows: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Training: AdamW with warm-up and cosine decay, on one process or several, resumable to the bit."""
+"""Training: AdamW with warm-up and decay, on one process or several, resumable to the bit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,29 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from ..files import move, write_json
+from ..files import write_json
 from ..nn import common
 from ..ops import checks
-from ..tokenizers import FILE
-from . import checkpoint
+from ..tokenizers import FILE, hash_of_file
+from . import checkpoint, schedules
+from .callbacks import LOGGERS, Callback, Console, loggers
 from .config import RetroConfig
-from .data import IGNORED, Batch, Order, TokenStream, prefetch
+from .data import IGNORED, Batch, Order, TokenStream, other_rows, prefetch
 from .retro import Retro
+from .run_folder import (
+    METRICS,
+    PROGRESS,
+    SETTINGS,
+    STATE,
+    checkpoints,
+    complete,
+    hold,
+    mend_metrics,
+    newest_whole,
+    point_to_best,
+    read_json,
+)
 
-METRICS, STATE, PROGRESS, SETTINGS = "metrics.jsonl", "optimiser", "progress.json", "settings.json"
 OF_DECODER = (
     "vocab_size",
     "model_dim",
@@ -55,7 +68,20 @@ OF_DECODER = (
 )
 ALONE = "torch.distributed is disabled, unavailable or uninitialized"  # told to every run of one process
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-_STEP = re.compile(r"step-(\d{8})")
+MANY_EPOCHS = 50
+FREE = (
+    "output",
+    "steps",
+    "micro_batch_size",
+    "save_every",
+    "keep",
+    "evaluate_every",
+    "patience",
+    "log_every",
+    "log_to",
+    "peak_flops",
+)
+"""Settings that may differ where a run is continued."""
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -72,10 +98,13 @@ class TrainingConfig:
         steps: updates of the weights.
         batch_size: rows of `max_length` tokens an update, over all processes and accumulated micro-batches.
         micro_batch_size: rows that a process computes at a time; default `batch_size` over the processes.
-        learning_rate, final_learning_rate: the largest, and the last (default a tenth of it, by a cosine).
-        warmup_steps: of the linear rise from 1e-7.
+        learning_rate, final_learning_rate: the largest, and the last (default a tenth of it).
+        schedule: "cosine" (the paper), "linear", "constant" or "wsd" (stable, then a linear decay); see `schedules`.
+        warmup_steps: of the linear rise from 1e-7; default 750 (the paper), or a tenth of `steps` if that is less.
+        decay_steps: of the decay that ends "wsd"; default a tenth of `steps`.
         weight_decay: of matrices (not of norms, u, v and gates). betas, epsilon: of AdamW.
         clip: the largest norm of the gradient; None: any.
+        start_from: the folder of a model with the same config, whose weights the run begins with. None: fresh ones.
         retrofit: the folder of a trained decoder, a `Retro` without chunked cross-attention. Its weights are taken and
             stay as they are; only chunked cross-attention and encoder are trained (appendix B.2 of the paper), so that
             with retrieval off the model remains that decoder. None: all weights are fresh, and trained.
@@ -84,7 +113,12 @@ class TrainingConfig:
         precision: "fp32", or "bf16" (autocast; the weights stay fp32).
         seed: of the initial weights, dropout and the order of rows.
         save_every, keep: steps between checkpoints, and how many are kept.
+        evaluate_every: steps between evaluations on held-out text, where there is some; default `save_every`. A better
+            loss than all before (with retrieval on) is saved, named by the link `best`, and kept beside the others.
+        evaluation_rows: of the held-out text, evenly spread.
+        patience: end the run after so many evaluations without a better loss; None: never.
         log_every: steps between lines of metrics.
+        log_to: "tensorboard", "wandb", or both, beside metrics.jsonl.
         activation_checkpointing: see `Retro`. compile: run it under torch.compile.
         parallel: with several processes "ddp" or "fsdp" (FSDP2).
         context_parallel: so many processes divide every row of tokens among them, at chunk borders.
@@ -103,18 +137,25 @@ class TrainingConfig:
     micro_batch_size: int | None = None
     learning_rate: float = 2e-4
     final_learning_rate: float | None = None
-    warmup_steps: int = 750
+    schedule: str = "cosine"
+    warmup_steps: int | None = None
+    decay_steps: int | None = None
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     epsilon: float = 1e-8
     clip: float | None = 1.0
+    start_from: str | None = None
     retrofit: str | None = None
     init: str = "random"
     precision: str = "fp32"
     seed: int = 0
     save_every: int = 1000
     keep: int = 2
+    evaluate_every: int | None = None
+    evaluation_rows: int = 64
+    patience: int | None = None
     log_every: int = 10
+    log_to: tuple[str, ...] = ()
     activation_checkpointing: bool = False
     compile: bool = False
     parallel: str = "ddp"
@@ -131,14 +172,28 @@ class TrainingConfig:
             "save_every",
             "keep",
             "log_every",
+            "evaluation_rows",
             "context_parallel",
             "tensor_parallel",
         ):
             checks.integer(name, getattr(self, name), 1)
-        checks.integer("warmup_steps", self.warmup_steps, 0)
         checks.integer("seed", self.seed, 0)
-        if self.micro_batch_size is not None:
-            checks.integer("micro_batch_size", self.micro_batch_size, 1)
+        for name, low in (
+            ("warmup_steps", 0),
+            ("decay_steps", 0),
+            ("micro_batch_size", 1),
+            ("evaluate_every", 1),
+            ("patience", 1),
+        ):
+            if getattr(self, name) is not None:
+                checks.integer(name, getattr(self, name), low)
+        common.one_of("schedule", self.schedule, schedules.SCHEDULES)
+        names = (self.log_to,) if isinstance(self.log_to, str) else tuple(self.log_to)
+        for name in names:
+            common.one_of("log_to", name, LOGGERS)
+        object.__setattr__(self, "log_to", names)
+        if self.start_from is not None and self.retrofit is not None:
+            raise ValueError("start_from, retrofit: got both, expected one: both say where weights come from")
         for name in ("learning_rate", "final_learning_rate", "weight_decay", "epsilon"):
             value = getattr(self, name)
             if value is not None and checks.number(name, value) < 0.0:
@@ -162,11 +217,16 @@ class TrainingConfig:
 
     def rate(self, step: int) -> float:
         """The learning rate of the update number `step`, from 0."""
-        first, final = 1e-7, self.learning_rate / 10 if self.final_learning_rate is None else self.final_learning_rate
-        if step < self.warmup_steps:
-            return first + (self.learning_rate - first) * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1)
-        return final + (self.learning_rate - final) * 0.5 * (1 + math.cos(math.pi * done))
+        tenth = max(self.steps // 10, 1)
+        return schedules.rate(
+            step,
+            schedule=self.schedule,
+            steps=self.steps,
+            warmup=min(750, tenth) if self.warmup_steps is None else self.warmup_steps,
+            decay=tenth if self.decay_steps is None else self.decay_steps,
+            largest=self.learning_rate,
+            final=self.learning_rate / 10 if self.final_learning_rate is None else self.final_learning_rate,
+        )
 
 
 class LossOf(nn.Module):
@@ -245,16 +305,19 @@ def begin_with_self_attention(model: Retro) -> None:
 
 
 class Trainer:
-    """A run: makes the model or takes up the last checkpoint in `settings.output`, then `run()`.
+    """A run: makes the model or takes up the newest whole checkpoint in `settings.output`, then `run()`.
 
-    In several processes (torchrun) the process group must have been initialised.
+    In several processes (torchrun) the process group must have been initialised. The folder is held from the first to
+    the end of `run()`, or until the trainer is gone.
 
     Args:
         config: of the model. stream: the data. settings: of the run.
-        device: where to train. say: what to tell the user with.
+        held_out: text that is evaluated on while training; None: none.
+        device: where to train. say: what to tell the user with. callbacks: told what happens, see `Callback`.
 
-    Raises ValueError when the folder holds a run of another config or other settings (but for `steps` and how often is
-    saved and logged), and for a decoder that the model cannot take (see `take_decoder`).
+    Raises ValueError when the folder holds a run of another config, other data or other settings (but for FREE), where
+    none of its checkpoints is whole, and for weights that the model cannot take (see `take_decoder`); BlockingIOError
+    where another trainer holds the folder.
     """
 
     def __init__(
@@ -263,10 +326,13 @@ class Trainer:
         stream: TokenStream,
         settings: TrainingConfig,
         *,
+        held_out: TokenStream | None = None,
         device: torch.device | str = "cpu",
         say: Callable[[str], None] = print,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.stream, self.settings, self.device = config, stream, settings, torch.device(device)
+        self.held_out, self.stop = held_out, False
         several = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         self.say = say if self.rank == 0 else lambda text: None
@@ -297,6 +363,19 @@ class Trainer:
             raise ValueError(f"micro_batch_size: got {micro}, expected a divisor of {self.share}, a process's rows")
         self.micro = micro
         self.folder = Path(settings.output)
+        self._held: ExitStack | None = None
+        self._hold()
+        try:
+            self._prepare(callbacks)
+        except BaseException:
+            self._release()
+            raise
+
+    def _prepare(self, callbacks: Sequence[Callback]) -> None:
+        config, settings = self.config, self.settings
+        self.callbacks: list[Callback] = []
+        if self.rank == 0:
+            self.callbacks = [Console(self.say), *loggers(settings.log_to), *callbacks]
         self.tokenizer = self._tokenizer()
         torch.manual_seed(settings.seed)
         self.model = Retro(config, backend=settings.backend).to(self.device)
@@ -305,6 +384,9 @@ class Trainer:
             take_decoder(self.model, settings.retrofit)
             if settings.init == "self_attention":
                 begin_with_self_attention(self.model)
+        if settings.start_from is not None:
+            start = Retro.from_pretrained(settings.start_from, config=config, device=self.device)
+            self.model.load_state_dict(start.state_dict())
         self.wrapped = self._wrap()
         groups = []
         for parameters in _by_mesh(self.model.parameters()):
@@ -317,15 +399,26 @@ class Trainer:
         # Every rank draws its own dropout, but for those that hold the same activations.
         torch.manual_seed(settings.seed + 1 + self.rank // settings.tensor_parallel)
         self.step, self.seen = 0, 0
+        self.best: dict[str, Any] | None = None
+        self.evaluations_without_better = 0
         self._resume()
+        if self.step < settings.steps:
+            self._say_plan()
 
     def run(self) -> float:
         """Trains to `settings.steps`; -> the loss of the last update, NaN if there was none.
 
         Raises NonFiniteLoss, and ValueError for data that do not fit.
         """
+        self._hold()
+        try:
+            return self._run()
+        finally:
+            self._tell("on_end")
+            self._release()
+
+    def _run(self) -> float:
         settings = self.settings
-        tensorboard = self._tensorboard()
         batches = prefetch(
             self.stream,
             Order(self.stream.rows, settings.seed),
@@ -335,32 +428,101 @@ class Trainer:
             documents_apart=settings.documents_apart,
         )
         flops = 3 * sum(self.config.forward_flops().values()) * settings.batch_size
+        tokens = settings.batch_size * self.config.max_length
+        every = settings.save_every if settings.evaluate_every is None else settings.evaluate_every
         self.model.train()
-        loss, since, at = math.nan, time.perf_counter(), self.step
-        while self.step < settings.steps:
+        self._tell("on_begin")
+        loss, since, before, at = math.nan, time.perf_counter(), time.perf_counter(), self.step
+        self.stop = settings.patience is not None and self.evaluations_without_better >= settings.patience
+        while self.step < settings.steps and not self.stop:
             loss, norm = self._update(batches)
-            if self.step % settings.log_every == 0 or self.step == settings.steps:
-                seconds = (time.perf_counter() - since) / (self.step - at)
-                since, at = time.perf_counter(), self.step
-                tokens = settings.batch_size * self.config.max_length
-                line = {
-                    "step": self.step,
-                    "loss": loss,
-                    "learning_rate": settings.rate(self.step - 1),
-                    "gradient_norm": norm,
-                    "rows": self.seen,
-                    "tokens": self.seen * self.config.max_length,
-                    "seconds_a_step": seconds,
-                    "tokens_a_second": tokens / seconds,
-                }
+            last = self.step == settings.steps
+            line = {
+                "step": self.step,
+                "loss": loss,
+                "learning_rate": settings.rate(self.step - 1),
+                "gradient_norm": norm,
+                "rows": self.seen,
+                "tokens": self.seen * self.config.max_length,
+            }
+
+            def timed(seconds: float, line: dict[str, Any] = line) -> dict[str, Any]:
+                line = {**line, "seconds_a_step": seconds, "tokens_a_second": tokens / seconds}
                 if settings.peak_flops is not None:
                     line["model_flops_utilisation"] = flops / seconds / (settings.peak_flops * self.world)
-                self._log(line, tensorboard)
-            if self.step % settings.save_every == 0 or self.step == settings.steps:
+                return line
+
+            now = time.perf_counter()
+            self._tell("on_step", timed(now - before))
+            if self.step % settings.log_every == 0 or last:
+                self._log("on_log", timed((now - since) / (self.step - at)))
+                since, at = now, self.step
+            paused = time.perf_counter()
+            better = self.held_out is not None and (self.step % every == 0 or last) and self._evaluate()
+            if self.step % settings.save_every == 0 or last or better or self.stop:
                 self.save()
-        if tensorboard is not None:
-            tensorboard.close()
+            before = time.perf_counter()
+            since += before - paused
         return loss
+
+    def _evaluate(self) -> bool:
+        """Measures the held-out loss. -> is it better than all before?"""
+        losses = self.evaluate()
+        measured = losses.get("held_out_on", losses["held_out_off"])
+        better = self.best is None or measured < self.best["loss"]
+        if better:
+            self.best, self.evaluations_without_better = {"step": self.step, "loss": measured}, 0
+        else:
+            self.evaluations_without_better += 1
+        self._log("on_evaluation", {"step": self.step, **losses})
+        patience = self.settings.patience
+        if patience is not None and self.evaluations_without_better >= patience and self.best is not None:
+            self.stop = True
+            self.say(
+                f"Stopped early: {patience} evaluations without a better held-out loss than {self.best['loss']:.4f} at "
+                f"step {self.best['step']}"
+            )
+        return better
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The loss on `evaluation_rows` rows of the held-out text, in nats a token: "held_out_off", and where there are
+        neighbours "held_out_on" and "held_out_random" (those of another row). Draws no random number. Every process
+        computes all rows, but its own part of each where it shares rows.
+
+        Raises ValueError where there is no held-out text.
+        """
+        stream, settings = self.held_out, self.settings
+        if stream is None:
+            raise ValueError("held_out: got none, expected some text to evaluate on")
+        count = min(settings.evaluation_rows, stream.rows)
+        rows = [i * stream.rows // count for i in range(count)]
+        modes = ["held_out_on", "held_out_off", "held_out_random"]
+        if stream.neighbours is None or not self.config.cross_attention_layers:
+            modes = ["held_out_off"]
+        elif stream.rows == 1:
+            modes.remove("held_out_random")
+        other = other_rows(stream.rows, 0) if len(modes) == 3 else []
+        part = (self.context_rank, settings.context_parallel)
+        sums = {}
+        self.model.eval()
+        for mode in modes:
+            total = torch.zeros(2, dtype=torch.float64, device=self.device)
+            for at in range(0, count, self.micro):
+                some = rows[at : at + self.micro]
+                batch = stream.batch(
+                    some,
+                    0 if mode == "held_out_off" else None,
+                    [other[row] for row in some] if mode == "held_out_random" else None,
+                )
+                batch = (batch if settings.documents_apart else batch._replace(sequence_starts=None)).part(*part)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                    loss = self.wrapped(batch.to(self.device))
+                total += torch.stack([loss.double(), (batch.targets != IGNORED).sum().to(loss.device).double()])
+            self._sum(total)
+            sums[mode] = float(total[0] / total[1])
+        self.model.train()
+        return sums
 
     def _update(self, batches: Iterator[Batch]) -> tuple[float, float]:
         """One update of the weights; -> the mean loss and the norm of the gradient."""
@@ -370,6 +532,7 @@ class Trainer:
         parts = [next(batches) for _ in range(self.share // self.micro)]
         count = torch.stack([(part.targets != IGNORED).sum() for part in parts]).sum().to(torch.float64)
         self._sum(count)
+        count.clamp_(min=1)  # rows may hold nothing to predict
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.optimiser.zero_grad()
         for i, part in enumerate(parts):
@@ -380,6 +543,7 @@ class Trainer:
             # processes share its projections.
             (loss * (self.world / count)).backward()
             total += loss.detach()
+            self._tell("on_part", i + 1, len(parts))
         self._sum(total)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norms = [nn.utils.get_total_norm([p.grad for p in x if p.grad is not None]) for x in _by_mesh(parameters)]
@@ -464,39 +628,78 @@ class Trainer:
             return None
         from ..retrieval import DatabaseError, open_tokenizer
 
+        beside = self.stream.folder / FILE
+        if beside.is_file() and hash_of_file(beside) == self.stream.tokenizer.get("sha256"):
+            return beside
         try:
             return getattr(open_tokenizer(self.stream.tokenizer), "path", None)
         except DatabaseError as error:
             self.say(f"Checkpoints will have no {FILE}, which generation needs: {error}")
             return None
 
-    def _tensorboard(self) -> Any:
-        if self.rank:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.say("TensorBoard is not installed: metrics go to metrics.jsonl only")
-            return None
-        return SummaryWriter(self.folder / "tensorboard", purge_step=self.step)
+    def _tell(self, what: str, *given: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, what)(self, *given)
 
-    def _log(self, line: dict[str, Any], tensorboard: Any) -> None:
-        if self.rank:
-            return
-        with (self.folder / METRICS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        if tensorboard is not None:
-            for name, value in line.items():
-                tensorboard.add_scalar(name, value, line["step"])
-        utilisation = line.get("model_flops_utilisation")
+    def _log(self, what: str, line: dict[str, Any]) -> None:
+        if self.rank == 0:
+            with (self.folder / METRICS).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self._tell(what, line)
+
+    def description(self) -> dict[str, Any]:
+        """What makes the run what it is: the model's config, the settings, and what identifies the data."""
+        settings = {"model": self.config.to_dict(), **dataclasses.asdict(self.settings), "data": self.stream.identity()}
+        if self.held_out is not None:
+            settings["held_out"] = self.held_out.identity()
+        return json.loads(json.dumps(settings))
+
+    def _say_plan(self) -> None:
+        """Says what is to come, and what of it makes no sense."""
+        settings, rows, n = self.settings, self.stream.rows, self.config.max_length
+        parts = {name: count for name, count in self.model.count_parameters().items() if count}
+        counts = ", ".join(f"{name} {count / 1e6:,.1f}" for name, count in parts.items())
+        left = settings.steps - self.step
+        epochs = settings.steps * settings.batch_size / rows
+        self.say(f"{sum(parts.values()) / 1e6:,.1f} million parameters ({counts}) on {self.device}")
         self.say(
-            f"step {line['step']}/{self.settings.steps}  loss {line['loss']:.4f}  "
-            f"{line['tokens_a_second']:.0f} tokens/s" + (f"  MFU {utilisation:.1%}" if utilisation else "")
+            f"{rows:,} rows of {n:,} tokens ({self.stream.num_targets:,} to predict); {left:,} updates of "
+            f"{settings.batch_size:,} rows, {epochs:,.2f} epochs in all"
         )
+        if settings.batch_size > rows:
+            self.say(
+                f"Warning: batch_size {settings.batch_size} is more than the {rows} rows there are: every update sees "
+                f"all of them, about {settings.batch_size / rows:.1f} times"
+            )
+        elif epochs > MANY_EPOCHS:
+            self.say(f"Warning: every row is seen {epochs:,.0f} times, which is learned by heart")
+        warmup = settings.warmup_steps
+        if warmup is not None and warmup >= settings.steps:
+            self.say(f"Warning: warmup_steps {warmup} is not less than steps {settings.steps}: the rate only rises")
+        if self.config.cross_attention_layers and self.stream.neighbours is None:
+            self.say(f"Warning: {self.stream.folder} has no neighbours: what reads them is not trained")
+        lost = self.stream.facts.get("lost_by_tokenizer")
+        if lost:
+            self.say(f"Warning: the data's tokenizer loses {', '.join(lost)}: the model cannot write them")
+        lacking = self.stream.share_without_neighbours()
+        if lacking:
+            self.say(f"{lacking:.1%} of the neighbours are missing")
+
+    def _hold(self) -> None:
+        if self.rank == 0 and self._held is None:
+            stack = ExitStack()
+            stack.enter_context(hold(self.folder))
+            self._held = stack
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def save(self) -> Path:
-        """A checkpoint of this step, written beside and then renamed; older ones go. Every process writes its part of
-        the optimiser's state; the first one writes the weights, a file at a time."""
+        """A checkpoint of this step, written beside and then renamed, once it is on the disk with a checksum of every
+        file; older ones go, but not the one with the best held-out loss. Every process writes its part of the
+        optimiser's state; the first one writes the weights, a file at a time."""
         target = self.folder / f"step-{self.step:08d}"
         partial = self.folder / f".{target.name}.partial"
         if self.rank == 0:
@@ -511,11 +714,23 @@ class Trainer:
         if self.rank == 0:
             if self.tokenizer is not None:
                 shutil.copyfile(self.tokenizer, partial / FILE)
-            write_json(partial / PROGRESS, {"step": self.step, "rows": self.seen, "processes": self.world})
-            shutil.rmtree(target, ignore_errors=True)
-            move(partial, target)
+            progress = {
+                "step": self.step,
+                "rows": self.seen,
+                "processes": self.world,
+                "best": self.best,
+                "evaluations_without_better": self.evaluations_without_better,
+                "settings": {name: x for name, x in self.description().items() if name not in FREE},
+            }
+            write_json(partial / PROGRESS, progress)
+            complete(partial, target)
+            kept = None if self.best is None else f"step-{self.best['step']:08d}"
+            if kept == target.name:
+                point_to_best(self.folder, target)
             for old in checkpoints(self.folder)[: -self.settings.keep]:
-                shutil.rmtree(old)
+                if old.name != kept:
+                    shutil.rmtree(old)
+            self._tell("on_save", target)
         self._barrier()
         return target
 
@@ -543,31 +758,25 @@ class Trainer:
             torch.cuda.set_rng_state(state["random"][f"{self.rank}.cuda"], self.device)
 
     def _resume(self) -> None:
-        settings = {"model": self.config.to_dict(), **dataclasses.asdict(self.settings)}
-        for free in ("steps", "save_every", "keep", "log_every", "peak_flops", "output", "micro_batch_size"):
-            settings.pop(free)
-        settings = json.loads(json.dumps(settings))
-        path = self.folder / SETTINGS
-        found = checkpoints(self.folder)
-        if found and path.exists():
-            stored = json.loads(path.read_text())
-            different = [name for name in settings if stored.get(name) != settings[name]]
-            if different:
-                raise ValueError(
-                    f"{path}: the run in this folder has another {', '.join(different)}; continue it with the same, or "
-                    "give another output"
-                )
+        last = newest_whole(self.folder, self.say) if self.rank == 0 else None
+        if self.world > 1:
+            chosen = [last]
+            dist.broadcast_object_list(chosen, src=0)
+            last = chosen[0]
+        progress = None if last is None else read_json(last / PROGRESS)
+        if isinstance(progress, str):
+            raise ValueError(f"{last}: {progress}")
+        if progress is not None:
+            self._refuse_other(progress.get("settings"))
         self._barrier()  # all have read before one writes
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings, indent=1) + "\n")
-        if not found:
-            if self.rank == 0:
-                (self.folder / METRICS).write_text("")
+            for left in self.folder.glob(".step-*.partial"):  # of a run that was killed while it saved
+                shutil.rmtree(left)
+            write_json(self.folder / SETTINGS, self.description())
+            mend_metrics(self.folder, 0 if progress is None else progress["step"], self.say)
+        if last is None or progress is None:
             self._barrier()
             return
-        last = found[-1]
-        progress = json.loads((last / PROGRESS).read_text())
         if progress["processes"] != self.world:
             self.say(
                 f"{last} was written by {progress['processes']} processes: dropout will not be the same to the bit"
@@ -576,11 +785,29 @@ class Trainer:
         set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True))
         self._load_state(last / STATE)
         self.step, self.seen = progress["step"], progress["rows"]
-        if self.rank == 0 and (self.folder / METRICS).exists():
-            lines = (self.folder / METRICS).read_text().splitlines(keepends=True)
-            (self.folder / METRICS).write_text("".join(x for x in lines if json.loads(x)["step"] <= self.step))
+        self.best, self.evaluations_without_better = progress["best"], progress["evaluations_without_better"]
+        if self.rank == 0 and self.best is not None:
+            best = self.folder / f"step-{self.best['step']:08d}"
+            if best.is_dir():
+                point_to_best(self.folder, best)
         self.say(f"continuing from {last}")
         self._barrier()
+
+    def _refuse_other(self, stored: Any) -> None:
+        """Raises ValueError, naming what differs, where the run in the folder is another one than this."""
+        mine = self.description()
+        stored = stored if isinstance(stored, dict) else {}
+        different = [name for name in mine if name not in FREE and stored.get(name) != mine[name]]
+        for i, name in enumerate(different):
+            if isinstance(mine[name], dict):
+                theirs = stored.get(name) or {}
+                inner = [key for key in {**theirs, **mine[name]} if theirs.get(key) != mine[name].get(key)]
+                different[i] = f"{name} ({', '.join(inner)})"
+        if different:
+            raise ValueError(
+                f"{self.folder}: the run in this folder has another {', '.join(different)}; continue it with the same, "
+                "or give another output"
+            )
 
     def _barrier(self) -> None:
         if self.world > 1:
@@ -594,9 +821,3 @@ def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     for parameter in parameters:
         groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
     return list(groups.values())
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if _STEP.fullmatch(path.name) and (path / PROGRESS).exists())

@@ -9,6 +9,7 @@ database: a text that both have is cut alike in both.
     neighbour_ids.npy    int64 [chunks, k], chunks of the database, nearest first; -1 where there is none. Row u is of
                          tokens u * m to u * m + m - 1
     inputs.json          the files that it was made of, their sizes and times
+    tokenizer.json       a copy of the tokenizer's, where it has one
     data.json            what it is, with a SHA-256 per file; written last
 
 Neighbours are in the database, whose path and hash `data.json` has. What was retrieved with a chunk is read by the rest
@@ -34,7 +35,7 @@ import torch
 
 from ..errors import DatabaseError
 from ..files import json_bytes, replaced, write_bytes, write_json
-from ..tokenizers import open_tokenizer
+from ..tokenizers import FILE, HuggingFaceTokenizer, lost_by, open_tokenizer
 from .build.builder import Meter, Report, build_database
 from .corpus.inputs import InputFiles
 from .corpus.matching import blocks, document_hashes, mix
@@ -64,7 +65,8 @@ class TrainingData:
     facts: dict[str, Any]
     """`data.json`: "tokenizer" (its name), "chunk_size", "bytes" of text (None if unknown), "tokens", "documents",
     "chunks", "num_neighbours", "missing" and "chunks_without_neighbours", "filters", "held_out" (its share),
-    "eos_token_id" (which ends a document), "vocab_size" (with that) and more."""
+    "eos_token_id" (which ends a document), "vocab_size" (with that), "lost_by_tokenizer" (see
+    `tokenizers.lost_by`) and more."""
     tokens: np.ndarray
     document_starts: np.ndarray
     document_ends: np.ndarray
@@ -331,6 +333,7 @@ def _finish(
         "eos_token_id": tokenizer.eos_token_id,
         "vocab_size": max(tokenizer.vocabulary_size, tokenizer.eos_token_id + 1),
         "chunk_size": corpus.chunk_size,
+        "lost_by_tokenizer": lost_by(tokenizer),
         "bytes": _text_bytes(corpus, chosen),
         "tokens": int((_map_array(folder / ENDS) - _map_array(folder / STARTS)).sum()),
         "documents": int(chosen.sum()),
@@ -345,6 +348,8 @@ def _finish(
         "files": [describe(folder, path) for path in files],
         "request": plan,
     }
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        write_bytes(folder / FILE, tokenizer.path.read_bytes())
     write_json(folder / FACTS, facts)
 
 

