@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 SECONDS_BETWEEN_LINES = 30.0
+UNITS = {
+    **dict.fromkeys(("match", "search", "export", "index", "encode"), "chunks"),
+    "score": "batches",
+    "generate": "prompts",
+}
+"""What the stages without documents count."""
 Folder = Annotated[Path, typer.Argument(help="The database's folder.", show_default=False)]
 
 
@@ -144,8 +150,9 @@ def _facts(at: Progress) -> str:
     if at.seconds_left is not None:
         minutes, seconds = divmod(round(at.seconds_left), 60)
         left = f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
-    if at.stage in ("match", "search", "export", "index", "encode"):
-        return f"{at.chunks:,} chunks, {at.chunks_per_second:,.0f} chunks/s{left}"
+    unit = UNITS.get(at.stage)
+    if unit is not None:
+        return f"{at.chunks:,} {unit}, {at.chunks_per_second:,.{0 if at.chunks_per_second > 10 else 2}f} {unit}/s{left}"
     if at.stage in ("verify", "evaluate"):
         return left.removeprefix(", ")
     if at.stage == "read":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .db_common import counting, printable, say_json, show_errors, show_progress
 
 
 def evaluate(
@@ -22,6 +23,12 @@ def evaluate(
     overlap: Annotated[
         list[float] | None,
         typer.Option(help="Also of the chunks that share at most so much with a neighbour, 0 to 1; may be repeated."),
+    ] = None,
+    window_stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens between overlapping windows, of which only so many new ones count. Default: no overlap."
+        ),
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Only the first rows of max_length tokens. Default: all.")] = None,
     batch: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
@@ -40,33 +47,42 @@ def evaluate(
 
     from ..models import Retro
     from ..models.data import TokenStream
-    from ..models.evaluation import MODES, OVERLAPS, draw_overlaps
+    from ..models.evaluation import MODES, OVERLAPS, draw_overlaps, unchanged_by_retrieval
     from ..models.evaluation import evaluate as run
-    from ..retrieval import DatabaseError
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    try:
+    with show_errors(code=2):
         loaded = Retro.from_pretrained(model, device=device)
         stream = TokenStream(data, loaded.config, db)
         if plot is not None and not overlap:
             overlap = list(OVERLAPS)
         kinds = retrieval or (MODES if stream.neighbours is not None and loaded.encoder is not None else ("off",))
-        results = run(
-            loaded,
-            stream,
-            retrieval=kinds,
-            num_neighbours=neighbours,
-            overlaps=overlap or (),
-            batch_size=batch,
-            max_rows=rows,
-        )
+        with show_progress() as progress:
+            results = run(
+                loaded,
+                stream,
+                retrieval=kinds,
+                num_neighbours=neighbours,
+                overlaps=overlap or (),
+                batch_size=batch,
+                max_rows=rows,
+                window_stride=window_stride,
+                progress=counting("score", progress),
+            )
         if plot is not None:
             draw_overlaps(results, plot)
-    except (ValueError, FileNotFoundError, DatabaseError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
+    lost, lacking = stream.facts.get("lost_by_tokenizer"), stream.share_without_neighbours()
+    if lost:
+        _warn(f"the tokenizer loses {', '.join(lost)}: bits per byte are of text that the model cannot write")
+    if lacking:
+        _warn(f"{lacking:.1%} of the neighbours are missing: nothing passed the filters of `db neighbours`")
+    if unchanged_by_retrieval(results):
+        _warn(
+            "RETRIEVAL CHANGES NOTHING: with neighbours the loss is that without, to the bit. The model does not read "
+            "them, or all are missing: these numbers say nothing about retrieval"
+        )
     if as_json:
-        typer.echo(json.dumps([result.to_dict() for result in results], indent=1))
+        say_json([result.to_dict() for result in results])
         return
     from rich import box
     from rich.console import Console
@@ -80,3 +96,7 @@ def evaluate(
         per_byte = "not known" if x.bits_per_byte is None else f"{x.bits_per_byte:.4f}"
         table.add_row(x.retrieval, str(x.num_neighbours), limit, str(x.tokens), f"{x.bits_per_token:.4f}", per_byte)
     Console().print(table)
+
+
+def _warn(text: str) -> None:
+    typer.echo(printable(f"Warning: {text}"), err=True)

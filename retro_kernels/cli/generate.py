@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .db_common import counting, printable, say, show_errors, show_progress
 
 
 class Printer:
@@ -27,7 +32,7 @@ class Printer:
         typer.echo()
 
     def _print(self, text: str) -> None:
-        typer.echo(text[len(self.printed) :], nl=False)
+        typer.echo(printable(text[len(self.printed) :]), nl=False)
         self.printed = text
 
 
@@ -93,7 +98,15 @@ def retriever_of(name: str) -> Any:
 
 def generate(
     model: Annotated[Path, typer.Argument(help="Folder of a model: config.json, safetensors, tokenizer.json.")],
-    prompt: Annotated[str, typer.Argument(help="What the text begins with.")],
+    prompt: Annotated[str | None, typer.Argument(help="What the text begins with.", show_default=False)] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Instead: a file of prompts, one a line, - for standard input; .jsonl has them as 'prompt'."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a line of JSON for each prompt, with its sources.")
+    ] = False,
     db: Annotated[
         Path | None, typer.Option(help="Folder of a database to retrieve from; without: the decoder alone.")
     ] = None,
@@ -119,19 +132,23 @@ def generate(
     ] = False,
     device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'. Default: the GPU if there is one.")] = None,
 ) -> None:
-    """Continues PROMPT, printing each token as it comes.
+    """Continues PROMPT, printing each token as it comes, or many prompts; ends where a document would.
 
     With a database, every chunk of the text is looked up when it is complete and informs what follows.
     """
     import torch
 
     from ..models import Retro
-    from ..retrieval import DatabaseError
     from ..tokenizers import load_model_tokenizer
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     draws = any(x is not None for x in (temperature, top_k, top_p))
-    try:
+    with show_errors(TypeError, code=2):
+        if batch < 1:
+            raise ValueError(f"batch: got {batch}, expected at least 1")
+        if (prompt is None) == (prompts is None):
+            raise ValueError("prompt, prompts: got both or neither, expected a text or a file of them")
+        texts = [prompt] if prompt is not None else _read_prompts(str(prompts))
         loaded = Retro.from_pretrained(model, device=device)
         tokenizer = load_model_tokenizer(model, loaded.config)
         options: dict[str, Any] = {}
@@ -154,24 +171,68 @@ def generate(
         if draws:
             options |= {"do_sample": True, "top_k": top_k, "top_p": top_p}
             options |= {} if temperature is None else {"temperature": temperature}
-        made = loaded.generate(
-            [tokenizer.encode(prompt)],
-            max_new_tokens=max_new_tokens,
-            repetition_penalty=repetition_penalty,
-            stop_strings=stop,
-            tokenizer=tokenizer,
-            seed=seed,
-            streamer=Printer(tokenizer),
-            **options,
-        )
-    except (ValueError, TypeError, FileNotFoundError, DatabaseError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-    if not show_neighbours:
-        return
-    m = loaded.config.chunk_size
-    for chunk, sources in sorted(made.sources[0].items()):
-        if db is None:
-            typer.echo(f"chunk {chunk}: {sources}")
+        options |= {
+            "max_new_tokens": max_new_tokens,
+            "repetition_penalty": repetition_penalty,
+            "stop_strings": stop,
+            "tokenizer": tokenizer,
+        }
+        if prompt is not None and not as_json:
+            made = loaded.generate([tokenizer.encode(prompt)], seed=seed, streamer=Printer(tokenizer), **options)
+            _show(made, 0, tokenizer, loaded.config.chunk_size, db is not None, show_neighbours)
+            return
+        with show_progress() as progress:
+            count = counting("generate", progress)
+            for first in range(0, len(texts), batch):
+                some = texts[first : first + batch]
+                made = loaded.generate([tokenizer.encode(text) for text in some], seed=seed + first, **options)
+                for i, text in enumerate(some):
+                    if as_json:
+                        typer.echo(json.dumps(_entry(made, i, text, tokenizer, loaded.config)))
+                    else:
+                        say(tokenizer.decode(made.sequences[i, : made.lengths[i]].tolist()))
+                        _show(made, i, tokenizer, loaded.config.chunk_size, db is not None, show_neighbours)
+                count(first + len(some), len(texts))
+
+
+def _read_prompts(name: str) -> list[str]:
+    """The prompts of a file, or of standard input. Raises ValueError where a line is none."""
+    text = sys.stdin.read() if name == "-" else Path(name).read_text()
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"prompts: {name} has none, expected one a line")
+    if not name.endswith((".jsonl", ".ndjson")):
+        return lines
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line)["prompt"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"prompts: {name}, line {number}: expected an object with 'prompt' ({error})") from error
+    return found
+
+
+def _entry(made: Any, i: int, prompt: str, tokenizer: Any, config: Any) -> dict[str, Any]:
+    """What is said of a sequence in JSON. Every neighbour comes with its source, and the chunk that it was given to."""
+    m, tokens, new = config.chunk_size, made.sequences[i].tolist(), made.new_tokens(i)
+    sources = []
+    for chunk, found in sorted(made.sources[i].items()) if made.sources else ():
+        listed: Any = found
+        if isinstance(found, list):
+            listed = [{**_plain(one[0]), "text": one[1]} if isinstance(one, tuple) else _plain(one) for one in found]
+        text = tokenizer.decode(tokens[chunk * m : (chunk + 1) * m])
+        sources.append({"chunk": chunk, "text": text, "neighbours": listed})
+    ended = bool(new) and new[-1] == config.eos_token_id
+    return {"prompt": prompt, "text": tokenizer.decode(new), "tokens": len(new), "ended": ended, "sources": sources}
+
+
+def _plain(source: Any) -> Any:
+    return dataclasses.asdict(source) if dataclasses.is_dataclass(source) else source  # type: ignore[arg-type]
+
+
+def _show(made: Any, i: int, tokenizer: Any, m: int, of_database: bool, wanted: bool) -> None:
+    for chunk, sources in sorted(made.sources[i].items()) if wanted else ():
+        if of_database:
+            say(shown(tokenizer.decode(made.sequences[i, chunk * m : (chunk + 1) * m].tolist()), sources))
         else:
-            typer.echo(shown(tokenizer.decode(made.sequences[0, chunk * m : (chunk + 1) * m].tolist()), sources))
+            say(f"chunk {chunk}: {sources}")

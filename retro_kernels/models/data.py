@@ -158,30 +158,41 @@ class TokenStream:
 
         Raises ValueError for a token outside the vocabulary, with its place.
         """
+        n = self.config.max_length
+        return self.windows(
+            [row * n for row in rows],
+            num_neighbours,
+            None if neighbours_of is None else [row * n for row in neighbours_of],
+        )
+
+    def windows(
+        self, starts: Sequence[int], num_neighbours: int | None = None, neighbours_of: Sequence[int] | None = None
+    ) -> Batch:
+        """As `batch`, of rows that begin at these tokens of the stream, multiples of chunk_size."""
         n, m = self.config.max_length, self.config.chunk_size
-        places = np.asarray(rows, dtype=np.int64)[:, None] * n + np.arange(n + 1)
-        stretch = np.stack([self._cut(self.tokens, row * n, n + 1) for row in rows])
+        places = np.asarray(starts, dtype=np.int64)[:, None] + np.arange(n + 1)
+        stretch = np.stack([self._cut(self.tokens, start, n + 1) for start in starts])
         self._check(TOKENS, stretch, 0)
         tokens, targets = stretch[:, :-1], stretch[:, 1:]
         begins: torch.Tensor | None = None
         if self.documents is not None:
-            starts, ends = self.documents
-            of = np.searchsorted(starts, places[:, :-1], side="right") - 1
+            begin, ends = self.documents
+            of = np.searchsorted(begin, places[:, :-1], side="right") - 1
             left = ends[of] - places[:, :-1]  # tokens of the document from here on
             filler, end = self.config.eos_token_id, IGNORED
             if filler is not None:
                 end = filler
             tokens = np.where(left > 0, tokens, filler or 0)
             targets = np.where(left > 1, targets, np.where(left == 1, end, IGNORED))
-            begins = torch.from_numpy(places[:, :-1] == starts[of])
+            begins = torch.from_numpy(places[:, :-1] == begin[of])
         given = [torch.from_numpy(np.ascontiguousarray(x)) for x in (tokens, targets)]
         usual = self.config.num_neighbours if self.config.cross_attention_layers else 0
         k = usual if num_neighbours is None else num_neighbours
         if self.neighbours is None or k == 0:
             return Batch(given[0], given[1], None, None, begins)
         chunks = n // m
-        others = rows if neighbours_of is None else neighbours_of
-        found = np.stack([self._neighbours(row * chunks, chunks, k) for row in others])
+        others = starts if neighbours_of is None else neighbours_of
+        found = np.stack([self._neighbours(start // m, chunks, k) for start in others])
         self._check(NEIGHBOURS if isinstance(self.neighbours, np.ndarray) else IDS, found, ABSENT)
         neighbours = torch.from_numpy(found)
         mask = neighbours != ABSENT

@@ -56,6 +56,7 @@ def evaluate(
     overlaps: Sequence[float] = (),
     batch_size: int = 8,
     max_rows: int | None = None,
+    window_stride: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
@@ -65,6 +66,10 @@ def evaluate(
     `overlaps`: shares a between 0 and 1. For each there is a result of the chunks C with r(C) <= a alone, where r(C) is
     the longest stretch of C that a neighbour of C holds, as a share of C (section 2.6): what the model gains there is
     not copied. `progress`: called with the passes over a batch that are done, and their number.
+
+    `window_stride`: tokens from one window of `max_length` to the next, a multiple of chunk_size; default `max_length`.
+    With less, windows overlap, and of each but the first only the last `window_stride` tokens count: no token is
+    predicted from little context.
 
     Raises ValueError for an unknown kind of retrieval, for a k that the stream does not have, for an overlap outside
     [0, 1], and for "on", "random" or overlaps of a stream without neighbours.
@@ -82,18 +87,25 @@ def evaluate(
     for k in ks:
         checks.integer("num_neighbours", k, 1, max(stored, 1), f"those of {stream.folder}")
     count = stream.rows if max_rows is None else min(stream.rows, checks.integer("max_rows", max_rows, 1))
-    rows = list(range(count))
-    other = other_rows(stream.rows, seed) if "random" in retrieval else []
+    n, m = model.config.max_length, model.config.chunk_size
+    stride = n if window_stride is None else checks.integer("window_stride", window_stride, 1, n, "max_length")
+    if stride % m:
+        raise ValueError(f"window_stride: got {stride}, expected a multiple of chunk_size = {m}")
+    limit = count * n
+    starts = list(range(0, limit - n + stride, stride))
+    ring = other_rows(stream.rows, seed) if "random" in retrieval else []
+    other = [ring[start // n] * n for start in starts] if ring else []
     variants = [(mode, k) for mode in retrieval for k in ([0] if mode == "off" else ks)]
     losses: dict[tuple[str, int], list[torch.Tensor]] = {variant: [] for variant in variants}
     there = []
     training, device = model.training, model.embedding.weight.device
-    parts = _batches(rows, batch_size)
+    parts = [range(at, min(at + batch_size, len(starts))) for at in range(0, len(starts), batch_size)]
     model.eval()
     try:
         for i, part in enumerate(parts):
+            some = [starts[number] for number in part]
             for j, (mode, k) in enumerate(variants):
-                batch = stream.batch(part, k, [other[row] for row in part] if mode == "random" else None)
+                batch = stream.windows(some, k, [other[number] for number in part] if mode == "random" else None)
                 loss = model.loss(*batch.to(device), reduction="none").float().cpu()
                 losses[mode, k].append(loss)
                 if progress is not None:
@@ -101,8 +113,10 @@ def evaluate(
             there.append(batch.targets != IGNORED)
     finally:
         model.train(training)
-    counts = torch.cat(there).flatten()
-    share = torch.from_numpy(_overlap_of_targets(stream, count)) if overlaps else torch.zeros(0)
+    places = np.asarray(starts)[:, None] + np.arange(n)
+    new = (np.arange(n) >= n - stride) | (places < n)
+    counts = torch.cat(there).flatten() & torch.from_numpy(new & (places < limit)).flatten()
+    share = torch.from_numpy(_overlap_of_targets(stream, places, limit)) if overlaps else torch.zeros(0)
     total = stream.num_targets if stream.documents is not None else len(stream.tokens)
     per_byte = total / stream.bytes if stream.bytes else None
     results = []
@@ -154,16 +168,19 @@ def draw_overlaps(results: Sequence[Result], path: str | os.PathLike[str]) -> No
         raise ValueError(f"plot: got {os.fspath(path)!r}, expected a name that ends in .svg, .png or .pdf") from error
 
 
-def _batches(rows: list[int], size: int) -> list[list[int]]:
-    return [rows[at : at + size] for at in range(0, len(rows), size)]
+def unchanged_by_retrieval(results: Sequence[Result]) -> list[Result]:
+    """The results with retrieval on that equal those with it off to the bit, although neighbours were given: as a rule
+    the model has not learned to read them, or they did not reach it."""
+    off = {(x.max_overlap, x.bits_per_token) for x in results if x.retrieval == "off" and x.tokens}
+    return [x for x in results if x.retrieval == "on" and (x.max_overlap, x.bits_per_token) in off]
 
 
-def _overlap_of_targets(stream: TokenStream, rows: int) -> np.ndarray:
-    """r(C) of the chunk C that each target of the first rows belongs to, [rows * max_length]. A document's end belongs
-    to its last chunk; a target of a chunk that is not in the rows is given 2, more than any share."""
-    n, m = stream.config.max_length, stream.config.chunk_size
-    share = np.append(_overlaps(stream, min(rows * n, len(stream.tokens)) // m), 2.0)
-    place = np.arange(rows * n)
+def _overlap_of_targets(stream: TokenStream, places: np.ndarray, limit: int) -> np.ndarray:
+    """r(C) of the chunk C that the target of each place belongs to, flat. A document's end belongs to its last chunk; a
+    target beyond the first `limit` tokens is given 2, more than any share."""
+    m = stream.config.chunk_size
+    share = np.append(_overlaps(stream, min(limit, len(stream.tokens)) // m), 2.0)
+    place = places.flatten()
     target = place + 1
     if stream.documents is not None:
         starts, ends = stream.documents

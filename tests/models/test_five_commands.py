@@ -24,7 +24,7 @@ WORDS = "the key of a chunk is what its neighbours hold when rivers run to the s
 def invoke(*arguments, code: int = 0) -> str:
     result = CliRunner().invoke(app, [str(x) for x in arguments])
     assert result.exit_code == code, result.output
-    return result.output
+    return result.stdout if code == 0 else result.output
 
 
 @pytest.fixture(scope="module")
