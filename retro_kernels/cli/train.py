@@ -21,6 +21,7 @@ def read(path: Path) -> tuple[Any, Any, Any, Any]:
     from ..models import RetroConfig
     from ..models.data import TokenStream, facts_of
     from ..models.training import TrainingConfig
+    from ..retrieval.training_data import FACTS, HELD_OUT
 
     class Loader(yaml.SafeLoader):
         """Reads 2e-4 as a number, which YAML 1.1 does not."""
@@ -64,6 +65,9 @@ def read(path: Path) -> tuple[Any, Any, Any, Any]:
             f"{path}: {str(error).replace('.__init__()', '').replace('keyword argument', 'setting')}"
         ) from error
     stream = TokenStream(where["folder"], config, where.get("database"))
+    beside = where["folder"] / HELD_OUT
+    if (beside / FACTS).is_file():
+        where.setdefault("held_out", beside)
     held_out = TokenStream(where["held_out"], config, where.get("database")) if "held_out" in where else None
     return config, stream, settings, held_out
 
@@ -75,8 +79,8 @@ def train(
     """Trains a RETRO, or continues the run in the folder that CONFIG names as its output.
 
     CONFIG has three sections: `model` (a `preset` and changes, or all fields of RetroConfig; tokenizer and vocab_size
-    are by default the data's), `data` (the folder that `retro-kernels db neighbours` wrote, or `{folder: ..., held_out:
-    ...}` with one of text to evaluate on, and `database: ...` if that was moved) and `training` (fields of
+    are by default the data's), `data` (the folder that `retro-kernels db neighbours` wrote, or `{folder: ...,
+    held_out: ..., database: ...}`; by default what is held out in the folder is evaluated on) and `training` (fields of
     TrainingConfig). Paths are relative to CONFIG. Under torchrun several processes train together. Ctrl-C loses what
     came after the last checkpoint.
     """
