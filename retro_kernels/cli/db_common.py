@@ -119,13 +119,13 @@ def show_progress() -> Iterator[Report]:
 
 
 def _lines() -> Report:
-    said: dict[str, float] = {}
+    said: dict[str, float] = {}  # when each stage is due to be said again
 
     def show(at: Progress) -> None:
-        now = time.monotonic()
-        if at.done < 1.0 and now - said.get(at.stage, -SECONDS_BETWEEN_LINES) < SECONDS_BETWEEN_LINES:
+        now, due = time.monotonic(), said.get(at.stage, 0.0)
+        if now < due and not (at.done >= 1.0 and due < float("inf")):
             return
-        said[at.stage] = now if at.done < 1.0 else float("inf")
+        said[at.stage] = now + SECONDS_BETWEEN_LINES if at.done < 1.0 else float("inf")
         typer.echo(f"{at.stage}: {at.done:.0%}, {_facts(at)}", err=True)
 
     return show

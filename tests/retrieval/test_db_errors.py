@@ -12,7 +12,8 @@ from retrieval_common import database_of, write_texts
 from typer.testing import CliRunner
 
 from retro_kernels.cli import app
-from retro_kernels.cli.db_common import printable, say_json, show_errors
+from retro_kernels.cli.db_common import printable, say_json, show_errors, show_progress
+from retro_kernels.retrieval import Progress
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +80,14 @@ def test_the_index_command_gives_another_index(tmp_path: Path):
     done = CliRunner().invoke(app, ["db", "index", str(tmp_path / "db"), "--index", "exact"])
     assert done.exit_code == 0, done.output
     assert "exact over" in done.output
+
+
+def test_progress_in_a_pipe_is_a_line_at_the_start_and_one_at_the_end(capsys: pytest.CaptureFixture[str]):
+    with show_progress() as report:
+        for done in (0.1, 0.2, 1.0, 1.0):
+            report(Progress("build", 3, 40, done, 10.0, 4.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "build: 10%, 3 documents, 40 chunks, 10 chunks/s, 0:00:04 left",
+        "build: 100%, 3 documents, 40 chunks, 10 chunks/s, 0:00:04 left",
+    ]
