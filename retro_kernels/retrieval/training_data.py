@@ -156,7 +156,7 @@ def precompute_neighbours(
     if held_out is not None and not 0.0 < held_out < 1.0:
         raise ValueError(f"held_out: got {held_out}; expected a share of the documents, between 0 and 1, or None")
     own = len(given) == 1 and (Path(given[0]) / MANIFEST).is_file()
-    files = None if own else InputFiles.of(given, reading.get("format"))
+    files = None if own else InputFiles.of(given, reading.get("format"), root)
     corpus_hash = (
         Database(os.fspath(given[0])).content_hash()
         if files is None
@@ -178,7 +178,7 @@ def precompute_neighbours(
     root.mkdir(parents=True, exist_ok=True)
     with lock_folder(root), name_full_disk(root):
         if not _begin(root, plan, files):
-            corpus = _corpus(given, root / WORK / CORPUS, database, progress, reading)
+            corpus = _corpus(given, root, database, progress, reading)
             if len(corpus) == 0:
                 raise ValueError("inputs: no token; expected some text")
             matched = _Matched(corpus, database, held_out, progress)
@@ -219,9 +219,9 @@ def _begin(root: Path, plan: dict[str, Any], files: InputFiles | None) -> bool:
 
 
 def _corpus(
-    given: list[Any], folder: Path, database: Database, progress: Report | None, reading: dict[str, Any]
+    given: list[Any], root: Path, database: Database, progress: Report | None, reading: dict[str, Any]
 ) -> Database:
-    """The corpus as a database without keys: given as one, or built in `folder`."""
+    """The corpus as a database without keys: given as one, or built below `root`."""
     identity = database.manifest["tokenizer"]
     if len(given) == 1 and (Path(given[0]) / MANIFEST).is_file():
         if reading:
@@ -236,10 +236,11 @@ def _corpus(
         return corpus
     return build_database(
         given,
-        folder,
+        root / WORK / CORPUS,
         tokenizer=identity["name"],
         embedder=None,
         chunk_size=database.chunk_size,
+        exclude=root,
         progress=progress,
         **reading,
     )

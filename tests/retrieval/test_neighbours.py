@@ -320,6 +320,18 @@ def test_missing_neighbours_are_counted_truthfully(tmp_path: Path, letters_by_na
     assert f"100.0% of the neighbours are missing, {chunks} chunks have none" in done.output
 
 
+def test_what_was_made_of_a_folder_in_it_is_no_text_of_it(tmp_path: Path):
+    """Database and training data lie in the folder of texts: each run of a command sees the texts alone."""
+    (tmp_path / "a.txt").write_text("dead beef " * 9)
+    given = {"tokenizer": "bytes", "embedder": Letters(), "chunk_size": CHUNK}
+    for _ in range(2):
+        database = training_data.build_database(tmp_path, tmp_path / "db", **given)
+        made = precompute(retriever_of(database), tmp_path, tmp_path / "data")
+        add_documents(str(tmp_path), tmp_path / "db", embedder=Letters())
+    assert database.paths() == {"a.txt"}
+    assert made.facts["documents"] == 1
+
+
 @pytest.mark.parametrize("other", [None, True, "text", 2.0, -1, [], {}, {"path": 3}], ids=repr)
 def test_wrong_kinds_in_data_json_are_named(database: Database, corpus: Path, tmp_path: Path, other: object):
     precompute(retriever_of(database), corpus, tmp_path / "out")

@@ -58,7 +58,7 @@ def add_documents(
     Raises DatabaseError as `build_database` does, and where another addition was begun and not finished."""
     root = Path(folder)
     given = [inputs] if isinstance(inputs, str) else [str(one) for one in inputs]
-    files = InputFiles.of(given, reading.get("format"))
+    files = InputFiles.of(given, reading.get("format"), root)
     Database(root)
     with lock_folder(root), name_full_disk(root):
         database = Database(root)
@@ -71,6 +71,7 @@ def add_documents(
             tokenizer=identity["name"],
             embedder=None,
             chunk_size=database.chunk_size,
+            exclude=root,
             progress=progress,
             **reading,
         )

@@ -118,6 +118,7 @@ def build_database(
     address: str | None = None,
     device: str = "auto",
     precision: str = "auto",
+    exclude: str | os.PathLike[str] | None = None,
     progress: Report | None = None,
 ) -> Database:
     """Builds the database of the text in `inputs` in the new folder `folder`, or goes on with a build begun there.
@@ -145,6 +146,7 @@ def build_database(
         address: of a Ray cluster; None starts a Ray on this machine, unless one was initialised already.
         device, precision: of the embedder, as in `embedders.HuggingFaceEmbedder`. The process that begins the build
             decides what precision "auto" is for all.
+        exclude: a folder with the database in it that is never input; by default the database's own.
         progress: called with a `Progress` after every window of chunks.
 
     What was left out, and why, is counted in `manifest["build"]` and listed in `skipped.jsonl` in the folder.
@@ -167,7 +169,7 @@ def build_database(
 
     wanted = "cpu" if embedder is None else device
     with start_engine(engine, device=wanted, workers=workers, address=address) as run:
-        files, left = find(given, format=format, exclude=root)
+        files, left = find(given, format=format, exclude=root if exclude is None else Path(exclude))
         splitter = load_tokenizer(tokenizer)
         keys = None if embedder is None else load_embedder(embedder, device=device, precision=precision)
         settings = Settings(
@@ -310,10 +312,12 @@ def _open_finished(root: Path, plan: dict[str, Any]) -> Database:
     build = database.manifest.get("build") or {}
     inputs = root / INPUTS
     if not inputs.is_file():
-        raise DatabaseError(f"{root} is a finished database that no build of files made: name another folder")
+        raise DatabaseError(
+            f"{root} is a finished database that was imported, or made by an older release: name another folder"
+        )
     pieces = [json.loads(line) for line in inputs.read_bytes().splitlines()]
     if build.get("request") != _request(plan):
-        found = {"settings": build.get("settings", {}), "left": build.get("left"), "shards": [pieces]}
+        found = {"settings": build.get("settings", {}), "shards": [pieces]}
         raise DatabaseError(
             f"{root} is a finished database of other input or settings ({_difference(found, plan)}), and is never "
             "overwritten: name another folder, or add new documents to it with `retro-kernels db add`"
@@ -336,9 +340,10 @@ def _reading(build: dict[str, Any]) -> Options:
 
 
 def _request(plan: dict[str, Any]) -> str:
-    """A hash of the request: the settings and the input's names and sizes, but not its place and times. Of the index it
-    says nothing: that is made of a finished database."""
-    return hashlib.sha256(json_bytes({**plan, "shards": [_pieces(shard) for shard in plan["shards"]]})).hexdigest()
+    """A hash of the request: the settings and the input's names and sizes, but not its place and times, nor what is no
+    input. Of the index it says nothing: that is made of a finished database."""
+    shards = [_pieces(shard) for shard in plan["shards"]]
+    return hashlib.sha256(json_bytes({"settings": plan["settings"], "shards": shards})).hexdigest()
 
 
 def _pieces(shard: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,9 +21,9 @@ class InputFiles:
     """Where the names begin."""
 
     @classmethod
-    def of(cls, inputs: Sequence[str | os.PathLike[str]], format: str | None = None) -> InputFiles:
+    def of(cls, inputs: Sequence[str | os.PathLike[str]], format: str | None, exclude: Path) -> InputFiles:
         """Raises as `readers.find` does."""
-        pieces, _ = find(inputs, format=format)
+        pieces, _ = find(inputs, format=format, exclude=exclude)
         folder = pieces[0].place if pieces else ""
         return cls([[piece.name, piece.file_size, piece.file_time] for piece in pieces], folder)
 

@@ -34,6 +34,11 @@ SUFFIXES = {
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 """Of Arrow: what reads it takes a file that is cut between two batches for a shorter one."""
 UNKNOWN_ENDING = "unknown ending (--format text reads it as text)"
+OURS = {
+    "manifest.json": ("magic", "retro-kernels retrieval database"),
+    "data.json": ("format", "retro-kernels training data"),
+}
+"""What is no text of anyone's: databases and training data, by a file in them and what it says."""
 PACKED = (".gz", ".zst")
 BLOCK = 1 << 18
 BOMS = (
@@ -107,8 +112,9 @@ def find(
     inputs (of a glob: its part without a pattern), so that no two files share one.
 
     A file in a folder is left out where its name begins with a dot or its ending is not known; a file named by the
-    caller, or any with `format`, is read as text then. Files below `exclude` are never input; links to folders are not
-    followed. Raises DatabaseError for an input that is not there, ValueError for an unknown format."""
+    caller, or any with `format`, is read as text then. Files below `exclude` are never input, nor are databases
+    and training data; links to folders are not followed. Raises DatabaseError for an input that is not there,
+    ValueError for an unknown format."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"format: got {format!r}; expected one of {FORMATS}, or None to go by the ending")
     if isinstance(inputs, (str, os.PathLike)):
@@ -168,6 +174,9 @@ def _files(given: str, folder: str) -> Iterator[tuple[str, bool, str | None]]:
     if os.path.isdir(given):
         unreadable: list[OSError] = []
         for at, below, names in os.walk(folder, onerror=unreadable.append):
+            if any(_is_ours(os.path.join(at, name)) for name in OURS.keys() & set(names)):
+                below.clear()
+                continue
             below.sort()
             for name in sorted(names):
                 yield os.path.join(at, name), False, None
@@ -184,6 +193,17 @@ def _files(given: str, folder: str) -> Iterator[tuple[str, bool, str | None]]:
             raise DatabaseError(f"input: nothing matches {given!r}")
         for path in matched:
             yield os.path.abspath(path), True, None
+
+
+def _is_ours(path: str) -> bool:
+    """Is this the file that says that its folder is a database, or training data?"""
+    try:
+        with open(path, "rb") as file:
+            found = json.loads(file.read(Options.record_bytes))
+    except (OSError, ValueError, RecursionError):
+        return False
+    key, value = OURS[os.path.basename(path)]
+    return isinstance(found, dict) and found.get(key) == value
 
 
 def format_of(name: str) -> str | None:
