@@ -130,6 +130,11 @@ def test_what_does_not_fit_is_named(database, tmp_path, monkeypatch):
     with torch.no_grad():
         model.retro.parts()[1].gate.weight.fill_(-torch.inf)
     model.retro.use(store)
+    model.retro.set_gates(0.0)
+    with pytest.raises(ValueError, match=r"no layers \[1\], whose gates are open"):
+        model(database.chunks(torch.arange(1), 2 * M)[0].long(), retriever=Retriever(database, embedder=Letters()))
+    with torch.no_grad():
+        model.retro.parts()[1].gate.weight.fill_(-torch.inf)
     with pytest.raises(ValueError, match="another base"):
         model_of(seed=1).retro.use(store)
     with pytest.raises(ValueError, match="neighbours of 16 tokens, expected retrieved_length = 12"):

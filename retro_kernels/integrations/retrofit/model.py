@@ -177,9 +177,7 @@ class Retrofit(nn.Module):
                     f"store: {store.folder} has neighbours of {store.facts['retrieved_length']} tokens, expected "
                     f"retrieved_length = {self.retrieved_length}"
                 )
-            lacking = sorted(self.active() - set(store.shapes))
-            if lacking:
-                raise ValueError(f"store: {store.folder} has no layers {lacking}, whose gates are open: close these")
+            self._check_layers(store)
         self.store, self._seen = store, None
         self.forget()
 
@@ -227,6 +225,11 @@ class Retrofit(nn.Module):
             for layer, (key, value) in made.items()
         }
 
+    def _check_layers(self, store: EncodedChunks) -> None:
+        lacking = sorted(self.active() - set(store.shapes))
+        if lacking:
+            raise ValueError(f"store: {store.folder} has no layers {lacking}, whose gates are open: close these")
+
     def _is_stored(self, database: Any) -> bool:
         """Whether a retriever's numbers are of what is in the store. Raises ValueError for another database."""
         if self.store is None or database is None:
@@ -251,6 +254,7 @@ class Retrofit(nn.Module):
         kept = [place for place, number in enumerate(numbers) if number >= 0]
         if store is None or not kept:
             return self.projected(self.encode(both[:, :r], both[:, r:].bool()))
+        self._check_layers(store)  # gates may have been opened since
         known = store(torch.tensor([numbers[place] for place in kept]))
         new = torch.tensor([place for place in range(len(both)) if place not in set(kept)], device=both.device)
         read = self.projected(self.encode(both[new, :r], both[new, r:].bool())) if len(new) else {}
