@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -109,19 +110,16 @@ def mask(name: str, given: torch.Tensor | None, query: torch.Tensor, dims: str, 
 
 
 def positions(
-    query: torch.Tensor,
+    given: Mapping[str, Any],
     tables: Tables,
-    attention_bias,
-    relative_key,
-    content_bias,
-    relative_bias,
-    query_rotary,
-    key_rotary,
-    rotary_interleaved,
-    key_may_be_turned=False,
+    query_rotary: Any,
+    key_rotary: Any,
+    rotary_interleaved: Any,
+    key_may_be_turned: bool = False,
 ) -> None:
-    """The additive bias, the relative positions and the rotary tables. `key_may_be_turned`: the query's table may come
-    alone, for keys that were turned before."""
+    """The additive bias, the relative positions and the rotary tables of a call whose tensors are `given` by name.
+    `key_may_be_turned`: the query's table may come alone, for keys that were turned before."""
+    query, attention_bias, relative_key = (given[name] for name in ("query", "attention_bias", "relative_key"))
     h, d = query.shape[-2:]
     device = query.device
     either = (query.dtype, torch.float32)  # parameters and tables may stay in fp32 beside half-precision activations
@@ -138,7 +136,8 @@ def positions(
         shape("relative_key", relative_key, f"h, {distances}, d", expected)
         if query_rotary is not None or key_rotary is not None:
             raise ValueError("relative_key: got rotary tables too, expected one kind of position: drop one of them")
-    for name, x in (("content_bias", content_bias), ("relative_bias", relative_bias)):
+    for name in ("content_bias", "relative_bias"):
+        x = given[name]
         if x is not None:
             if relative_key is None:
                 raise ValueError(
@@ -177,7 +176,8 @@ def _check_rotary(name, tables, rows_name, rows, d, dtypes, device) -> int:
     return width
 
 
-def null_slot(query: torch.Tensor, d_value: int, null_key, null_value) -> None:
+def null_slot(given: Mapping[str, Any], d_value: int) -> None:
+    query, null_key, null_value = given["query"], given["null_key"], given["null_value"]
     if (null_key is None) != (null_value is None):
         raise ValueError(
             f"null_key and null_value: got only null_{'value' if null_key is None else 'key'}, expected both or neither"
@@ -230,14 +230,20 @@ def document_starts(sequence_starts: torch.Tensor, query: torch.Tensor, b: int, 
     return torch.where(sequence_starts, token, 0).cummax(1).values if n > 0 else token.expand(b, n)
 
 
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Floating tensors cast to the autocast dtype where the first one's device has autocast on. Like torch's own, it
-    leaves fp64 alone."""
-    device = tensors[0].device.type
-    if not (has_autocast(device) and torch.is_autocast_enabled(device)):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
-    )
+_AS_THEY_ARE = ("query_cos", "query_sin", "key_cos", "key_sin", "key_scale", "value_scale")
+
+
+def autocast(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a call, floating ones cast to the autocast dtype where the query's device has autocast on. Like
+    torch's own, it leaves fp64 alone; rotary tables, quantised caches and their scales stay as they are, and so does
+    what is on another device, for the checks to refuse."""
+    device = given["query"].device
+    if not (has_autocast(device.type) and torch.is_autocast_enabled(device.type)):
+        return dict(given)
+    dtype = torch.get_autocast_dtype(device.type)
+
+    def cast(name: str, x: Any) -> Any:
+        wanted = isinstance(x, torch.Tensor) and x.dtype in FLOATING and x.dtype != torch.float64
+        return x.to(dtype) if wanted and name not in _AS_THEY_ARE and x.device == device else x
+
+    return {name: cast(name, x) for name, x in given.items()}

@@ -130,11 +130,8 @@ def chunked_cross_attention(
             out, lse = plan(given)
             return (out, plain_lse(lse).view(out.shape[:-1])) if return_lse else out
     checks.tensor("query", query, checks.FLOATING)
-    query, key, value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value = (
-        checks.autocast(
-            query, key, value, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value
-        )
-    )
+    tensors = checks.autocast(given)
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
     checks.heads(query, key, value, "b, n, h, d", "b, l, k, r, hk, d")
     b, n, h, d = query.shape
     _, l, k, r, hk, _ = key.shape
@@ -144,17 +141,13 @@ def chunked_cross_attention(
     m = checks.integer("chunk_size", chunk_size, 1)
     checks.mask("neighbour_mask", neighbour_mask, query, "b, l, k, r", (b, l, k, r))
     checks.positions(
-        query,
+        tensors,
         checks.Tables(m, r, "m", "r", (("k * r", k * r),)),
-        attention_bias,
-        relative_key,
-        content_bias,
-        relative_bias,
         query_rotary,
         key_rotary,
         rotary_interleaved,
     )
-    checks.null_slot(query, d_value, null_key, null_value)
+    checks.null_slot(tensors, d_value)
     stride, first_token, spans, missing = clock(
         "key", query, l, m, stride, align, query_offset, chunk_offset, sequence_starts
     )
@@ -162,21 +155,8 @@ def chunked_cross_attention(
     call = Call(
         operation="chunked_cross_attention",
         grouping=CLOCK,
-        query=query.view(b, 1, 1, n, h, d),
-        key=key,
-        value=value,
-        mask=neighbour_mask,
-        attention_bias=attention_bias,
-        relative_key=relative_key,
-        content_bias=content_bias,
-        relative_bias=relative_bias,
-        query_cos=query_cos,
-        query_sin=query_sin,
-        key_cos=key_cos,
-        key_sin=key_sin,
+        **{**tensors, "query": query.view(b, 1, 1, n, h, d)},
         rotary_interleaved=rotary_interleaved,
-        null_key=null_key,
-        null_value=null_value,
         chunk_spans=spans,
         dropout_seed=dropout_seed,
         scale=checks.scale_of(scale, query),

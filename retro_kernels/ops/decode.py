@@ -117,34 +117,14 @@ def chunked_cross_attention_decode(
         out, lse = plan(given)
         return (out, lse) if return_lse else out
     _check_query(query)
-    query, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value = checks.autocast(
-        query, attention_bias, relative_key, content_bias, relative_bias, null_key, null_value
-    )
-    key, value = (_cast_cache(name, x, query) for name, x in (("key", key), ("value", value)))
+    tensors = checks.autocast(given)
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
     k, r, d_value = _check_keys_and_values(query, key, value, key_scale, value_scale)
     call = _checked(
         DecodeCall(
             operation="chunked_cross_attention_decode",
-            query=query,
-            key=key,
-            value=value,
-            mask=neighbour_mask,
-            attention_bias=attention_bias,
-            relative_key=relative_key,
-            content_bias=content_bias,
-            relative_bias=relative_bias,
-            query_cos=query_cos,
-            query_sin=query_sin,
-            key_cos=key_cos,
-            key_sin=key_sin,
+            **tensors,
             rotary_interleaved=rotary_interleaved,
-            null_key=null_key,
-            null_value=null_value,
-            key_scale=key_scale,
-            value_scale=value_scale,
-            position=position,
-            valid=valid,
-            chunk=chunk,
             chunk_size=chunk_size,
             scale=checks.scale_of(scale, query),
             logit_softcap=checks.softcap_of(logit_softcap),
@@ -250,57 +230,15 @@ def projected_chunked_cross_attention_decode(
                 "by an angle of their own each, so that W_k cannot act on the query instead. Cache keys and values "
                 "and call chunked_cross_attention_decode"
             )
-    (
-        query,
-        w_key,
-        w_value,
-        bias_key,
-        bias_value,
-        attention_bias,
-        relative_key,
-        content_bias,
-        relative_bias,
-        null_key,
-        null_value,
-    ) = checks.autocast(
-        query,
-        w_key,
-        w_value,
-        bias_key,
-        bias_value,
-        attention_bias,
-        relative_key,
-        content_bias,
-        relative_bias,
-        null_key,
-        null_value,
-    )
-    encoded = _cast_cache("encoded", encoded, query)
+    tensors = checks.autocast(given)
+    query, encoded, w_key, w_value = (tensors[name] for name in ("query", "key", "w_key", "w_value"))
     k, r = _check_states(query, encoded, encoded_scale)
-    d_value = _check_projection(query, w_key, w_value, bias_key, bias_value, encoded.shape[-1])
-    states = encoded.unsqueeze(3)
+    d_value = _check_projection(query, w_key, w_value, tensors["bias_key"], tensors["bias_value"], encoded.shape[-1])
+    tensors |= dict.fromkeys(("key", "value"), encoded.unsqueeze(3))
     call = _checked(
         DecodeCall(
             operation="projected_chunked_cross_attention_decode",
-            query=query,
-            key=states,
-            value=states,
-            w_key=w_key,
-            w_value=w_value,
-            bias_key=bias_key,
-            bias_value=bias_value,
-            mask=neighbour_mask,
-            attention_bias=attention_bias,
-            relative_key=relative_key,
-            content_bias=content_bias,
-            relative_bias=relative_bias,
-            null_key=null_key,
-            null_value=null_value,
-            key_scale=encoded_scale,
-            value_scale=encoded_scale,
-            position=position,
-            valid=valid,
-            chunk=chunk,
+            **tensors,
             chunk_size=chunk_size,
             scale=checks.scale_of(scale, query),
         ),
@@ -340,13 +278,6 @@ def _check_query(query: Any) -> None:
     for name, size in (("h", query.shape[2]), ("d", query.shape[3])):
         if size == 0:
             raise ValueError(f"query: got shape {list(query.shape)}, expected [b, t, h, d] with {name} at least 1")
-
-
-def _cast_cache(name: str, cache: Any, query: torch.Tensor) -> Any:
-    """A floating cache in the autocast dtype, as every other floating input; a quantised one as it is."""
-    if isinstance(cache, torch.Tensor) and cache.dtype not in QUANTISED and cache.device == query.device:
-        return checks.autocast(cache)[0]
-    return cache
 
 
 def _check_cache(
@@ -416,19 +347,10 @@ def _checked(
             checks.tensor(name, x, (dtype,), query.device)
             checks.shape(name, x, "b", (b,))
     checks.mask("neighbour_mask", call.mask, query, "b, k, r", (b, k, r))
-    checks.positions(
-        query,
-        checks.Tables(m, r, "m", "r", (("k * r", k * r),)),
-        call.attention_bias,
-        call.relative_key,
-        call.content_bias,
-        call.relative_bias,
-        query_rotary,
-        key_rotary,
-        call.rotary_interleaved,
-        key_may_be_turned=True,
-    )
-    checks.null_slot(query, d_value, call.null_key, call.null_value)
+    tables = checks.Tables(m, r, "m", "r", (("k * r", k * r),))
+    interleaved = call.rotary_interleaved
+    checks.positions(vars(call), tables, query_rotary, key_rotary, interleaved, key_may_be_turned=True)
+    checks.null_slot(vars(call), d_value)
     _place(call, synchronise)
     return call
 

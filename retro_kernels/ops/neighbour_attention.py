@@ -97,9 +97,8 @@ def neighbour_self_attention(
             out, lse = plan(given)
             return (out, plain_lse(lse)) if return_lse else out
     checks.tensor("query", query, checks.FLOATING)
-    query, key, value, attention_bias, relative_key, content_bias, relative_bias = checks.autocast(
-        query, key, value, attention_bias, relative_key, content_bias, relative_bias
-    )
+    tensors = checks.autocast(given)
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
     checks.heads(query, key, value, "b, l, k, r, h, d", "b, l, k, r, hk, d")
     b, l, k, r, _, d = query.shape
     hk, d_value = key.shape[-2], value.shape[-1]
@@ -107,12 +106,8 @@ def neighbour_self_attention(
     checks.shape("value", value, "b, l, k, r, hk, d_value", (b, l, k, r, hk, d_value))
     checks.mask("neighbour_mask", neighbour_mask, query, "b, l, k, r", (b, l, k, r))
     checks.positions(
-        query,
+        tensors,
         checks.Tables(r, r, "r", "r"),
-        attention_bias,
-        relative_key,
-        content_bias,
-        relative_bias,
         query_rotary,
         key_rotary,
         rotary_interleaved,
@@ -136,18 +131,7 @@ def neighbour_self_attention(
     call = Call(
         operation="neighbour_self_attention",
         grouping=NEIGHBOUR,
-        query=query,
-        key=key,
-        value=value,
-        mask=neighbour_mask,
-        attention_bias=attention_bias,
-        relative_key=relative_key,
-        content_bias=content_bias,
-        relative_bias=relative_bias,
-        query_cos=query_cos,
-        query_sin=query_sin,
-        key_cos=key_cos,
-        key_sin=key_sin,
+        **tensors,
         rotary_interleaved=rotary_interleaved,
         first_visible=first_visible,
         dropout_seed=dropout_seed,
@@ -246,9 +230,8 @@ def neighbour_cross_attention(
             out, lse = plan(given)
             return (out, plain_lse(lse)) if return_lse else out
     checks.tensor("query", query, checks.FLOATING)
-    query, key, value, attention_bias, relative_key, content_bias, relative_bias = checks.autocast(
-        query, key, value, attention_bias, relative_key, content_bias, relative_bias
-    )
+    tensors = checks.autocast(given)
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
     checks.heads(query, key, value, "b, l, k, r, h, d", "b, l, m, hk, d")
     b, l, _, r, _, d = query.shape
     _, _, m, hk, _ = key.shape
@@ -257,32 +240,18 @@ def neighbour_cross_attention(
     checks.shape("value", value, "b, l, m, hk, d_value", (b, l, m, hk, d_value))
     checks.mask("activation_mask", activation_mask, query, "b, l, m", (b, l, m))
     checks.positions(
-        query,
+        tensors,
         checks.Tables(r, m, "r", "m"),
-        attention_bias,
-        relative_key,
-        content_bias,
-        relative_bias,
         query_rotary,
         key_rotary,
         rotary_interleaved,
     )
     dropout_p, dropout_seed = checks.dropout_of(dropout_p, query)
+    mask = None if activation_mask is None else activation_mask.unsqueeze(2)
     call = Call(
         operation="neighbour_cross_attention",
         grouping=CHUNK,
-        query=query,
-        key=key.unsqueeze(2),
-        value=value.unsqueeze(2),
-        mask=None if activation_mask is None else activation_mask.unsqueeze(2),
-        attention_bias=attention_bias,
-        relative_key=relative_key,
-        content_bias=content_bias,
-        relative_bias=relative_bias,
-        query_cos=query_cos,
-        query_sin=query_sin,
-        key_cos=key_cos,
-        key_sin=key_sin,
+        **{**tensors, "key": key.unsqueeze(2), "value": value.unsqueeze(2), "mask": mask},
         rotary_interleaved=rotary_interleaved,
         dropout_seed=dropout_seed,
         scale=checks.scale_of(scale, query),

@@ -177,35 +177,26 @@ def prepare(
 ) -> Given:
     """Autocast and every check of `projected_chunked_cross_attention`."""
     checks.tensor("query", query, checks.FLOATING)
-    (
-        query,
-        encoded,
-        w_key,
-        w_value,
-        bias_key,
-        bias_value,
-        attention_bias,
-        relative_key,
-        content_bias,
-        relative_bias,
-        null_key,
-        null_value,
-    ) = checks.autocast(
-        query,
-        encoded,
-        w_key,
-        w_value,
-        bias_key,
-        bias_value,
-        attention_bias,
-        relative_key,
-        content_bias,
-        relative_bias,
-        null_key,
-        null_value,
+    tensors = checks.autocast(
+        {
+            "query": query,
+            "encoded": encoded,
+            "w_key": w_key,
+            "w_value": w_value,
+            "bias_key": bias_key,
+            "bias_value": bias_value,
+            "mask": neighbour_mask,
+            "attention_bias": attention_bias,
+            "relative_key": relative_key,
+            "content_bias": content_bias,
+            "relative_bias": relative_bias,
+            "null_key": null_key,
+            "null_value": null_value,
+        }
     )
+    query, encoded, w_value = tensors["query"], tensors["encoded"], tensors["w_value"]
     m = checks.integer("chunk_size", chunk_size, 1)
-    _check(query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask)
+    _check(**{name: tensors[name] for name in CHECKED})
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     if strategy == "absorb":
@@ -216,36 +207,15 @@ def prepare(
                 'recompute: got True with strategy="absorb", which keeps neither keys nor values, expected False'
             )
     k, r = encoded.shape[2:4]
-    checks.positions(
-        query,
-        checks.Tables(m, r, "m", "r", (("k * r", k * r),)),
-        attention_bias,
-        relative_key,
-        content_bias,
-        relative_bias,
-        query_rotary,
-        key_rotary,
-        rotary_interleaved,
-    )
-    checks.null_slot(query, w_value.shape[1], null_key, null_value)
+    tables = checks.Tables(m, r, "m", "r", (("k * r", k * r),))
+    checks.positions(tensors, tables, query_rotary, key_rotary, rotary_interleaved)
+    checks.null_slot(tensors, w_value.shape[1])
     stride, first_token, spans, missing = clock(
         "encoded", query, encoded.shape[1], m, stride, align, query_offset, chunk_offset, sequence_starts
     )
     call = Call(
         operation="projected_chunked_cross_attention",
-        query=query,
-        encoded=encoded,
-        w_key=w_key,
-        w_value=w_value,
-        bias_key=bias_key,
-        bias_value=bias_value,
-        mask=neighbour_mask,
-        attention_bias=attention_bias,
-        relative_key=relative_key,
-        content_bias=content_bias,
-        relative_bias=relative_bias,
-        null_key=null_key,
-        null_value=null_value,
+        **tensors,
         chunk_spans=spans,
         dropout_seed=None,
         scale=checks.scale_of(scale, query),
@@ -339,7 +309,10 @@ def work(given: Given, backward: bool | None = None) -> cost_model.Work:
     )
 
 
-def _check(query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask) -> None:
+CHECKED = ("query", "encoded", "w_key", "w_value", "bias_key", "bias_value", "mask")
+
+
+def _check(query, encoded, w_key, w_value, bias_key, bias_value, mask) -> None:
     checks.rank("query", query, "b, n, h, d")
     b, _, h, d = query.shape
     dtype, device = query.dtype, query.device
@@ -360,7 +333,7 @@ def _check(query, encoded, w_key, w_value, bias_key, bias_value, neighbour_mask)
         if bias is not None:
             checks.tensor(name, bias, either, device)
             checks.shape(name, bias, "hk, " + ("d" if name == "bias_key" else "d_value"), (hk, size))
-    checks.mask("neighbour_mask", neighbour_mask, query, "b, l, k, r", (b, l, k, r))
+    checks.mask("neighbour_mask", mask, query, "b, l, k, r", (b, l, k, r))
 
 
 def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor | None]:

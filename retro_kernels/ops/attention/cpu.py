@@ -72,10 +72,9 @@ def _op(name: str) -> Callable[..., None]:
     return getattr(torch.ops.retro_kernels_cpu, name).default
 
 
-def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
-    packed = None if call.relative_key is None else _packed_table(call.relative_key, call.query.dtype)
-    _op("attention_forward")(
+def _tensors(call: common.Call) -> tuple[torch.Tensor | None, ...]:
+    """In the order of the compiled ops."""
+    return (
         call.query,
         call.key,
         call.value,
@@ -93,6 +92,11 @@ def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
         call.chunk_spans,
         call.first_visible,
         call.dropout_seed,
+    )
+
+
+def _settings(call: common.Call) -> tuple[int | float, ...]:
+    return (
         call.grouping,
         call.causal,
         call.rotary_interleaved,
@@ -101,6 +105,15 @@ def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
         call.dropout_p,
         call.stride,
         call.first_token,
+    )
+
+
+def attend(call: common.Call) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
+    packed = None if call.relative_key is None else _packed_table(call.relative_key, call.query.dtype)
+    _op("attention_forward")(
+        *_tensors(call),
+        *_settings(call),
         packed,
         out,
         lse,
@@ -122,33 +135,10 @@ def gradients(
     _op("attention_backward")(
         grad_out,
         grad_lse,
-        call.query,
-        call.key,
-        call.value,
-        call.mask,
-        call.attention_bias,
-        call.relative_key,
-        call.content_bias,
-        call.relative_bias,
-        call.query_cos,
-        call.query_sin,
-        call.key_cos,
-        call.key_sin,
-        call.null_key,
-        call.null_value,
-        call.chunk_spans,
-        call.first_visible,
-        call.dropout_seed,
+        *_tensors(call),
         out.contiguous(),
         lse.contiguous(),
-        call.grouping,
-        call.causal,
-        call.rotary_interleaved,
-        call.scale,
-        call.logit_softcap,
-        call.dropout_p,
-        call.stride,
-        call.first_token,
+        *_settings(call),
         packed,
         found["query"],
         found["key"],
