@@ -36,7 +36,7 @@ def info(folder: Folder) -> None:
     for name, value in {
         "chunks": f"{counts['chunks']:,} of {manifest['chunk_size']} tokens ({manifest['token_dtype']})",
         "documents": f"{counts['documents']:,}",
-        "tokens": f"{counts['tokens']:,} without padding",
+        "tokens": f"{counts['tokens']:,} without padding{_unknown(manifest)}",
         "shards": f"{len(manifest['shards']):,}, {size:,} bytes",
         "embeddings": embeddings,
         "tokenizer": manifest["tokenizer"],
@@ -44,6 +44,11 @@ def info(folder: Folder) -> None:
         "index": _index_facts(manifest["index"]),
     }.items():
         say(f"{name:<11} {value}")
+
+
+def _unknown(manifest: dict) -> str:
+    unknown = (manifest["build"] or {}).get("unknown_tokens")
+    return f", {unknown / max(1, manifest['counts']['tokens']):.1%} of them unknown to the tokenizer" if unknown else ""
 
 
 def _index_facts(entry: dict | None) -> str:

@@ -34,6 +34,8 @@ EMBEDDED = 4096
 """Chunks that the embedder is given at a time, to sort by length."""
 HIDDEN = -2
 """The label (`Retriever.look_up`) of documents that are nobody's neighbours."""
+KNOWN = 1 << 14
+"""Chunks whose neighbours `Retriever.look_up` remembers."""
 TOKENS_AT_ONCE = 1 << 22
 """Candidates' tokens that are looked at together."""
 
@@ -253,25 +255,38 @@ class Retriever:
         found = self.retrieve(chunks)
         return Neighbours(found.tokens, found.mask, found.sources, found.ids)
 
-    def look_up(self, chunks: Tensor, own: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
+    def look_up(
+        self, chunks: Tensor, own: Tensor, labels: Tensor, keys: Tensor, known: OrderedDict[bytes, Tensor]
+    ) -> Tensor:
         """The neighbours of many chunks that have documents of their own, for `precompute_neighbours`. -> ids [q, k]
 
         chunks: int64 [q, m], -1 for no token. own: int64 [q], the label of each chunk's document. labels: int64
         [documents], of the database's documents: those of a chunk's own label are none of its neighbours, and those
-        of the label HIDDEN nobody's. keys: float32 [q, dim], of each chunk where it is known, else NaN. Equal chunks of
-        one label are looked up once: a text that is there a thousand times takes no thousand times as long."""
+        of the label HIDDEN nobody's. keys: float32 [q, dim], of each chunk where it is known, else NaN. known: what was
+        found with these labels before, at most KNOWN chunks of it; it is added to. Equal chunks of one label are looked
+        up once: a text that is there a thousand times takes no thousand times as long."""
         asked, first, again = np.unique(
             torch.cat([own[:, None], chunks], dim=1).numpy(), axis=0, return_index=True, return_inverse=True
         )
-        chunks, own, queries = chunks[first], own[first], keys[first].clone()
-        with self._turn:
-            unknown = queries.isnan().any(-1).nonzero()[:, 0]
-            if len(unknown):
-                queries[unknown] = self._embed(self._texts(chunks[unknown])).cpu()
-            none = torch.empty(len(asked), 0, dtype=torch.int64)
-            queries = queries.to(self.device)
-            ids, _ = self._search(queries, chunks, own[:, None], none, self.num_neighbours, labels)
-        return ids[torch.from_numpy(again.reshape(-1))]
+        names = [row.tobytes() for row in asked]
+        new = [number for number, name in enumerate(names) if name not in known]
+        if new:
+            rows = torch.from_numpy(first[new])
+            chunks, own, queries = chunks[rows], own[rows], keys[rows]
+            with self._turn:
+                unknown = queries.isnan().any(-1).nonzero()[:, 0]
+                if len(unknown):
+                    queries[unknown] = self._embed(self._texts(chunks[unknown])).cpu()
+                none = torch.empty(len(new), 0, dtype=torch.int64)
+                queries = queries.to(self.device)
+                found, _ = self._search(queries, chunks, own[:, None], none, self.num_neighbours, labels)
+            known.update(zip((names[number] for number in new), found))
+        for name in names:
+            known.move_to_end(name)
+        ids = torch.stack([known[name] for name in names])[torch.from_numpy(again.reshape(-1))]
+        while len(known) > KNOWN:
+            known.popitem(last=False)
+        return ids
 
     def embed_chunks(self, chunks: Tensor) -> Tensor:
         """int64 [q, m], -1 for no token -> float32 [q, dim]: the queries that `retrieve` searches with."""

@@ -25,6 +25,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -275,6 +276,7 @@ def _search(
     """Looks up the neighbours of every chunk of the corpus; what is there already is kept."""
     chunks = len(corpus)
     meter = Meter("search", chunks, progress)
+    known: OrderedDict[bytes, torch.Tensor] = OrderedDict()
     for number, first in enumerate(range(0, chunks, BLOCK)):
         path = _block_file(root, number)
         numbers = np.arange(first, min(first + BLOCK, chunks))
@@ -291,6 +293,7 @@ def _search(
             torch.full_like(own, -1) if same_document else own,
             matched.labels,
             matched.keys(numbers, documents, tokens),
+            known,
         )
         write_bytes(path, ids.numpy().tobytes())
         meter(0, len(numbers), len(numbers))

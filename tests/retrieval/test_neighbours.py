@@ -253,9 +253,10 @@ def test_held_out_documents_are_apart_and_nobodys_neighbours(database: Database,
         shutil.rmtree(tmp_path / "x", ignore_errors=True)
 
 
-def test_a_text_that_is_there_many_times_takes_one_search(tmp_path: Path):
+def test_a_text_that_is_there_many_times_takes_one_search(tmp_path: Path, monkeypatch):
     """Of n copies every one has all others to pass over: looked up one by one that took n * n."""
     copies = 400
+    monkeypatch.setattr(training_data, "BLOCK", 50)
     corpus = write_texts(tmp_path / "texts.jsonl", ["page not found"] * copies + ["something else", "abc dead beef"])
     options = {"tokenizer": "bytes", "embedder": Letters(), "chunk_size": CHUNK, "keep_duplicates": True}
     database = training_data.build_database(corpus, tmp_path / "db", **options)

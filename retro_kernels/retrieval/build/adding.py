@@ -23,7 +23,7 @@ from ..corpus.inputs import InputFiles, unambiguous
 from ..corpus.matching import document_hashes
 from ..database import Database, write_manifest
 from ..embedders import Embedder, embedded_text, open_embedder
-from ..index.index import give_index
+from ..index.index import check_spec, give_index
 from ..manifest import describe, lock_folder, name_full_disk, read_json
 from .builder import SKIPPED, Meter, Report, build_database
 from .shards import WINDOW
@@ -65,6 +65,8 @@ def add_documents(
         identity = database.manifest["tokenizer"]
         tokenizer = open_tokenizer(identity)
         plan = _begin(root, database, files, reading)
+        if plan["index"] is not None:
+            check_spec(plan["index"], database.dim, len(database))
         corpus = build_database(
             given,
             root / ADDING / CORPUS,

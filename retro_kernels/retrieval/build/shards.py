@@ -210,7 +210,7 @@ class Worker:
                     counted["unknown"] += int((part.tokens == self.tokenizer.unknown_token).sum())
                 if part.last:
                     name, record = sources.pop(part.number)
-                    size = sizes.pop(part.number)
+                    size = sizes.pop(part.number, 0)
                     counted["bytes"] += size
                     if held:
                         writer.end(path=name, record=record, size=size)
