@@ -12,13 +12,13 @@ from torch import nn
 from ..ops import backends as backend_choice
 from ..ops.backends import ATTENTION as BACKENDS
 from ..ops.verification import verdicts
-from . import labml, retro_pytorch
+from . import labml, megatron, retro_pytorch
 from .base import AS_TRAINED, PAPER, FusedForward, Integration
 
 if TYPE_CHECKING:
     from ..models.generation import Generated
 
-INTEGRATIONS: tuple[Integration, ...] = (retro_pytorch, labml)  # type: ignore[assignment]
+INTEGRATIONS: tuple[Integration, ...] = (retro_pytorch, labml, megatron)  # type: ignore[assignment]
 
 
 class SwapReport:

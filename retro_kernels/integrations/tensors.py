@@ -1,9 +1,11 @@
-"""A peer's tensors, each of which must be accounted for."""
+"""A peer's tensors, each of which must be accounted for, and the files they are in."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,3 +69,33 @@ class Tensors:
         if name not in self.left:
             raise ValueError(f"{self.source}: {name} missing, expected every tensor of the model")
         return self.left[name]
+
+
+def load_pickle(path: Path, known: Iterable[Any] = ()) -> Any:
+    """`torch.load`, weights only, mapped into memory where the format allows. `known`: harmless classes that it may
+    hold besides."""
+    try:
+        with torch.serialization.safe_globals(list(known)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken file makes the unpickler raise
+        reason = str(error).split("\n")[0][:300]
+        try:
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except Exception:
+            foreign = []
+        if foreign:
+            raise ValueError(
+                f"{path}: it holds more than weights ({', '.join(sorted(foreign)[:5])}), and loading such objects "
+                "could run any code, so it is not done; save its state dict alone, where you trust it: "
+                "torch.save(model.state_dict(), path)"
+            ) from error
+        raise ValueError(f"{path}: no checkpoint that can be read ({type(error).__name__}: {reason})") from error
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, torch.Tensor]]:
+    """(name, tensor) of nested dictionaries, names joined with dots. What is no tensor is left out."""
+    for key, value in tree.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from ..models.config import RetroConfig
-from . import labml, retro_pytorch
-from .tensors import Tensors
+from . import labml, megatron, retro_pytorch
+from .megatron_checkpoint import is_folder, read_folder
+from .tensors import Tensors, flat, load_pickle
 
-PEERS: dict[str, ModuleType] = {module.NAME: module for module in (retro_pytorch, labml)}
+PEERS: dict[str, ModuleType] = {module.NAME: module for module in (retro_pytorch, labml, megatron)}
 PREFIXES = ("module.", "_orig_mod.", "model.", "retro.", "state_dict.")
 
 
@@ -105,7 +106,9 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; expected a checkpoint")
     if path.is_dir():
-        raise ValueError(f"{path}: got a folder, expected the file of a checkpoint")
+        if not is_folder(path):
+            raise ValueError(f"{path}: got a folder, expected a checkpoint's file, or a folder that Megatron saved")
+        return read_folder(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -123,33 +126,3 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if not tensors:
         raise ValueError(f"{path}: got {type(loaded).__name__} without tensors, expected a state dict")
     return tensors, {}
-
-
-def load_pickle(path: Path, known: Iterable[Any] = ()) -> Any:
-    """`torch.load`, weights only, mapped into memory where the format allows. `known`: harmless classes that it may
-    hold besides."""
-    try:
-        with torch.serialization.safe_globals(list(known)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken file makes the unpickler raise
-        reason = str(error).split("\n")[0][:300]
-        try:
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except Exception:
-            foreign = []
-        if foreign:
-            raise ValueError(
-                f"{path}: it holds more than weights ({', '.join(sorted(foreign)[:5])}), and loading such objects "
-                "could run any code, so it is not done; save its state dict alone, where you trust it: "
-                "torch.save(model.state_dict(), path)"
-            ) from error
-        raise ValueError(f"{path}: no checkpoint that can be read ({type(error).__name__}: {reason})") from error
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, torch.Tensor]]:
-    """(name, tensor) of nested dictionaries, names joined with dots. What is no tensor is left out."""
-    for key, value in tree.items():
-        if isinstance(value, torch.Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from retro_kernels.integrations import base, swap
-from retro_kernels.models import Retro
+from retro_kernels.models import Neighbours, Retro
 
 peer = pytest.importorskip(
     "retro_transformer.model",
@@ -95,13 +95,7 @@ def test_generation_gives_the_tokens_of_computing_everything_anew():
     report = swap(model)
     lookup = lambda chunks: (chunks.sum(-1)[:, None, None] + torch.arange(8) + 5 * torch.arange(2)[:, None]) % 50  # noqa: E731
 
-    class Found:
-        mask = sources = None
-
-        def __init__(self, tokens):
-            self.tokens = tokens
-
-    made = report.generate([[1, 2, 3], [7] * 9], retriever=lambda chunks: Found(lookup(chunks)), max_new_tokens=14)
+    made = report.generate([[1, 2, 3], [7] * 9], retriever=lambda chunks: Neighbours(lookup(chunks)), max_new_tokens=14)
     for i, prompt in enumerate([[1, 2, 3], [7] * 9]):
         sequence = list(prompt)
         for _ in range(14):

@@ -1,0 +1,124 @@
+"""Megatron's checkpoint folders, format "torch": `iter_0000100/mp_rank_00/model_optim_rng.pt` for each tensor-parallel
+rank, Megatron-core's and legacy Megatron's. Nothing of Megatron is imported, and no pickle is run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .megatron import describe_arguments, modern_names
+from .tensors import flat, load_pickle
+
+LATEST = "latest_checkpointed_iteration.txt"
+FILE = "model_optim_rng.pt"
+BY_ROWS = (
+    ".linear_qkv.",
+    ".linear_q.",
+    ".linear_kv.",
+    ".linear_fc1.",
+    "embedding.word_embeddings.",
+    "output_layer.",
+)
+BY_COLUMNS = (".linear_proj.weight", ".linear_fc2.weight")
+
+
+class Stand(int):
+    """Stands for an enumeration's member among a checkpoint's arguments, which is not looked at."""
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a checkpoint's folder, or one of several iterations."""
+    return (path / LATEST).is_file() or any(path.glob("mp_rank_*")) or (path / ".metadata").is_file()
+
+
+def read_folder(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """-> the model's whole tensors, by Megatron-core's or by legacy names, and what its arguments say.
+
+    Raises ValueError or FileNotFoundError for shards that are missing or of different runs, and for a format or a model
+    that is not read.
+    """
+    folder = _iteration(path)
+    if (folder / ".metadata").is_file():
+        raise ValueError(
+            f"{folder}: got a distributed checkpoint (torch_dist), whose index is a pickle, expected one of format "
+            '"torch": load it with Megatron-core 0.15.3 and save it with --ckpt-format torch'
+        )
+    ranks = sorted(folder.glob("mp_rank_*"))
+    staged = [x.name for x in ranks if not re.fullmatch(r"mp_rank_\d+", x.name)]
+    if not ranks or staged:
+        what = f"{staged[0]}, a part of a pipeline" if staged else "no mp_rank_00"
+        raise ValueError(f"{folder}: got {what}, expected a folder mp_rank_00, mp_rank_01 ... for each rank")
+    if [int(x.name[8:]) for x in ranks] != list(range(len(ranks))):
+        raise ValueError(f"{folder}: got {', '.join(x.name for x in ranks)}, expected every rank from 0 on")
+    loaded = [_load(x / FILE) for x in ranks]
+    first, args = loaded[0], loaded[0]["args"]
+    size = getattr(args, "tensor_model_parallel_size", 1)
+    if size != len(ranks):
+        raise ValueError(f"{folder}: got {len(ranks)} shards, expected {size}, by the checkpoint's arguments")
+    for rank, other in enumerate(loaded):
+        for name in ("iteration", "checkpoint_version"):
+            if other.get(name) != first.get(name):
+                raise ValueError(
+                    f"{folder}: got {name} {other.get(name)} in rank {rank} and {first.get(name)} in rank 0, expected "
+                    "shards of one run"
+                )
+    version = first.get("checkpoint_version", 3.0)
+    if version < 2.0:
+        raise ValueError(f"{folder}: got checkpoint_version {version}, expected 2 or 3: its heads lie in another order")
+    shards = [{name: x for name, x in flat(y["model"]) if not name.endswith("_extra_state")} for y in loaded]
+    for rank, shard in enumerate(shards):
+        if shard.keys() != shards[0].keys():
+            odd = sorted(shard.keys() ^ shards[0].keys())
+            raise ValueError(f"{folder}: got {odd[0]} in some of the shards only, expected it in all (rank {rank})")
+    new = modern_names(shards[0])
+    merged = {
+        name: _merge(str(folder), new[name], [x[name] for x in shards], bool(getattr(args, "swiglu", False)))
+        for name in shards[0]
+    }
+    return merged, describe_arguments(args)
+
+
+def _iteration(path: Path) -> Path:
+    if not (path / LATEST).is_file():
+        return path
+    latest = (path / LATEST).read_text().strip()
+    name = "release" if latest == "release" else f"iter_{int(latest):07d}" if latest.isdigit() else latest
+    if not (path / name).is_dir() or Path(name).name != name:
+        raise FileNotFoundError(f"{path / name} is not there; expected the folder that {LATEST} names")
+    return path / name
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    """A shard. Its arguments are an `argparse.Namespace` with numbers and names; for what else stands among them there
+    is an integer."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; expected a shard")
+    known: list[Any] = [argparse.Namespace]
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:
+        foreign = []
+    known += [(Stand, name) for name in foreign if re.fullmatch(r"megatron\.core\.(\w+\.)*enums\.\w+", name)]
+    loaded = load_pickle(path, known)
+    if not isinstance(loaded, Mapping) or not isinstance(loaded.get("model"), Mapping) or "args" not in loaded:
+        raise ValueError(f"{path}: got no model and arguments, expected a shard that Megatron saved")
+    return loaded
+
+
+def _merge(folder: str, name: str, parts: list[torch.Tensor], gated: bool) -> torch.Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if any(mark in name for mark in BY_ROWS) and ".layer_norm_" not in name:
+        if gated and ".linear_fc1." in name:  # each shard holds its part of the gate and of the rest
+            return torch.cat([x.chunk(2)[i] for i in range(2) for x in parts])
+        return torch.cat(parts)
+    if name.endswith(BY_COLUMNS):
+        return torch.cat(parts, dim=1)
+    if any(not torch.equal(x, parts[0]) for x in parts):
+        raise ValueError(f"{folder}: got {name} that differs between shards, expected shards of one run")
+    return parts[0]
