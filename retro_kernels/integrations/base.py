@@ -40,6 +40,7 @@ class Integration(Protocol):
     """The parts of one peer that `swap` can replace."""
 
     LOOKS_FOR: tuple[str, ...]
+    NAME: str
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether the module claims to be what is looked for. Imports nothing of the peer."""

@@ -3,8 +3,8 @@
 
 Activations are [tokens, batch, width]. The decoder's first layer with chunked cross-attention owns the encoder, runs
 it, and hands its output on. Chunks are aligned to the end. There are no positions but the decoder's self-attention's,
-and no masks. Query, key and value rows lie per head: [q ... | k | v] for each group of `linear_qkv`, [k | v] for each head of
-`linear_kv`. The swap lifts the ban on fused attention, and the encoder's loop over neighbours becomes one call.
+and no masks. Query, key and value rows lie per head: [q ... | k | v] for each group of `linear_qkv`, [k | v] for each
+head of `linear_kv`. The swap lifts the ban on fused attention, and the encoder's loop over neighbours becomes one call.
 
 Legacy checkpoints name parts otherwise; their encoder's cross-attention is added to its input, not to its normed input,
 and a constant gate multiplies chunked cross-attention.

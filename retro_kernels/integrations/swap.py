@@ -12,7 +12,7 @@ from torch import nn
 from ..ops import backends as backend_choice
 from ..ops.backends import ATTENTION as BACKENDS
 from ..ops.verification import verdicts
-from . import labml, megatron, retro_pytorch
+from . import known, labml, megatron, retro_pytorch
 from .base import AS_TRAINED, PAPER, FusedForward, Integration
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class SwapReport:
         replaced: names of the modules that now run fused, as `named_modules` calls them ("" is the model itself).
         skipped: name -> why a module that was looked at was left alone.
         notes: name -> what to know about a replaced module, where there is something.
+        seen: name -> what is known of a module that swap does not replace, and what to use instead.
         backend_note: what the replaced modules' calls take on their device, where that is a GPU, or why nothing gets
             faster, where no fused backend can run at all; otherwise None.
 
@@ -42,12 +43,14 @@ class SwapReport:
         positions: str,
         backend_note: str | None = None,
         model: nn.Module | None = None,
+        seen: dict[str, str] | None = None,
     ) -> None:
         self.replaced = list(replaced)
         self.skipped = dict(skipped)
         self.notes = dict(notes)
         self.positions = positions
         self.backend_note = backend_note
+        self.seen = {} if seen is None else dict(seen)
         self._forwards = dict(replaced)
         self._model = model
 
@@ -87,6 +90,8 @@ class SwapReport:
             yield _name_or_model(name), "replaced", self.notes.get(name, "")
         for name, reason in self.skipped.items():
             yield _name_or_model(name), "skipped", reason
+        for name, advice in self.seen.items():
+            yield _name_or_model(name), "seen", advice
 
     def __str__(self) -> str:
         lines = [f"swap: {len(self.replaced)} replaced, {len(self.skipped)} skipped (positions={self.positions!r})"]
@@ -111,9 +116,10 @@ class SwapReport:
 def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, force: bool = False) -> SwapReport:
     """Puts fused attention under a RETRO that already exists, in place and instance by instance.
 
-    Looks for retro-pytorch 0.3.9's attentions in `model` (which may be one of them, any part of a model, or a wrapper
-    such as DistributedDataParallel): `ChunkedCrossAttention`, and `Attention`, which is the self-attention and the
-    cross-attention of its encoder and the causal self-attention of its decoder. Only `forward` of each instance is
+    Looks for the attentions of retro-pytorch 0.3.9, Megatron-core 0.15.3 and labml (retro-transformer 1.0.3) in `model`
+    (which may be one of them, any part of a model, or a wrapper such as DistributedDataParallel): chunked
+    cross-attention, the encoder's self- and cross-attention, and the decoder's causal self-attention. What it knows
+    besides and does not replace is named in the report, with what to use instead. Only `forward` of each instance is
     replaced: parameters, their names, state dicts, classes and submodules stay as they are, and so do deep copies,
     casts, checkpoints and hooks. Deep copies of a swapped model are swapped, too; `unswap` restores one. Swap before
     the first call of a compiled model. `nn.DataParallel` is not supported: its replicas share instance attributes.
@@ -149,7 +155,11 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, 
     notes: dict[str, str] = {}
     taken: dict[str, str] = {}  # on GPUs: what is taken by default -> why
     already = conflicts = slower = 0
+    seen: dict[str, str] = {}
     for name, module in model.named_modules():
+        advice = known.advice(module)
+        if advice is not None and not any(name.startswith(f"{other}.") or other == "" for other in seen):
+            seen[name] = advice
         for integration in INTEGRATIONS:
             if not integration.recognises(module):
                 continue
@@ -182,7 +192,7 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, 
             if remark is not None:
                 notes[name] = remark
     note = "; ".join(f"{what}: {why}" for what, why in taken.items()) or _backend_note(bool(slower))
-    report = SwapReport(replaced, skipped, notes, positions, note, model)
+    report = SwapReport(replaced, skipped, notes, positions, note, model, seen)
     if slower:
         why = next(reason for reason in skipped.values() if reason.startswith("left as it is"))
         warnings.warn(
@@ -222,7 +232,9 @@ def _backend_note(slower: bool) -> str | None:
 
 def _nothing_to_replace(model: nn.Module, report: SwapReport) -> str:
     looked_for = ", ".join(target for integration in INTEGRATIONS for target in integration.LOOKS_FOR)
-    if report.skipped:
+    if report.seen and not report.skipped:
+        found = "; ".join(f"{_name_or_model(name)}: {advice}" for name, advice in report.seen.items())
+    elif report.skipped:
         found = "; ".join(f"{_name_or_model(name)}: {reason}" for name, reason in report.skipped.items())
     else:
         kinds = sorted({type(x).__qualname__ for x in model.modules()})

@@ -58,3 +58,33 @@ def test_the_report_prints_as_text_and_as_a_table(lookalike):
     console = rich.Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report)
     assert "0 replaced, 1 skipped" in console.export_text()
+
+
+def test_what_is_known_and_not_replaced_is_named_with_what_serves_instead():
+    from retro_kernels.models import Retro, RetroConfig
+
+    class Retrofitted(nn.Module):
+        pass
+
+    norlund = type("RetroChunkedCrossAttention", (nn.Module,), {})()
+    flamingo = type("MaskedCrossAttention", (nn.Module,), {})()
+    nemo = type("ParallelChunkedCrossAttention", (nn.Module,), {})()
+    for module, message in (
+        (Retro(RetroConfig.preset("tiny")), "fused already"),
+        (norlund, r"Norlund's RetroChunkedCrossAttention: .*ChunkedCrossAttention\.norlund"),
+        (nn.Sequential(nn.Linear(2, 2), nemo), r"1: NeMo 1\.x's .* expresses it"),
+        (flamingo, "Flamingo's .*one image at a time"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            swap(module)
+        report = swap(module, strict=False)
+        assert report.replaced == []
+        assert len(report.seen) == 1
+        assert "seen" in str(report)
+
+
+def test_a_decoder_of_transformers_is_pointed_to_retrofit():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10, n_positions=8)
+    with pytest.raises(ValueError, match=r"a GPT2LMHeadModel of transformers.*rk\.retrofit"):
+        swap(transformers.GPT2LMHeadModel(config))

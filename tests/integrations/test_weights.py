@@ -252,3 +252,32 @@ def test_the_command_converts_there_and_back(tmp_path):
         assert torch.equal(x, model.state_dict()[name])
     assert "is there already" in run(tmp_path / "out", tmp_path / "back", "--to", "retro-pytorch").output
     assert "name=value" in run(tmp_path / "peer.pt", tmp_path / "x", "--set", "chunk_size").output
+
+
+def made_for_the_check():
+    return peer()
+
+
+def test_swap_check_prints_differences_and_times(monkeypatch):
+    import json
+
+    from typer.testing import CliRunner
+
+    from retro_kernels.cli import app
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["swap-check", *arguments])
+
+    done = run("test_weights:made_for_the_check", "--rounds", "1", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    assert found["agree"]
+    assert 0 < found["gradient_difference"] < 1e-4
+    assert len(found["replaced"]) == 7
+    assert "a step takes" in run("test_weights:made_for_the_check", "--rounds", "1").output
+    wrong = run("test_weights:nothing_there")
+    assert wrong.exit_code == 2
+    assert "expected package.module:name" in wrong.output
+    forward = retro_pytorch.FusedRetroPytorch.__call__
+    monkeypatch.setattr(retro_pytorch.FusedRetroPytorch, "__call__", lambda self, *a, **k: 1.1 * forward(self, *a, **k))
+    assert run("test_weights:made_for_the_check", "--rounds", "1").exit_code == 1

@@ -1,0 +1,51 @@
+"""Modules that `swap` knows and does not replace, and what serves there instead."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .base import class_names
+
+# The end of a class's qualified name -> its implementation, and what to use.
+RELATIVES = {
+    "ParallelChunkedCrossAttention": (
+        "NeMo 1.x's",
+        "swap does not replace it yet; rk.nn.ChunkedCrossAttention with positions='rotary' and biases=True expresses "
+        "it (query_positions 0 ... m - 1; key_positions 0 ... r - 1 in version 1, -(m - 1) ... m in later ones)",
+    ),
+    "RetroChunkedCrossAttention": (
+        "Norlund's",
+        "swap does not replace it yet; rk.nn.ChunkedCrossAttention.norlund expresses it, and "
+        "rk.nn.NeighbourEncoder.norlund its encoder",
+    ),
+    "RetroCrossAttention": ("Norlund's", "swap does not replace it yet; rk.nn.NeighbourEncoder.norlund expresses it"),
+    "Re_gptBlock": (
+        "mengzi-retrieval-lm's",
+        "swap does not replace it; rk.nn.ChunkedCrossAttention.retro_pytorch expresses its attention",
+    ),
+    "MaskedCrossAttention": (
+        "Flamingo's",
+        "it attends to one image at a time, in chunks of different lengths, which swap does not replace; "
+        "rk.neighbour_cross_attention takes one image's text at a time",
+    ),
+}
+
+
+def advice(module: nn.Module) -> str | None:
+    """What it is and what to use instead, for modules that are known; None for others."""
+    names = class_names(module)
+    if "retro_kernels.models.retro.Retro" in names:
+        return "a retro_kernels.models.Retro, which is fused already: there is nothing to swap"
+    for name in names:
+        end = name.rpartition(".")[2]
+        if end in RELATIVES:
+            whose, what = RELATIVES[end]
+            return f"{whose} {end}: {what}"
+    if any(name.startswith("transformers.modeling_utils.") for name in names):
+        config = getattr(module, "config", None)
+        if not getattr(config, "is_encoder_decoder", False):
+            return (
+                f"a {type(module).__name__} of transformers, which is no RETRO: rk.retrofit(model) makes one of a "
+                "...ForCausalLM"
+            )
+    return None
