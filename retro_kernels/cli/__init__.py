@@ -26,11 +26,8 @@ app.command("retrofit")(retrofit.retrofit)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("convert")(convert.convert)
-<<<<<<< HEAD
-app.add_typer(tokenizer.app, name="tokenizer")
-=======
 app.command("swap-check")(swap_check.swap_check)
->>>>>>> 23efb3f (rk.swap names what it knows and does not replace, with what serves there; retro-kernels swap-check compares and times a swap on a model of yours)
+app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(db.app, name="db")
 
 

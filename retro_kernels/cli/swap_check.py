@@ -75,8 +75,8 @@ def probe(model: Any, length: int | None) -> Any:
         m, n, vocab_size = model.encoder.chunk_len, 4 * model.encoder.chunk_len, model.emb.num_embeddings
     else:
         raise ValueError(
-            f"model: got a {type(model).__name__}, expected a whole retro-pytorch or labml RETRO, or a pair (model, call)"
-            " whose call(model) gives logits"
+            f"model: got a {type(model).__name__}, expected a whole retro-pytorch or labml RETRO, or a pair "
+            "(model, call) whose call(model) gives logits"
         )
     n = min(n, 4 * m + m // 2) if length is None else length
     tokens, neighbours = torch.randint(1, vocab_size, (1, n)), torch.randint(1, vocab_size, (1, n // m, 2, 2 * m))
