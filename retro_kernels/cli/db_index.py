@@ -49,9 +49,10 @@ def evaluate(
     from retro_kernels.retrieval.index.evaluation import evaluate_search
     from retro_kernels.retrieval.index.evaluation import plot as draw
     from retro_kernels.retrieval.index.index import save_settings
+    from retro_kernels.retrieval.manifest import map_array
 
     with show_errors(ImportError):
-        given = None if query_file is None else np.load(query_file, allow_pickle=False)
+        given = None if query_file is None else np.array(map_array(query_file))
         database = Database(folder)
         embed = None
         if given is None:

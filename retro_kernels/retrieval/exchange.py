@@ -23,7 +23,7 @@ from .build.writer import ShardWriter, finish_database
 from .corpus.readers import Options, Problem, Reader, find
 from .database import Database, token_dtype
 from .embedders import Embedder, load_embedder
-from .manifest import describe, inside, lock_folder, name_full_disk, read_json
+from .manifest import describe, inside, lock_folder, map_array, name_full_disk, read_json
 
 FORMATS = ("retro-pytorch", "megatron", "numpy")
 EMBEDDINGS = "embeddings.npy"
@@ -192,10 +192,7 @@ class _Numpy:
             raise ValueError("tokenizer: got none; expected one, which cuts the texts into tokens")
         self.tokenizer, self.chunk_size, self.vocabulary_size = tokenizer, chunk_size, tokenizer.vocabulary_size
         path = folder / EMBEDDINGS
-        try:
-            self.embeddings = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise DatabaseError(f"{path} holds no array of numbers ({error})") from None
+        self.embeddings = map_array(path)
         if self.embeddings.ndim != 2 or self.embeddings.dtype.kind != "f" or not self.embeddings.size:
             raise DatabaseError(
                 f"{path}: {self.embeddings.dtype} {list(self.embeddings.shape)}; expected floating [texts, dim]"

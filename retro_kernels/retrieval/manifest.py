@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from ..errors import DatabaseError
 from ..files import lock, sha256
 
@@ -21,6 +23,18 @@ def read_json(path: Path) -> Any:
         raise DatabaseError(f"{path} does not exist: {path.parent} holds no finished retrieval database") from None
     except (ValueError, RecursionError) as error:
         raise DatabaseError(f"{path} is not valid JSON ({error}): the file is damaged; rebuild or restore it") from None
+
+
+def map_array(path: Path) -> np.ndarray:
+    """-> the array of a `.npy` file, mapped. Raises DatabaseError where it is none, or one of objects."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged header NumPy says so by whatever its parser of Python says
+        raise DatabaseError(
+            f"{path} holds no array of numbers ({type(error).__name__}: {error}): restore it, or make it anew"
+        ) from None
 
 
 def inside(folder: Path, name: object) -> Path:

@@ -41,7 +41,7 @@ from .build.builder import Meter, Report, build_database
 from .corpus.inputs import InputFiles
 from .corpus.matching import blocks, document_hashes, mix
 from .database import MANIFEST, Database
-from .manifest import describe, inside, lock_folder, name_full_disk, problem_with, read_json
+from .manifest import describe, inside, lock_folder, map_array, name_full_disk, problem_with, read_json
 from .retriever import HIDDEN, Retriever
 
 FORMAT, VERSION = "retro-kernels training data", 2
@@ -102,7 +102,7 @@ def open_neighbours(folder: str | os.PathLike[str], database: str | os.PathLike[
         found = Database(where)
         if facts["database_sha256"] not in (found.content_hash(), *found.manifest.get("earlier", [])):
             raise DatabaseError(f"{where} is not the database that the neighbours in {root} are of: name that one")
-        tokens, starts, ends, ids = (_map_array(root / name) for name in (TOKENS, STARTS, ENDS, IDS))
+        tokens, starts, ends, ids = (map_array(root / name) for name in (TOKENS, STARTS, ENDS, IDS))
         m, documents = facts["chunk_size"], facts["documents"]
         for name, array, shape in (
             (TOKENS, tokens, (facts["chunks"] * m,)),
@@ -339,7 +339,7 @@ def _finish(
         "chunk_size": corpus.chunk_size,
         "lost_by_tokenizer": lost_by(tokenizer),
         "bytes": _text_bytes(corpus, chosen),
-        "tokens": int((_map_array(folder / ENDS) - _map_array(folder / STARTS)).sum()),
+        "tokens": int((map_array(folder / ENDS) - map_array(folder / STARTS)).sum()),
         "documents": int(chosen.sum()),
         "chunks": chunks,
         "num_neighbours": k,
@@ -362,15 +362,6 @@ def _text_bytes(corpus: Database, chosen: np.ndarray) -> int | None:
         return (corpus.manifest["build"] or {}).get("text_bytes")
     sizes = corpus.document_bytes()
     return None if sizes is None else int(sizes[chosen].sum())
-
-
-def _map_array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise DatabaseError(
-            f"{path} holds no array of numbers ({error}): restore it, or make the folder anew"
-        ) from None
 
 
 @contextmanager

@@ -333,6 +333,16 @@ def test_what_was_made_of_a_folder_in_it_is_no_text_of_it(tmp_path: Path):
     assert made.facts["documents"] == 1
 
 
+@pytest.mark.parametrize("header", [b"{'descr': '<i8', (", b"{'descr': '<i8'\n((", b"\xff" * 20, b"[" * 70])
+def test_a_damaged_header_of_an_array_is_named(database: Database, corpus: Path, tmp_path: Path, header: bytes):
+    precompute(retriever_of(database), corpus, tmp_path / "out")
+    path = tmp_path / "out" / "neighbour_ids.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:10] + header + content[10 + len(header) :])
+    with pytest.raises(DatabaseError, match=r"neighbour_ids\.npy holds no array"):
+        open_neighbours(tmp_path / "out")
+
+
 @pytest.mark.parametrize("other", [None, True, "text", 2.0, -1, [], {}, {"path": 3}], ids=repr)
 def test_wrong_kinds_in_data_json_are_named(database: Database, corpus: Path, tmp_path: Path, other: object):
     precompute(retriever_of(database), corpus, tmp_path / "out")
