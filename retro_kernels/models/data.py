@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..errors import DatabaseError
 from ..ops import checks
 from ..retrieval.database import Database
+from ..retrieval.manifest import map_array
 from ..retrieval.training_data import ENDS, FACTS, IDS, STARTS, TOKENS, open_neighbours
 from .config import RetroConfig
 from .loss import IGNORED
@@ -254,8 +256,8 @@ class TokenStream:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there; expected integers, saved by numpy.save")
         try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
+            found = map_array(path)
+        except DatabaseError as error:
             raise ValueError(f"{path}: no array that numpy.save wrote ({error})") from error
         if found.ndim != dims or found.dtype.kind not in "iu":
             raise ValueError(f"{path}: got {found.dtype} {list(found.shape)}, expected integers of {dims} dimensions")
