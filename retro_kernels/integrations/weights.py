@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from ..models.config import RetroConfig
-from . import labml, megatron, retro_pytorch
+from . import labml, megatron, norlund, retro_pytorch
 from .megatron_checkpoint import is_folder, read_folder
 from .tensors import Tensors, flat, load_pickle
 
-PEERS: dict[str, ModuleType] = {module.NAME: module for module in (retro_pytorch, labml, megatron)}
+PEERS: dict[str, ModuleType] = {module.NAME: module for module in (retro_pytorch, labml, megatron, norlund)}
 PREFIXES = ("module.", "_orig_mod.", "model.", "retro.", "state_dict.")
 
 
