@@ -39,6 +39,8 @@ MAGIC = "retro-kernels retrieval database"
 VERSION = 1
 MANIFEST = "manifest.json"
 INDEX_FOLDER = "index"
+IMPORTED = "imported"
+"""The kind of a tokenizer or embedder that another project used and did not name."""
 TOKEN_DTYPES = ("uint16", "int32")
 EMBEDDING_DTYPES = ("float16", "float32")
 

@@ -21,7 +21,7 @@ from ..files import replaced
 from ..tokenizers import ChunkTokenizer, load_tokenizer, open_tokenizer
 from .build.writer import ShardWriter, finish_database
 from .corpus.readers import Options, Problem, Reader, find
-from .database import Database, token_dtype
+from .database import IMPORTED, Database, token_dtype
 from .embedders import Embedder, load_embedder
 from .manifest import describe, inside, lock_folder, map_array, name_full_disk, read_json
 
@@ -295,7 +295,7 @@ def import_database(
                 raise DatabaseError(f"neighbours: chunk {int(ids.max()):,} is not one of {found.count:,}")
             np.save(root / NEIGHBOURS, np.maximum(ids.astype(np.int64), -1), allow_pickle=False)
             files.append(describe(root, root / NEIGHBOURS))
-        unknown = {"name": format, "kind": "imported", "sha256": "unknown"}
+        unknown = {"name": format, "kind": IMPORTED, "sha256": "unknown"}
         return finish_database(
             root,
             shards,

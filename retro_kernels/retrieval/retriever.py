@@ -19,7 +19,7 @@ from ..errors import DatabaseError
 from ..hub import check_identity
 from ..tokenizers import open_tokenizer
 from .corpus import filters
-from .database import Database, Source
+from .database import IMPORTED, Database, Source
 from .embedders import Embedder, embedded_text, load_embedder
 from .index.devices import find_device
 from .index.index import Index
@@ -163,6 +163,12 @@ class Retriever:
             raise DatabaseError(
                 f"{self.database.folder} holds no embeddings, so there is nothing to search: build it with an embedder"
             )
+        for what in ("tokenizer", "embedder"):
+            if manifest[what].get("kind") == IMPORTED:
+                raise DatabaseError(
+                    f"{what}: {self.database.folder} was imported, and does not know its own: import it again with "
+                    f"--{what}"
+                )
         self.device = find_device(device)
         self.embedder = _opened(embedder, manifest["embedder"], self.device, precision)
         if self.embedder.dim != self.database.dim:

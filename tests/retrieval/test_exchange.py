@@ -207,6 +207,11 @@ def test_own_embeddings_and_their_texts(tmp_path: Path):
     assert np.array_equal(np.concatenate([block for _, block in database.embeddings()]), keys)
     assert (database.source(1).path, database.source(1).record) == ("texts.jsonl", 1)
 
+    asked = CliRunner().invoke(app, ["db", "query", str(tmp_path / "db"), "dead"])
+    assert asked.exit_code == 1
+    assert "embedder: " in asked.output
+    assert "import it again with --embedder" in asked.output
+
     def refused(message: str, **options) -> None:
         with pytest.raises((DatabaseError, ValueError), match=message):
             import_database("numpy", own, tmp_path / "x", **{"tokenizer": "bytes", "chunk_size": CHUNK, **options})

@@ -38,6 +38,12 @@ def test_listed_looks_in_its_own_row_only():
         [True, False, True],
     ]
     assert not filters.listed(found, torch.empty(2, 0, dtype=torch.int64)).any()
+    random = torch.Generator().manual_seed(0)
+    found = torch.randint(-1, 20, (6, 9), generator=random)
+    lists = torch.randint(-1, 20, (6, 5), generator=random)
+    got = filters.listed(found.mT.contiguous().mT, lists)
+    for row, of, hits in zip(found.tolist(), lists.tolist(), got.tolist()):
+        assert hits == [one >= 0 and one in of for one in row]
 
 
 @pytest.mark.parametrize("colliding", [False, True])
