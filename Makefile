@@ -4,7 +4,7 @@ VENV := .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 
-.PHONY: bench test install cuda gpu-kit gpu-rehearsal lint clean
+.PHONY: bench test journey install cuda gpu-kit gpu-rehearsal lint clean
 
 bench: install  ## install, then time fused chunked cross-attention against the alternatives on this machine
 	$(VENV)/bin/retro-kernels bench --quick
@@ -42,6 +42,9 @@ gpu-kit: $(GPU)/.installed  ## for a GPU machine that has little time: the CUDA 
 	RETRO_KERNELS_BUILD_CUDA=1 RETRO_KERNELS_BUILD_CPU=0 $(GPU)/bin/python setup.py --quiet build_ext --inplace
 	mkdir -p .gpu-kit && cp retro_kernels/_cuda.abi3.so .gpu-kit/
 	$(GPU)/bin/python -W ignore -m benchmarks.gpu_kit
+
+journey: install  ## the README's way from a folder of text to generated text, on Python's docstrings (under 15 minutes)
+	$(RUN) -m benchmarks.journey --work journey
 
 gpu-rehearsal: install  ## what a machine without a GPU can show of the GPU kernels: docs/rehearsal.md; downloads several GB
 	$(RUN) -m benchmarks.rehearsal.run

@@ -57,6 +57,9 @@ def evaluate(
         if plot is not None and not overlap:
             overlap = list(OVERLAPS)
         kinds = retrieval or (MODES if stream.neighbours is not None and loaded.encoder is not None else ("off",))
+        if not retrieval and stream.rows == 1 and len(kinds) > 1:
+            kinds = ("on", "off")
+            _warn("there is one row of text, and no other whose neighbours it could be given")
         with show_progress() as progress:
             results = run(
                 loaded,

@@ -114,7 +114,7 @@ def evaluate(
     finally:
         model.train(training)
     places = np.asarray(starts)[:, None] + np.arange(n)
-    new = (np.arange(n) >= n - stride) | (places < n)
+    new = (np.arange(n) >= n - stride) | (places[:, :1] == 0)
     counts = torch.cat(there).flatten() & torch.from_numpy(new & (places < limit)).flatten()
     share = torch.from_numpy(_overlap_of_targets(stream, places, limit)) if overlaps else torch.zeros(0)
     total = stream.num_targets if stream.documents is not None else len(stream.tokens)

@@ -347,6 +347,21 @@ class Retro(nn.Module):
         """Writes `config.json` and the weights as safetensors; see `models.checkpoint.save`."""
         checkpoint.save(self, folder, max_shard_size=max_shard_size)
 
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Uploads the model with a model card; see `models.hub.push_to_hub`."""
+        from .hub import push_to_hub
+
+        return push_to_hub(self, repository, **options)
+
+    @classmethod
+    def from_hub(cls, repository: str, **options: Any) -> Retro:
+        """Reads a model from the Hugging Face hub, "owner/name", through its cache; options as in `from_pretrained`.
+
+        Raises DatabaseError where it is not to be had."""
+        from ..hub import model_folder
+
+        return cls.from_pretrained(model_folder(repository, "repository"), **options)
+
     @classmethod
     def from_pretrained(
         cls,

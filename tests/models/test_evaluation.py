@@ -14,7 +14,7 @@ from training_common import ROWS, M, N, stream_of
 from typer.testing import CliRunner
 
 from retro_kernels.cli import app
-from retro_kernels.models.evaluation import evaluate
+from retro_kernels.models.evaluation import evaluate, unchanged_by_retrieval
 
 
 @pytest.fixture
@@ -78,6 +78,45 @@ def test_wrong_arguments_are_named(model, stream):
     (stream.folder / "neighbours.npy").unlink()
     with pytest.raises(ValueError, match="has no neighbours"):
         evaluate(model, type(stream)(stream.folder, stream.config))
+
+
+def test_windows_that_overlap_count_every_token_once_with_more_context(model, stream):
+    whole = evaluate(model, stream, retrieval=["on", "off"])
+    overlapping = evaluate(model, stream, retrieval=["on", "off"], window_stride=M, batch_size=5)
+    assert {x.tokens for x in overlapping} == {x.tokens for x in whole} == {ROWS * N}
+    tokens = torch.from_numpy(np.asarray(stream.tokens, dtype=np.int64))
+    nats = []
+    with torch.no_grad():
+        for at in range(ROWS * N):  # each token after at most N, at least N - M + 1 before it
+            start = max((at - N) // M * M + M, 0)
+            loss = model.loss(tokens[None, start : at + 1], tokens[None, start + 1 : at + 2], reduction="none")
+            nats.append(float(loss[0, -1]))
+    off = next(x for x in overlapping if x.retrieval == "off")
+    assert off.bits_per_token == pytest.approx(np.mean(nats) / math.log(2), rel=1e-5)
+    assert evaluate(model, stream, retrieval=["off"], window_stride=N) == evaluate(model, stream, retrieval=["off"])
+    for stride, message in ((N + M, "expected an integer from 1 to|window_stride"), (3, "multiple of chunk_size")):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, stream, window_stride=stride)
+
+
+def test_retrieval_that_changes_nothing_is_said_loudly(model, stream, tmp_path):
+    assert unchanged_by_retrieval(evaluate(model, stream)) == []
+    with torch.no_grad():
+        for block in model.blocks:
+            if block.cross_attention is not None:
+                block.cross_attention.w_out.weight.zero_()
+    assert [x.retrieval for x in unchanged_by_retrieval(evaluate(model, stream))] == ["on"]
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["evaluate", str(tmp_path / "model"), str(stream.folder), "--device", "cpu", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert "RETRIEVAL CHANGES NOTHING" in result.stderr
+    assert len(json.loads(result.stdout)) == 3
+
+
+def test_progress_is_told(model, stream):
+    seen = []
+    evaluate(model, stream, batch_size=4, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i + 1, 6) for i in range(6)]
 
 
 def test_the_command(model, stream, tmp_path):

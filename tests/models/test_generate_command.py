@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from models_common import Lookup, tiny
@@ -76,6 +78,40 @@ def test_a_tokenizer_beside_the_weights_is_used(folder):
     assert tokenizer.decode([3, 2]) == "chunks text"
     with pytest.raises(ValueError, match="got 4 tokens, expected at most vocab_size = 3"):
         load_model_tokenizer(folder, tiny(vocab_size=3).config)
+
+
+def test_many_prompts_from_a_file_or_standard_input_as_json_with_sources(folder, tmp_path):
+    texts = ["the chunks", "of a text", "and more of it"]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n\n")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    options = ("--max-new-tokens", 9, "--retriever", "test_generate_command:LOOKUP", "--json", "--batch", 2)
+    result = invoke(folder, "--prompts", tmp_path / "prompts.txt", *options)
+    assert result.exit_code == 0, result.output
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    made = Retro.from_pretrained(folder).generate(
+        [list(text.encode()) for text in texts], max_new_tokens=9, retriever=LOOKUP
+    )
+    assert [one["prompt"] for one in found] == texts
+    for i, one in enumerate(found):
+        assert one["text"] == ByteTokenizer().decode(made.new_tokens(i))
+        assert [entry["neighbours"] for entry in one["sources"]] == list(made.sources[i].values())
+        assert (one["tokens"], one["ended"]) == (9, False)
+    assert invoke(folder, "--prompts", tmp_path / "prompts.jsonl", *options).stdout == result.stdout
+    piped = CliRunner().invoke(
+        app, ["generate", str(folder), "--prompts", "-", *map(str, options)], input="\n".join(texts)
+    )
+    assert piped.stdout == result.stdout
+    (tmp_path / "prompts.jsonl").write_text("{}\n")
+    result = invoke(folder, "--prompts", tmp_path / "prompts.jsonl")
+    assert (result.exit_code, "line 1: expected an object with 'prompt'" in result.output) == (2, True)
+    assert "got both or neither" in invoke(folder).output
+
+
+def test_what_is_generated_does_not_command_the_terminal(capsys):
+    printer = generate.Printer(ByteTokenizer())
+    printer.put(torch.tensor(list(b"a\x1b]0;title\x07b")))
+    printer.end()
+    assert capsys.readouterr().out == "a\\x1b]0;title\\x07b\n"
 
 
 def test_wrong_arguments_are_named(folder, tmp_path):
