@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,9 @@ def evaluate(
         stream = TokenStream(data, loaded.config, db)
         if plot is not None and not overlap:
             overlap = list(OVERLAPS)
-        kinds = retrieval or (MODES if stream.neighbours is not None and loaded.encoder is not None else ("off",))
+        kinds: Collection[str] = retrieval or (
+            MODES if stream.neighbours is not None and loaded.encoder is not None else ("off",)
+        )
         if not retrieval and stream.rows == 1 and len(kinds) > 1:
             kinds = ("on", "off")
             _warn("there is one row of text, and no other whose neighbours it could be given")
