@@ -186,7 +186,9 @@ class TokenStream:
                 end = filler
             tokens = np.where(left > 0, tokens, filler or 0)
             targets = np.where(left > 1, targets, np.where(left == 1, end, IGNORED))
-            begins = torch.from_numpy(places[:, :-1] == begin[of])
+            first = places[:, :-1] == begin[of]
+            if first[:, 1:].any():  # rows within a document need no clock of their own
+                begins = torch.from_numpy(first)
         given = [torch.from_numpy(np.ascontiguousarray(x)) for x in (tokens, targets)]
         usual = self.config.num_neighbours if self.config.cross_attention_layers else 0
         k = usual if num_neighbours is None else num_neighbours

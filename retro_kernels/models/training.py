@@ -10,7 +10,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -708,8 +709,7 @@ class Trainer:
         self._barrier()
         weights: Any = get_model_state_dict(self.model)
         checkpoint.write(self.config, weights, partial, writes=self.rank == 0)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ALONE)
+        with _plain_errors(partial / STATE):
             dcp.save(self._state(), checkpoint_id=partial / STATE, no_dist=self.world == 1)
         if self.rank == 0:
             if self.tokenizer is not None:
@@ -748,8 +748,7 @@ class Trainer:
         state = self._state()
         stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         state["random"] = {name: x for name, x in state["random"].items() if f"random.{name}" in stored}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ALONE)
+        with _plain_errors(folder):
             dcp.load(state, checkpoint_id=folder, no_dist=self.world == 1)
         set_optimizer_state_dict(self.model, self.optimiser, state["optimiser"], options=FLAT)
         if f"{self.rank}.cpu" in state["random"]:
@@ -812,6 +811,20 @@ class Trainer:
     def _barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """Raises what went wrong in a process, where torch's checkpoints raise a report of all, which is no Exception."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ALONE)
+        try:
+            yield
+        except CheckpointException as report:
+            error = next(iter(report.failures.values()))[0]
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, error.filename or str(path)) from report
+            raise ValueError(f"{path}: {error}") from report
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import stat
 import sys
@@ -110,6 +111,29 @@ def test_mutated_folders_are_resumed_or_refused_in_a_sentence(stream, tmp_path):
         resumed = quiet(stream, run, steps=4)
         got = resumed.model.state_dict()
         assert all(torch.equal(x, expected[resumed.step][name]) for name, x in got.items()), (kind, path)
+
+
+@pytest.mark.parametrize("limit", [100_000, 600_000], ids=["weights", "optimiser"])
+def test_a_checkpoint_that_cannot_be_written_is_a_line_and_no_loss(tmp_path, limit):
+    """The system refuses a large file in the middle of a save: as on a full disk."""
+    stream_of(tmp_path / "data")
+    document = {
+        "model": {"preset": "tiny", "max_length": N},
+        "data": "data",
+        "training": {"output": "run", "steps": 2, "batch_size": 2, "save_every": 1},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(document))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        result = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), "--device", "cpu"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (result.exit_code, checkpoints(tmp_path / "run")) == (2, [])
+    assert "error:" in result.output
+    assert "step-00000001" in result.output
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), "--device", "cpu"])
+    assert (result.exit_code, len(checkpoints(tmp_path / "run"))) == (0, 2)
 
 
 def test_other_data_are_named_and_refused(stream, tmp_path):
