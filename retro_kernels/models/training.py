@@ -66,6 +66,23 @@ OF_DECODER = (
     "tied_embeddings",
     "norm_eps",
     "tokenizer",
+    "embedding_dim",
+    "absolute_positions",
+    "self_positions",
+    "rotary_dim",
+    "rotary_base",
+    "rotary_interleaved",
+    "rotary_frequencies",
+    "self_num_buckets",
+    "attention_scale",
+    "attention_biases",
+    "feed_forward_biases",
+    "qk_norm",
+    "norm",
+    "norm_position",
+    "residual_scale",
+    "final_norm",
+    "readout_bias",
 )
 ALONE = "torch.distributed is disabled, unavailable or uninitialized"  # told to every run of one process
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -105,6 +105,20 @@ def test_what_does_not_fit_is_named(changes, message):
         RetroConfig.preset("tiny", **changes)
 
 
+def test_a_retrofit_compares_every_field_of_the_decoder():
+    """A decoder whose weights another model takes must compute the same there: a new field belongs to one list."""
+    from retro_kernels.models.training import OF_DECODER
+
+    of_retrieval = {
+        *(name for name in RetroConfig.__dataclass_fields__ if name.startswith(("cross_", "encoder_"))),
+        *("chunk_size", "num_neighbours", "retrieved_length", "shared_embeddings", "null_slot", "align"),
+        *("partial_chunk", "pad_token_id"),
+    }
+    of_training = {"max_length", "dropout", "hidden_dropout", "embedding_dropout", "feed_forward_dropout"}
+    of_training |= {"initializer_range", "eos_token_id"}
+    assert {*OF_DECODER} | of_retrieval | of_training == set(RetroConfig.__dataclass_fields__)
+
+
 def test_a_stored_config_of_before_the_dialects_is_still_read():
     """What a config.json of an earlier version holds: none of the names that came with the dialects."""
     config = RetroConfig.preset("tiny-rotary")
