@@ -1,0 +1,146 @@
+"""What people do to models works swapped as unswapped: torch.func, adapters, quantisation, copies."""
+
+import copy
+import importlib
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from retro_kernels.integrations import swap, unswap
+
+
+def retro_pytorch():
+    peer = pytest.importorskip("retro_pytorch.retro_pytorch", reason="the peer is not installed (extra `peers`)")
+    model = peer.RETRO(
+        num_tokens=50,
+        max_seq_len=32,
+        enc_dim=24,
+        enc_depth=1,
+        dec_dim=24,
+        dec_depth=2,
+        dec_cross_attn_layers=(1, 2),
+        dim_head=32,
+        chunk_size=4,
+    )
+    return model, "to_q"
+
+
+def labml():
+    peer = pytest.importorskip(
+        "retro_transformer.model",
+        reason="retro-transformer is not installed (pip install --no-deps retro-transformer==1.0.3)",
+    )
+    sizes = {"chunk_len": 4, "d_model": 24, "n_heads": 2, "d_k": 8, "d_ff": 32}
+    encoder = peer.NearestNeighborEncoder(n_layers=1, ca_layers={0}, **sizes)
+    return peer.RetroModel(n_vocab=50, n_layers=2, ca_layers={0, 1}, encoder=encoder, **sizes), "query"
+
+
+@pytest.fixture(params=[retro_pytorch, labml], ids=["retro-pytorch", "labml"])
+def pair(request, monkeypatch):
+    """-> unswapped and swapped, the name of its query projections, tokens and neighbours."""
+    monkeypatch.setenv("RETRO_KERNELS_BACKEND", "reference")
+    model, query = request.param()
+    model.eval()
+    swapped = copy.deepcopy(model)
+    assert swap(swapped).replaced
+    return model, swapped, query, torch.randint(1, 50, (2, 9)), torch.randint(1, 50, (2, 2, 2, 8))
+
+
+def close(got, want, tolerance=2e-5):
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * max(want.abs().max().item(), 1e-3))
+
+
+def functions(model, tokens, neighbours):
+    """Results of torch.func's transformations of one model."""
+    parameters = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    name = next(x for x in parameters if x.endswith(("to_out.bias", "output.bias")))
+    others = {key: x for key, x in parameters.items() if key != name}
+
+    def loss(part, tokens, neighbours):
+        out = torch.func.functional_call(model, {**others, name: part}, (tokens[None], neighbours[None]))
+        return out.square().mean()
+
+    def logits(part):
+        return torch.func.functional_call(model, {**others, name: part}, (tokens, neighbours))[0, -1, :3]
+
+    part = parameters[name].detach()
+    out, back = torch.func.vjp(logits, part)
+    return {
+        "grad": torch.func.grad(loss)(part, tokens[0], neighbours[0]),
+        "vjp": back(torch.ones_like(out))[0],
+        "jacrev": torch.func.jacrev(logits)(part),
+        "vmap": torch.stack([torch.func.grad(loss)(part, *x) for x in zip(tokens, neighbours)]),
+        "per sample": torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(part, tokens, neighbours),
+    }
+
+
+def test_functional_transformations(pair):
+    model, swapped, _, tokens, neighbours = pair
+    try:
+        wanted = functions(model, tokens, neighbours)
+    except Exception as error:  # what the peer's own code cannot, the swapped need not
+        pytest.skip(f"the unswapped model refuses: {error}")
+    found = functions(swapped, tokens, neighbours)
+    for name, want in wanted.items():
+        close(found[name], want, 1e-4)
+    close(found["per sample"], found["vmap"], 1e-4)
+
+
+@pytest.mark.parametrize("order", ["swap first", "adapt first"])
+def test_adapters_in_both_orders(pair, order):
+    peft = pytest.importorskip("peft")
+    model, swapped, query, tokens, neighbours = pair
+    settings = peft.LoraConfig(r=2, target_modules=[query], init_lora_weights=False)
+    torch.manual_seed(3)
+    want = peft.get_peft_model(model, settings)
+    torch.manual_seed(3)
+    if order == "adapt first":
+        unswap(swapped)
+    got = peft.get_peft_model(swapped, settings)
+    if order == "adapt first":
+        assert swap(got).replaced
+    outs = [x(tokens, neighbours) for x in (got, want)]
+    close(*outs)
+    gradient = torch.randn_like(outs[0])
+    for out in outs:
+        out.backward(gradient)
+    for (name, x), y in zip(got.named_parameters(), want.parameters()):
+        if y.grad is not None:
+            close(x.grad, y.grad, 1e-4)
+        else:
+            assert x.grad is None, name
+
+
+@pytest.mark.parametrize("order", ["swap first", "quantise first"])
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_quantisation(pair, order):
+    model, swapped, _, tokens, neighbours = pair
+    quantise = lambda x: torch.ao.quantization.quantize_dynamic(x, {nn.Linear}, dtype=torch.qint8)  # noqa: E731
+    want = quantise(model)(tokens, neighbours)
+    if order == "quantise first":
+        unswap(swapped)
+    got = quantise(swapped)
+    if order == "quantise first":
+        assert swap(got).replaced
+    close(got(tokens, neighbours), want, 1e-3)
+
+
+def test_copies_and_undo(pair):
+    model, swapped, _, tokens, neighbours = pair
+    want = model(tokens, neighbours)
+    close(copy.deepcopy(swapped)(tokens, neighbours), want)
+    unswap(swapped)
+    assert torch.equal(swapped(tokens, neighbours), want)
+
+
+def test_no_class_of_a_peer_is_patched():
+    for name, build in (("retro_pytorch.retro_pytorch", retro_pytorch), ("retro_transformer.model", labml)):
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
+            continue
+        kinds = [x for x in vars(importlib.import_module(name)).values() if isinstance(x, type)]
+        before = [dict(vars(kind)) for kind in kinds]
+        report = swap(build()[0])
+        report.undo()
+        assert [dict(vars(kind)) for kind in kinds] == before
