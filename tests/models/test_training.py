@@ -158,17 +158,29 @@ def test_chunked_cross_attention_begins_with_the_self_attention_of_its_block(tmp
 
 def test_accumulated_micro_batches_and_several_processes_equal_one_batch(tmp_path):
     stream = stream_of(tmp_path / "data")
-    trainer(stream, tmp_path / "one", steps=4, **COMPARABLE).run()
+    one = trainer(stream, tmp_path / "one", steps=4, **COMPARABLE)
+    one.held_out = stream
+    one.run()
     trainer(stream, tmp_path / "accumulated", steps=4, micro_batch_size=1, **COMPARABLE).run()
     run_both(tmp_path, "train")
-    expected, losses = weights_of(tmp_path / "one", 4), [line["loss"] for line in metrics_of(tmp_path / "one")]
+
+    def measured(name):
+        lines = metrics_of(tmp_path / name)
+        held_out = [
+            line[f"held_out_{mode}"] for line in lines if "loss" not in line for mode in ("on", "off", "random")
+        ]
+        return [line["loss"] for line in lines if "loss" in line], held_out
+
+    expected, (losses, held_out) = weights_of(tmp_path / "one", 4), measured("one")
+    assert (len(losses), len(held_out)) == (4, 6)
     for name in ("accumulated", *RUNS):
         got = weights_of(tmp_path / name, 4)
         for key in expected:
             torch.testing.assert_close(
                 got[key], expected[key], **SAME, msg=lambda text, at=(name, key): f"{at}: {text}"
             )
-        assert [line["loss"] for line in metrics_of(tmp_path / name)] == pytest.approx(losses, rel=1e-5)
+        assert measured(name)[0] == pytest.approx(losses, rel=1e-5)
+        assert name == "accumulated" or measured(name)[1] == pytest.approx(held_out, rel=1e-4)
     # What two processes wrote in parts, one takes up whole.
     one = trainer(stream, tmp_path / "one", steps=4, **COMPARABLE)
     taken = trainer(stream, tmp_path / "fsdp", steps=4, parallel="fsdp", **COMPARABLE)

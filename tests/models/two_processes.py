@@ -49,7 +49,7 @@ def train(folder: Path) -> None:
     for name, kind in RUNS.items():
         for steps in (2, 4):  # the second takes up the first's checkpoint; both updates of the first are warm-up
             options = settings(folder / name, steps=steps, micro_batch_size=1, **kind, **COMPARABLE)
-            Trainer(stream.config, stream, options, say=lambda text: None).run()
+            Trainer(stream.config, stream, options, held_out=stream, say=lambda text: None).run()
 
 
 def gradients(folder: Path, rank: int) -> None:
