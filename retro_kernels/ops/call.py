@@ -422,15 +422,6 @@ def _differentiate_lse(ctx: Any, rule: Rule, lse: torch.Tensor) -> None:
         ctx.set_materialize_grads(False)
 
 
-def refuse_lse_gradient(grad_lse: torch.Tensor | None, kernels: str) -> None:
-    """Raises where a gradient of the log-sum-exp arrives at kernels that have none."""
-    if grad_lse is not None:
-        raise RuntimeError(
-            f"the {kernels} kernels have no gradient of the log-sum-exp (return_lse=True) yet: use "
-            'backend="reference", or "cpu" on a CPU, or detach the lse'
-        )
-
-
 def differentiated(backward_op: Callable, arguments: Sequence[Any]) -> Any:
     """What a private op gives in the backward of autograd, as something whose own derivative raises."""
     if torch._C._are_functorch_transforms_active():

@@ -11,7 +11,7 @@ wherever something could want to see it or could have changed: hooks, debugging,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ import torch
 @dataclasses.dataclass(frozen=True)
 class Launch:
     """One kernel launch: `kernel[(programs,)](**arguments)` under `settings`, an operation's own LaunchSettings, which
-    were chosen for `kind`. A tensor among the arguments is named as the field of the call that it is, or as what the
-    backend makes."""
+    were chosen for `kind`. Arguments may be NamedTuples. A tensor goes by the name of its argument, or of its field in
+    a NamedTuple unless that is `data`: the field of the call that it is, or what the backend makes."""
 
     kind: str
     kernel: Any
@@ -52,17 +52,12 @@ class Bound:
         from triton import knobs
         from triton.runtime import driver
 
-        names = [parameter.name for parameter in launch.kernel.params]
         self.kernel, self.compiled, self.programs = launch.kernel, compiled, launch.programs
         self.runtime, self.drivers, self.driver = knobs.runtime, driver, driver.active
         self.device = self.driver.get_current_device()
-        self.values = [launch.arguments[name] for name in names]
-        self.pointers = [(i, name) for i, name in enumerate(names) if isinstance(self.values[i], torch.Tensor)]
-        # The machine code may take these to be multiples of 16 bytes.
-        self.aligned = [(i, name) for i, name in self.pointers if self.values[i].data_ptr() % 16 == 0]
-        self.unaligned = [(i, name) for i, name in self.pointers if self.values[i].data_ptr() % 16 != 0]
-        for i, _ in self.pointers:
-            self.values[i] = 0  # keeps no tensor alive
+        self.arrange = _arranger(
+            {parameter.name: launch.arguments[parameter.name] for parameter in launch.kernel.params}
+        )
 
     def __call__(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Launches with these tensors, by the arguments' names; whether it did."""
@@ -78,14 +73,9 @@ class Bound:
         device = driver.get_current_device()
         if device != self.device:
             return False
-        values, bits = self.values.copy(), 0
-        for i, name in self.aligned:
-            values[i] = pointer = tensors[name].data_ptr()
-            bits |= pointer
-        if bits & 15:
+        values = self.arrange(tensors)
+        if values is None:
             return False
-        for i, name in self.unaligned:
-            values[i] = tensors[name].data_ptr()
         compiled = self.compiled
         compiled.run(
             self.programs,
@@ -100,6 +90,33 @@ class Bound:
             *values,
         )
         return True
+
+
+def _arranger(arguments: Mapping[str, Any]) -> Callable[[Mapping[str, torch.Tensor]], tuple[Any, ...] | None]:
+    """A function of tensors by name that gives all arguments in their order, with pointers for tensors; or None where
+    a pointer is no multiple of 16 bytes that was one before, as the machine code may take it to be.
+
+    It is made of source text, as `dataclasses` makes its methods: a loop over the arguments would take as long as a
+    small kernel runs."""
+    constants: dict[str, Any] = {}
+    pointers: dict[str, int] = {}  # by name, the bits that must be 0
+
+    def source(name: str, value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            pointers[name] = 0 if value.data_ptr() % 16 else 15
+            return name
+        if isinstance(value, tuple) and any(isinstance(x, torch.Tensor) for x in value):
+            fields = zip(value._fields, value)  # type: ignore[attr-defined]
+            return f"({' '.join(source(name if field == 'data' else field, x) + ',' for field, x in fields)})"
+        constants[f"_{len(constants)}"] = value
+        return f"_{len(constants) - 1}"
+
+    values = " ".join(source(name, value) + "," for name, value in arguments.items())
+    lines = [f"{name} = tensors[{name!r}].data_ptr()" for name in pointers]
+    aligned = " | ".join(name for name, low_bits in pointers.items() if low_bits) or "0"
+    body = "\n    ".join([*lines, f"if ({aligned}) & 15: return None", f"return ({values})"])
+    exec(f"def arrange(tensors):\n    {body}", constants)
+    return constants["arrange"]
 
 
 def _calls(hook: Any) -> bool:

@@ -80,8 +80,7 @@ def projected_chunked_cross_attention(
         All others: as in `chunked_cross_attention`.
 
     Returns:
-        [b, n, h, d_value], and with `return_lse` also the log-sum-exp [b, n, h], whose gradient "triton" and "cuda"
-        refuse with RuntimeError in the backward.
+        [b, n, h, d_value], and with `return_lse` also the log-sum-exp [b, n, h].
 
     Raises:
         What `chunked_cross_attention` raises, and ValueError for an unknown strategy, for rotary positions with

@@ -19,10 +19,14 @@ RECORDED = """
 
     launches, by_triton = [], []
 
+    def flat(value):
+        if isinstance(value, tuple):
+            return [y for x in value for y in flat(x)]
+        return [value.data_ptr() if isinstance(value, torch.Tensor) else getattr(value, "value", value)]
+
     def launcher_cls(self, source, metadata):
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *values):
-            values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
-            launches.append([metadata.name, x, y, z, *values])
+            launches.append([metadata.name, x, y, z, *flat(values)])
         return launch
 
     def run(self, *args, run=JITFunction.run, **kwargs):

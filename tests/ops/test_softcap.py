@@ -1,5 +1,5 @@
 """`logit_softcap`: scaled logits x become c tanh(x / c) before the bias is added. The reference is held against the
-loop of oracle.py, the CPU kernels against the reference in fp64, and what has no cap refuses it by name."""
+loop of oracle.py, the CPU and Triton kernels against the reference in fp64, and what has no cap refuses it by name."""
 
 from __future__ import annotations
 
@@ -55,12 +55,30 @@ def test_the_cpu_kernels(case, dtype):
     testing.check_call(testing.make(case, dtype), "cpu", testing.HALF_FLOOR)
 
 
+TRITON = (
+    Case("all", b=1, n=25, m=10, k=2, r=9, h=2, hk=1, d=12, d_value=20, stride=7, options=ALL),
+    Case("relative", b=1, n=21, m=10, k=2, r=9, h=2, options=RELATIVE),
+    Case("dropout", b=1, n=19, m=7, k=2, r=11, h=2, d=20, d_value=12, dropout_p=0.3, options=("softcap", "null")),
+    Case("causal", "self", b=1, l=1, k=1, r=37, h=1, causal=True, options=("softcap", "bias")),
+    Case("cross", "cross", b=1, l=1, h=2, hk=1, options=("softcap", "mask", "relative", "relative_biases")),
+)
+
+
+@names((*TRITON, *DECODE))
+def test_the_triton_kernels(case):
+    pytest.importorskip("triton")
+    arguments = testing.make(case, torch.float32)
+    grad_out = None if "decode" in case.operation else testing.draw_grad_out(arguments)
+    expected = testing.run(testing.as_dtype(arguments, torch.float64), "reference", grad_out)
+    testing.assert_close(testing.run(arguments, "triton", grad_out), expected)
+
+
 def test_huge_logits_end_at_the_cap():
     """x / c overflows to infinity, whose tanh is 1: results and gradients stay finite."""
     arguments = testing.make(Case("huge", options=("softcap",)), torch.float32)
     arguments["scale"] = 1e37
     grad_out = testing.draw_grad_out(arguments)
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "cpu", "triton"):
         found = testing.run(arguments, backend, grad_out)
         assert all(x.isfinite().all() or name == "lse" for name, x in found.items())
 

@@ -20,7 +20,7 @@ import aot
 from retro_kernels.ops.absorbed import common
 from retro_kernels.ops.absorbed.triton import configs
 from retro_kernels.ops.absorbed.triton import launch as backend
-from retro_kernels.ops.attention.triton import tiles
+from retro_kernels.ops.attention.triton import arguments, tiles
 from retro_kernels.ops.launching import Launch
 
 TABLE = Path(__file__).with_name("compiled_settings.json")
@@ -97,8 +97,8 @@ def launch_of(identifier: str) -> tuple[int, Launch]:
         if kind == "forward":
             return sm, backend.plan_forward(out, lse, call)
         if kind == "backward_heads":
-            return sm, backend.plan_heads(out, out, lse, call.query, copies, call)
-        return sm, backend.plan_states(out, out, lse, call.encoded, call)
+            return sm, backend.plan_heads(out, None, out, lse, call.query, copies, call)
+        return sm, backend.plan_states(out, None, out, lse, call.encoded, call)
 
 
 def described(identifier: str, version: str | None = None) -> str:
@@ -122,7 +122,7 @@ def faults(identifier: str, result: dict) -> list[str]:
 
 def kernels_hash() -> str:
     """Of the kernels' code."""
-    return aot.hash_of((str(tiles.__file__), *backend.SOURCES))
+    return aot.hash_of((str(arguments.__file__), str(tiles.__file__), *backend.SOURCES))
 
 
 if __name__ == "__main__":

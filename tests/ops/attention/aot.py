@@ -30,6 +30,7 @@ from unittest import mock
 
 import torch
 
+from retro_kernels import files
 from retro_kernels.ops.attention import common
 from retro_kernels.ops.attention.triton import configs
 from retro_kernels.ops.attention.triton import launch as backend
@@ -80,10 +81,14 @@ class Options(NamedTuple):
     null: bool = False
     relative: bool = False
     dropout: bool = False
+    softcap: bool = False
+    lse: bool = False  # whose gradient comes, too
 
 
 FEATURES = {
     "plain": Options("plain"),
+    "softcap": Options("plain", softcap=True),
+    "lse": Options("plain", lse=True),
     "bias": Options("options", bias=True),
     "rotary": Options("options", rotary=True),
     "options": Options("options", bias=True, rotary=True, null=True),
@@ -97,10 +102,10 @@ HEAVIEST = ("plain", "options_dropout", "relative_dropout")  # of every class of
 # Bytes of stack a thread that what is known to fall short may spill, in one version of Triton at least.
 MAY_SPILL = {
     r"sm_\d+ backward_relative \w+ bf16 128 \w+": 64,  # every other tile spills more
-    "sm_80 backward clock bf16 128 options": 16,  # all options at once: neither a bias nor rotary tables alone
+    "sm_80 backward clock bf16 64 options": 8,  # all options at once
     # ptxas' own choice, for more programs at a time: 80 and 128 registers are far from 255
-    "sm_100 backward_keys clock bf16 64 plain": 8,
-    "sm_100 backward_(queries|keys) clock bf16 128 options": 8,
+    "sm_100 backward_keys clock bf16 64 plain": 16,
+    "sm_100 backward_(queries|keys) clock bf16 128 options": 24,
 }
 
 
@@ -222,6 +227,7 @@ def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -
         causal=causal,
         rotary_interleaved=False,
         scale=d**-0.5,
+        logit_softcap=50.0 if options.softcap else 0.0,
         dropout_p=0.1 if options.dropout else 0.0,
         stride=stride,
         first_token=m - 1 if grouping == common.CLOCK else 0,
@@ -250,7 +256,13 @@ def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -
         if kind == "forward":
             return sm, backend.plan_forward(out, lse, call, settings)
         launches = backend.plan_backward(
-            empty(*query), out, lse, tuple(empty(*x.shape) for x in (call.query, call.key, call.value)), copies, call
+            empty(*query),
+            None,
+            out,
+            lse,
+            tuple(empty(*x.shape) for x in (call.query, call.key, call.value)),
+            copies,
+            call,
         )
     return sm, next(launch for launch in launches if launch.kind == name)
 
@@ -283,18 +295,25 @@ def machine_code(sm: int, launch: backend.Launch) -> dict[str, object]:
     from triton.compiler import ASTSource, make_backend
 
     signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(launch.kernel.params):
-        name, x = parameter.name, launch.arguments[parameter.name]
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or x is None or (specialised and isinstance(x, int) and x == 1):
-            signature[name], constants[(index,)] = "constexpr", x
-            continue
-        if isinstance(x, torch.Tensor):
-            signature[name] = "*" + TRITON_TYPES[x.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(x, float) else "i32"
+
+    def describe(x, place: tuple[int, ...], specialised: bool, constant: bool):
+        """The type of an argument; notes what is known of it when compiling."""
+        if isinstance(x, triton.language.constexpr):
+            x, constant = x.value, True
+        if isinstance(x, tuple) and not constant:
+            return type(x)(*(describe(y, (*place, i), True, False) for i, y in enumerate(x)))
+        if constant or x is None or (specialised and isinstance(x, int) and x == 1):
+            constants[place] = x
+            return "constexpr"
         if isinstance(x, torch.Tensor) or (specialised and isinstance(x, int) and x % 16 == 0):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(x, torch.Tensor):
+            return "*" + TRITON_TYPES[x.dtype]
+        return "fp32" if isinstance(x, float) else "i32"
+
+    for index, parameter in enumerate(launch.kernel.params):
+        x = launch.arguments[parameter.name]
+        signature[parameter.name] = describe(x, (index,), not parameter.do_not_specialize, parameter.is_constexpr)
     compiled = triton.compile(
         ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", SAME_PTX.get(sm, sm), 32),
@@ -415,7 +434,7 @@ def write(module, versions: dict[str, dict[str, dict]]) -> None:
             lines.setdefault(name, {})[f"{version} {target}"] = [row[column] for column in COLUMNS]
     start = f'{{"kernels": "{module.kernels_hash()}", "columns": {json.dumps(COLUMNS)}, "compiled": {{\n'
     body = ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(lines.items()))
-    module.TABLE.write_text(f"{start}{body}\n}}}}\n", encoding="utf-8")
+    files.write_bytes(module.TABLE, f"{start}{body}\n}}}}\n".encode(), concurrent=True)  # others read it meanwhile
 
 
 def main(module, arguments: list[str]) -> int:

@@ -77,7 +77,36 @@ def test_the_cpu_s_is_the_reference_s(case, dtype, guarded):
             cases.assert_twice(given, cases.same_precision(arguments, *grads), expected, dtype)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+SMALL = {"b": 1, "n": 13, "m": 5, "k": 2, "r": 6, "h": 2, "hk": 1, "d": 8}
+TRITON = (
+    cases.Case("options", **SMALL, options=("mask", "empty_chunk", "bias", "rotary", "null")),
+    cases.Case("relative", **SMALL, dropout_p=0.3, options=("relative", "relative_biases", "null")),
+    cases.Case("packed", **SMALL, documents=(7, 6)),
+    cases.Case("self", "self", **SMALL, l=1, options=("mask", "relative", "relative_biases")),
+    cases.Case("causal", "self", **SMALL | {"k": 1, "r": 13}, l=1, causal=True, documents=(7, 6)),
+    cases.Case("cross", "cross", **SMALL, l=1, options=("bias",)),
+    cases.Case(
+        "absorbed",
+        "projected",
+        **SMALL,
+        e=16,
+        strategy="absorb",
+        options=("bias_key", "bias_value", "null", "mask", "bias"),
+    ),
+    cases.Case("no null slot", "projected", **SMALL, e=16, strategy="absorb", options=("bias_key", "relative")),
+)
+
+
+@pytest.mark.parametrize("case", TRITON, ids=str)
+def test_triton_s_is_the_reference_s(case, guarded):
+    pytest.importorskip("triton")
+    arguments = cases.make(case, torch.float32)
+    grads = gradients_of(case, arguments)
+    expected = cases.run(cases.as_dtype(arguments, torch.float64), "reference", *grads)
+    cases.assert_close(cases.run(arguments, "triton", *(grad.float() for grad in grads)), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_the_lse_alone(backend):
     """out is used for nothing: its gradient is None. The derivative of the log-sum-exp is the softmax."""
     query, key = torch.randn(1, 11, 2, 8, requires_grad=True), torch.randn(1, 2, 2, 5, 2, 8)
@@ -87,9 +116,9 @@ def test_the_lse_alone(backend):
     torch.testing.assert_close(gradient, out * 8**-0.5, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 def test_an_lse_that_nobody_differentiates_changes_no_bit(backend):
-    case = cases.by_name("everything")
+    case = TRITON[0]
     arguments = cases.make(case, torch.float32)
     grad_out = torch.randn(case.out_shape)
     with_lse = cases.run(arguments, backend, grad_out)
@@ -113,11 +142,12 @@ def test_gradcheck(names):
     assert torch.autograd.gradcheck(call, tuple(inputs.values()))
 
 
-def test_compiled_and_under_func():
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_compiled_and_under_func(backend):
     query, key = torch.randn(1, 11, 2, 8), torch.randn(1, 2, 2, 5, 2, 8)
 
     def loss(query, key):
-        out, lse = rk.chunked_cross_attention(query, key, key, chunk_size=4, return_lse=True, backend="cpu")
+        out, lse = rk.chunked_cross_attention(query, key, key, chunk_size=4, return_lse=True, backend=backend)
         return (out.sum(-1) * lse.masked_fill(lse.isinf(), 0.0).cos()).sum()
 
     expected = torch.func.grad(loss, argnums=(0, 1))(query, key)

@@ -21,7 +21,7 @@ import torch
 import retro_kernels as rk
 from retro_kernels.ops import tuning
 from retro_kernels.ops.attention import common
-from retro_kernels.ops.attention.triton import configs, tiles
+from retro_kernels.ops.attention.triton import arguments, configs
 from retro_kernels.ops.attention.triton import launch as backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -257,8 +257,8 @@ def test_bitwise_deterministic_in_two_passes():
 
 def test_settings_never_depend_on_batch_or_length():
     """Neither the choice nor the compiled variant: lengths are not specialised."""
-    lengths = {"num_tokens", "num_chunks", "num_groups", "num_items", "key_tiles", "retrieved_length", "first_token"}
-    assert set(tiles.LENGTHS) >= lengths
+    lengths = {"num_tokens", "num_chunks", "num_groups", "num_items", "num_slots", "retrieved_length", "first_token"}
+    assert set(arguments.LENGTHS) >= lengths
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 103, 120])

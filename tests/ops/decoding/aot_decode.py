@@ -17,7 +17,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "attention"))
 import aot
 
-from retro_kernels.ops.attention.triton import tiles
+from retro_kernels.ops.attention.triton import arguments, tiles
 from retro_kernels.ops.decoding import common
 from retro_kernels.ops.decoding.triton import kernels
 from retro_kernels.ops.decoding.triton import launch as backend
@@ -106,7 +106,7 @@ def faults(identifier: str, result: dict) -> list[str]:
 
 def kernels_hash() -> str:
     """Of the kernels' code."""
-    return aot.hash_of((str(tiles.__file__), str(kernels.__file__)))
+    return aot.hash_of((str(arguments.__file__), str(tiles.__file__), str(kernels.__file__)))
 
 
 if __name__ == "__main__":

@@ -4,45 +4,140 @@ slots (gradient of the states)."""
 from __future__ import annotations
 
 from ...attention.triton import tiles
-from ...attention.triton.tiles import at_most_one, group_of, jit, kept_null, load_results, load_run, rows_of, wide
+from ...attention.triton.tiles import (
+    Dropout,
+    Lengths,
+    at_head,
+    at_most_one,
+    group_of,
+    jit,
+    kept_null,
+    key_tiles_of,
+    load_distances,
+    readable_slots,
+    row_tile_of,
+    row_tiles_of,
+    slots_of_group,
+    wide,
+)
 from .tiles import (
+    at_chunk,
     by_distance,
     load_rows,
+    load_states,
+    load_weight,
+    mask_at_chunk,
     neighbours_of,
     run_of,
-    slots_and_places,
-    states,
+    state_tile_of,
+    tile_gradient,
     times_vector,
+    weight_of,
     weight_places,
-    weights,
-    weights_and_gradient,
 )
 
 if tiles.triton is not None:
-    from ...attention.triton.tiles import CLOCK, LOG2_E, constexpr, tl
+    from ...attention.triton.tiles import LOG2_E, constexpr, tl
+
+
+@jit
+def null_slot(loaded, null, null_key, head, dropout, scale_log2, SPEC):
+    """The null slot's weight as it multiplied the null value, and the gradient of its logit, of a tile of rows."""
+    upstream = loaded.upstream
+    exponent = scale_log2 * tl.sum(loaded.queries.content.to(tl.float32) * null_key[None, :], axis=1) - upstream.lse
+    if SPEC.TWO_PLANES:
+        exponent -= upstream.rest
+    weight = tl.where(upstream.alive, at_most_one(exponent), 0.0)
+    null_value = null.null_value + head * null.value_h
+    d_weight = times_vector(upstream.do, null_value, SPEC.VALUE_DIM, SPEC.BLOCK_VALUE)
+    dropped = weight
+    if SPEC.DROPOUT:
+        kept = kept_null(dropout, loaded.rows.place.to(tl.int32) + loaded.rows.row)
+        d_weight = tl.where(kept, d_weight * dropout.survivor_scale, 0.0)
+        dropped = tl.where(kept, weight * dropout.survivor_scale, 0.0)
+    return dropped, weight * (d_weight - upstream.delta)
+
+
+@jit
+def add_bias_gradient(sums, columns, d_logits, loaded, tile, lengths, SPEC):
+    """Adds a tile's share of the gradient of a head's attention_bias to its sums."""
+    slots = tile.slots
+    column = slots.slot if SPEC.BIAS_PER_SLOT else slots.token
+    at = sums + (wide(loaded.rows.row, SPEC.INT64) * columns)[:, None] + column[None, :]
+    there = loaded.upstream.alive[:, None] & tile.visible[None, :]
+    if SPEC.BIAS_PER_SLOT:
+        tl.store(at, tl.load(at, mask=there, other=0.0) + d_logits, mask=there)
+    else:  # neighbours add to the same elements: one after the other
+        first, last = neighbours_of(slots, lengths, SPEC)
+        for only in range(first, last):
+            there_only = there & (slots.neighbour == only)[None, :]
+            tl.store(at, tl.load(at, mask=there_only, other=0.0) + d_logits, mask=there_only)
+            tl.debug_barrier()
+
+
+@jit
+def add_weight_gradient(sums, start, rows, summed, DIM: constexpr, BLOCK_DIM: constexpr, SPEC):
+    """Adds rowsᵀ · summed to columns from `start` on of a head's sums of a weight's gradient [DIM, ENCODER_DIM]."""
+    at, there = weight_places(SPEC.ENCODER_DIM, start, DIM, BLOCK_DIM, SPEC)
+    total = tl.load(sums + at, mask=there, other=0.0)
+    total += tl.dot(tl.trans(rows), summed, input_precision=SPEC.PRECISION)
+    tl.store(sums + at, total, mask=there)
 
 
 @jit
 def backward_heads_kernel(
-    grad_out, query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, relative_key, content_bias,
-    relative_bias, null_key, null_value, chunk_spans, dropout_seed, out, lse, log_sum,
-    grad_query, w_key_copies, w_value_copies, bias_key_copies, bias_value_copies, bias_copies, relative_key_copies,
-    content_bias_copies, relative_bias_copies, null_key_copies, null_value_copies,
-    scale, threshold, survivor_scale, num_tokens, num_neighbours, retrieved_length, num_heads, heads_per_key,
-    num_chunks, first_group, num_groups, row_tiles, key_tiles, stride, first_token, num_distances, num_items,
-    num_copies, table_rows, table_columns,
-    grad_out_b, grad_out_n, grad_out_h,
-    query_b, query_n, query_h, encoded_b, encoded_l, encoded_k, encoded_r, w_key_h, w_key_d, w_value_h, w_value_d,
-    bias_key_h, bias_value_h, mask_b, mask_l, mask_k, mask_r, bias_h, bias_m, relative_h, relative_x, content_bias_h,
-    relative_bias_h, null_key_h, null_value_h,
-    SUMS: constexpr, DIM: constexpr, VALUE_DIM: constexpr, ENCODER_DIM: constexpr, BIAS_PER_SLOT: constexpr,
-    WITHIN: constexpr, LOTS: constexpr, FLAT: constexpr, LONG: constexpr, BLOCK_ROWS: constexpr,
-    BLOCK_SLOTS: constexpr, BLOCK_ENCODER: constexpr, BLOCK_RUN: constexpr, BLOCK_DIM: constexpr,
-    BLOCK_VALUE: constexpr, PRECISION: constexpr,
-):  # fmt: skip
+    grad_out,
+    query,
+    encoded,
+    w_key,
+    w_value,
+    bias_key,
+    bias_value,
+    mask,
+    attention_bias,
+    relative,
+    null,
+    chunk_spans,
+    dropout_seed,
+    results,
+    grad_query,
+    sums,
+    scale,
+    survivor_scale,
+    threshold,
+    num_tokens,
+    num_neighbours,
+    retrieved_length,
+    num_heads,
+    heads_per_key,
+    num_chunks,
+    first_group,
+    num_groups,
+    stride,
+    first_token,
+    table_rows,
+    num_items,
+    num_copies,
+    SUMS: constexpr,
+    SPEC,
+):
     """An item is (batch, chunk, row tile). SUMS: program (copy, key/value head) takes the items copy, copy +
     num_copies, ... of each of its query heads and adds the gradients of weights and parameters to its own fp32 copies,
     which are 0 at first. Otherwise program (item, query head), heads fastest, for the query's gradient alone."""
+    lengths = Lengths(
+        num_tokens,
+        num_neighbours,
+        retrieved_length,
+        num_heads,
+        heads_per_key,
+        num_chunks,
+        stride,
+        first_token,
+        table_rows,
+    )
+    row_tiles = row_tiles_of(lengths, SPEC)
+    key_tiles = key_tiles_of(lengths, SPEC)
+    num_distances = table_rows + retrieved_length - 1
     num_kv_heads = num_heads // heads_per_key
     lanes = num_kv_heads if SUMS else num_heads
     lane = tl.program_id(0) % lanes
@@ -50,345 +145,289 @@ def backward_heads_kernel(
     kv_head = (lane if SUMS else lane // heads_per_key).to(tl.int64)
     kv_copy = copy.to(tl.int64) * num_kv_heads + kv_head
     scale_log2 = scale * LOG2_E
-    column = tl.arange(0, BLOCK_DIM)
-    value_column = tl.arange(0, BLOCK_VALUE)
-    seed = None
-    if dropout_seed is not None:
+    column = tl.arange(0, SPEC.BLOCK_DIM)
+    there = column < SPEC.DIM
+    value_column = tl.arange(0, SPEC.BLOCK_VALUE)
+    value_there = value_column < SPEC.VALUE_DIM
+    seed = 0
+    if SPEC.DROPOUT:
         seed = tl.load(dropout_seed)
-    w_key += kv_head * w_key_h
-    w_value += kv_head * w_value_h
-    readable = num_neighbours * retrieved_length
+    w_key = weight_of(w_key, kv_head)
+    w_value = weight_of(w_value, kv_head)
+    columns = retrieved_length
+    if SPEC.BIAS_PER_SLOT:
+        columns = retrieved_length * num_neighbours
 
-    d_bias_key = tl.zeros([BLOCK_DIM], tl.float32)
-    d_bias_value = tl.zeros([BLOCK_VALUE], tl.float32)
+    d_bias_key = tl.zeros([SPEC.BLOCK_DIM], tl.float32)
+    d_bias_value = tl.zeros([SPEC.BLOCK_VALUE], tl.float32)
     for in_group in range(0, heads_per_key if SUMS else 1):
         head = (lane * heads_per_key + in_group if SUMS else lane).to(tl.int64)
         head_copy = copy.to(tl.int64) * num_heads + head
-        d_rows = tl.zeros([BLOCK_DIM], tl.float32)
-        d_relative = tl.zeros([BLOCK_DIM], tl.float32)
-        d_null_key = tl.zeros([BLOCK_DIM], tl.float32)
-        d_null_value = tl.zeros([BLOCK_VALUE], tl.float32)
+        bias = None
+        if attention_bias is not None:
+            bias = at_head(attention_bias, head)
+        d_rows = tl.zeros([SPEC.BLOCK_DIM], tl.float32)
+        d_relative = tl.zeros([SPEC.BLOCK_DIM], tl.float32)
+        d_null_key = tl.zeros([SPEC.BLOCK_DIM], tl.float32)
+        d_null_value = tl.zeros([SPEC.BLOCK_VALUE], tl.float32)
         for step in range(0, tl.cdiv(num_items - copy, num_copies)):
             item = copy + step * num_copies
             row_tile = item % row_tiles
             item = item // row_tiles
-            group = first_group + item % num_groups
+            number = first_group + item % num_groups
             batch = (item // num_groups).to(tl.int64)
-            chunk = group.to(tl.int64)
-            drawn = (batch * num_heads + head).to(tl.int32)
+            dropout = Dropout(seed, threshold, survivor_scale, (batch * num_heads + head).to(tl.int32))
 
             # Tokens before the first chunk; those in no span were filled before the launch.
             if chunk_spans is None:  # noqa: SIM102 - one is known when compiling
-                if (group == first_group) & (row_tile == 0):
-                    for ahead in range(0, first_token, BLOCK_ROWS):
-                        leading = ahead + tl.arange(0, BLOCK_ROWS)
+                if (number == first_group) & (row_tile == 0):
+                    for ahead in range(0, first_token, SPEC.BLOCK_ROWS):
+                        leading = ahead + tl.arange(0, SPEC.BLOCK_ROWS)
                         at = (batch * num_tokens + leading) * num_heads + head
-                        tl.store(grad_query + (at * DIM)[:, None] + column[None, :],
-                                 tl.zeros([BLOCK_ROWS, BLOCK_DIM], grad_query.dtype.element_ty),
-                                 mask=(leading < first_token)[:, None] & (column < DIM)[None, :])  # fmt: skip
+                        tl.store(
+                            grad_query + (at * SPEC.DIM)[:, None] + column[None, :],
+                            tl.zeros([SPEC.BLOCK_ROWS, SPEC.BLOCK_DIM], grad_query.dtype.element_ty),
+                            mask=(leading < first_token)[:, None] & there[None, :],
+                        )
 
-            _, _, start, count = group_of(group, batch, chunk_spans, num_chunks, 1, stride, first_token, CLOCK)
-            start64 = start.to(tl.int64)
-            first_row = row_tile * BLOCK_ROWS
-            row, inside = rows_of(first_row, start, count, num_tokens, BLOCK_ROWS)
-            place = start + row
-            at = (batch * num_tokens + start64) * num_heads + head
-            alive, lse_log2, rest, do, delta = load_results(
-                grad_out + batch * grad_out_b + start64 * grad_out_n + head * grad_out_h, out + at * VALUE_DIM,
-                lse + at, log_sum + at if log_sum is not None else None, row, inside, grad_out_n, num_heads,
-                VALUE_DIM, LONG, BLOCK_VALUE,
-            )  # fmt: skip
-            rows = query + batch * query_b + start64 * query_n + head * query_h
-            content = load_rows(
-                rows, content_bias + head * content_bias_h if content_bias is not None else None, row, alive, query_n,
-                DIM, BLOCK_DIM, LONG,
-            )  # fmt: skip
-            relative = content
-            if content_bias is not None or relative_bias is not None:
-                relative = load_rows(
-                    rows, relative_bias + head * relative_bias_h if relative_bias is not None else None, row, alive,
-                    query_n, DIM, BLOCK_DIM, LONG,
-                )  # fmt: skip
-            constant = tl.zeros([BLOCK_ROWS], tl.float32)
-            value_constant = tl.zeros([BLOCK_ROWS], tl.float32)
-            if bias_key is not None:
-                constant = times_vector(content, bias_key + kv_head * bias_key_h, DIM, BLOCK_DIM)
-            if bias_value is not None:
-                value_constant = times_vector(do, bias_value + kv_head * bias_value_h, VALUE_DIM, BLOCK_VALUE)
+            group = group_of(number, batch, chunk_spans, lengths, SPEC)
+            rows = row_tile_of(row_tile, group, lengths, SPEC)
+            loaded = load_rows(
+                rows, query, grad_out, relative, bias_key, bias_value, results, head, group, lengths, SPEC
+            )
+            content = loaded.queries.content
+            do = loaded.upstream.do
 
-            dq = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-            if null_key is not None:
-                null = tl.load(null_key + head * null_key_h + column, mask=column < DIM, other=0.0).to(tl.float32)
-                logit = scale_log2 * tl.sum(content.to(tl.float32) * null[None, :], axis=1)
-                exponent = logit - lse_log2
-                if log_sum is not None:
-                    exponent -= rest
-                null_weight = tl.where(alive, at_most_one(exponent), 0.0)
-                d_null_weight = times_vector(do, null_value + head * null_value_h, VALUE_DIM, BLOCK_VALUE)
-                dropped_null = null_weight
-                if dropout_seed is not None:
-                    null_kept = kept_null(seed, threshold, drawn, place)
-                    d_null_weight = tl.where(null_kept, d_null_weight * survivor_scale, 0.0)
-                    dropped_null = tl.where(null_kept, null_weight * survivor_scale, 0.0)
-                d_logit = null_weight * (d_null_weight - delta)
-                dq += d_logit[:, None] * null[None, :]
-                if bias_key is not None:
-                    # The gradients of a row's logits, the null slot's included, sum to zero: what bias_key adds to all
-                    # slots has the null slot's, negated, and without a null slot none.
-                    added = tl.load(bias_key + kv_head * bias_key_h + column, mask=column < DIM, other=0.0)
-                    dq -= d_logit[:, None] * added.to(tl.float32)[None, :]
-                    if bias_key_copies is not None:
-                        d_bias_key -= tl.sum(d_logit[:, None] * content.to(tl.float32), axis=0)
-                if null_key_copies is not None:
+            dq = tl.zeros([SPEC.BLOCK_ROWS, SPEC.BLOCK_DIM], tl.float32)
+            # The sum of the gradients of a row's logits, the null slot's apart: those of all logits sum to that of the
+            # log-sum-exp.
+            of_slots = tl.zeros([SPEC.BLOCK_ROWS], tl.float32)
+            if results.grad_lse is not None:
+                at_row = wide(rows.row, SPEC.INT64) * num_heads
+                of_slots += tl.load(results.grad_lse + loaded.at + at_row, mask=loaded.upstream.alive, other=0.0)
+            if null is not None:
+                null_key = tl.load(null.null_key + head * null.key_h + column, mask=there, other=0.0).to(tl.float32)
+                dropped_null, d_logit = null_slot(loaded, null, null_key, head, dropout, scale_log2, SPEC)
+                dq += d_logit[:, None] * null_key[None, :]
+                of_slots -= d_logit
+                if sums.null_key_copies is not None:
                     d_null_key += tl.sum(d_logit[:, None] * content.to(tl.float32), axis=0)
                     d_null_value += tl.sum(dropped_null[:, None] * do.to(tl.float32), axis=0)
+            if bias_key is not None and (null is not None or results.grad_lse is not None):
+                added = tl.load(bias_key.data + kv_head * bias_key.h + column, mask=there, other=0.0)
+                dq += of_slots[:, None] * added.to(tl.float32)[None, :]
+                if sums.bias_key_copies is not None:
+                    d_bias_key += tl.sum(of_slots[:, None] * content.to(tl.float32), axis=0)
 
-            states_of_chunk = encoded + batch * encoded_b + chunk * encoded_l
+            states = at_chunk(encoded, group)
             mask_of_chunk = None
             if mask is not None:
-                mask_of_chunk = mask + batch * mask_b + chunk * mask_l
+                mask_of_chunk = mask_at_chunk(mask, group)
             # A span of no tokens attends to nothing: its chunk is not read.
-            tiles_seen = tl.where(tl.minimum(start + count, num_tokens) > tl.maximum(start, 0), key_tiles, 0)
-            for tile in range(0, tiles_seen):
-                slot, neighbour, token, _present, visible, offsets, first_slot, token0 = slots_and_places(
-                    tile, states_of_chunk, mask_of_chunk, readable, num_neighbours, retrieved_length, encoded_k,
-                    encoded_r, mask_k, mask_r, BLOCK_SLOTS, WITHIN, FLAT, LONG,
-                )  # fmt: skip
-                dropped, d_logits = weights_and_gradient(
-                    content, relative, do, constant, value_constant, delta, lse_log2,
-                    rest if log_sum is not None else None, w_key, w_value, states_of_chunk,
-                    attention_bias + head * bias_h if attention_bias is not None else None,
-                    relative_key + head * relative_h if relative_key is not None else None,
-                    seed, scale, threshold, survivor_scale, drawn, place, row, alive, slot, token, visible, offsets,
-                    first_row, first_slot, token0, retrieved_length, num_distances, w_key_d, w_value_d, bias_m,
-                    relative_x, DIM, VALUE_DIM, ENCODER_DIM, BIAS_PER_SLOT, WITHIN, LOTS, LONG, BLOCK_ROWS,
-                    BLOCK_SLOTS, BLOCK_ENCODER, BLOCK_RUN, BLOCK_DIM, BLOCK_VALUE, PRECISION,
-                )  # fmt: skip
-                if bias_copies is not None:
-                    table_column = slot if BIAS_PER_SLOT else token
-                    at_bias = (
-                        bias_copies + head_copy * table_rows * table_columns
-                        + (wide(row, LONG) * table_columns)[:, None] + table_column[None, :]
-                    )  # fmt: skip
-                    there = alive[:, None] & visible[None, :]
-                    if BIAS_PER_SLOT:
-                        tl.store(at_bias, tl.load(at_bias, mask=there, other=0.0) + d_logits, mask=there)
-                    else:  # neighbours add to the same elements: one after the other
-                        first_neighbour, last_neighbour = neighbours_of(
-                            first_slot, num_neighbours, retrieved_length, BLOCK_SLOTS, WITHIN
-                        )
-                        for only in range(first_neighbour, last_neighbour):
-                            there_only = there & (neighbour == only)[None, :]
-                            tl.store(at_bias, tl.load(at_bias, mask=there_only, other=0.0) + d_logits, mask=there_only)
-                            tl.debug_barrier()
-                if bias_value_copies is not None:
+            readable = slots_of_group(lengths, SPEC)
+            for number_of_tile in range(0, tl.where(readable_slots(group, lengths, SPEC) > 0, key_tiles, 0)):
+                tile = state_tile_of(number_of_tile, states, mask_of_chunk, readable, lengths, SPEC)
+                dropped, d_logits = tile_gradient(
+                    loaded, tile, states, w_key, w_value, bias, relative, head, dropout, scale, lengths, SPEC
+                )
+                if sums.attention_bias_copies is not None:
+                    of_head = sums.attention_bias_copies + head_copy * table_rows * columns
+                    add_bias_gradient(of_head, columns, d_logits, loaded, tile, lengths, SPEC)
+                if sums.bias_value_copies is not None:
                     d_bias_value += tl.sum(tl.sum(dropped, axis=1)[:, None] * do.to(tl.float32), axis=0)
                 d_logits = d_logits.to(content.dtype)
-                if relative_key is not None:
-                    first_neighbour, last_neighbour = neighbours_of(
-                        first_slot, num_neighbours, retrieved_length, BLOCK_SLOTS, WITHIN
-                    )
-                    begin, span, first = run_of(first_row, token0, retrieved_length, BLOCK_SLOTS, WITHIN)
-                    for distance in range(0, BLOCK_ROWS + span - 1, BLOCK_RUN):
-                        d_distances = by_distance(
-                            d_logits, distance, begin, span, first_slot, first_neighbour, last_neighbour,
-                            retrieved_length, BLOCK_ROWS, BLOCK_SLOTS, BLOCK_RUN,
-                        )  # fmt: skip
-                        run = load_run(relative_key + head * relative_h, relative_x, first + distance, num_distances,
-                                       relative, DIM, BLOCK_RUN, BLOCK_DIM, LONG)  # fmt: skip
-                        dq = tl.dot(d_distances, run, dq, input_precision=PRECISION)
-                        if relative_key_copies is not None:
-                            x = first + distance + tl.arange(0, BLOCK_RUN)
-                            run_there = (x < num_distances)[:, None] & (column < DIM)[None, :]
-                            at_run = (
-                                relative_key_copies + head_copy * num_distances * DIM + (wide(x, LONG) * DIM)[:, None]
-                                + column[None, :]
-                            )  # fmt: skip
-                            d_run = tl.dot(tl.trans(d_distances), relative, input_precision=PRECISION)
+                if relative is not None:
+                    queries = loaded.queries.relative
+                    begin, span, first = run_of(rows, tile.slots, lengths, SPEC)
+                    for distance in range(0, span + SPEC.BLOCK_ROWS - 1, SPEC.BLOCK_RUN):
+                        d_distances = by_distance(d_logits, distance, begin, span, tile.slots, lengths, SPEC)
+                        run = load_distances(
+                            relative, head, first + distance, lengths, queries, SPEC.BLOCK_RUN, SPEC.BLOCK_DIM, SPEC
+                        )
+                        dq = tl.dot(d_distances, run, dq, input_precision=SPEC.PRECISION)
+                        if sums.relative_key_copies is not None:
+                            x = first + distance + tl.arange(0, SPEC.BLOCK_RUN)
+                            run_there = (x < num_distances)[:, None] & there[None, :]
+                            at_run = sums.relative_key_copies + head_copy * num_distances * SPEC.DIM
+                            at_run = at_run + (wide(x, SPEC.INT64) * SPEC.DIM)[:, None] + column[None, :]
+                            d_run = tl.dot(tl.trans(d_distances), queries, input_precision=SPEC.PRECISION)
                             tl.store(at_run, tl.load(at_run, mask=run_there, other=0.0) + d_run, mask=run_there)
                             per_distance = tl.sum(d_distances.to(tl.float32), axis=0)
                             d_relative += tl.sum(per_distance[:, None] * run.to(tl.float32), axis=0)
 
                 dropped = dropped.to(do.dtype)
-                for at_column in range(0, ENCODER_DIM, BLOCK_ENCODER):
-                    state = states(states_of_chunk, offsets, visible, at_column, ENCODER_DIM, BLOCK_ENCODER)
-                    weight = weights(w_key, w_key_d, at_column, DIM, ENCODER_DIM, BLOCK_DIM, BLOCK_ENCODER, LONG)
-                    summed = tl.dot(d_logits, state, input_precision=PRECISION).to(state.dtype)
-                    dq = tl.dot(summed, tl.trans(weight), dq, input_precision=PRECISION)
-                    if w_key_copies is not None:
-                        at_weight, weight_there = weight_places(
-                            ENCODER_DIM, at_column, DIM, ENCODER_DIM, BLOCK_DIM, BLOCK_ENCODER, LONG
-                        )
-                        at_weight = w_key_copies + kv_copy * DIM * ENCODER_DIM + at_weight
-                        d_weight_tile = tl.load(at_weight, mask=weight_there, other=0.0)
-                        d_weight_tile += tl.dot(tl.trans(content), summed, input_precision=PRECISION)
-                        tl.store(at_weight, d_weight_tile, mask=weight_there)
-                        summed = tl.dot(dropped, state, input_precision=PRECISION).to(state.dtype)
-                        at_weight, weight_there = weight_places(
-                            ENCODER_DIM, at_column, VALUE_DIM, ENCODER_DIM, BLOCK_VALUE, BLOCK_ENCODER, LONG
-                        )
-                        at_weight = w_value_copies + kv_copy * VALUE_DIM * ENCODER_DIM + at_weight
-                        d_weight_tile = tl.load(at_weight, mask=weight_there, other=0.0)
-                        d_weight_tile += tl.dot(tl.trans(do), summed, input_precision=PRECISION)
-                        tl.store(at_weight, d_weight_tile, mask=weight_there)
+                for start in range(0, SPEC.ENCODER_DIM, SPEC.BLOCK_ENCODER):
+                    state = load_states(states, tile, start, SPEC)
+                    weight = load_weight(w_key, start, SPEC.DIM, SPEC.BLOCK_DIM, SPEC)
+                    summed = tl.dot(d_logits, state, input_precision=SPEC.PRECISION).to(state.dtype)
+                    dq = tl.dot(summed, tl.trans(weight), dq, input_precision=SPEC.PRECISION)
+                    if sums.w_key_copies is not None:
+                        of_key = sums.w_key_copies + kv_copy * SPEC.DIM * SPEC.ENCODER_DIM
+                        add_weight_gradient(of_key, start, content, summed, SPEC.DIM, SPEC.BLOCK_DIM, SPEC)
+                        summed = tl.dot(dropped, state, input_precision=SPEC.PRECISION).to(state.dtype)
+                        of_value = sums.w_value_copies + kv_copy * SPEC.VALUE_DIM * SPEC.ENCODER_DIM
+                        add_weight_gradient(of_value, start, do, summed, SPEC.VALUE_DIM, SPEC.BLOCK_VALUE, SPEC)
                 if SUMS:
                     # The next tile adds to the same sums, perhaps from other threads.
                     tl.debug_barrier()
 
-            if content_bias_copies is not None:
+            if sums.content_bias_copies is not None:
                 d_rows += tl.sum(dq, axis=0)
+            at_row = (wide(rows.row, SPEC.INT64) * (num_heads * SPEC.DIM))[:, None]
             tl.store(
-                grad_query + at * DIM + (wide(row, LONG) * (num_heads * DIM))[:, None] + column[None, :],
-                (scale * dq).to(grad_query.dtype.element_ty), mask=inside[:, None] & (column < DIM)[None, :],
-            )  # fmt: skip
-        if content_bias_copies is not None:
-            tl.store(content_bias_copies + head_copy * DIM + column, d_rows - d_relative, mask=column < DIM)
-        if relative_bias_copies is not None:
-            tl.store(relative_bias_copies + head_copy * DIM + column, d_relative, mask=column < DIM)
-        if null_key_copies is not None:
-            tl.store(null_key_copies + head_copy * DIM + column, d_null_key, mask=column < DIM)
-            tl.store(null_value_copies + head_copy * VALUE_DIM + value_column, d_null_value,
-                     mask=value_column < VALUE_DIM)  # fmt: skip
-    if bias_key_copies is not None:
-        tl.store(bias_key_copies + kv_copy * DIM + column, d_bias_key, mask=column < DIM)
-    if bias_value_copies is not None:
-        tl.store(bias_value_copies + kv_copy * VALUE_DIM + value_column, d_bias_value, mask=value_column < VALUE_DIM)
+                grad_query + loaded.at * SPEC.DIM + at_row + column[None, :],
+                (scale * dq).to(grad_query.dtype.element_ty),
+                mask=rows.inside[:, None] & there[None, :],
+            )
+        at = head_copy * SPEC.DIM + column
+        if sums.content_bias_copies is not None:
+            tl.store(sums.content_bias_copies + at, d_rows - d_relative, mask=there)
+        if sums.relative_bias_copies is not None:
+            tl.store(sums.relative_bias_copies + at, d_relative, mask=there)
+        if sums.null_key_copies is not None:
+            tl.store(sums.null_key_copies + at, d_null_key, mask=there)
+            at_value = sums.null_value_copies + head_copy * SPEC.VALUE_DIM + value_column
+            tl.store(at_value, d_null_value, mask=value_there)
+    if sums.bias_key_copies is not None:
+        tl.store(sums.bias_key_copies + kv_copy * SPEC.DIM + column, d_bias_key, mask=there)
+    if sums.bias_value_copies is not None:
+        at_value = sums.bias_value_copies + kv_copy * SPEC.VALUE_DIM + value_column
+        tl.store(at_value, d_bias_value, mask=value_there)
 
 
 @jit
 def backward_states_kernel(
-    grad_out, query, encoded, w_key, w_value, bias_key, bias_value, mask, attention_bias, relative_key, content_bias,
-    relative_bias, null_key, null_value, chunk_spans, dropout_seed, out, lse, log_sum, grad_encoded,
-    sums,
-    scale, threshold, survivor_scale, num_tokens, num_neighbours, retrieved_length, num_heads, heads_per_key,
-    num_chunks, first_group, num_groups, row_tiles, key_tiles, stride, first_token, num_distances, num_items,
+    grad_out,
+    query,
+    encoded,
+    w_key,
+    w_value,
+    bias_key,
+    bias_value,
+    mask,
+    attention_bias,
+    relative,
+    null,
+    chunk_spans,
+    dropout_seed,
+    results,
+    grad_encoded,
+    scratch,
+    scale,
+    survivor_scale,
+    threshold,
+    num_tokens,
+    num_neighbours,
+    retrieved_length,
+    num_heads,
+    heads_per_key,
+    num_chunks,
+    first_group,
+    num_groups,
+    stride,
+    first_token,
+    table_rows,
+    num_items,
     num_copies,
-    grad_out_b, grad_out_n, grad_out_h,
-    query_b, query_n, query_h, encoded_b, encoded_l, encoded_k, encoded_r, w_key_h, w_key_d, w_value_h, w_value_d,
-    bias_key_h, bias_value_h, mask_b, mask_l, mask_k, mask_r, bias_h, bias_m, relative_h, relative_x, content_bias_h,
-    relative_bias_h, null_key_h, null_value_h,
-    DIM: constexpr, VALUE_DIM: constexpr, ENCODER_DIM: constexpr, BIAS_PER_SLOT: constexpr,
-    WITHIN: constexpr, LOTS: constexpr, FLAT: constexpr, LONG: constexpr, BLOCK_ROWS: constexpr,
-    BLOCK_SLOTS: constexpr, BLOCK_ENCODER: constexpr, BLOCK_RUN: constexpr, BLOCK_DIM: constexpr,
-    BLOCK_VALUE: constexpr, PRECISION: constexpr,
-):  # fmt: skip
+    SPEC,
+):
     """Program `copy` takes the items copy, copy + num_copies, ... of (batch, chunk, slot tile) and adds up every head's
-    share of their states' gradient in fp32, in its own tile `sums` [BLOCK_SLOTS, ENCODER_DIM], or, where that is None,
-    in the gradient itself, which then is fp32."""
+    share of their states' gradient in fp32, in its own tile `scratch` [BLOCK_KEYS, ENCODER_DIM], or, where that is
+    None, in the gradient itself, which then is fp32."""
+    lengths = Lengths(
+        num_tokens,
+        num_neighbours,
+        retrieved_length,
+        num_heads,
+        heads_per_key,
+        num_chunks,
+        stride,
+        first_token,
+        table_rows,
+    )
+    row_tiles = row_tiles_of(lengths, SPEC)
+    key_tiles = key_tiles_of(lengths, SPEC)
     copy = tl.program_id(0)
-    lane = tl.arange(0, BLOCK_SLOTS)
-    seed = None
-    if dropout_seed is not None:
+    lane = tl.arange(0, SPEC.BLOCK_KEYS)
+    seed = 0
+    if SPEC.DROPOUT:
         seed = tl.load(dropout_seed)
     for step in range(0, tl.cdiv(num_items - copy, num_copies)):
         item = copy + step * num_copies
-        tile = item % key_tiles
+        number_of_tile = item % key_tiles
         item = item // key_tiles
-        group = first_group + item % num_groups
         batch = (item // num_groups).to(tl.int64)
-        chunk = group.to(tl.int64)
-        _, _, start, count = group_of(group, batch, chunk_spans, num_chunks, 1, stride, first_token, CLOCK)
-        start64 = start.to(tl.int64)
-        attended = tl.minimum(start + count, num_tokens) > tl.maximum(start, 0)
-        readable = tl.where(attended, num_neighbours * retrieved_length, 0)
-        states_of_chunk = encoded + batch * encoded_b + chunk * encoded_l
+        group = group_of(first_group + item % num_groups, batch, chunk_spans, lengths, SPEC)
+        readable = readable_slots(group, lengths, SPEC)
+        states = at_chunk(encoded, group)
         mask_of_chunk = None
         if mask is not None:
-            mask_of_chunk = mask + batch * mask_b + chunk * mask_l
-        slot, _neighbour, token, present, visible, offsets, first_slot, token0 = slots_and_places(
-            tile, states_of_chunk, mask_of_chunk, readable, num_neighbours, retrieved_length, encoded_k, encoded_r,
-            mask_k, mask_r, BLOCK_SLOTS, WITHIN, FLAT, LONG,
-        )  # fmt: skip
-        of_chunk = (batch * num_chunks + chunk) * (num_neighbours * retrieved_length) * ENCODER_DIM
-        results = grad_encoded + of_chunk + (wide(slot, LONG) * ENCODER_DIM)[:, None]
-        if sums is None:
-            totals = results
+            mask_of_chunk = mask_at_chunk(mask, group)
+        tile = state_tile_of(number_of_tile, states, mask_of_chunk, readable, lengths, SPEC)
+        present = tile.slots.present
+        first_slot = (batch * num_chunks + group.chunk) * slots_of_group(lengths, SPEC)
+        slot = wide(tile.slots.slot, SPEC.INT64)
+        stored = grad_encoded + first_slot * SPEC.ENCODER_DIM + (slot * SPEC.ENCODER_DIM)[:, None]
+        if scratch is None:
+            totals = stored
             storable = present
         else:
-            totals = sums + copy.to(tl.int64) * BLOCK_SLOTS * ENCODER_DIM + (lane * ENCODER_DIM)[:, None]
+            totals = scratch + copy.to(tl.int64) * SPEC.BLOCK_KEYS * SPEC.ENCODER_DIM
+            totals = totals + (lane * SPEC.ENCODER_DIM)[:, None]
             storable = lane >= 0
 
-        works = tl.where(attended, num_heads * row_tiles, 0)
+        works = tl.where(readable > 0, num_heads * row_tiles, 0)
         for work in range(0, works):
-            head32 = work // row_tiles
-            head = head32.to(tl.int64)
-            kv_head = (head32 // heads_per_key).to(tl.int64)
-            drawn = (batch * num_heads + head).to(tl.int32)
-            first_row = work % row_tiles * BLOCK_ROWS
-            row, inside = rows_of(first_row, start, count, num_tokens, BLOCK_ROWS)
-            place = start + row
-            at = (batch * num_tokens + start64) * num_heads + head
-            alive, lse_log2, rest, do, delta = load_results(
-                grad_out + batch * grad_out_b + start64 * grad_out_n + head * grad_out_h, out + at * VALUE_DIM,
-                lse + at, log_sum + at if log_sum is not None else None, row, inside, grad_out_n, num_heads,
-                VALUE_DIM, LONG, BLOCK_VALUE,
-            )  # fmt: skip
-            rows = query + batch * query_b + start64 * query_n + head * query_h
-            content = load_rows(
-                rows, content_bias + head * content_bias_h if content_bias is not None else None, row, alive, query_n,
-                DIM, BLOCK_DIM, LONG,
-            )  # fmt: skip
-            relative = content
-            if content_bias is not None or relative_bias is not None:
-                relative = load_rows(
-                    rows, relative_bias + head * relative_bias_h if relative_bias is not None else None, row, alive,
-                    query_n, DIM, BLOCK_DIM, LONG,
-                )  # fmt: skip
-            constant = tl.zeros([BLOCK_ROWS], tl.float32)
-            value_constant = tl.zeros([BLOCK_ROWS], tl.float32)
-            if bias_key is not None:
-                constant = times_vector(content, bias_key + kv_head * bias_key_h, DIM, BLOCK_DIM)
-            if bias_value is not None:
-                value_constant = times_vector(do, bias_value + kv_head * bias_value_h, VALUE_DIM, BLOCK_VALUE)
-            w_key_of_head = w_key + kv_head * w_key_h
-            w_value_of_head = w_value + kv_head * w_value_h
-            dropped, d_logits = weights_and_gradient(
-                content, relative, do, constant, value_constant, delta, lse_log2,
-                rest if log_sum is not None else None, w_key_of_head, w_value_of_head, states_of_chunk,
-                attention_bias + head * bias_h if attention_bias is not None else None,
-                relative_key + head * relative_h if relative_key is not None else None,
-                seed, scale, threshold, survivor_scale, drawn, place, row, alive, slot, token, visible, offsets,
-                first_row, first_slot, token0, retrieved_length, num_distances, w_key_d, w_value_d, bias_m, relative_x,
-                DIM, VALUE_DIM, ENCODER_DIM, BIAS_PER_SLOT, WITHIN, LOTS, LONG, BLOCK_ROWS, BLOCK_SLOTS, BLOCK_ENCODER,
-                BLOCK_RUN, BLOCK_DIM, BLOCK_VALUE, PRECISION,
-            )  # fmt: skip
+            head = (work // row_tiles).to(tl.int64)
+            kv_head = head // heads_per_key
+            dropout = Dropout(seed, threshold, survivor_scale, (batch * num_heads + head).to(tl.int32))
+            rows = row_tile_of(work % row_tiles, group, lengths, SPEC)
+            loaded = load_rows(
+                rows, query, grad_out, relative, bias_key, bias_value, results, head, group, lengths, SPEC
+            )
+            bias = None
+            if attention_bias is not None:
+                bias = at_head(attention_bias, head)
+            key_weight = weight_of(w_key, kv_head)
+            value_weight = weight_of(w_value, kv_head)
+            dropped, d_logits = tile_gradient(
+                loaded, tile, states, key_weight, value_weight, bias, relative, head, dropout, scale, lengths, SPEC
+            )
+            content = loaded.queries.content
+            do = loaded.upstream.do
             dropped = tl.trans(dropped.to(do.dtype))
             d_logits = tl.trans(d_logits.to(content.dtype))
-            for at_column in range(0, ENCODER_DIM, BLOCK_ENCODER):
-                column = at_column + tl.arange(0, BLOCK_ENCODER)
-                there = storable[:, None] & (column < ENCODER_DIM)[None, :]
-                total = tl.load(
-                    totals + column[None, :],
-                    mask=there & (lane >= tl.where(work > 0, 0, BLOCK_SLOTS))[:, None],
-                    other=0.0,
-                )
-                weight = weights(w_value_of_head, w_value_d, at_column, VALUE_DIM, ENCODER_DIM, BLOCK_VALUE,
-                                 BLOCK_ENCODER, LONG)  # fmt: skip
-                projected = tl.dot(do, weight, input_precision=PRECISION).to(do.dtype)
-                total += tl.dot(dropped, projected, input_precision=PRECISION)
-                weight = weights(w_key_of_head, w_key_d, at_column, DIM, ENCODER_DIM, BLOCK_DIM, BLOCK_ENCODER, LONG)
-                projected = (scale * tl.dot(content, weight, input_precision=PRECISION)).to(content.dtype)
-                total += tl.dot(d_logits, projected, input_precision=PRECISION)
+            for start in range(0, SPEC.ENCODER_DIM, SPEC.BLOCK_ENCODER):
+                column = start + tl.arange(0, SPEC.BLOCK_ENCODER)
+                there = storable[:, None] & (column < SPEC.ENCODER_DIM)[None, :]
+                begun = lane >= tl.where(work > 0, 0, SPEC.BLOCK_KEYS)
+                total = tl.load(totals + column[None, :], mask=there & begun[:, None], other=0.0)
+                weight = load_weight(value_weight, start, SPEC.VALUE_DIM, SPEC.BLOCK_VALUE, SPEC)
+                projected = tl.dot(do, weight, input_precision=SPEC.PRECISION).to(do.dtype)
+                total += tl.dot(dropped, projected, input_precision=SPEC.PRECISION)
+                weight = load_weight(key_weight, start, SPEC.DIM, SPEC.BLOCK_DIM, SPEC)
+                projected = (scale * tl.dot(content, weight, input_precision=SPEC.PRECISION)).to(content.dtype)
+                total += tl.dot(d_logits, projected, input_precision=SPEC.PRECISION)
                 # A masked token's gradient is 0 even beside a query that is NaN.
-                tl.store(totals + column[None, :], tl.where(visible[:, None], total, 0.0), mask=there)
+                tl.store(totals + column[None, :], tl.where(tile.visible[:, None], total, 0.0), mask=there)
             # The next head adds to the same sums, perhaps from other threads.
             tl.debug_barrier()
 
-        if sums is None:
+        if scratch is None:
             # Where nothing was added 0 is stored here.
             if works == 0:
-                for at_column in range(0, ENCODER_DIM, BLOCK_ENCODER):
-                    column = at_column + tl.arange(0, BLOCK_ENCODER)
-                    tl.store(results + column[None, :], tl.zeros([BLOCK_SLOTS, BLOCK_ENCODER], tl.float32),
-                             mask=present[:, None] & (column < ENCODER_DIM)[None, :])  # fmt: skip
+                for start in range(0, SPEC.ENCODER_DIM, SPEC.BLOCK_ENCODER):
+                    column = start + tl.arange(0, SPEC.BLOCK_ENCODER)
+                    tl.store(
+                        stored + column[None, :],
+                        tl.zeros([SPEC.BLOCK_KEYS, SPEC.BLOCK_ENCODER], tl.float32),
+                        mask=present[:, None] & (column < SPEC.ENCODER_DIM)[None, :],
+                    )
         else:
-            for at_column in range(0, ENCODER_DIM, BLOCK_ENCODER):
-                column = at_column + tl.arange(0, BLOCK_ENCODER)
-                there = present[:, None] & (column < ENCODER_DIM)[None, :]
-                total = tl.load(
-                    totals + column[None, :],
-                    mask=there & (lane >= tl.where(works > 0, 0, BLOCK_SLOTS))[:, None],
-                    other=0.0,
-                )
-                tl.store(results + column[None, :], total.to(grad_encoded.dtype.element_ty), mask=there)
+            for start in range(0, SPEC.ENCODER_DIM, SPEC.BLOCK_ENCODER):
+                column = start + tl.arange(0, SPEC.BLOCK_ENCODER)
+                there = present[:, None] & (column < SPEC.ENCODER_DIM)[None, :]
+                begun = lane >= tl.where(works > 0, 0, SPEC.BLOCK_KEYS)
+                total = tl.load(totals + column[None, :], mask=there & begun[:, None], other=0.0)
+                tl.store(stored + column[None, :], total.to(grad_encoded.dtype.element_ty), mask=there)
             tl.debug_barrier()

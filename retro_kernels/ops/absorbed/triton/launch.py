@@ -27,28 +27,30 @@ import torch
 
 from ... import dropout, memory
 from ...attention import common as attention_common
+from ...attention.triton.arguments import Results, Rows, constants
 from ...attention.triton.configs import power_of_two
 from ...attention.triton.launch import (
     _compute_capability,
     _fill_with_nothing,
     _interpretable,
     _on_device_of,
-    _planes,
-    _strides,
     interpreting,
+    planes,
+    strided,
+    tables,
     unavailable,  # noqa: F401 - what ops/backends.py asks
 )
-from ...call import allocate_gradients, refuse_lse_gradient
+from ...call import allocate_gradients
 from ...launching import Launch
 from .. import common
 from ..common import Call
+from . import arguments, configs
 from . import backward as triton_backward
-from . import configs
 from . import forward as triton_forward
 from . import tiles as triton_tiles
 
 _MARGIN = 512  # masked lanes of a tile lie at most this far beyond the last row or slot
-SOURCES = tuple(str(module.__file__) for module in (triton_tiles, triton_forward, triton_backward))
+SOURCES = tuple(str(module.__file__) for module in (arguments, triton_tiles, triton_forward, triton_backward))
 
 
 def _groups(call: Call) -> tuple[int, int]:
@@ -81,7 +83,8 @@ def _long(call: Call, grad_out: torch.Tensor | None) -> bool:
     return max(furthest) + 2 * (e + _MARGIN) >= 2**31
 
 
-def _arguments(kind: str, call: Call, out, lse, grad_out=None) -> tuple[configs.LaunchSettings, dict[str, Any]]:
+def _arguments(kind: str, call: Call, results: Results, grad_out=None) -> tuple[configs.LaunchSettings, dict[str, Any]]:
+    """The settings of a launch, and what every kernel takes under them."""
     _, n, h, d = call.query.shape
     _, num_chunks, k, r, e = call.encoded.shape
     hk, d_value, _ = call.w_value.shape
@@ -96,20 +99,44 @@ def _arguments(kind: str, call: Call, out, lse, grad_out=None) -> tuple[configs.
     options = any(x is not None for x in beyond_a_mask)
     sm = _compute_capability(call.query.device)
     settings = configs.choose(kind, sm, call.query.dtype, call.stride, k * r, e, options)
-    within = call.relative_key is not None and k > 1 and r > settings.block_slots
+    per_neighbour = call.relative_key is not None and k > 1 and r > settings.block_slots
     first_group, num_groups = _groups(call)
     moved = [(x.stride(2), x.stride(3)) for x in (call.encoded, call.mask) if x is not None]
-    blocks = -(-r // settings.block_slots)
-    tensors = {name: getattr(call, name) for name in call.form.tensors}
-    if call.mask is not None:  # as bytes: Triton's interpreter cannot use a bool that was loaded as a mask
-        tensors["mask"] = call.mask.view(torch.uint8)
+    bias = call.attention_bias
+    spec = arguments.Spec(
+        GROUPING=attention_common.CLOCK,
+        PER_NEIGHBOUR=per_neighbour,
+        PHILOX_SLOTS=8 if not per_neighbour or r % 8 == 0 else 1,
+        DIM=d,
+        VALUE_DIM=d_value,
+        ENCODER_DIM=e,
+        FLAT_SLOTS=all(k == 1 or of_k == r * of_r for of_k, of_r in moved),
+        INT64=_long(call, grad_out),
+        BIAS_PER_SLOT=k > 1 and bias is not None and bias.shape[2] == k * r,
+        DROPOUT=call.dropout_seed is not None,
+        TWO_PLANES=bias is not None,
+        BLOCK_ROWS=settings.block_rows,
+        BLOCK_KEYS=settings.block_slots,
+        BLOCK_ENCODER=settings.block_encoder,
+        BLOCK_RUN=settings.block_run,
+        BLOCK_DIM=power_of_two(d),
+        BLOCK_VALUE=power_of_two(d_value),
+        PRECISION=settings.precision,
+    )
     return settings, {
-        **tensors,
-        "out": out,
-        **_planes(lse, call),
+        "query": _rows(call.query),
+        "encoded": strided(arguments.States, call.encoded),
+        "w_key": strided(arguments.Weight, call.w_key),
+        "w_value": strided(arguments.Weight, call.w_value),
+        "bias_key": strided(arguments.Vectors, call.bias_key),
+        "bias_value": strided(arguments.Vectors, call.bias_value),
+        **tables(call, r),
+        "chunk_spans": call.chunk_spans,
+        "dropout_seed": call.dropout_seed,
+        "results": results,
         "scale": float(call.scale),
-        "threshold": dropout.threshold(call.dropout_p),
         "survivor_scale": dropout.survivor_scale(call.dropout_p) if call.dropout_seed is not None else 1.0,
+        "threshold": dropout.threshold(call.dropout_p),
         "num_tokens": n,
         "num_neighbours": k,
         "retrieved_length": r,
@@ -118,48 +145,28 @@ def _arguments(kind: str, call: Call, out, lse, grad_out=None) -> tuple[configs.
         "num_chunks": num_chunks,
         "first_group": first_group,
         "num_groups": num_groups,
-        "row_tiles": -(-call.stride // settings.block_rows),
-        "key_tiles": k * blocks if within else -(-k * r // settings.block_slots),
         "stride": call.stride,
         "first_token": call.first_token,
-        "num_distances": 0 if call.relative_key is None else call.relative_key.shape[1],
-        **_strides("query", call.query, "bnh"),
-        **_strides("encoded", call.encoded, "blkr"),
-        **_strides("w_key", call.w_key, "hd"),
-        **_strides("w_value", call.w_value, "hd"),
-        **_strides("bias_key", call.bias_key, "h"),
-        **_strides("bias_value", call.bias_value, "h"),
-        **_strides("mask", call.mask, "blkr"),
-        **_strides("bias", call.attention_bias, "hm"),
-        **_strides("relative", call.relative_key, "hx"),
-        **_strides("content_bias", call.content_bias, "h"),
-        **_strides("relative_bias", call.relative_bias, "h"),
-        **_strides("null_key", call.null_key, "h"),
-        **_strides("null_value", call.null_value, "h"),
-        "DIM": d,
-        "VALUE_DIM": d_value,
-        "ENCODER_DIM": e,
-        "BIAS_PER_SLOT": k > 1 and call.attention_bias is not None and call.attention_bias.shape[2] == k * r,
-        "WITHIN": within,
-        "LOTS": 8 if not within or r % 8 == 0 else 1,
-        "FLAT": all(k == 1 or of_k == r * of_r for of_k, of_r in moved),
-        "LONG": _long(call, grad_out),
-        "BLOCK_ROWS": settings.block_rows,
-        "BLOCK_SLOTS": settings.block_slots,
-        "BLOCK_ENCODER": settings.block_encoder,
-        "BLOCK_RUN": settings.block_run,
-        "BLOCK_DIM": power_of_two(d),
-        "BLOCK_VALUE": power_of_two(d_value),
-        "PRECISION": settings.precision,
+        "SPEC": constants(spec),
     }
+
+
+def _rows(tensor: torch.Tensor) -> Rows:
+    """The query or the gradient of out, [b, n, h, d]."""
+    b, n, h, _ = tensor.stride()
+    return Rows(tensor, b, 0, 0, n, h)
+
+
+def _row_tiles(call: Call, settings: configs.LaunchSettings) -> int:
+    return -(-call.stride // settings.block_rows)
 
 
 def plan_forward(out, lse, call: Call) -> Launch:
     """The forward's launch; some chunk must be attended."""
-    settings, arguments = _arguments("forward", call, out, lse)
+    settings, given = _arguments("forward", call, Results(out, *planes(lse, call)))
     heads = settings.heads if call.query.shape[2] % settings.heads == 0 else 1
-    programs = call.query.shape[0] * arguments["num_groups"] * arguments["row_tiles"] * call.query.shape[2] // heads
-    return Launch("forward", triton_forward.forward_kernel, programs, {**arguments, "HEADS": heads}, settings)
+    programs = call.query.shape[0] * given["num_groups"] * _row_tiles(call, settings) * call.query.shape[2] // heads
+    return Launch("forward", triton_forward.forward_kernel, programs, {**given, "HEADS": heads}, settings)
 
 
 # What is summed over chunks, in scratch of each program's own; of it, what goes through the logits' scale.
@@ -178,49 +185,49 @@ SUMMED = (
 SCALED = ("w_key", "bias_key", "relative_key", "content_bias", "relative_bias", "null_key")
 
 
-def plan_heads(grad_out, out, lse, grad_query, copies: Mapping[str, torch.Tensor], call: Call) -> Launch:
+def plan_heads(grad_out, grad_lse, out, lse, grad_query, copies: Mapping[str, torch.Tensor], call: Call) -> Launch:
     """The launch of every gradient but the states'. `copies`: fp32 [copies, ...] and zero, of those of `SUMMED` that
-    are wanted."""
-    settings, arguments = _arguments("backward_heads", call, out, lse, grad_out)
+    are wanted. `grad_lse` is contiguous, or None."""
+    results = Results(out, *planes(lse, call), grad_lse)
+    settings, given = _arguments("backward_heads", call, results, grad_out)
     wanted = list(copies.values())
-    num_items = call.query.shape[0] * arguments["num_groups"] * arguments["row_tiles"]
+    num_items = call.query.shape[0] * given["num_groups"] * _row_tiles(call, settings)
     num_copies = wanted[0].shape[0] if wanted else num_items
-    bias = copies.get("attention_bias")
-    arguments |= {
-        "grad_out": grad_out,
-        **_strides("grad_out", grad_out, "bnh"),
+    given |= {
+        "grad_out": _rows(grad_out),
         "grad_query": grad_query,
-        **{f"{name.removeprefix('attention_')}_copies": copies.get(name) for name in SUMMED},
+        "sums": arguments.Sums(*(copies.get(name) for name in SUMMED)),
         "num_items": num_items,
         "num_copies": num_copies,
         "SUMS": bool(wanted),
-        "table_rows": 0 if bias is None else bias.shape[2],
-        "table_columns": 0 if bias is None else bias.shape[3],
     }
     lanes = call.w_key.shape[0] if wanted else call.query.shape[2]
-    return Launch("backward_heads", triton_backward.backward_heads_kernel, num_copies * lanes, arguments, settings)
+    return Launch("backward_heads", triton_backward.backward_heads_kernel, num_copies * lanes, given, settings)
 
 
-def plan_states(grad_out, out, lse, grad_encoded, call: Call) -> Launch:
+def plan_states(grad_out, grad_lse, out, lse, grad_encoded, call: Call) -> Launch:
     """The launch of the states' gradient, of every chunk."""
-    settings, arguments = _arguments("backward_states", call, out, lse, grad_out)
-    arguments |= {"first_group": 0, "num_groups": call.encoded.shape[1]}
-    num_items = call.query.shape[0] * arguments["num_groups"] * arguments["key_tiles"]
+    results = Results(out, *planes(lse, call), grad_lse)
+    settings, given = _arguments("backward_states", call, results, grad_out)
+    _, num_chunks, k, r, e = call.encoded.shape
+    block = settings.block_slots
+    key_tiles = k * -(-r // block) if given["SPEC"].PER_NEIGHBOUR.value else -(-k * r // block)
+    num_items = call.query.shape[0] * num_chunks * key_tiles
     num_copies = num_items
-    sums = None
+    scratch = None
     if grad_encoded.dtype != torch.float32:
         num_copies = min(configs.STATE_PROGRAMS, num_items)
-        shape = (num_copies, settings.block_slots, call.encoded.shape[-1])
-        sums = memory.allocate(shape, torch.float32, grad_encoded.device)
-    arguments |= {
-        "grad_out": grad_out,
-        **_strides("grad_out", grad_out, "bnh"),
+        scratch = memory.allocate((num_copies, block, e), torch.float32, grad_encoded.device)
+    given |= {
+        "grad_out": _rows(grad_out),
         "grad_encoded": grad_encoded,
-        "sums": sums,
+        "scratch": scratch,
+        "first_group": 0,
+        "num_groups": num_chunks,
         "num_items": num_items,
         "num_copies": num_copies,
     }
-    return Launch("backward_states", triton_backward.backward_states_kernel, num_copies, arguments, settings)
+    return Launch("backward_states", triton_backward.backward_states_kernel, num_copies, given, settings)
 
 
 def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,7 +255,6 @@ def gradients(
     lse: torch.Tensor,
     wanted: Collection[str],
 ) -> dict[str, torch.Tensor]:
-    refuse_lse_gradient(grad_lse, "Triton")
     found = allocate_gradients(call, wanted)
     with _on_device_of(out):
         num_groups = _groups(call)[1]
@@ -260,7 +266,7 @@ def gradients(
             found["query"].zero_()
         if grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
-        results = grad_out, out.contiguous(), lse.contiguous()
+        results = grad_out, grad_lse, out.contiguous(), lse.contiguous()
         computed = {name: found[name] for name in ("query", "encoded") if name in found}
         widened = interpreting() and call.query.dtype == torch.bfloat16
         if widened:

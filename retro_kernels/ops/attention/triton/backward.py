@@ -10,32 +10,37 @@ from __future__ import annotations
 
 from . import tiles
 from .tiles import (
+    Dropout,
+    Lengths,
     add_outer,
     add_product,
+    at_group,
+    at_head,
     by_distance,
     group_of,
     jit,
-    kept_null,
-    kept_slots,
+    key_tiles_of,
     load_keys,
-    load_query,
-    load_results,
+    load_rows,
     load_run,
-    logits_of,
+    mask_at_group,
     null_slot,
+    readable_slots,
     row_tile_of,
-    rows_of,
-    seen,
+    row_tiles_of,
+    scaling_of,
+    sequence_places,
     slots_of,
+    slots_of_group,
     store_split,
-    weights_and_gradient,
+    tile_gradient,
     where_split,
     wide,
     zeros_split,
 )
 
 if tiles.triton is not None:
-    from .tiles import CLOCK, LOG2_E, NEIGHBOUR, constexpr, tl
+    from .tiles import CLOCK, NEIGHBOUR, constexpr, tl
 
     ROWS = constexpr(0)
     KEYS = constexpr(1)
@@ -43,296 +48,239 @@ if tiles.triton is not None:
 
 
 @jit
+def store_query_gradient(grad_query, loaded, rotary, dq, scale, num_heads, SPEC):
+    """Stores the gradient of a tile of queries."""
+    store_split(
+        grad_query + loaded.at * SPEC.DIM + wide(loaded.rows.row, SPEC.INT64) * (num_heads * SPEC.DIM),
+        loaded.rows.inside,
+        rotary.query_cos + loaded.position * rotary.query_cos_m if SPEC.WIDTH > 0 else None,
+        rotary.query_sin + loaded.position * rotary.query_sin_m if SPEC.WIDTH > 0 else None,
+        dq,
+        scale,
+        SPEC,
+    )
+
+
+@jit
+def store_value_gradient(grad_value, first_slot, slots, keys, dv, num_kv_heads, SPEC):
+    """Stores the gradient of a tile of values, whose group's begin at index first_slot. A masked token's is 0 even
+    beside a query that is NaN."""
+    column = tl.arange(0, SPEC.BLOCK_VALUE)
+    at_slot = wide(slots.slot, SPEC.INT64) * num_kv_heads
+    tl.store(
+        grad_value + first_slot * SPEC.VALUE_DIM + (at_slot * SPEC.VALUE_DIM)[:, None] + column[None, :],
+        tl.where(keys.visible[:, None], dv, 0.0).to(grad_value.dtype.element_ty),
+        mask=slots.present[:, None] & (column < SPEC.VALUE_DIM)[None, :],
+    )
+
+
+@jit
+def store_key_gradient(grad_key, first_slot, slots, keys, rotary, dk, scale, num_kv_heads, SPEC):
+    """`store_value_gradient` of a tile of keys."""
+    store_split(
+        grad_key + first_slot * SPEC.DIM + wide(slots.slot, SPEC.INT64) * num_kv_heads * SPEC.DIM,
+        slots.present,
+        rotary.key_cos + keys.position * rotary.key_cos_r if SPEC.WIDTH > 0 else None,
+        rotary.key_sin + keys.position * rotary.key_sin_r if SPEC.WIDTH > 0 else None,
+        where_split(keys.visible, dk),
+        scale,
+        SPEC,
+    )
+
+
+@jit
+def row_tiles_that_see(token, first_visible, lengths, SPEC):
+    """Of causal attention: the first row tile that sees a token of the tile that begins with `token`, and how many
+    tiles follow up to the last."""
+    first_tile = token // SPEC.BLOCK_ROWS
+    last_row = lengths.num_tokens
+    if SPEC.DOCUMENTS:
+        # After the last row that still sees the last of these tokens.
+        last_row = 0
+        for ahead in range(0, lengths.num_tokens, 1024):
+            later = ahead + tl.arange(0, 1024)
+            begins = tl.load(first_visible + later, mask=later < lengths.num_tokens, other=lengths.num_tokens)
+            last_row = tl.maximum(last_row, tl.max(tl.where(begins < token + SPEC.BLOCK_KEYS, later + 1, 0)))
+        last_row = tl.minimum(last_row, lengths.num_tokens)
+    return first_tile, tl.maximum(tl.cdiv(last_row, SPEC.BLOCK_ROWS) - first_tile, 0)
+
+
+@jit
 def backward_kernel(
-    grad_out, query, key, value, mask, attention_bias, relative_key, content_bias, relative_bias, query_cos, query_sin,
-    key_cos, key_sin, null_key, null_value, chunk_spans, first_visible, dropout_seed, out, lse, log_sum,
-    grad_query, grad_key, grad_value,
-    scale, threshold, survivor_scale, num_tokens, num_places, place_l, place_k, num_neighbours, retrieved_length,
-    query_neighbours, num_heads, heads_per_key, num_chunks, first_group, num_groups, row_tiles, key_tiles, stride,
-    first_token, num_distances,
-    grad_out_b, grad_out_l, grad_out_k, grad_out_n, grad_out_h,
-    query_b, query_l, query_k, query_n, query_h, key_b, key_l, key_k, key_r, key_h,
-    value_b, value_l, value_k, value_r, value_h, mask_b, mask_l, mask_k, mask_r, bias_h, bias_m,
-    relative_h, relative_x, content_bias_h, relative_bias_h, query_cos_m, query_sin_m, key_cos_r, key_sin_r,
-    null_key_h, null_value_h,
-    FORM: constexpr, SINGLE_PASS: constexpr, GROUPING: constexpr, CAUSAL: constexpr, WITHIN: constexpr,
-    LOTS: constexpr,
-    DIM: constexpr, VALUE_DIM: constexpr, WIDTH: constexpr, INTERLEAVED: constexpr, FLAT: constexpr, LONG: constexpr,
-    BIAS_PER_SLOT: constexpr, BLOCK_ROWS: constexpr, BLOCK_KEYS: constexpr, BLOCK_RUN: constexpr,
-    BLOCK_PAIR: constexpr, BLOCK_REST: constexpr, BLOCK_VALUE: constexpr, PRECISION: constexpr,
-):  # fmt: skip
+    grad_out,
+    query,
+    key,
+    value,
+    mask,
+    attention_bias,
+    relative,
+    rotary,
+    null,
+    chunk_spans,
+    first_visible,
+    dropout_seed,
+    results,
+    gradients,
+    scale,
+    softcap,
+    survivor_scale,
+    threshold,
+    num_tokens,
+    num_neighbours,
+    retrieved_length,
+    num_heads,
+    heads_per_key,
+    num_chunks,
+    first_group,
+    num_groups,
+    stride,
+    first_token,
+    table_rows,
+    SWEEP: constexpr,
+    SINGLE_PASS: constexpr,
+    SPEC,
+):
     """Program (batch, group, row tile, query head), (batch, group, key tile, key/value head) or (batch, group,
     key/value head) for ROWS, KEYS and BOTH, heads fastest."""
+    lengths = Lengths(
+        num_tokens,
+        num_neighbours,
+        retrieved_length,
+        num_heads,
+        heads_per_key,
+        num_chunks,
+        stride,
+        first_token,
+        table_rows,
+    )
+    row_tiles = row_tiles_of(lengths, SPEC)
+    key_tiles = key_tiles_of(lengths, SPEC)
     num_kv_heads = num_heads // heads_per_key
-    lanes = num_heads if FORM == ROWS else num_kv_heads
-    own_tiles = row_tiles if FORM == ROWS else tl.maximum(key_tiles, 1) if FORM == KEYS else 1
+    lanes = num_heads if SWEEP == ROWS else num_kv_heads
+    own_tiles = row_tiles if SWEEP == ROWS else tl.maximum(key_tiles, 1) if SWEEP == KEYS else 1
     lane = tl.program_id(0) % lanes
     item = tl.program_id(0) // lanes
     own_tile = item % own_tiles
     item = item // own_tiles
-    group = first_group + item % num_groups
+    number = first_group + item % num_groups
     batch = (item // num_groups).to(tl.int64)
-    kv_head = (lane // heads_per_key if FORM == ROWS else lane).to(tl.int64)
-    value_column = tl.arange(0, BLOCK_VALUE)
-    scale_log2 = scale * LOG2_E
-    seed = None
-    if dropout_seed is not None:
+    kv_head = (lane // heads_per_key if SWEEP == ROWS else lane).to(tl.int64)
+    scaling = scaling_of(scale, softcap, SPEC)
+    seed = 0
+    if SPEC.DROPOUT:
         seed = tl.load(dropout_seed)
 
     # Tokens before the first chunk; those in no span were filled before the launch.
-    if GROUPING == CLOCK and chunk_spans is None and FORM == ROWS:  # noqa: SIM102 - one is known when compiling
-        if (group == first_group) & (own_tile == 0):
-            for ahead in range(0, first_token, BLOCK_ROWS):
-                leading = ahead + tl.arange(0, BLOCK_ROWS)
+    if SPEC.GROUPING == CLOCK and chunk_spans is None and SWEEP == ROWS:  # noqa: SIM102 - one is known when compiling
+        if (number == first_group) & (own_tile == 0):
+            for ahead in range(0, first_token, SPEC.BLOCK_ROWS):
+                leading = ahead + tl.arange(0, SPEC.BLOCK_ROWS)
                 column = tl.arange(0, 256)
-                at = (batch * num_places + leading) * num_heads + lane
-                tl.store(grad_query + (at * DIM)[:, None] + column[None, :],
-                         tl.zeros([BLOCK_ROWS, 256], grad_query.dtype.element_ty),
-                         mask=(leading < first_token)[:, None] & (column < DIM)[None, :])  # fmt: skip
+                at = (batch * sequence_places(lengths, SPEC) + leading) * num_heads + lane
+                tl.store(
+                    gradients.grad_query + (at * SPEC.DIM)[:, None] + column[None, :],
+                    tl.zeros([SPEC.BLOCK_ROWS, 256], gradients.grad_query.dtype.element_ty),
+                    mask=(leading < first_token)[:, None] & (column < SPEC.DIM)[None, :],
+                )
 
-    chunk, neighbour, start, count = group_of(
-        group, batch, chunk_spans, num_chunks, query_neighbours, stride, first_token, GROUPING
-    )
-    chunk64 = chunk.to(tl.int64)
-    # A chunk that no token attends to is not read.
-    attended = tl.minimum(start + count, num_tokens) > tl.maximum(start, 0)
-    readable = tl.where(attended, num_neighbours * retrieved_length, 0)
-    query += batch * query_b + chunk64 * query_l + start.to(tl.int64) * query_n
-    grad_out += batch * grad_out_b + chunk64 * grad_out_l + start.to(tl.int64) * grad_out_n
-    group_place = chunk64 * place_l + start
-    key += batch * key_b + chunk64 * key_l + kv_head * key_h
-    value += batch * value_b + chunk64 * value_l + kv_head * value_h
-    group_slot = batch * num_chunks + chunk
+    group = group_of(number, batch, chunk_spans, lengths, SPEC)
+    readable = readable_slots(group, lengths, SPEC)
+    key = at_group(key, kv_head, group, SPEC)
+    value = at_group(value, kv_head, group, SPEC)
     if mask is not None:
-        mask += batch * mask_b + chunk64 * mask_l
-    if GROUPING == NEIGHBOUR:
-        key += neighbour.to(tl.int64) * key_k
-        value += neighbour.to(tl.int64) * value_k
-        group_slot = group_slot * query_neighbours + neighbour
-        if mask is not None:
-            mask += neighbour.to(tl.int64) * mask_k
-    group_slot = group_slot * (num_neighbours * retrieved_length) * num_kv_heads + kv_head
-    if first_visible is not None:
+        mask = mask_at_group(mask, group, SPEC)
+    first_slot = batch * num_chunks + group.chunk
+    if SPEC.GROUPING == NEIGHBOUR:
+        first_slot = first_slot * num_neighbours + group.neighbour
+    first_slot = first_slot * slots_of_group(lengths, SPEC) * num_kv_heads + kv_head
+    if SPEC.DOCUMENTS:
         first_visible += batch * num_tokens
 
-    if FORM != KEYS:
-        for work in range(0, 1 if FORM == ROWS else heads_per_key * row_tiles):
-            head = (lane if FORM == ROWS else lane * heads_per_key + work // row_tiles).to(tl.int64)
-            row_neighbour, first_row = row_tile_of(
-                own_tile if FORM == ROWS else work % row_tiles, neighbour, num_tokens, GROUPING, BLOCK_ROWS
+    if SWEEP != KEYS:
+        for work in range(0, 1 if SWEEP == ROWS else heads_per_key * row_tiles):
+            head = (lane if SWEEP == ROWS else lane * heads_per_key + work // row_tiles).to(tl.int64)
+            dropout = Dropout(seed, threshold, survivor_scale, (batch * num_heads + head).to(tl.int32))
+            rows = row_tile_of(own_tile if SWEEP == ROWS else work % row_tiles, group, lengths, SPEC)
+            loaded = load_rows(
+                rows, query, grad_out, relative, rotary, first_visible, results, head, group, lengths, SPEC
             )
-            row, inside = rows_of(first_row, start, count, num_tokens, BLOCK_ROWS)
-            first_place = group_place + row_neighbour * place_k
-            at = (batch * num_places + first_place) * num_heads + head
-            alive, lse_log2, rest, do, delta = load_results(
-                grad_out + row_neighbour.to(tl.int64) * grad_out_k + head * grad_out_h, out + at * VALUE_DIM, lse + at,
-                log_sum + at if log_sum is not None else None, row, inside, grad_out_n, num_heads,
-                VALUE_DIM, LONG, BLOCK_VALUE,
-            )  # fmt: skip
-            position = row
-            document = None
-            if first_visible is not None:
-                document = tl.load(first_visible + row, mask=inside, other=0)
-                position = row - document
-            content, relative = load_query(
-                query + row_neighbour.to(tl.int64) * query_k + head * query_h, query_cos, query_sin,
-                content_bias + head * content_bias_h if content_bias is not None else None,
-                relative_bias + head * relative_bias_h if relative_bias is not None else None,
-                position, row, alive, query_n, query_cos_m, query_sin_m,
-                DIM, WIDTH, INTERLEAVED, LONG, BLOCK_PAIR, BLOCK_REST,
-            )  # fmt: skip
-            place = first_place.to(tl.int32) + row
-            drawn = (batch * num_heads + head).to(tl.int32)
-            dq = zeros_split(BLOCK_ROWS, BLOCK_PAIR, BLOCK_REST)
-            if null_key is not None:
-                null, _, d_logit = null_slot(
-                    content, do, delta, lse_log2, rest if log_sum is not None else None, scale_log2,
-                    null_key + head * null_key_h, null_value + head * null_value_h,
-                    kept_null(seed, threshold, drawn, place) if dropout_seed is not None else None, survivor_scale,
-                    DIM, VALUE_DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST, BLOCK_VALUE,
-                )  # fmt: skip
-                dq = add_outer(dq, d_logit, null, DIM, WIDTH)
+            bias = None
+            if attention_bias is not None:
+                bias = at_head(attention_bias, head)
+            dq = zeros_split(SPEC.BLOCK_ROWS, SPEC)
+            if null is not None:
+                null_key, _null_weight, d_logit = null_slot(loaded, null, head, dropout, scaling, SPEC)
+                dq = add_outer(dq, d_logit, null_key, SPEC)
 
             first_tile = 0
             last_tile = key_tiles
-            if CAUSAL and not SINGLE_PASS:
-                last_tile = tl.minimum(key_tiles, tl.cdiv(first_row + BLOCK_ROWS, BLOCK_KEYS))
-                if first_visible is not None:
-                    first_tile = tl.min(tl.where(inside, document, num_tokens)) // BLOCK_KEYS
+            if SPEC.CAUSAL and not SINGLE_PASS:
+                last_tile = tl.minimum(key_tiles, tl.cdiv(rows.first + SPEC.BLOCK_ROWS, SPEC.BLOCK_KEYS))
+                if SPEC.DOCUMENTS:
+                    first_tile = tl.min(tl.where(rows.inside, loaded.document, num_tokens)) // SPEC.BLOCK_KEYS
             for tile in range(first_tile, last_tile):
-                slot, slot_neighbour, token, present, first_slot, token0 = slots_of(
-                    tile, num_neighbours, retrieved_length, BLOCK_KEYS, GROUPING, WITHIN
-                )
-                visible, k, v, key_position = load_keys(
-                    key, value, mask, key_cos, key_sin, first_visible, slot, slot_neighbour, token,
-                    present & (slot < readable), num_tokens,
-                    key_k, key_r, value_k, value_r, mask_k, mask_r, key_cos_r, key_sin_r,
-                    GROUPING, FLAT, LONG, DIM, VALUE_DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST, BLOCK_VALUE,
-                )  # fmt: skip
+                slots = slots_of(tile, lengths, SPEC)
+                keys = load_keys(key, value, mask, rotary, first_visible, slots, readable, SPEC)
                 run = None
-                if relative_key is not None:
-                    run = load_run(
-                        relative_key + head * relative_h, relative_x,
-                        first_row - token0 - BLOCK_KEYS + retrieved_length, num_distances, relative[2],
-                        DIM, BLOCK_RUN, BLOCK_REST, LONG,
-                    )  # fmt: skip
-                logits = logits_of(
-                    content, relative, k, run,
-                    attention_bias + head * bias_h if attention_bias is not None else None, scale_log2, row, alive,
-                    slot if BIAS_PER_SLOT else token, visible, bias_m,
-                    DIM, WIDTH, False, LONG, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RUN, PRECISION,
-                )  # fmt: skip
-                kept = None
-                if dropout_seed is not None:
-                    kept = kept_slots(
-                        seed, threshold, drawn, place, slot, first_slot, False, LOTS, BLOCK_ROWS, BLOCK_KEYS
+                if relative is not None:
+                    run = load_run(relative, head, rows, slots, lengths, loaded.queries.relative[2], SPEC)
+                weights, _capped, d_logits = tile_gradient(
+                    loaded, slots, keys, run, bias, dropout, scaling, False, False, SPEC
+                )
+                d_logits = d_logits.to(loaded.queries.content[2].dtype)
+                dq = add_product(dq, d_logits, keys.k, SPEC)
+                if relative is not None:
+                    d_distances = by_distance(d_logits, False, SPEC).to(run.dtype)
+                    dq = dq[0], dq[1], tl.dot(d_distances, run, dq[2], input_precision=SPEC.PRECISION)
+                if SWEEP == ROWS and SINGLE_PASS:
+                    do = loaded.upstream.do
+                    dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=SPEC.PRECISION)
+                    store_value_gradient(gradients.grad_value, first_slot, slots, keys, dv, num_kv_heads, SPEC)
+                    dk = zeros_split(SPEC.BLOCK_KEYS, SPEC)
+                    dk = add_product(dk, tl.trans(d_logits), loaded.queries.content, SPEC)
+                    store_key_gradient(
+                        gradients.grad_key, first_slot, slots, keys, rotary, dk, scale, num_kv_heads, SPEC
                     )
-                weights, d_logits = weights_and_gradient(
-                    logits, seen(visible, row, token, document, False, CAUSAL), do, v, delta, lse_log2,
-                    rest if log_sum is not None else None, kept, survivor_scale, False, PRECISION,
-                )  # fmt: skip
-                d_logits = d_logits.to(content[2].dtype)
-                dq = add_product(dq, d_logits, k, DIM, WIDTH, PRECISION)
-                if relative_key is not None:
-                    d_distances = by_distance(d_logits, False, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RUN).to(run.dtype)
-                    dq = dq[0], dq[1], tl.dot(d_distances, run, dq[2], input_precision=PRECISION)
-                if FORM == ROWS and SINGLE_PASS:
-                    at_slot = wide(slot, LONG) * num_kv_heads
-                    dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
-                    # A masked token's gradient is 0 even beside a query that is NaN.
-                    dv = tl.where(visible[:, None], dv, 0.0)
-                    tl.store(
-                        grad_value + group_slot * VALUE_DIM + (at_slot * VALUE_DIM)[:, None] + value_column[None, :],
-                        dv.to(grad_value.dtype.element_ty),
-                        mask=present[:, None] & (value_column < VALUE_DIM)[None, :],
-                    )
-                    dk = add_product(
-                        zeros_split(BLOCK_KEYS, BLOCK_PAIR, BLOCK_REST), tl.trans(d_logits), content,
-                        DIM, WIDTH, PRECISION,
-                    )  # fmt: skip
-                    store_split(
-                        grad_key + group_slot * DIM + at_slot * DIM, present,
-                        key_cos + key_position * key_cos_r if WIDTH > 0 else None,
-                        key_sin + key_position * key_sin_r if WIDTH > 0 else None, where_split(visible, dk),
-                        scale, DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-                    )  # fmt: skip
-            store_split(
-                grad_query + at * DIM + wide(row, LONG) * (num_heads * DIM), inside,
-                query_cos + position * query_cos_m if WIDTH > 0 else None,
-                query_sin + position * query_sin_m if WIDTH > 0 else None,
-                dq, scale, DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-            )  # fmt: skip
+            store_query_gradient(gradients.grad_query, loaded, rotary, dq, scale, num_heads, SPEC)
 
-    if FORM != ROWS:
-        for step in range(0, 1 if FORM == KEYS else key_tiles):
-            slot, slot_neighbour, token, present, first_slot, token0 = slots_of(
-                own_tile if FORM == KEYS else step, num_neighbours, retrieved_length, BLOCK_KEYS, GROUPING, WITHIN
-            )
-            visible, k, v, key_position = load_keys(
-                key, value, mask, key_cos, key_sin, first_visible, slot, slot_neighbour, token,
-                present & (slot < readable), num_tokens,
-                key_k, key_r, value_k, value_r, mask_k, mask_r, key_cos_r, key_sin_r,
-                GROUPING, FLAT, LONG, DIM, VALUE_DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST, BLOCK_VALUE,
-            )  # fmt: skip
-            dk = zeros_split(BLOCK_KEYS, BLOCK_PAIR, BLOCK_REST)
-            dv = tl.zeros([BLOCK_KEYS, BLOCK_VALUE], tl.float32)
+    if SWEEP != ROWS:
+        for step in range(0, 1 if SWEEP == KEYS else key_tiles):
+            slots = slots_of(own_tile if SWEEP == KEYS else step, lengths, SPEC)
+            keys = load_keys(key, value, mask, rotary, first_visible, slots, readable, SPEC)
+            dk = zeros_split(SPEC.BLOCK_KEYS, SPEC)
+            dv = tl.zeros([SPEC.BLOCK_KEYS, SPEC.BLOCK_VALUE], tl.float32)
             first_tile = 0
             tiles_seen = row_tiles
-            if CAUSAL and not SINGLE_PASS:
-                first_tile = token0 // BLOCK_ROWS
-                last_row = num_tokens
-                if first_visible is not None:
-                    # After the last row that still sees the last of these tokens.
-                    last_row = 0
-                    for ahead in range(0, num_tokens, 1024):
-                        later = ahead + tl.arange(0, 1024)
-                        begins = tl.load(first_visible + later, mask=later < num_tokens, other=num_tokens)
-                        last_row = tl.maximum(last_row, tl.max(tl.where(begins < token0 + BLOCK_KEYS, later + 1, 0)))
-                    last_row = tl.minimum(last_row, num_tokens)
-                tiles_seen = tl.maximum(tl.cdiv(last_row, BLOCK_ROWS) - first_tile, 0)
+            if SPEC.CAUSAL and not SINGLE_PASS:
+                first_tile, tiles_seen = row_tiles_that_see(slots.first_token, first_visible, lengths, SPEC)
             for work in range(0, heads_per_key * tiles_seen):
                 head = kv_head * heads_per_key + work // tiles_seen
-                row_neighbour, first_row = row_tile_of(
-                    first_tile + work % tiles_seen, neighbour, num_tokens, GROUPING, BLOCK_ROWS
+                dropout = Dropout(seed, threshold, survivor_scale, (batch * num_heads + head).to(tl.int32))
+                rows = row_tile_of(first_tile + work % tiles_seen, group, lengths, SPEC)
+                loaded = load_rows(
+                    rows, query, grad_out, relative, rotary, first_visible, results, head, group, lengths, SPEC
                 )
-                row, inside = rows_of(first_row, start, count, num_tokens, BLOCK_ROWS)
-                first_place = group_place + row_neighbour * place_k
-                at = (batch * num_places + first_place) * num_heads + head
-                alive, lse_log2, rest, do, delta = load_results(
-                    grad_out + row_neighbour.to(tl.int64) * grad_out_k + head * grad_out_h, out + at * VALUE_DIM,
-                    lse + at, log_sum + at if log_sum is not None else None, row, inside, grad_out_n, num_heads,
-                    VALUE_DIM, LONG, BLOCK_VALUE,
-                )  # fmt: skip
-                position = row
-                document = None
-                if first_visible is not None:
-                    document = tl.load(first_visible + row, mask=inside, other=0)
-                    position = row - document
-                content, relative = load_query(
-                    query + row_neighbour.to(tl.int64) * query_k + head * query_h, query_cos, query_sin,
-                    content_bias + head * content_bias_h if content_bias is not None else None,
-                    relative_bias + head * relative_bias_h if relative_bias is not None else None,
-                    position, row, alive, query_n, query_cos_m, query_sin_m,
-                    DIM, WIDTH, INTERLEAVED, LONG, BLOCK_PAIR, BLOCK_REST,
-                )  # fmt: skip
-                place = first_place.to(tl.int32) + row
-                drawn = (batch * num_heads + head).to(tl.int32)
                 run = None
-                if relative_key is not None:
-                    run = load_run(
-                        relative_key + head * relative_h, relative_x,
-                        first_row - token0 - BLOCK_KEYS + retrieved_length, num_distances, relative[2],
-                        DIM, BLOCK_RUN, BLOCK_REST, LONG,
-                    )  # fmt: skip
-                logits = logits_of(
-                    content, relative, k, run,
-                    attention_bias + head * bias_h if attention_bias is not None else None, scale_log2, row, alive,
-                    slot if BIAS_PER_SLOT else token, visible, bias_m,
-                    DIM, WIDTH, True, LONG, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RUN, PRECISION,
-                )  # fmt: skip
-                kept = None
-                if dropout_seed is not None:
-                    kept = kept_slots(
-                        seed, threshold, drawn, place, slot, first_slot, True, LOTS, BLOCK_ROWS, BLOCK_KEYS
-                    )
-                weights, d_logits = weights_and_gradient(
-                    logits, seen(visible, row, token, document, True, CAUSAL), do, v, delta, lse_log2,
-                    rest if log_sum is not None else None, kept, survivor_scale, True, PRECISION,
-                )  # fmt: skip
-                d_logits = d_logits.to(content[2].dtype)
-                dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
-                dk = add_product(dk, d_logits, content, DIM, WIDTH, PRECISION)
-                if FORM == KEYS and SINGLE_PASS:
-                    dq = add_product(
-                        zeros_split(BLOCK_ROWS, BLOCK_PAIR, BLOCK_REST), tl.trans(d_logits), k, DIM, WIDTH, PRECISION
-                    )
-                    if relative_key is not None:
-                        d_distances = by_distance(d_logits, True, BLOCK_ROWS, BLOCK_KEYS, BLOCK_RUN).to(run.dtype)
-                        dq = dq[0], dq[1], tl.dot(tl.trans(d_distances), run, dq[2], input_precision=PRECISION)
-                    if null_key is not None:
-                        null, _, d_logit = null_slot(
-                            content, do, delta, lse_log2, rest if log_sum is not None else None, scale_log2,
-                            null_key + head * null_key_h, null_value + head * null_value_h,
-                            kept_null(seed, threshold, drawn, place) if dropout_seed is not None else None,
-                            survivor_scale,
-                            DIM, VALUE_DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST, BLOCK_VALUE,
-                        )  # fmt: skip
-                        dq = add_outer(dq, d_logit, null, DIM, WIDTH)
-                    store_split(
-                        grad_query + at * DIM + wide(row, LONG) * (num_heads * DIM), inside,
-                        query_cos + position * query_cos_m if WIDTH > 0 else None,
-                        query_sin + position * query_sin_m if WIDTH > 0 else None,
-                        dq, scale, DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-                    )  # fmt: skip
-
-            # A masked token's gradient is 0 even beside a query that is NaN.
-            at_slot = wide(slot, LONG) * num_kv_heads
-            tl.store(grad_value + group_slot * VALUE_DIM + (at_slot * VALUE_DIM)[:, None] + value_column[None, :],
-                     tl.where(visible[:, None], dv, 0.0).to(grad_value.dtype.element_ty),
-                     mask=present[:, None] & (value_column < VALUE_DIM)[None, :])  # fmt: skip
-            store_split(
-                grad_key + group_slot * DIM + at_slot * DIM, present,
-                key_cos + key_position * key_cos_r if WIDTH > 0 else None,
-                key_sin + key_position * key_sin_r if WIDTH > 0 else None, where_split(visible, dk), scale,
-                DIM, WIDTH, INTERLEAVED, BLOCK_PAIR, BLOCK_REST,
-            )  # fmt: skip
+                if relative is not None:
+                    run = load_run(relative, head, rows, slots, lengths, loaded.queries.relative[2], SPEC)
+                bias = None
+                if attention_bias is not None:
+                    bias = at_head(attention_bias, head)
+                weights, _capped, d_logits = tile_gradient(
+                    loaded, slots, keys, run, bias, dropout, scaling, True, False, SPEC
+                )
+                d_logits = d_logits.to(loaded.queries.content[2].dtype)
+                do = loaded.upstream.do
+                dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=SPEC.PRECISION)
+                dk = add_product(dk, d_logits, loaded.queries.content, SPEC)
+                if SWEEP == KEYS and SINGLE_PASS:
+                    dq = add_product(zeros_split(SPEC.BLOCK_ROWS, SPEC), tl.trans(d_logits), keys.k, SPEC)
+                    if relative is not None:
+                        d_distances = tl.trans(by_distance(d_logits, True, SPEC).to(run.dtype))
+                        dq = dq[0], dq[1], tl.dot(d_distances, run, dq[2], input_precision=SPEC.PRECISION)
+                    if null is not None:
+                        null_key, _null_weight, d_logit = null_slot(loaded, null, head, dropout, scaling, SPEC)
+                        dq = add_outer(dq, d_logit, null_key, SPEC)
+                    store_query_gradient(gradients.grad_query, loaded, rotary, dq, scale, num_heads, SPEC)
+            store_value_gradient(gradients.grad_value, first_slot, slots, keys, dv, num_kv_heads, SPEC)
+            store_key_gradient(gradients.grad_key, first_slot, slots, keys, rotary, dk, scale, num_kv_heads, SPEC)

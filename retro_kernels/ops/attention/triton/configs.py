@@ -112,10 +112,10 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
         64: (_S(64, 64, 4, 2), _S(64, 64, 8, 1)),
         128: (_S(64, 64, 4, 2), _S(64, 32, 8, 1)),
     },
-    # 2 stages spill 64 bytes at 128 wide
+    # 4 warps spill 96 and 160 bytes at 128 wide
     ("backward", "half", 100): {
         64: (_S(64, 64, 4, 2), _S(64, 64, 8, 1)),
-        128: (_S(64, 64, 4, 1), _S(64, 32, 8, 1)),
+        128: (_S(64, 64, 8, 1), _S(64, 32, 8, 1)),
     },
     # without WGMMA 64 keys spill, with options 32 keys too
     ("backward", "half", 80): {
@@ -223,7 +223,8 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
 # By Triton version: what those that PyTorch 2.11 to 2.14 ship (3.6 to 3.8) spill where 3.9 does not, so that they take
 # a smaller tile, or None, the next form. (kind, precision, generation, width, features with or without dropout)
 _BEFORE_3_9: dict[tuple[str, str, int, int, str], LaunchSettings | None] = {
-    ("forward", "half", 80, 64, "plain"): _S(64, 64, 4, 2),  # 3 stages spill 8 bytes
+    ("backward_queries", "half", 80, 64, "options"): _S(32, 32, 4, 2),  # 64 rows spill 8 bytes
+    ("forward", "half", 100, 128, "options"): _S(64, 32, 4, 2),  # 64 keys spill 8 bytes
     ("forward", "half", 80, 64, "relative"): _S(32, 32, 4, 3),  # 2 stages spill 8 bytes
     ("backward_bias", "half", 90, 64, "relative"): _S(64, 32, 8, 1),  # 64 keys spill 104 bytes in the encoder
     ("backward_bias", "half", 100, 128, "options"): _S(16, 32, 8, 1),  # 64 x 64 spills 72 bytes, 32 x 64 160

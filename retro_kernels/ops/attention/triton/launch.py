@@ -43,23 +43,28 @@ from typing import Any
 import torch
 
 from ... import dropout, memory, tuning
-from ...call import allocate_gradients, refuse_lse_gradient
+from ...call import allocate_gradients
 from ...launching import Launch, launch_all, launched
 from .. import common
 from ..common import CHUNK, CLOCK, NEIGHBOUR, Call
+from . import arguments, configs
 from . import backward as triton_backward
-from . import configs
 from . import forward as triton_forward
 from . import parameters as triton_parameters
 from . import tiles as triton_tiles
-from .tiles import triton
+from .arguments import triton
 
 _MARGIN = 256  # masked lanes of a tile lie at most this far beyond the last row or slot
 
 
-def _strides(name: str, tensor: torch.Tensor | None, axes: str) -> dict[str, int]:
-    """Strides of the leading axes as kernel arguments `<name>_<axis>`, 0 for an absent tensor."""
-    return {f"{name}_{axis}": 0 if tensor is None else tensor.stride(i) for i, axis in enumerate(axes)}
+def strided(kind: Any, tensor: torch.Tensor | None) -> Any:
+    """A tensor as a kernel takes it: the NamedTuple `kind` of its pointer and the strides of all axes but the last."""
+    return None if tensor is None else kind(tensor, *tensor.stride()[:-1])
+
+
+def stride_of(tensor: torch.Tensor | None) -> int:
+    """Of the first axis; 0 for an absent tensor."""
+    return 0 if tensor is None else tensor.stride(0)
 
 
 @lru_cache(maxsize=64)
@@ -93,86 +98,108 @@ def _needs_long_offsets(call: Call, grad_out: torch.Tensor | None) -> bool:
     return max(furthest) + 2 * width >= 2**31
 
 
-def _shared_arguments(call: Call, grad_out: torch.Tensor | None = None) -> dict[str, Any]:
-    """What every kernel takes, apart from tiles and the groups it covers."""
-    _, lq, kq, n, h, d = call.query.shape
-    num_chunks, k, r, hk = call.key.shape[1:5]
-    by_clock = call.grouping == CLOCK
-    moved = [(x.stride(2), x.stride(3)) for x in (call.key, call.value, call.mask) if x is not None]
-    width = 0 if call.query_cos is None else call.query_cos.shape[1]
-    strides = _strides("query", call.query, "blknh")
-    if by_clock:  # the chunk is not an axis of the query: its rows are tokens from the group's first on
-        strides |= {"query_l": 0, "query_k": 0}
+def _rows(tensor: torch.Tensor, call: Call) -> arguments.Rows:
+    """The query or the gradient of out. By the clock, the chunk is not an axis of it: rows are tokens from the group's
+    first on."""
+    rows = strided(arguments.Rows, tensor)
+    return rows._replace(l=0, k=0) if call.grouping == CLOCK else rows
+
+
+def tables(call: Any, r: int) -> dict[str, Any]:
+    """The mask and what is added to logits, of a call on neighbours of r tokens, and the rows of its tables."""
+    bias, relative, nulls = call.attention_bias, call.relative_key, (call.null_key, call.null_value)
+    table_rows = 0
+    if bias is not None:
+        table_rows = bias.shape[1]
+    elif relative is not None:
+        table_rows = relative.shape[1] - r + 1
+    biases = (call.content_bias, call.relative_bias)
     return {
-        "query": call.query,
-        "key": call.key,
-        "value": call.value,
-        "attention_bias": call.attention_bias,
-        # As bytes: Triton's interpreter cannot use a bool that was loaded as a mask.
-        "mask": None if call.mask is None else call.mask.view(torch.uint8),
-        "relative_key": call.relative_key,
-        "content_bias": call.content_bias,
-        "relative_bias": call.relative_bias,
-        "query_cos": call.query_cos,
-        "query_sin": call.query_sin,
-        "key_cos": call.key_cos,
-        "key_sin": call.key_sin,
-        "null_key": call.null_key,
-        "null_value": call.null_value,
+        "mask": None if call.mask is None else arguments.Mask(call.mask.view(torch.uint8), *call.mask.stride()),
+        "attention_bias": strided(arguments.Table, bias),
+        "relative": None
+        if relative is None
+        else arguments.Relative(relative, *biases, *relative.stride()[:2], *map(stride_of, biases)),
+        "null": None if call.null_key is None else arguments.Null(*nulls, *map(stride_of, nulls)),
+        "table_rows": table_rows,
+    }
+
+
+def _shared_arguments(call: Call) -> dict[str, Any]:
+    """What every kernel takes, apart from results and the groups it covers."""
+    num_chunks, k, r, hk = call.key.shape[1:5]
+    kq, n, h = call.query.shape[2:5]
+    rotary = (call.query_cos, call.query_sin, call.key_cos, call.key_sin)
+    return {
+        "query": _rows(call.query, call),
+        "key": strided(arguments.Slots, call.key),
+        "value": strided(arguments.Slots, call.value),
+        **tables(call, r),
+        "rotary": None if call.query_cos is None else arguments.Rotary(*rotary, *map(stride_of, rotary)),
         "chunk_spans": call.chunk_spans,
         "first_visible": call.first_visible,
         "dropout_seed": call.dropout_seed,
         "scale": float(call.scale),
-        "threshold": dropout.threshold(call.dropout_p),
+        "softcap": float(call.logit_softcap) if call.logit_softcap > 0.0 else None,
         "survivor_scale": dropout.survivor_scale(call.dropout_p),
+        "threshold": dropout.threshold(call.dropout_p),
         "num_tokens": n,
-        "num_places": lq * kq * n,
-        "place_l": 0 if by_clock else kq * n,
-        "place_k": 0 if by_clock else n,
-        "num_neighbours": k if by_clock else 1,
+        "num_neighbours": k if call.grouping == CLOCK else kq,
         "retrieved_length": r,
-        "query_neighbours": kq,
         "num_heads": h,
         "heads_per_key": h // hk,
         "num_chunks": num_chunks,
         "stride": call.stride,
         "first_token": call.first_token,
-        "num_distances": 0 if call.relative_key is None else call.relative_key.shape[1],
-        **strides,
-        **_strides("key", call.key, "blkrh"),
-        **_strides("value", call.value, "blkrh"),
-        **_strides("mask", call.mask, "blkr"),
-        **_strides("bias", call.attention_bias, "hm"),
-        **_strides("relative", call.relative_key, "hx"),
-        **_strides("content_bias", call.content_bias, "h"),
-        **_strides("relative_bias", call.relative_bias, "h"),
-        **_strides("query_cos", call.query_cos, "m"),
-        **_strides("query_sin", call.query_sin, "m"),
-        **_strides("key_cos", call.key_cos, "r"),
-        **_strides("key_sin", call.key_sin, "r"),
-        **_strides("null_key", call.null_key, "h"),
-        **_strides("null_value", call.null_value, "h"),
-        "GROUPING": call.grouping,
-        "CAUSAL": bool(call.causal),
-        "DIM": d,
-        "VALUE_DIM": call.value.shape[-1],
-        "WIDTH": width,
-        "INTERLEAVED": bool(call.rotary_interleaved),
-        "FLAT": all(k == 1 or of_k == r * of_r for of_k, of_r in moved),
-        "LONG": _needs_long_offsets(call, grad_out),
-        "BIAS_PER_SLOT": by_clock
-        and k > 1
-        and call.attention_bias is not None
-        and call.attention_bias.shape[2] == k * r,
-        "BLOCK_PAIR": configs.power_of_two(width),
-        "BLOCK_REST": configs.power_of_two(d - 2 * width),
-        "BLOCK_VALUE": configs.power_of_two(call.value.shape[-1]),
     }
 
 
-def _planes(lse: torch.Tensor, call: Any) -> dict[str, torch.Tensor | None]:
+def _spec(
+    call: Call, settings: configs.LaunchSettings, per_neighbour: bool, grad_out: torch.Tensor | None = None
+) -> arguments.Spec:
+    """`per_neighbour`: whether key tiles are cut neighbour by neighbour, where there are several."""
+    k, r = call.key.shape[2:4]
+    d, d_value = call.query.shape[-1], call.value.shape[-1]
+    by_clock = call.grouping == CLOCK
+    per_neighbour = per_neighbour and by_clock and k > 1
+    moved = [(x.stride(2), x.stride(3)) for x in (call.key, call.value, call.mask) if x is not None]
+    width = 0 if call.query_cos is None else call.query_cos.shape[1]
+    return arguments.Spec(
+        GROUPING=call.grouping,
+        CAUSAL=bool(call.causal),
+        PER_NEIGHBOUR=per_neighbour,
+        PHILOX_SLOTS=8 if not per_neighbour or r % 8 == 0 else 1,
+        DIM=d,
+        VALUE_DIM=d_value,
+        WIDTH=width,
+        INTERLEAVED=bool(call.rotary_interleaved),
+        FLAT_SLOTS=all(k == 1 or of_k == r * of_r for of_k, of_r in moved),
+        INT64=_needs_long_offsets(call, grad_out),
+        BIAS_PER_SLOT=_bias_per_slot(call),
+        SOFTCAP=call.logit_softcap > 0.0,
+        DROPOUT=call.dropout_seed is not None,
+        DOCUMENTS=call.first_visible is not None,
+        TWO_PLANES=call.attention_bias is not None,
+        BLOCK_ROWS=settings.block_rows,
+        BLOCK_KEYS=settings.block_keys,
+        BLOCK_RUN=configs.power_of_two(settings.block_rows + settings.block_keys),
+        BLOCK_PAIR=configs.power_of_two(width),
+        BLOCK_REST=configs.power_of_two(d - 2 * width),
+        BLOCK_VALUE=configs.power_of_two(d_value),
+        PRECISION=settings.precision,
+    )
+
+
+def _bias_per_slot(call: Call) -> bool:
+    """Whether every slot of a group has a column of the bias to itself."""
+    k, r = call.key.shape[2:4]
+    bias = call.attention_bias
+    return call.grouping == CLOCK and k > 1 and bias is not None and bias.shape[2] == k * r
+
+
+def planes(lse: torch.Tensor, call: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The log-sum-exp, where there is a bias in two planes (common.py)."""
-    return {"lse": lse, "log_sum": None} if call.attention_bias is None else {"lse": lse[0], "log_sum": lse[1]}
+    return (lse, None) if call.attention_bias is None else (lse[0], lse[1])
 
 
 def _fill_with_nothing(out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -185,25 +212,12 @@ def _fill_with_nothing(out: torch.Tensor, lse: torch.Tensor) -> None:
         lse.fill_(float("-inf"))
 
 
-def _tile_arguments(settings: configs.LaunchSettings) -> dict[str, Any]:
-    return {
-        "BLOCK_ROWS": settings.block_rows,
-        "BLOCK_KEYS": settings.block_keys,
-        "BLOCK_RUN": configs.power_of_two(settings.block_rows + settings.block_keys),
-        "PRECISION": settings.precision,
-    }
-
-
-def _key_tiles(call: Call, settings: configs.LaunchSettings, within: bool) -> dict[str, Any]:
-    """How the slots of a group are cut into tiles, and how many slots one evaluation of Philox serves."""
+def _key_tiles(call: Call, spec: arguments.Spec) -> int:
+    """Key tiles of a group."""
     k, r = call.key.shape[2:4]
-    k = k if call.grouping == CLOCK else 1
-    within = within and k > 1
-    return {
-        "WITHIN": within,
-        "LOTS": 8 if not within or r % 8 == 0 else 1,
-        "key_tiles": k * -(-r // settings.block_keys) if within else -(-k * r // settings.block_keys),
-    }
+    if spec.PER_NEIGHBOUR:
+        return k * -(-r // spec.BLOCK_KEYS)
+    return -(-(k * r if call.grouping == CLOCK else r) // spec.BLOCK_KEYS)
 
 
 def _row_tiles(call: Call, settings: configs.LaunchSettings) -> int:
@@ -242,19 +256,15 @@ def plan_forward(out, lse, call: Call, settings: configs.LaunchSettings | None =
     """The forward's launch; there must be groups that some row attends to."""
     settings = settings or _choose("forward", call)
     first_group, num_groups = _groups(call, attended=True)
-    row_tiles = _row_tiles(call, settings)
-    arguments = {
+    given = {
         **_shared_arguments(call),
-        "out": out,
-        **_planes(lse, call),
+        "results": arguments.Results(out, *planes(lse, call)),
         "first_group": first_group,
         "num_groups": num_groups,
-        "row_tiles": row_tiles,
-        **_key_tiles(call, settings, call.relative_key is not None),
-        **_tile_arguments(settings),
+        "SPEC": arguments.constants(_spec(call, settings, per_neighbour=call.relative_key is not None)),
     }
-    programs = call.query.shape[0] * num_groups * row_tiles * call.query.shape[4]
-    return Launch("forward", triton_forward.forward_kernel, programs, arguments, settings)
+    programs = call.query.shape[0] * num_groups * _row_tiles(call, settings) * call.query.shape[4]
+    return Launch("forward", triton_forward.forward_kernel, programs, given, settings)
 
 
 SWEPT_ROWS = 512  # NEIGHBOUR: up to so many rows one program makes all gradients of a neighbour and head
@@ -275,88 +285,73 @@ def backward_kinds(call: Call) -> tuple[str, ...]:
     return ("backward_queries", "backward_keys")
 
 
-_FORMS = {"backward": 0, "backward_queries": 0, "backward_shared": 1, "backward_keys": 1, "backward_sweeps": 2}
+_SWEEPS = {"backward": 0, "backward_queries": 0, "backward_shared": 1, "backward_keys": 1, "backward_sweeps": 2}
 
 
-def plan_backward(grad_out, out, lse, gradients: tuple, copies: tuple, call: Call) -> list[Launch]:
+def plan_backward(grad_out, grad_lse, out, lse, gradients: tuple, copies: tuple, call: Call) -> list[Launch]:
     """The backward's launches: those of `backward_kinds`, and one each for the parameters wanted. `copies` are the
     partial sums of the gradients of attention_bias, relative_key, content_bias, relative_bias, null_key, null_value,
-    [copies, ...] fp32, None where not wanted; those of attention_bias and relative_key are zero."""
+    [copies, ...] fp32, None where not wanted; those of attention_bias and relative_key are zero. `grad_lse` is
+    contiguous, or None."""
     b, h, hk = call.query.shape[0], call.query.shape[4], call.key.shape[4]
-    strides = _strides("grad_out", grad_out, "blknh")
-    if call.grouping == CLOCK:
-        strides |= {"grad_out_l": 0, "grad_out_k": 0}
-    shared = {**_shared_arguments(call, grad_out), "grad_out": grad_out, **strides, "out": out, **_planes(lse, call)}
-
+    shared = {
+        **_shared_arguments(call),
+        "grad_out": _rows(grad_out, call),
+        "results": arguments.Results(out, *planes(lse, call), grad_lse),
+    }
     launches = []
     for kind in backward_kinds(call):
         settings = _choose(kind, call)
         first_group, num_groups = _groups(call, attended=kind == "backward_queries")
-        row_tiles = _row_tiles(call, settings)
-        arguments = {
+        spec = _spec(call, settings, per_neighbour=call.relative_key is not None, grad_out=grad_out)
+        given = {
             **shared,
-            "grad_query": gradients[0],
-            "grad_key": gradients[1],
-            "grad_value": gradients[2],
+            "gradients": arguments.Gradients(*gradients),
             "first_group": first_group,
             "num_groups": num_groups,
-            "row_tiles": row_tiles,
-            "FORM": _FORMS[kind],
+            "SWEEP": _SWEEPS[kind],
             "SINGLE_PASS": kind in ("backward", "backward_shared"),
-            **_key_tiles(call, settings, call.relative_key is not None),
-            **_tile_arguments(settings),
+            "SPEC": arguments.constants(spec),
         }
-        tiles = (row_tiles * h, max(arguments["key_tiles"], 1) * hk, hk)[_FORMS[kind]]
-        launches.append(Launch(kind, triton_backward.backward_kernel, b * num_groups * tiles, arguments, settings))
+        tiles = (_row_tiles(call, settings) * h, max(_key_tiles(call, spec), 1) * hk, hk)[_SWEEPS[kind]]
+        launches.append(Launch(kind, triton_backward.backward_kernel, b * num_groups * tiles, given, settings))
 
-    d_bias, d_relative_key, d_content_bias, d_relative_bias, d_null_key, d_null_value = copies
+    d_bias, d_relative_key, d_content_bias, _, d_null_key, _ = copies
     first_group, num_groups = _groups(call, attended=True)
-    per_slot = shared["BIAS_PER_SLOT"]
+    k, r = call.key.shape[2:4]
     wanted = {
         "backward_bias": d_bias is not None,
         "backward_relative": d_relative_key is not None,
         "backward_null": d_null_key is not None or (d_content_bias is not None and call.null_key is not None),
     }
-    for what, kind in enumerate(kind for kind in wanted):
+    for parameter, kind in enumerate(wanted):
         if not wanted[kind]:
             continue
         settings = _choose(kind, call)
         row_tiles = -(-call.stride // settings.block_rows)
-        k, r = call.key.shape[2:4]
-        apart = kind == "backward_bias" and per_slot  # every slot of a group has elements of its own
-        # Relative positions need tiles that lie within a neighbour.
-        within = kind != "backward_null" and not (apart and call.relative_key is None)
-        key_tiles = -(-r * (1 if within or not per_slot else k) // settings.block_keys) * (k if apart and within else 1)
+        apart = kind == "backward_bias" and _bias_per_slot(call)  # every slot of a group has elements of its own
+        # Relative positions need tiles that lie within a neighbour, and so do neighbours that share elements.
+        per_neighbour = kind != "backward_null" and not (apart and call.relative_key is None)
         # Neighbours of a group that add to the same elements: those of its rows, or of its slots.
         sharing = call.query.shape[2] if call.grouping == CHUNK else 1
         if call.grouping == CLOCK and kind != "backward_null" and not apart:
             sharing = k
         num_copies = next(x for x in (d_bias, d_relative_key, d_null_key, d_content_bias) if x is not None).shape[0]
-        own_tiles = row_tiles * key_tiles if kind == "backward_bias" else 1
-        arguments = {
+        spec = _spec(call, settings, per_neighbour, grad_out)
+        own_tiles = 1
+        if kind == "backward_bias":
+            own_tiles = row_tiles * (_key_tiles(call, spec) if apart else -(-r // settings.block_keys))
+        given = {
             **shared,
-            "bias_copies": d_bias,
-            "relative_key_copies": d_relative_key,
-            "content_bias_copies": d_content_bias,
-            "relative_bias_copies": d_relative_bias,
-            "null_key_copies": d_null_key,
-            "null_value_copies": d_null_value,
+            "copies": arguments.Copies(*copies),
             "first_group": first_group,
             "num_groups": num_groups,
-            "row_tiles": row_tiles,
-            "sharing": sharing,
-            "num_copies": num_copies,
             "num_items": b * num_groups * sharing * (1 if kind == "backward_bias" else row_tiles),
-            "table_rows": 0 if d_bias is None else d_bias.shape[2],
-            "table_columns": 0 if d_bias is None else d_bias.shape[3],
-            "WHAT": what,
-            **_key_tiles(call, settings, within),
-            **_tile_arguments(settings),
-            "key_tiles": key_tiles,
+            "num_copies": num_copies,
+            "PARAMETER": parameter,
+            "SPEC": arguments.constants(spec),
         }
-        launches.append(
-            Launch(kind, triton_parameters.parameters_kernel, num_copies * own_tiles * h, arguments, settings)
-        )
+        launches.append(Launch(kind, triton_parameters.parameters_kernel, num_copies * own_tiles * h, given, settings))
     return launches
 
 
@@ -403,7 +398,9 @@ def _remembered(key: str) -> configs.LaunchSettings | None:
 
 
 KERNELS = (triton_forward.forward_kernel, triton_backward.backward_kernel, triton_parameters.parameters_kernel)
-SOURCES = tuple(str(module.__file__) for module in (triton_tiles, triton_forward, triton_backward, triton_parameters))
+SOURCES = tuple(
+    str(module.__file__) for module in (arguments, triton_tiles, triton_forward, triton_backward, triton_parameters)
+)
 
 
 @lru_cache(maxsize=1)
@@ -439,9 +436,14 @@ def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
     with _on_device_of(out):
         settled = _settled()
-        if not (settled and launched(call, "forward", {"out": out, **_planes(lse, call)})):
+        if not (settled and launched(call, "forward", _named(out, lse, call))):
             _attend(call, out, lse, settled)
     return out, lse
+
+
+def _named(out: torch.Tensor, lse: torch.Tensor, call: Call) -> dict[str, torch.Tensor | None]:
+    """What the backend makes, by the names of the kernels' arguments."""
+    return dict(zip(("out", "lse", "log_sum"), (out, *planes(lse, call))))
 
 
 def _settled() -> bool:
@@ -481,7 +483,6 @@ def gradients(
     lse: torch.Tensor,
     wanted: Collection[str],
 ) -> dict[str, torch.Tensor]:
-    refuse_lse_gradient(grad_lse, "Triton")
     found = allocate_gradients(call, wanted)
     with _on_device_of(out):
         groups = _groups(call, attended=True)[1]
@@ -493,13 +494,14 @@ def gradients(
             found["query"].zero_()
         if grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
-        _differentiate(call, grad_out, out.contiguous(), lse.contiguous(), found, groups)
+        _differentiate(call, grad_out, grad_lse, out.contiguous(), lse.contiguous(), found, groups)
     return found
 
 
 def _differentiate(
     call: Call,
     grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     found: dict[str, torch.Tensor],
@@ -512,20 +514,20 @@ def _differentiate(
         if name in found and found[name].numel()
     }
     computed = {name: found[name] for name in ("query", "key", "value")}
-    backward = (grad_out, out, lse)
+    backward = (grad_out, grad_lse, out, lse)
     widened = interpreting() and call.query.dtype == torch.bfloat16
     if widened:
         computed = {name: torch.zeros_like(x, dtype=torch.float32) for name, x in computed.items()}
         backward, call = tuple(map(_interpretable, backward)), call.mapped(_interpretable)
-    key = ("backward", tuple(found), grad_out.stride())
+    key = ("backward", tuple(found), grad_out.stride(), grad_lse is None)
 
     def run(settled: bool = False) -> tuple[torch.Tensor, ...]:
         for name in ("attention_bias", "relative_key"):
             if name in copies:
                 copies[name].zero_()
-        made = {"grad_out": grad_out, "out": out, **_planes(lse, call)}
+        made = {"grad_out": grad_out, "grad_lse": grad_lse, **_named(out, lse, call)}
         made |= {f"grad_{name}": x for name, x in computed.items()}
-        made |= {f"{name.removeprefix('attention_')}_copies": x for name, x in copies.items()}
+        made |= {f"{name}_copies": x for name, x in copies.items()}
         if not (settled and launched(call, key, made)):
             results = tuple(computed.values()), tuple(copies.get(name) for name in PARAMETERS)
             launch_all(call, key, plan_backward(*backward, *results, call), keep=settled)
@@ -551,7 +553,7 @@ def _differentiate(
 def unavailable() -> str | None:
     """Why this backend cannot run in this process, with the remedy, or None."""
     if triton is None:
-        reason = f"Triton cannot be imported ({triton_tiles.import_error})"
+        reason = f"Triton cannot be imported ({arguments.import_error})"
         return f"{reason}: install it with `pip install triton` (Linux, 3.6 or newer)"
     if interpreting():
         return None
@@ -575,8 +577,6 @@ def refusal(call) -> str | None:
         return f'query is {query.dtype}; the Triton kernels take float32, float16, bfloat16: use backend="reference"'
     if max(query.shape[-1], call.value.shape[-1]) > 256:
         return f"head sizes are {query.shape[-1]} and {call.value.shape[-1]}; the Triton kernels take at most 256"
-    if call.logit_softcap > 0.0:
-        return 'the Triton kernels have no logit_softcap yet: use backend="reference"'
     if interpreting():
         return None
     if query.device.type != "cuda":

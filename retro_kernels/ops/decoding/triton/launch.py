@@ -38,19 +38,20 @@ from __future__ import annotations
 import torch
 
 from ... import memory
+from ...attention.triton.arguments import Results, constants
 from ...attention.triton.launch import (
     _compute_capability,
     _interpretable,
     _on_device_of,
-    _strides,
     interpreting,
+    stride_of,
+    strided,
     unavailable,  # noqa: F401 - what ops/backends.py asks
 )
 from ...launching import Launch, launch_all, launched
 from .. import common
 from ..common import Call
-from . import configs
-from . import kernels as triton_kernels
+from . import configs, kernels
 
 LARGEST_HEAD = 4096
 LARGEST_TURNED = 256  # a key that is turned is held whole
@@ -86,79 +87,80 @@ def plan(out, lse, call: Call, scratch: dict[str, torch.Tensor] | None = None) -
     settings = _choose(call)
     scratch = scratch or _scratch(call, settings)
     row_tiles, key_tiles = -(-rows // settings.block_rows), -(-slots // settings.block_keys)
-    # As bytes: the interpreter cannot mask a load with a bool that was loaded, and sm_80 knows no float8.
-    as_bytes = {
-        name: getattr(call, name).view(torch.uint8)
-        for name in ("key", "value", "mask", "valid")
-        if getattr(call, name) is not None and getattr(call, name).dtype in (torch.bool, torch.float8_e4m3fn)
-    }
+    rotary = (call.key_cos, call.key_sin)
+    spec = kernels.Spec(
+        DIM=d,
+        VALUE_DIM=d_value,
+        WIDTH=width,
+        INTERLEAVED=call.rotary_interleaved,
+        KEY_FLOAT8=call.key.dtype == torch.float8_e4m3fn,
+        VALUE_FLOAT8=call.value.dtype == torch.float8_e4m3fn,
+        BIAS_PER_SLOT=k > 1 and call.logit_bias is not None and call.logit_bias.shape[3] == slots,
+        SOFTCAP=call.logit_softcap > 0.0,
+        SINGLE=settings.block_rows == 1,
+        BLOCK_ROWS=settings.block_rows,
+        BLOCK_KEYS=settings.block_keys,
+        BLOCK_DIM=min(configs.power_of_two(d), settings.block_dim),
+        BLOCK_VALUE=min(configs.power_of_two(d_value), settings.block_dim),
+        BLOCK_PAIR=configs.power_of_two(width),
+        BLOCK_REST=configs.power_of_two(d - 2 * width),
+        PRECISION=settings.precision,
+    )
     shared = {
-        "position": call.position,
-        "valid": call.valid,
-        "chunk": call.chunk,
-        **scratch,
+        "positions": kernels.Positions(call.position, _as_bytes(call.valid), call.chunk),
+        "scratch": kernels.Scratch(**scratch),
         "num_tokens": t,
         "num_heads": h,
+        "num_slots": slots,
         "chunk_size": call.chunk_size,
-        "key_tiles": key_tiles,
         "num_rows": b * t * h,
-        "VALUE_DIM": d_value,
     }
     attend = {
-        **{name: getattr(call, name) for name in call.form.tensors},
         **shared,
+        "query": strided(kernels.Query, call.query),
+        "key": _cache(call.key),
+        "value": _cache(call.value),
+        "mask": _per_slot(call.mask),
+        "logit_bias": call.logit_bias,
+        "rotary": None if call.key_cos is None else kernels.KeyRotary(*rotary, *map(stride_of, rotary)),
+        "key_scale": _per_slot(call.key_scale),
+        "value_scale": _per_slot(call.value_scale),
         "scale": float(call.scale),
-        "num_kv_heads": hk,
+        "softcap": float(call.logit_softcap) if call.logit_softcap > 0.0 else None,
         "heads_per_key": h // hk,
         "retrieved_length": r,
-        "num_slots": slots,
-        "row_tiles": row_tiles,
-        **_strides("query", call.query, "bth"),
-        **_strides("key", call.key, "bkrh"),
-        **_strides("value", call.value, "bkrh"),
-        **_strides("mask", call.mask, "bkr"),
-        **_strides("key_scale", call.key_scale, "bkr"),
-        **_strides("value_scale", call.value_scale, "bkr"),
-        **_strides("key_cos", call.key_cos, "r"),
-        **_strides("key_sin", call.key_sin, "r"),
-        "DIM": d,
-        "WIDTH": width,
-        "INTERLEAVED": call.rotary_interleaved,
-        "KEY_FLOAT8": call.key.dtype == torch.float8_e4m3fn,
-        "VALUE_FLOAT8": call.value.dtype == torch.float8_e4m3fn,
-        "BIAS_PER_SLOT": k > 1 and call.logit_bias is not None and call.logit_bias.shape[3] == slots,
-        "SINGLE": settings.block_rows == 1,
-        "BLOCK_ROWS": settings.block_rows,
-        "BLOCK_KEYS": settings.block_keys,
-        "BLOCK_DIM": min(configs.power_of_two(d), settings.block_dim),
-        "BLOCK_VALUE": min(configs.power_of_two(d_value), settings.block_dim),
-        "BLOCK_PAIR": configs.power_of_two(width),
-        "BLOCK_REST": configs.power_of_two(d - 2 * width),
-        "PRECISION": settings.precision,
+        "SPEC": constants(spec),
     }
-    attend = {**attend, **as_bytes}
-    for name in ("null_logit", "null_value"):
-        del attend[name]
     block_value = min(configs.power_of_two(d_value), _VALUES_AT_ONCE)
-    value_blocks = -(-d_value // block_value)
     combine = {
         **shared,
-        "out": out,
-        "lse": lse,
         "null_logit": call.null_logit,
-        "null_value": call.null_value,
-        **_strides("null_value", call.null_value, "h"),
-        "value_blocks": value_blocks,
+        "null_value": strided(kernels.NullValue, call.null_value),
+        "results": Results(out, lse, None),
+        "BLOCK_KEYS": settings.block_keys,
+        "VALUE_DIM": d_value,
         "BLOCK_TILES": _TILES_AT_ONCE,
         "BLOCK_VALUE": block_value,
     }
-    if "valid" in as_bytes:
-        combine["valid"] = as_bytes["valid"]
+    programs = b * t * h * -(-d_value // block_value)
     combining = configs.LaunchSettings(1, _TILES_AT_ONCE, block_value, 4, 1)
     return [
-        Launch("attend", triton_kernels.attend_kernel, b * hk * key_tiles * row_tiles, attend, settings),
-        Launch("combine", triton_kernels.combine_kernel, b * t * h * value_blocks, combine, combining),
+        Launch("attend", kernels.attend_kernel, b * hk * key_tiles * row_tiles, attend, settings),
+        Launch("combine", kernels.combine_kernel, programs, combine, combining),
     ]
+
+
+def _as_bytes(x: torch.Tensor | None) -> torch.Tensor | None:
+    """The interpreter cannot mask a load with a bool that was loaded, and sm_80 knows no float8."""
+    return x.view(torch.uint8) if x is not None and x.dtype in (torch.bool, torch.float8_e4m3fn) else x
+
+
+def _cache(x: torch.Tensor) -> kernels.Cache:
+    return kernels.Cache(_as_bytes(x), *x.stride()[:-1])
+
+
+def _per_slot(x: torch.Tensor | None) -> kernels.PerSlot | None:
+    return None if x is None else kernels.PerSlot(_as_bytes(x), *x.stride())
 
 
 def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,8 +192,6 @@ def refusal(call: common.DecodeCall) -> str | None:
             f"{LARGEST_TURNED}: cache keys that are turned already"
         )
     reason = common.refusal("Triton", call, LARGEST_HEAD)
-    if reason is None and call.logit_softcap > 0.0:
-        reason = 'the Triton kernels have no logit_softcap yet: use backend="reference"'
     if reason is not None or interpreting():
         return reason
     if call.query.device.type != "cuda":
