@@ -6,7 +6,9 @@ import ast
 import functools
 import hashlib
 import inspect
+import io
 import textwrap
+import tokenize
 import warnings
 from types import CodeType
 from typing import Any, Protocol
@@ -81,18 +83,30 @@ def describe_change(name: str, function: Any, known: str | None, version: str, *
 @functools.lru_cache(maxsize=256)
 def digest(code: CodeType, verbatim: bool = False) -> str | None:
     """SHA-256 of the source itself (unlike `inspect.getsource(function)` this sees through no decorator), with comments
-    and all; or as Python reads it, without comments and docstring."""
+    and all; or without comments, docstring and white space, whatever the version of Python that reads it."""
     try:
         source = inspect.getsource(code)
-        if not verbatim:
-            function = ast.parse(textwrap.dedent(source)).body[0]
-            if isinstance(function, ast.FunctionDef):
-                if ast.get_docstring(function, clean=False) is not None and len(function.body) > 1:
-                    function.body = function.body[1:]
-                source = ast.unparse(function)
-    except (OSError, TypeError, SyntaxError, IndexError):
+        if verbatim:
+            source = "\n".join(line.rstrip() for line in source.splitlines())
+        else:
+            source = "".join(_without_comments(textwrap.dedent(source)).split())
+    except (OSError, TypeError, SyntaxError, IndexError, tokenize.TokenError):
         return None
-    return hashlib.sha256("\n".join(line.rstrip() for line in source.splitlines()).encode()).hexdigest()
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def _without_comments(source: str) -> str:
+    """Of one function, and without its docstring."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    function = ast.parse(source).body[0]
+    if isinstance(function, ast.FunctionDef) and ast.get_docstring(function, clean=False) is not None:
+        docstring = function.body[0]
+        del lines[docstring.lineno - 1 : docstring.end_lineno]
+    return "\n".join(lines)
 
 
 def class_names(module: nn.Module) -> list[str]:

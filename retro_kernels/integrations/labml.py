@@ -29,14 +29,14 @@ ATTENTIONS = ("ChunkedCrossAttention", "CrossAttention", "SelfAttention")
 LOOKS_FOR = tuple(f"{module}{name}" for module in MODULES for name in ATTENTIONS)
 
 KNOWN_SOURCES = {
-    "RotaryPositionalEmbeddings.forward": "015f9afad9bedda4e3dc7cdd44a9ac5b7b23367187d77c31753d92f491a588c6",
-    "SelfAttention.forward": "5cc1ed238e06abf8515b2da55a72f376be2d97f9124c3f3e67308eb54c577517",
-    "SelfAttention.mask_attention": "b2ed90aad99479ddb29861d0dfee40c0f5309d7b2df05f631ac0248558dc2e05",
-    "CrossAttention.forward": "3fb5cb3fa763ff15b4e6190b3b5adc4b98938195ecff38c9fec36b541d5c188f",
-    "ChunkedCrossAttention.forward": "d4bac11744b043ad9a825f814590de356902eab277f15e5416546920e1ede65d",
-    "FeedForward.forward": "04dffa4666f223b2086b36ceb162ac9758d787b7cf39b58b1b36e2dc5b8d5822",
-    "NearestNeighborEncoder.forward": "bd4ca2a28754e3548100c0aa9b53b4ef0d746edf49c542634731fb6dd7678c97",
-    "RetroModel.forward": "3bbbb2aaf09f5593c5cacb30196c89bce805af5770179ba00da051dc1395ca37",
+    "RotaryPositionalEmbeddings.forward": "e92c9852f5bba89e1279e120570db442117ceeaef9e1bc4ade00621fe9486da8",
+    "SelfAttention.forward": "62de1c27410bc04a30c95227bc78ca924175d641d6d0bffa60324b29074f97eb",
+    "SelfAttention.mask_attention": "4fe98a686260d5ea43791094fd53578802fcb7efea8d403b5268327be8de0038",
+    "CrossAttention.forward": "975a26c73aa7dc1404b817469b3fd614f654b28c0cc882758ab2ef487219f605",
+    "ChunkedCrossAttention.forward": "1a0898a1dd6cc506d67da182c42f96c329f48c7f6650e16c10a0d28136218fd3",
+    "FeedForward.forward": "b4a56380f471ee2d76fdff01bfa7f1e5d6adfc097d7d866984f8ac5abb979e86",
+    "NearestNeighborEncoder.forward": "d4eb67cf4fbed1fae1f523a84496b9756fb1f393526bc79618544d1a6578446e",
+    "RetroModel.forward": "dbbb8319c512f3c79d62a3ca807620adbcc804ea2b5b031f40c5df182d792f28",
 }
 PARTS = {"query", "key", "value", "norm", "softmax", "output"}
 

@@ -39,11 +39,11 @@ MODEL = RETRO + "model.RetroModel"
 LOOKS_FOR = (DECODER, ENCODER, f"{CORE} of a RETRO")
 
 KNOWN_SOURCES = {
-    DECODER: "d9017d9e0283d0ba18299e0f58ca0e8ee731783340c9e1c47b11ef3bb6fb290c",
-    ENCODER: "57ff8e5a5dd79d39ef78d54573fb2101bd0173559624727271e771ec0a91f23c",
-    CORE: "514e30caa47df828e6d8ab7f308869a8dfa50d64b0748102b5c5e31666b1b037",
-    "get_query_key_value_tensors": "77f4cf8f387ae797959eb47ef20905beda638f600b994daf06afc137a4b59a56",
-    MODEL: "b15b02ab2001a922f3bc21667049736601b40865120f5e8c6c293cc7f6694c43",
+    DECODER: "78124bbaf96337ef034e52869a456297531e36440b176bbdf33dfee6f7983c00",
+    ENCODER: "a93dc13965c911ef4535192c088b04a190bb9e9f6ffb8f8a3d9b1dbcac928a4e",
+    CORE: "1219515f00b53ffd9c86c88b86f7e75e0575e198026f9a131429be19755c7790",
+    "get_query_key_value_tensors": "f546898dd71f007ebd41ed396586e9fde05c74f5f761349f0ce77405961cad9b",
+    MODEL: "02d96e638f718deba0d6c58b8d5ccdf3953823f5885d31a05284ed1cd9dff3fe",
 }
 
 # The dialect; sizes and the rest: `describe`, `describe_arguments` and `convert`.
