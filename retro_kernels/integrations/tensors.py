@@ -80,7 +80,8 @@ def load_pickle(path: Path, known: Iterable[Any] = ()) -> Any:
     except Exception as error:  # whatever a broken file makes the unpickler raise
         reason = str(error).split("\n")[0][:300]
         try:
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            with torch.serialization.safe_globals(list(known)):
+                foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except Exception:
             foreign = []
         if foreign:
