@@ -74,8 +74,8 @@ def chunked_cross_attention(
         sequence_starts: bool [b, n], True at the first token of every document packed into a row. The chunks restart
             with each document: a row's chunks are those of its documents one after the other, (n_i - m) // stride + 1
             for a document of n_i >= m tokens and none for a shorter one. Excludes `align="end"` and offsets.
-        return_lse: also return the natural logarithm of the softmax's sum. It has a gradient on "reference" and "cpu";
-            on "triton" and "cuda" a backward that needs its gradient, and under torch.compile any, raises RuntimeError.
+        return_lse: also return the natural logarithm of the softmax's sum. It has a gradient,
+            0 where nothing is visible.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses, RETRO_KERNELS_BACKEND overrides None.
 
     Returns:

@@ -59,8 +59,8 @@ def neighbour_self_attention(
         logit_softcap: c > 0: scaled logits x become c * tanh(x / c), before the bias is added (Gemma 2); None: no cap.
             "cuda" refuses it.
         dropout_p: in [0, 1), on the probabilities; rounded to a multiple of 2 ** -16.
-        return_lse: also return the natural logarithm of the softmax's sum. It has a gradient on "reference" and "cpu";
-            on "triton" and "cuda" a backward that needs its gradient, and under torch.compile any, raises RuntimeError.
+        return_lse: also return the natural logarithm of the softmax's sum. It has a gradient,
+            0 where nothing is visible.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses, RETRO_KERNELS_BACKEND overrides None.
 
     Returns:
@@ -192,8 +192,8 @@ def neighbour_cross_attention(
         logit_softcap: c > 0: scaled logits x become c * tanh(x / c), before the bias is added (Gemma 2); None: no cap.
             "cuda" refuses it.
         dropout_p: in [0, 1), on the probabilities; rounded to a multiple of 2 ** -16.
-        return_lse: also return the natural logarithm of the softmax's sum. It has a gradient on "reference" and "cpu";
-            on "triton" and "cuda" a backward that needs its gradient, and under torch.compile any, raises RuntimeError.
+        return_lse: also return the natural logarithm of the softmax's sum. It has a gradient,
+            0 where nothing is visible.
         backend: "reference", "cpu", "triton" or "cuda"; None chooses, RETRO_KERNELS_BACKEND overrides None.
 
     Returns:
