@@ -39,3 +39,10 @@ def test_a_circle_would_be_found(tmp_path):
     assert imports("p.a", known["p.a"], known, later=True) == {"p.b"}
     assert imports("p.b", known["p.b"], known, later=False) == {"p.c"}
     assert imports("p.b", known["p.b"], known, later=True) == {"p.a", "p.c"}
+
+
+def test_what_is_shipped_imports_nothing_that_is_not():
+    known = modules("retro_kernels")
+    for name, path in known.items():
+        for module, _ in imported(name, path, known, later=True):
+            assert module.split(".")[0] not in ("benchmarks", "tests"), f"{name} imports {module}"

@@ -285,7 +285,7 @@ class Ceilings:
 
 def measure_ceilings(device: torch.device, dtypes: list[str], quick: bool = False) -> Ceilings:
     """Copy bandwidth (bytes read plus written) of a buffer far beyond the caches, and the matrix rate per dtype."""
-    from benchmarks.cpu_peak import multiply_add_rates
+    from retro_kernels.bench.cpu_peak import multiply_add_rates
 
     from .operations import DTYPES
 

@@ -72,7 +72,17 @@ def _library() -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "peak.c"), Path(folder, "peak.so")
         source.write_text(SOURCE)
-        command = [compiler, "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", source, "-o", binary]
+        command = [
+            compiler,
+            "-O3",
+            "-march=native",
+            "-ffp-contract=fast",
+            "-shared",
+            "-fPIC",
+            str(source),
+            "-o",
+            str(binary),
+        ]
         try:
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             library = ctypes.CDLL(str(binary))
