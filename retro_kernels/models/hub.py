@@ -7,47 +7,54 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..tokenizers import FILE
-from .checkpoint import INDEX
 from .config import RetroConfig
-from .retro import Retro
 from .run_folder import PROGRESS, read_json
 
+if TYPE_CHECKING:
+    from .retro import Retro
+
 CARD = "README.md"
-FILES = ("config.json", "model*.safetensors", INDEX, FILE, CARD)
-"""What of a folder is uploaded: not the optimiser's state."""
+FILES = (FILE, CARD)
+"""What of a checkpoint is uploaded besides the model: not the optimiser's state."""
 
 
 def push_to_hub(
-    model: Retro | str | os.PathLike[str],
+    model: Retro,
     repository: str,
     *,
+    checkpoint: str | os.PathLike[str] | None = None,
     private: bool = False,
     message: str = "Upload model",
     token: str | None = None,
 ) -> str:
-    """Uploads a model, or the folder of one (a checkpoint: its tokenizer and held-out loss come with it), as
-    "owner/name" to the Hugging Face hub. A folder without a README.md gets a model card. -> the address
+    """Uploads a model as "owner/name" to the Hugging Face hub, with a model card. -> the address
 
-    Raises FileNotFoundError or ValueError for a folder that holds no model, and what the hub's client raises.
+    Args:
+        checkpoint: the folder of training that the model was read from: its tokenizer, its README.md, where it has one,
+            and its held-out loss come with it.
+
+    Raises FileNotFoundError for a checkpoint that is not there, and what the hub's client raises.
     """
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if isinstance(model, Retro):
-            model.save_pretrained(folder)
-        else:
-            Retro.from_pretrained(model)  # whole, or an error before anything is public
-            for pattern in FILES:
-                for path in Path(model).glob(pattern):
-                    shutil.copyfile(path, folder / path.name)
+        model.save_pretrained(folder)
+        progress = None
+        if checkpoint is not None:
+            if not (Path(checkpoint) / "config.json").is_file():
+                raise FileNotFoundError(
+                    f"checkpoint: {checkpoint} holds no config.json, expected a checkpoint's folder"
+                )
+            progress = read_json(Path(checkpoint) / PROGRESS)
+            for name in FILES:
+                if (Path(checkpoint) / name).is_file():
+                    shutil.copyfile(Path(checkpoint) / name, folder / name)
         if not (folder / CARD).exists():
-            progress = None if isinstance(model, Retro) else read_json(Path(model) / PROGRESS)
-            known = Retro.from_pretrained(folder)
-            text = model_card(known, repository, progress if isinstance(progress, dict) else None)
+            text = model_card(model, repository, progress if isinstance(progress, dict) else None)
             (folder / CARD).write_text(text)
         api = HfApi(token=token)
         api.create_repo(repository, private=private, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -13,7 +12,6 @@ from test_training import trainer
 from training_common import stream_of
 
 from retro_kernels.models import Retro
-from retro_kernels.models.hub import push_to_hub
 
 
 @pytest.fixture
@@ -54,13 +52,14 @@ def test_a_checkpoint_goes_without_its_optimiser_and_says_what_was_measured(hub,
     run.held_out = stream
     run.run()
     (tmp_path / "run" / "best" / "tokenizer.json").write_text("{}")
-    push_to_hub(tmp_path / "run" / "best", "me/trained")
+    best = tmp_path / "run" / "best"
+    Retro.from_pretrained(best).push_to_hub("me/trained", checkpoint=best)
     uploaded = hub[0] / "me" / "trained"
     names = sorted(path.name for path in uploaded.iterdir())
     assert names == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
     card = (uploaded / "README.md").read_text()
     assert "Trained for 2 updates on 8 rows." in card
     assert f"Best held-out loss: {run.best['loss']:.4f} nats" in card
-    with pytest.raises(FileNotFoundError, match=r"config\.json is not there"):
-        push_to_hub(Path(tmp_path / "nowhere"), "me/nothing")
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        tiny().push_to_hub("me/nothing", checkpoint=tmp_path / "nowhere")
     assert "me/nothing" not in hub[1]
