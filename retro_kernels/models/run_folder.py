@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -101,7 +100,7 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
             return checkpoint
         aside = folder / f"broken-{checkpoint.name}"
         shutil.rmtree(aside, ignore_errors=True)
-        os.replace(checkpoint, aside)
+        move(checkpoint, aside)
         say(f"{checkpoint} is broken ({problem}); it is now {aside.name}, and the one before it is taken")
     if found:
         raise ValueError(
@@ -133,4 +132,4 @@ def point_to_best(folder: Path, checkpoint: Path) -> None:
     link = folder / f"{BEST}.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(checkpoint.name)
-    os.replace(link, folder / BEST)
+    move(link, folder / BEST)

@@ -1,6 +1,7 @@
 """`swap`, the layer and the encoder against retro-pytorch 0.3.9 itself, with its own weights."""
 
 import copy
+import functools
 import importlib.util
 import io
 import math
@@ -13,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("retro_pytorch", reason="the peer is not installed (extra `peers`)")
 
-from retro_pytorch.retro_pytorch import RETRO, Attention, Encoder, RotaryEmbedding
+from retro_pytorch.retro_pytorch import RETRO, Attention, Encoder, RMSNorm, RotaryEmbedding
 from retro_pytorch.retro_pytorch import ChunkedCrossAttention as Peer
 
 from retro_kernels.integrations import base, retro_pytorch, swap, unswap
@@ -267,6 +268,7 @@ ENCODERS = {
     "cross-attention in layer 2": {"cross_attn_layers": (2,)},
     "no projection": {"output_dim": None, "final_norm": False},
     "deepnet": {"post_norm": True, "norm_klass": nn.LayerNorm, "scale_residual": 1.3},
+    "gated norms": {"norm_klass": functools.partial(RMSNorm, gated=True)},
 }
 
 
@@ -311,8 +313,6 @@ def test_the_encoder_with_copied_weights_and_swapped(reference, form):
 def test_to_encoder_refuses_what_it_does_not_know(monkeypatch):
     with pytest.raises(ValueError, match="Linear"):
         retro_pytorch.to_encoder(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="gated"):
-        retro_pytorch.to_encoder(retro(gated_rmsnorm=True).encoder)
     with pytest.raises(ValueError, match="causal"):
         retro_pytorch.to_encoder(Encoder(DIM, depth=1, causal=True))
     encoder = retro().encoder

@@ -9,6 +9,7 @@ from small_calls import HK, OPERATIONS, B, D, E, H, K, L, M, N, R, draw, null, o
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import retro_kernels as rk
+from retro_kernels.ops.attention import cpu
 from retro_kernels.ops.backends import ATTENTION as BACKENDS
 
 SAMPLES = 3
@@ -110,14 +111,15 @@ def test_the_gradient_through_vmap_and_vmap_at_any_axis(name):
 def test_vmap_folds_samples_into_the_batch_and_makes_one_call(monkeypatch):
     """A loop is for what the kernel takes one of."""
     calls = []
-    kernel = torch.ops.retro_kernels_cpu.attention_forward
+    assert cpu.unavailable() is None  # which loads the compiled ops
+    kernel = cpu._op("attention_forward")
     q, kv, bias = draw(SAMPLES, B, N, H, D), draw(SAMPLES, B, L, K, R, HK, D), draw(SAMPLES, H, M, R)
 
     def count(*arguments):
         calls.append(arguments[0].shape[0])
         return kernel(*arguments)
 
-    monkeypatch.setattr(torch.ops.retro_kernels_cpu, "attention_forward", count)
+    monkeypatch.setattr(cpu, "_op", lambda name: count)
     vmap(lambda q, kv: rk.chunked_cross_attention(q, kv, kv, chunk_size=M, backend="cpu"))(q, kv)
     assert calls == [SAMPLES * B]
     calls.clear()
