@@ -53,6 +53,8 @@ def main() -> int:
     begun = time.monotonic()
     evaluated = ""
     for command in commands:
+        if command[1] == "tokenizer" and (given.work / "tokenizer" / "tokenizer.json").exists():
+            continue  # a tokenizer is never overwritten: databases and models depend on it
         print(f"$ {shlex.join(command)}", flush=True)
         at = time.monotonic()
         output = run(command, given.work)
