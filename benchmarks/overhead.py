@@ -111,9 +111,9 @@ def of_triton() -> Iterator[tuple[str, float]]:
 def _kernel(q: torch.Tensor, kv: torch.Tensor) -> Callable[[], object]:
     """The raw operation with its outputs allocated anew, as the op does."""
     absent = (None,) * 14
-    settings = (0, False, False, D**-0.5, 0.0, M, M - 1)
+    settings = (0, False, False, D**-0.5, 0.0, 0.0, M, M - 1)  # scale, no soft cap, no dropout, stride, first token
     assert rk.backends()["cpu"].available, rk.backends()["cpu"].reason
-    query, raw = q[:, None, None], torch.ops.retro_kernels_cpu.attention_forward
+    query, raw = q[:, None, None], torch.ops.retro_kernels_cpu.attention_forward.default
 
     def call() -> object:
         out, lse = torch.empty(B, 1, 1, N, H, D), torch.empty(B, 1, 1, N, H)
