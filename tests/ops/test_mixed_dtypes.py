@@ -68,7 +68,7 @@ def test_every_parameter_has_its_own_dtype(backend, case, names, dtype, guarded)
         arguments = cases.make(dataclasses.replace(case, fp32=fp32), dtype)
         if "bias_value" in arguments:
             # As large as the values' differences and no larger: what a rounded output costs absorbed gradients beyond
-            # that is said in projected_chunked_cross_attention/cpu.py, and is not what this test is about.
+            # that is said in ops/absorbed/cpu.py, and is not what this test is about.
             arguments["bias_value"].data.mul_(0.25)
         assert {name for name in names if arguments[name].dtype == torch.float32} == set(fp32)
         grad_out = torch.randn(case.out_shape, generator=torch.Generator().manual_seed(1)).to(dtype).double()
