@@ -505,13 +505,13 @@ def test_bytes_at_7b():
         assert size(8, "key_value", dtype) == tokens * (8 * 2 * (4096 + 4) + 1) + rest
 
 
-def test_the_readme():
+def test_the_page():
     """The section's snippet runs as it stands."""
-    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "layers.md").read_text()
     section = text.split("## Generation\n", 1)[1].split("\n## ", 1)[0]
     (snippet,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     scope = {"torch": torch, "rk": retro_kernels}
-    exec(compile(snippet, "README.md", "exec"), scope)
+    exec(compile(snippet, "layers.md", "exec"), scope)
     assert scope["position"].tolist() == [130] * 4
     assert not scope["cache"].valid.any()
     assert scope["hidden"].isfinite().all()
