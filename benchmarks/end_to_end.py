@@ -483,7 +483,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "report":
         runs = json.loads(given.out.read_text())
-        DOCUMENT.write_text(report.with_block(DOCUMENT.read_text(), tables(runs), file=DOCUMENT.name))
+        DOCUMENT.write_text(report.replace_block(DOCUMENT.read_text(), tables(runs), file=DOCUMENT.name))
         return
     used = {
         "train": ("preset", "batch", "vocabulary", "ways"),

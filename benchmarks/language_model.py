@@ -427,7 +427,7 @@ def document_results(*, check: bool) -> int:
     paths = sorted((HERE / "results").glob(f"*/{FILE}"))
     old = DOCUMENT.read_text()
     text = block([(path.parent.name, json.loads(path.read_text())) for path in paths])
-    new = report.with_block(old, text, name="language-model", file=DOCUMENT.name)
+    new = report.replace_block(old, text, name="language-model", file=DOCUMENT.name)
     if check and new != old:
         print(f"{DOCUMENT}: stale; run `python -m benchmarks.language_model --report`")
         return 1

@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     page = ROOT / "docs" / "retrieval.md"
     old = page.read_text()
-    new = report.with_block(old, block(ROOT / "benchmarks" / "results"), name="speed", file=page.name)
+    new = report.replace_block(old, block(ROOT / "benchmarks" / "results"), name="speed", file=page.name)
     if options.check and old != new:
         print(f"{page}: stale; run `python -m benchmarks.retrieval`")
         return 1

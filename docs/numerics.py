@@ -48,9 +48,9 @@ def table(backend: str) -> str:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
-    from retro_kernels.bench.report import with_block
+    from retro_kernels.bench.report import replace_block
 
     page = HERE / "numerics.md"
     block = table(sys.argv[1] if len(sys.argv) > 1 else "cpu")
-    page.write_text(with_block(page.read_text(), block, name="large-logits", file=page.name))
+    page.write_text(replace_block(page.read_text(), block, name="large-logits", file=page.name))
     print(block)

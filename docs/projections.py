@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from retro_kernels.bench import results  # noqa: E402
 from retro_kernels.bench.operations import PROJECTED  # noqa: E402
-from retro_kernels.bench.report import with_block  # noqa: E402
+from retro_kernels.bench.report import replace_block  # noqa: E402
 
 COLOURS = {"materialise": "#3d85c6", "absorb": "#d1491f"}
 MARKERS = {"fp32": "o", "bf16": "s", "fp16": "^"}
@@ -121,7 +121,7 @@ def main(path: Path) -> None:
     ratios(right, rows)
     figure.savefig(HERE / "projections.png", dpi=100, metadata={"Software": None})
     page = HERE / "projections.md"
-    page.write_text(with_block(page.read_text(), sentences(document, rows)))
+    page.write_text(replace_block(page.read_text(), sentences(document, rows)))
 
 
 if __name__ == "__main__":

@@ -512,10 +512,10 @@ def class_problem(wanted: Class, odd: bool, device: str = "cpu") -> dict[str, An
         other = make(dataclasses.replace(case, options=others), dtype, device)
         arguments = {name: x for name, x in arguments.items() if name != "value_scale"}
         arguments |= {name: other[name] for name in ("value", "value_scale") if name in other}
-    return without_unread(arguments)
+    return poison_unread(arguments)
 
 
-def without_unread(arguments: dict[str, Any]) -> dict[str, Any]:
+def poison_unread(arguments: dict[str, Any]) -> dict[str, Any]:
     """With NaN in the caches of sequences that are not valid, which decoding does not read."""
     if "valid" not in arguments:
         return arguments

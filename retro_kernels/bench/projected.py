@@ -43,7 +43,7 @@ class Projected(Workload):
         return fit(self, device)
 
     def whole(self) -> Workload | None:
-        return at_whole_length(self)
+        return lengthen(self)
 
     def core(self) -> Attention:
         """The attention inside, for the ways that are given keys and values."""
@@ -140,7 +140,7 @@ class Layer(Workload):
         return fit(self, device)
 
     def whole(self) -> Workload | None:
-        return at_whole_length(self)
+        return lengthen(self)
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         query, *states_and_weights = self.inner.shapes()
@@ -193,7 +193,7 @@ def fit(workload: Projected | Layer, device: torch.device | str) -> Workload:
     return replace(workload, batch=1, sequence_length=(chunks + 1) * m - 1, whole_length=length)
 
 
-def at_whole_length(workload: Projected | Layer) -> Workload | None:
+def lengthen(workload: Projected | Layer) -> Workload | None:
     """One sequence of the whole length, for WHOLE; None for others and where this is as long."""
     length = workload.whole_length if workload.name in WHOLE else None
     if length is None or length <= workload.sequence_length:

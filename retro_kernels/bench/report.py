@@ -310,10 +310,10 @@ def pages(root: Path) -> dict[Path, str]:
     """The pages that are generated of the committed tables: one a device, and README.md."""
     folder, readme = root / "benchmarks" / "results", root / "README.md"
     found = {path.with_suffix(".md"): markdown(results.load(path)) for path in results.committed(folder)}
-    return found | {readme: with_block(readme.read_text(), readme_block(folder))}
+    return found | {readme: replace_block(readme.read_text(), readme_block(folder))}
 
 
-def with_block(text: str, block: str, *, name: str = "results", file: str = "README.md") -> str:
+def replace_block(text: str, block: str, *, name: str = "results", file: str = "README.md") -> str:
     """The file's text with the block between the marks of that name. Raises ValueError when they are not there once, in
     order."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

@@ -114,7 +114,7 @@ GOALS = {(LAYER, "retro-7.5b"), (PROJECTED, "retro-7.5b"), (PROJECTED, "retro-42
 """(operation, workload) with a stated goal or a place in the README: a run of limited time takes them early."""
 
 
-def of_operation(workload: Workload, operation: str, option: str) -> Workload:
+def as_operation(workload: Workload, operation: str, option: str) -> Workload:
     """Makes the workload of another operation with the same shape."""
     return KINDS[operation](**{**vars(workload), "operation": operation, "option": option})
 
@@ -144,7 +144,7 @@ def select(
             usual = [option for option, group in listed.items() if name in group]
             for option in options or usual or OPTIONS_OF[operation][:1]:
                 if option in OPTIONS_OF[operation] and (names or option in usual or option not in listed):
-                    found.append(of_operation(known[name], operation, option))
+                    found.append(as_operation(known[name], operation, option))
     if not found:
         raise ValueError(
             f"workload, operation: got {', '.join(names or ['all'])} and {', '.join(operations or ['all'])}, no case "

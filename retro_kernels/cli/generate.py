@@ -72,7 +72,7 @@ class DatabaseRetriever:
         return Neighbours(found.tokens, found.mask, sources)
 
 
-def shown(chunk: str, sources: list[tuple[Any, str]]) -> str:
+def describe_sources(chunk: str, sources: list[tuple[Any, str]]) -> str:
     """Describes the passages that informed the tokens after a chunk."""
     lines = [f"\nAfter {' '.join(chunk.split())!r}:" if sources else f"\nAfter {' '.join(chunk.split())!r}: nothing"]
     for source, passage in sources:
@@ -233,6 +233,6 @@ def _plain(source: Any) -> Any:
 def _show(made: Any, i: int, tokenizer: Any, m: int, of_database: bool, wanted: bool) -> None:
     for chunk, sources in sorted(made.sources[i].items()) if wanted else ():
         if of_database:
-            say(shown(tokenizer.decode(made.sequences[i, chunk * m : (chunk + 1) * m].tolist()), sources))
+            say(describe_sources(tokenizer.decode(made.sequences[i, chunk * m : (chunk + 1) * m].tolist()), sources))
         else:
             say(f"chunk {chunk}: {sources}")

@@ -60,7 +60,7 @@ def verify(
 
     missing = []
     for one, name in wanted:
-        verdict = None if again else verdicts.known(one, name, on)
+        verdict = None if again else verdicts.look_up(one, name, on)
         if verdict is None or verdict.status != self_check.PASSED:
             missing.append((one, name))
         else:

@@ -296,7 +296,7 @@ class Decoder:
             row[: len(self.sequences[i])] = torch.tensor(self.sequences[i])
         neighbours = mask = None
         if self.retrieval is not None:
-            found = self.retrieval.of_prompts(self.sequences, rows, counts, self.lead)
+            found = self.retrieval.retrieve_for_prompts(self.sequences, rows, counts, self.lead)
             neighbours, mask = (x.to(self.device) for x in found)
 
         def encode(activations: torch.Tensor) -> torch.Tensor | None:
@@ -403,7 +403,7 @@ class Retrieval:
         """The chunk with whose tokens the neighbours of `chunk` are retrieved; negative where there are none."""
         return chunk - chunk % self.every - self.stale
 
-    def of_prompts(
+    def retrieve_for_prompts(
         self, sequences: list[list[int]], rows: list[int], counts: list[int], lead: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Neighbours of the sequences `rows`, of which each has `counts` chunks: tokens and mask [rows, l, k, r];

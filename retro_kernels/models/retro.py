@@ -237,7 +237,7 @@ class Retro(nn.Module):
             if neighbours is not None and p == config.cross_attention_layers[0]:
                 encoded = self._encoder_of(neighbours, neighbour_mask, sequence_starts)
                 if self.context is not None and neighbour_mask is not None:
-                    neighbour_mask = self.context.with_previous(neighbour_mask)
+                    neighbour_mask = self.context.prepend_previous_chunk(neighbour_mask)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 h, encoded = recompute(block, h, encoded, neighbour_mask, sequence_starts, cache, use_reentrant=False)
             else:
@@ -426,7 +426,7 @@ class Retro(nn.Module):
     def _encoder_of(self, neighbours, neighbour_mask, sequence_starts):
         def encode(activations: torch.Tensor) -> torch.Tensor:
             encoded = self.encode(neighbours, activations, neighbour_mask, sequence_starts)
-            return encoded if self.context is None else self.context.with_previous(encoded)
+            return encoded if self.context is None else self.context.prepend_previous_chunk(encoded)
 
         return encode
 

@@ -12,10 +12,10 @@ class ContextParallel:
     """The processes of a group hold consecutive parts of the same rows, of equally many whole chunks each.
 
     Everything that works on single tokens, and the encoder, which works on single chunks, need no other process. In
-    chunked cross-attention the first m - 1 tokens of a part attend to the chunk before it: its encoded neighbours cross
-    the border (`with_previous`), once for all layers. Self-attention sees whole rows: each process computes it for a
-    share of the heads (`by_heads`, `by_tokens`). Keys and values gathered to every process's own queries would give the
-    same, but most of the work to the last process, whose tokens see the most.
+    chunked cross-attention the first m - 1 tokens of a part attend to the chunk before it: its encoded neighbours
+    cross the border (`prepend_previous_chunk`), once for all layers. Self-attention sees whole rows: each process
+    computes it for a share of the heads (`scatter_heads`, `gather_heads`). Keys and values gathered to every
+    process's own queries would give the same, but most of the work to the last process, whose tokens see the most.
 
     Args:
         group: of torch.distributed; its ranks hold the parts in their order.
@@ -34,7 +34,7 @@ class ContextParallel:
         each = num_heads // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def by_heads(self, x: torch.Tensor) -> torch.Tensor:
+    def scatter_heads(self, x: torch.Tensor) -> torch.Tensor:
         """x [b, n, h, d] of this process's tokens -> [b, size * n, h / size, d], all tokens of its heads. Where there
         are fewer key heads than processes, each goes to several of these."""
         h = x.shape[2]
@@ -44,12 +44,12 @@ class ContextParallel:
         parts = x.unflatten(2, (self.size, -1)).movedim(2, 0)
         return _Exchange.apply(parts, self.group).movedim(0, 1).flatten(1, 2)
 
-    def by_tokens(self, x: torch.Tensor) -> torch.Tensor:
+    def gather_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Back: x [b, size * n, h / size, d] -> [b, n, h, d]."""
         parts = x.unflatten(1, (self.size, -1)).movedim(1, 0)
         return _Exchange.apply(parts, self.group).movedim(0, 2).flatten(2, 3)
 
-    def with_previous(self, x: torch.Tensor) -> torch.Tensor:
+    def prepend_previous_chunk(self, x: torch.Tensor) -> torch.Tensor:
         """x [b, l, ...] of this process's chunks -> [b, 1 + l, ...], the last chunk of the process before in front of
         them; [b, l, ...] on the first, which has none. Gradients go back where the chunk came from."""
         if x.dtype == torch.bool:
@@ -58,7 +58,7 @@ class ContextParallel:
 
     def offsets(self, num_tokens: int, chunk_size: int) -> dict[str, int]:
         """`query_offset` and `chunk_offset` of chunked cross-attention, of `num_tokens` tokens here and of encoded
-        neighbours that `with_previous` gave."""
+        neighbours that `prepend_previous_chunk` gave."""
         first = self.rank * num_tokens
         return {"query_offset": first, "chunk_offset": max(first // chunk_size - 1, 0)}
 

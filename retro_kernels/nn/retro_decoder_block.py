@@ -129,7 +129,7 @@ class CausalSelfAttention(nn.Module):
         if self.context is not None:
             if sequence_starts is not None or cache is not None:
                 raise ValueError("sequence_starts, cache: got one with context parallelism, expected None")
-            query, key, value = (self.context.by_heads(x) for x in (query, key, value))
+            query, key, value = (self.context.scatter_heads(x) for x in (query, key, value))
             heads = self.context.heads(self.num_heads)
         n = query.shape[1]
         positions: dict[str, Any] = {}
@@ -158,7 +158,7 @@ class CausalSelfAttention(nn.Module):
             **positions,
         )
         out = out[:, 0, 0]
-        return self.w_out((out if self.context is None else self.context.by_tokens(out)).flatten(-2))
+        return self.w_out((out if self.context is None else self.context.gather_heads(out)).flatten(-2))
 
     @torch.no_grad()
     def decode(

@@ -124,7 +124,7 @@ def choose(modules: dict[str, ModuleType], call: Any, requested: str | None) -> 
     Raises ValueError for an unknown name or a call that the named backend refuses, RuntimeError when the named
     backend cannot run in this process.
     """
-    name, source = named(requested)
+    name, source = requested_backend(requested)
     if name is not None:
         reason = _unavailable(modules, name)
         if reason is not None:
@@ -141,7 +141,7 @@ def choose(modules: dict[str, ModuleType], call: Any, requested: str | None) -> 
     return "reference"
 
 
-def named(requested: str | None) -> tuple[str | None, str]:
+def requested_backend(requested: str | None) -> tuple[str | None, str]:
     """The backend that is asked for by name, if any, and by what: the argument or RETRO_KERNELS_BACKEND.
 
     Raises ValueError for an unknown name."""

@@ -67,7 +67,7 @@ def philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> tuple[torch
     return c0, c1, c2, c3
 
 
-def kept(seed: torch.Tensor, p: float, head: torch.Tensor, place: torch.Tensor, slots: int) -> torch.Tensor:
+def survivors(seed: torch.Tensor, p: float, head: torch.Tensor, place: torch.Tensor, slots: int) -> torch.Tensor:
     """bool [*rows, 1 + slots], the null slot first, for rows whose b * h + head and place are the (broadcasting)
     tensors given."""
     device = seed.device

@@ -12,7 +12,7 @@ from . import checks
 from .absorbed import cost_model
 from .attention import common as attention_common
 from .backends import ABSORBED, ATTENTION
-from .projected import Given, absorb_refusal, prepare, work
+from .projected import ProjectedArguments, absorb_refusal, prepare, work
 
 PAIRS = ("query_rotary", "key_rotary")
 TENSORS = (
@@ -166,7 +166,7 @@ def _stand_in(value: Any, dtype: torch.dtype, device: torch.device, gradient: bo
     return value
 
 
-def _explain(given: Given, strategy: str, sizes: cost_model.Work) -> Explanation:
+def _explain(given: ProjectedArguments, strategy: str, sizes: cost_model.Work) -> Explanation:
     call = given.call
     device, dtype = call.query.device, call.query.dtype
     known = cost_model.constants(device, dtype)
@@ -224,14 +224,14 @@ def _choice(strategy: str, rows: list[Estimate], refused: str | None, faster: st
 
 def _backend(modules: dict, call: Any, requested: str | None) -> tuple[str | None, str | None]:
     """The backend that would run the call, or why the one asked for by name does not."""
-    name, source = backend_choice.named(requested)
+    name, source = backend_choice.requested_backend(requested)
     if name is not None:
         reason = backend_choice.why_not(modules, name, call)
         return (name, None) if reason is None else (None, f"{source}={name!r}: {reason}")
     return backend_choice.first_fused(modules, call)[0] or "reference", None
 
 
-def _core_call(given: Given) -> attention_common.Call:
+def _core_call(given: ProjectedArguments) -> attention_common.Call:
     """The call of the core with keys and values that are stand-ins."""
     call = given.call
     places = call.encoded.shape[:4]

@@ -126,7 +126,7 @@ def projected_chunked_cross_attention(
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class ProjectedArguments:
     """One validated call. `call` is it in the absorbed form, without a seed for dropout; the rest is what only keys and
     values that are made can use, and what places the slices of a longer sequence."""
 
@@ -173,7 +173,7 @@ def prepare(
     sequence_starts=None,
     return_lse=False,
     backend=None,
-) -> Given:
+) -> ProjectedArguments:
     """Autocast and every check of `projected_chunked_cross_attention`."""
     checks.tensor("query", query, checks.FLOATING)
     tensors = checks.autocast(
@@ -224,7 +224,7 @@ def prepare(
         first_token=first_token,
         return_lse=return_lse,
     )
-    return Given(
+    return ProjectedArguments(
         call,
         missing,
         recompute,
@@ -245,11 +245,11 @@ ROTARY = (
 )
 
 
-def absorb_refusal(given: Given) -> str | None:
+def absorb_refusal(given: ProjectedArguments) -> str | None:
     """Why "auto" may not take "absorb", or None."""
     if given.query_rotary is not None:
         return "every key is turned by its own angle after w_key, so w_key cannot be applied to the query instead"
-    name, _ = backend_choice.named(given.backend)
+    name, _ = backend_choice.requested_backend(given.backend)
     if name == "reference":
         return "the reference makes keys and values either way"
     if name is not None:
@@ -258,7 +258,7 @@ def absorb_refusal(given: Given) -> str | None:
     return None if name else "no fused kernel can absorb this call: " + ("; ".join(reasons) or "none on this device")
 
 
-def work(given: Given, backward: bool | None = None) -> cost_model.Work:
+def work(given: ProjectedArguments, backward: bool | None = None) -> cost_model.Work:
     """The sizes of a call for the cost model, and which gradients it asks for; `backward` overrides whether any. Packed
     documents are counted as if every token attended."""
     call = given.call
@@ -335,7 +335,7 @@ def _check(query, encoded, w_key, w_value, bias_key, bias_value, mask) -> None:
     checks.mask("neighbour_mask", mask, query, "b, l, k, r", (b, l, k, r))
 
 
-def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _materialise(given: ProjectedArguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     call, sequence_starts = given.call, given.sequence_starts
     b, n, l = call.query.shape[0], call.query.shape[1], call.encoded.shape[1]
     first, last = 0, l
@@ -402,7 +402,7 @@ def _materialise(given: Given) -> tuple[torch.Tensor, torch.Tensor | None]:
     return torch.cat(outs, dim=axis), torch.cat(lses, dim=axis) if call.return_lse else None
 
 
-def _absorb(given: Given) -> tuple[torch.Tensor, torch.Tensor]:
+def _absorb(given: ProjectedArguments) -> tuple[torch.Tensor, torch.Tensor]:
     dropout_p, dropout_seed = checks.dropout_of(given.call.dropout_p, given.call.query)
     call = dataclasses.replace(given.call, dropout_p=dropout_p, dropout_seed=dropout_seed)
     chosen = backend_choice.choose(ABSORBED, call, given.backend)

@@ -433,7 +433,7 @@ class Retriever:
                 near, found = self._nearest(queries[part.to(queries.device)], width)
                 where = self.database.device
                 mine, theirs, without = (x[part].to(where, non_blocking=True) for x in (chunks, own, excluded))
-                kept = self._kept(found.to(where), mine, theirs, without, labels).cpu()
+                kept = self._filter(found.to(where), mine, theirs, without, labels).cpu()
                 near, found = near.cpu(), found.cpu()
                 rank = kept.long().cumsum(-1)
                 row, column = (kept & (rank <= k)).nonzero(as_tuple=True)
@@ -461,7 +461,7 @@ class Retriever:
             if width == whole:
                 return
 
-    def _kept(
+    def _filter(
         self, found: Tensor, chunks: Tensor, own: Tensor, excluded: Tensor, labels: Tensor | None = None
     ) -> Tensor:
         """bool [q, c]: which of the candidates pass the filters. All on the database's device."""

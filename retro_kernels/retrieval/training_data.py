@@ -381,7 +381,7 @@ class _Matched:
         meter = Meter("match", len(database) + (0 if same else len(corpus)), progress)
         theirs = document_hashes(database, meter)
         mine = theirs if same else document_hashes(corpus, meter)
-        self.held: np.ndarray | None = None if held_out is None else _drawn(mine, held_out)
+        self.held: np.ndarray | None = None if held_out is None else _draw_documents(mine, held_out)
         _, labels = np.unique(np.concatenate([theirs, mine]), return_inverse=True)
         labels = labels.reshape(-1)
         theirs_labels, self._labels = labels[: len(theirs)], labels[len(theirs) :]
@@ -413,7 +413,7 @@ class _Matched:
         return keys
 
 
-def _drawn(hashes: np.ndarray, share: float) -> np.ndarray:
+def _draw_documents(hashes: np.ndarray, share: float) -> np.ndarray:
     """bool [documents]: about `share` of them, of equal ones all or none, by their text alone: the same again whatever
     the order. Raises ValueError where none would be left on either side."""
     texts, of = np.unique(hashes, return_inverse=True)

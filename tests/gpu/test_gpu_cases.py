@@ -14,7 +14,7 @@ FLOORS = testing.KERNEL_FLOOR if problems.ON_GPU else testing.HALF_FLOOR
 
 
 def check(target, case, dtype):
-    arguments = testing.without_unread(testing.make(case, dtype, problems.DEVICE))
+    arguments = testing.poison_unread(testing.make(case, dtype, problems.DEVICE))
     with target.alone(case):
         testing.check_call(arguments, target.backend, FLOORS)
 

@@ -51,7 +51,7 @@ def drawn(target, name, dtype=BF16):
         pytest.skip(f"{target} does not take {reason}")
     arguments = testing.make(case, dtype, problems.DEVICE)
     if not testing.has_gradients(arguments, target.backend):
-        return case, testing.without_unread(arguments), None
+        return case, testing.poison_unread(arguments), None
     return case, arguments, testing.draw_grad_out(arguments)
 
 

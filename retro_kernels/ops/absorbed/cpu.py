@@ -171,14 +171,14 @@ def gradients(
         else:
             found["bias_key"].copy_(-partial["null_key"].view(heads, -1, d).sum(1))
         if grad_lse is not None:  # but to the gradient of the row's log-sum-exp
-            of_lse = _of_lse(call, lse, grad_lse).view(heads, -1, d).sum(1) * call.scale
+            of_lse = _sum_queries_by_lse(call, lse, grad_lse).view(heads, -1, d).sum(1) * call.scale
             if call.null_key is not None:
                 of_lse = of_lse - partial["null_key"].view(heads, -1, d).sum(1)
             found["bias_key"].copy_(of_lse)
     return {name: found[name] for name in wanted}
 
 
-def _of_lse(call: common.Call, lse: torch.Tensor, grad_lse: torch.Tensor) -> torch.Tensor:
+def _sum_queries_by_lse(call: common.Call, lse: torch.Tensor, grad_lse: torch.Tensor) -> torch.Tensor:
     """fp32 [h, d], the sum of grad_lse * q' over the rows that see something."""
     alive = (lse if lse.dim() == grad_lse.dim() else lse[0]) != float("-inf")
     rows = call.query.float() if call.content_bias is None else call.query.float() + call.content_bias.float()

@@ -24,7 +24,7 @@ def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     b, n, h, d = call.query.shape
     compute = attention_reference.accumulation_dtype(call.query.dtype)
     # What no token sees, NaN included, must not reach the gradient of a weight: 0 * NaN in the product's derivative.
-    encoded = torch.where(_seen(call)[..., None], call.encoded.to(compute), 0.0)
+    encoded = torch.where(_visible_tokens(call)[..., None], call.encoded.to(compute), 0.0)
 
     def project(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         flat = None if bias is None else bias.to(compute).flatten()
@@ -56,7 +56,7 @@ def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     return out[:, 0, 0], lse[:, 0, 0]
 
 
-def _seen(call: Call) -> torch.Tensor:
+def _visible_tokens(call: Call) -> torch.Tensor:
     """bool [b, l, k, r]: the tokens that are not masked, of the chunks that some token attends to."""
     n, l, device = call.query.shape[1], call.encoded.shape[1], call.encoded.device
     if call.chunk_spans is None:

@@ -182,7 +182,7 @@ def attend_folded(
     probabilities = torch.softmax(logits.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
     if call.dropout_seed is not None:
         head = (batch * h)[:, :, None] + torch.arange(h, device=query.device)[:, None]
-        kept = dropout.kept(call.dropout_seed, call.dropout_p, head, place[:, :, None], j * r)
+        kept = dropout.survivors(call.dropout_seed, call.dropout_p, head, place[:, :, None], j * r)
         probabilities = torch.where(kept, probabilities * dropout.survivor_scale(call.dropout_p), 0.0)
     out = torch.einsum("gqhis,gshd->gqihd", probabilities.to(compute), values)
     out = out.masked_fill(nothing.transpose(2, 3), 0.0)

@@ -102,7 +102,7 @@ def forget() -> None:
         _verdicts.clear()
 
 
-def known(wanted: Class, backend: str, device: torch.device) -> Verdict | None:
+def look_up(wanted: Class, backend: str, device: torch.device) -> Verdict | None:
     """The verdict that ships with the library or is on disk, or None. Touches no GPU but for its name."""
     here = identity(device, backend)
     shipped = records.all_shipped(here).get(entry_of(wanted, backend))
@@ -134,7 +134,7 @@ def entry_of(wanted: Class, backend: str) -> str:
 
 def _decided(wanted: Class, backend: str, device: torch.device) -> Verdict:
     """From memory, or by a check."""
-    verdict = known(wanted, backend, device)
+    verdict = look_up(wanted, backend, device)
     if verdict is not None:
         return verdict
     if capturing(device):
@@ -176,7 +176,7 @@ def _agreed(wanted: Class, backend: str, device: torch.device) -> Verdict:
         return verdict
     store.wait([f"{name}/verdict"], timedelta(seconds=2 * self_check.PATIENCE))
     entry = json.loads(store.get(f"{name}/verdict"))
-    mine = known(wanted, backend, device)
+    mine = look_up(wanted, backend, device)
     if entry["status"] == PASSED and mine is not None and mine.status == FAILED:
         raise RuntimeError(
             f"rank {rank} remembers that the {backend} kernels failed their check on its {describe(device)} ({wanted}: "

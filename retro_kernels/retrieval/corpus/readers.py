@@ -289,7 +289,7 @@ class Reader:
                     position += _rest_of_line(file)
                 first = self.records == 0 and piece.start == 0
                 if long or line.strip():
-                    yield Document(self.records, self._of_line(None if long else line, first))
+                    yield Document(self.records, self._texts_in_line(None if long else line, first))
                 self.records += 1
 
     def _wide_lines(self, encoding: str) -> Iterator[Document]:
@@ -302,10 +302,10 @@ class Reader:
                     while (rest := file.readline(BLOCK)) and not rest.endswith("\n"):
                         pass
                 if long or line.strip():
-                    yield Document(self.records, self._of_line(None if long else line.encode(), False))
+                    yield Document(self.records, self._texts_in_line(None if long else line.encode(), False))
                 self.records += 1
 
-    def _of_line(self, line: bytes | None, first: bool) -> Iterator[str]:
+    def _texts_in_line(self, line: bytes | None, first: bool) -> Iterator[str]:
         if line is None:
             raise Problem(f"longer than {self.options.record_bytes:,} bytes")
         if b"\0" in line:
@@ -338,7 +338,7 @@ class Reader:
             )
             for batch in batches:
                 for value in batch.column(0):
-                    yield Document(self.records, self._of_row(value))
+                    yield Document(self.records, self._texts_in_row(value))
                     self.records += 1
 
     def _arrow_rows(self) -> Iterator[Document]:
@@ -353,10 +353,10 @@ class Reader:
             batches = map(found.get_batch, range(found.num_record_batches)) if in_a_file else found
             for batch in batches:
                 for value in batch.column(self.options.text_field):
-                    yield Document(self.records, self._of_row(value))
+                    yield Document(self.records, self._texts_in_row(value))
                     self.records += 1
 
-    def _of_row(self, value: Any) -> Iterator[str]:
+    def _texts_in_row(self, value: Any) -> Iterator[str]:
         yield self._text(value.as_py())
 
 
@@ -553,7 +553,7 @@ class _Visible(html.parser.HTMLParser):
         if self._hidden:
             return
         if self._pre:
-            self.found.append(self._taken() + data)
+            self.found.append(self._take_gap() + data)
             return
         words = data.split()
         if not words:
@@ -561,14 +561,14 @@ class _Visible(html.parser.HTMLParser):
             return
         if data[0].isspace():
             self._gap = self._gap or " "
-        self.found.append(self._taken() + " ".join(words))
+        self.found.append(self._take_gap() + " ".join(words))
         self._gap = " " * data[-1].isspace()
 
     def _block(self, tag: str) -> None:
         if tag not in self.INLINE:
             self._gap = "\n"
 
-    def _taken(self) -> str:
+    def _take_gap(self) -> str:
         gap, self._gap = self._gap if self._begun else "", ""
         self._begun = True
         return gap

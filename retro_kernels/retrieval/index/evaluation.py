@@ -89,19 +89,19 @@ def evaluate_search(
         queries = index.keys[own].cpu()
     given = torch.as_tensor(queries)
     truth = Index(database, find_device(device), {})
-    true, seconds = _time_search(functools.partial(_found, truth, given, own, k, {}))
+    true, seconds = _time_search(functools.partial(_search_others, truth, given, own, k, {}))
     embedded_recall = None
     if own is not None and embed is not None:
         tokens, mask = database.chunks(own, database.chunk_size)
         given = embed(tokens.long().masked_fill_(~mask, -1)).cpu()
-        embedded_recall = _recall(_found(truth, given, own, k, {}), true)
+        embedded_recall = _recall(_search_others(truth, given, own, k, {}), true)
     exact_rate = len(given) / seconds
     sweep = _sweep(index)
     points = []
     for done, settings in enumerate(sweep):
         if progress is not None:
             progress(done, len(sweep))
-        found, seconds = _time_search(functools.partial(_found, index, given, own, k, settings))
+        found, seconds = _time_search(functools.partial(_search_others, index, given, own, k, settings))
         points.append(Point(settings, _recall(found, true), len(given) / seconds))
     if progress is not None:
         progress(len(sweep), len(sweep))
@@ -141,7 +141,7 @@ def plot(evaluation: Evaluation, path: Path) -> None:
     figure.savefig(path)
 
 
-def _found(index: Index, queries: Tensor, own: Tensor | None, k: int, settings: dict[str, int]) -> Tensor:
+def _search_others(index: Index, queries: Tensor, own: Tensor | None, k: int, settings: dict[str, int]) -> Tensor:
     """-> ids [q, k] without the query itself."""
     ids = index.search(queries, k if own is None else k + 1, **settings)[1]
     if own is None:

@@ -357,7 +357,7 @@ def read_index(root: Path, entry: dict[str, Any], mapped: bool) -> Any:
     flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY if merged else faiss.IO_FLAG_MMAP if mapped else 0
     path = root / entry["files"][0]["path"]
     try:
-        with _said_on_stderr():
+        with _stdout_to_stderr():
             index = faiss.read_index(str(path), flags)
         if merged and not mapped:
             _load_lists(faiss, index)
@@ -379,7 +379,7 @@ def _load_lists(faiss: ModuleType, index: Any) -> None:
 
 
 @contextmanager
-def _said_on_stderr() -> Iterator[None]:
+def _stdout_to_stderr() -> Iterator[None]:
     """FAISS prints that a merged index was moved on the standard output, where a command's answer belongs."""
     sys.stdout.flush()
     kept = os.dup(1)

@@ -232,5 +232,5 @@ def kept(arguments: dict[str, Any]) -> torch.Tensor:
     else:  # of neighbour self-attention, of the cross-attention, and of the chunked one
         slots = of.shape[-1] if "chunk_size" not in arguments else of.shape[2] * of.shape[3]
     head = torch.arange(b)[:, None, None] * h + torch.arange(h)
-    stays = dropout.kept(seed, arguments["dropout_p"], head, torch.arange(places)[:, None], slots)
+    stays = dropout.survivors(seed, arguments["dropout_p"], head, torch.arange(places)[:, None], slots)
     return stays.view(*query.shape[:-1], 1 + slots)

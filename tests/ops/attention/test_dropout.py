@@ -46,7 +46,7 @@ def test_philox_is_philox():
 
 def test_a_slot_s_lot_is_where_the_documentation_says():
     seed = torch.tensor([987654321987])
-    kept = dropout.kept(seed, 0.5, torch.tensor(3), torch.tensor(41), 21)
+    kept = dropout.survivors(seed, 0.5, torch.tensor(3), torch.tensor(41), 21)
     key = (987654321987 & 0xFFFFFFFF, 987654321987 >> 32)
     for slot in range(21):
         word = philox_in_python(key, (slot // 8, 41, 3, 0), 7)[slot % 8 // 2]
@@ -59,7 +59,7 @@ def test_lots_are_fair_and_independent(p):
     """Over a million slots: the mean and the variance of what is kept, and the correlation between neighbouring slots,
     rows, heads and seeds, each within 5 standard errors."""
     head, place = torch.arange(8)[:, None], torch.arange(512)
-    kept = [dropout.kept(torch.tensor([seed]), p, head, place, 255).double() for seed in (1, 2)]
+    kept = [dropout.survivors(torch.tensor([seed]), p, head, place, 255).double() for seed in (1, 2)]
     q = 1 - dropout.threshold(p) / 65536
     error = (q * (1 - q) / kept[0].numel()) ** 0.5
     for one in kept:

@@ -436,12 +436,12 @@ def attend(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = common.allocate_forward(call.query, call.value, call.attention_bias)
     with _on_device_of(out):
         settled = _settled()
-        if not (settled and launched(call, "forward", _named(out, lse, call))):
+        if not (settled and launched(call, "forward", _results_by_name(out, lse, call))):
             _attend(call, out, lse, settled)
     return out, lse
 
 
-def _named(out: torch.Tensor, lse: torch.Tensor, call: Call) -> dict[str, torch.Tensor | None]:
+def _results_by_name(out: torch.Tensor, lse: torch.Tensor, call: Call) -> dict[str, torch.Tensor | None]:
     """What the backend makes, by the names of the kernels' arguments."""
     return dict(zip(("out", "lse", "log_sum"), (out, *planes(lse, call))))
 
@@ -525,7 +525,7 @@ def _differentiate(
         for name in ("attention_bias", "relative_key"):
             if name in copies:
                 copies[name].zero_()
-        made = {"grad_out": grad_out, "grad_lse": grad_lse, **_named(out, lse, call)}
+        made = {"grad_out": grad_out, "grad_lse": grad_lse, **_results_by_name(out, lse, call)}
         made |= {f"grad_{name}": x for name, x in computed.items()}
         made |= {f"{name}_copies": x for name, x in copies.items()}
         if not (settled and launched(call, key, made)):
