@@ -1,5 +1,6 @@
-"""Megatron's checkpoint folders, format "torch": `iter_0000100/mp_rank_00/model_optim_rng.pt` for each tensor-parallel
-rank, Megatron-core's and legacy Megatron's. Nothing of Megatron is imported, and no pickle is run."""
+"""Megatron's checkpoint folders. Format "torch": `iter_0000100/mp_rank_00/model_optim_rng.pt` for each tensor-parallel
+rank, Megatron-core's and legacy Megatron's. Format "torch_dist": `iter_0000100/.metadata`, the parts beside it, and
+`common.pt` with the arguments. Nothing of Megatron is imported, and no pickle is run."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 
+from .distributed_checkpoint import INDEX, read_distributed
 from .megatron import describe_arguments, modern_names
 from .tensors import flat, load_pickle
 
 LATEST = "latest_checkpointed_iteration.txt"
-FILE = "model_optim_rng.pt"
+FILE, COMMON = "model_optim_rng.pt", "common.pt"
+NO_WEIGHTS = re.compile(r"optimizer\.|chained_\d+\.|rng_state|rerun_state|.*_extra_state")
 BY_ROWS = (
     ".linear_qkv.",
     ".linear_q.",
@@ -33,7 +36,7 @@ class Stand(int):
 
 def is_folder(path: Path) -> bool:
     """Whether it is a checkpoint's folder, or one of several iterations."""
-    return (path / LATEST).is_file() or any(path.glob("mp_rank_*")) or (path / ".metadata").is_file()
+    return (path / LATEST).is_file() or any(path.glob("mp_rank_*")) or (path / INDEX).is_file()
 
 
 def read_folder(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -43,11 +46,10 @@ def read_folder(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     that is not read.
     """
     folder = _iteration(path)
-    if (folder / ".metadata").is_file():
-        raise ValueError(
-            f"{folder}: got a distributed checkpoint (torch_dist), whose index is a pickle, expected one of format "
-            '"torch": load it with Megatron-core 0.15.3 and save it with --ckpt-format torch'
-        )
+    if (folder / INDEX).is_file():
+        tensors = read_distributed(folder, lambda name: NO_WEIGHTS.match(name) is not None)
+        common = folder / COMMON  # other trainers' distributed checkpoints have none
+        return tensors, describe_arguments(_load(common, ("args",))["args"]) if common.is_file() else {}
     ranks = sorted(folder.glob("mp_rank_*"))
     staged = [x.name for x in ranks if not re.fullmatch(r"mp_rank_\d+", x.name)]
     if not ranks or staged:
@@ -55,7 +57,7 @@ def read_folder(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ValueError(f"{folder}: got {what}, expected a folder mp_rank_00, mp_rank_01 ... for each rank")
     if [int(x.name[8:]) for x in ranks] != list(range(len(ranks))):
         raise ValueError(f"{folder}: got {', '.join(x.name for x in ranks)}, expected every rank from 0 on")
-    loaded = [_load(x / FILE) for x in ranks]
+    loaded = [_load(x / FILE, ("model", "args")) for x in ranks]
     first, args = loaded[0], loaded[0]["args"]
     size = getattr(args, "tensor_model_parallel_size", 1)
     if size != len(ranks):
@@ -93,9 +95,9 @@ def _iteration(path: Path) -> Path:
     return path / name
 
 
-def _load(path: Path) -> Mapping[str, Any]:
-    """A shard. Its arguments are an `argparse.Namespace` with numbers and names; for what else stands among them there
-    is an integer."""
+def _load(path: Path, parts: tuple[str, ...]) -> Mapping[str, Any]:
+    """A file of it, which must have these parts. Its arguments are an `argparse.Namespace` with numbers and names; for
+    what else stands among them there is an integer."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; expected a shard")
     known: list[Any] = [argparse.Namespace]
@@ -105,8 +107,8 @@ def _load(path: Path) -> Mapping[str, Any]:
         foreign = []
     known += [(Stand, name) for name in foreign if re.fullmatch(r"megatron\.core\.(\w+\.)*enums\.\w+", name)]
     loaded = load_pickle(path, known)
-    if not isinstance(loaded, Mapping) or not isinstance(loaded.get("model"), Mapping) or "args" not in loaded:
-        raise ValueError(f"{path}: got no model and arguments, expected a shard that Megatron saved")
+    if not isinstance(loaded, Mapping) or any(part not in loaded for part in parts):
+        raise ValueError(f"{path}: got no {' and '.join(parts)}, expected a file that Megatron saved")
     return loaded
 
 
