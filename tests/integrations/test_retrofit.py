@@ -62,6 +62,25 @@ def test_one_softmax_is_the_decoders_own_attention_to_the_neighbour_before_the_t
     assert (alone - whole).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["llama", "phi", "qwen3"])
+def test_with_the_texts_own_positions_all_of_it_stands_behind_its_neighbour(name):
+    """positions="text": a text whose every token sees one neighbour has the logits of one sequence that begins with it,
+    also token by token. (The neighbour's first token is seen here.)"""
+    model = decoder(name)
+    rk.retrofit(model, gate=0.0, positions="text", chunk_size=1, num_neighbours=1, retrieved_length=8)
+    model.retro.visible = lambda mask: mask
+    torch.manual_seed(0)
+    neighbours, ids = torch.randint(2, V, (2, 1, 1, 8)), torch.randint(2, V, (2, 6))
+    each = neighbours.expand(-1, 6, -1, -1)
+    with torch.no_grad():
+        logits = model(ids, neighbours=each).logits
+        whole = model(torch.cat([neighbours[:, 0, 0], ids], 1)).logits[:, 8:]
+        begun = model(ids[:, :5], neighbours=each, use_cache=True)
+        step = model(ids[:, 5:], neighbours=each, past_key_values=begun.past_key_values).logits[:, 0]
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(step, whole[:, -1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("join", JOINS)
 def test_a_llama_written_down_token_by_token_and_its_gradients(join):
     """Grouped heads, biases, neighbours that end early or are missing, a last incomplete chunk; gradients of gates and
@@ -594,6 +613,7 @@ def test_models_that_cannot_be_retrofitted():
         ({"join": "sum"}, "join: got 'sum'"),
         ({"encoder": "big"}, "encoder: got 'big'"),
         ({"init": "random"}, 'init: got "random"'),
+        ({"positions": "rows"}, "positions: got 'rows'"),
         ({"encoder": Table()}, "states are 20 wide, expected 32"),
         ({"chunk_size": 0}, "chunk_size: got 0"),
         ({"encoder": torch.nn.Identity(), "init": "random"}, "encoder: gave"),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .structure import Found
 
 INITS, JOINS, ENCODERS = ("self_attention", "random"), ("softmax", "add"), ("own", "fresh")
+POSITIONS = ("chunk", "text")
 START = {"softmax": -3.0, "add": 0.0}
 
 
@@ -60,6 +61,7 @@ def retrofit(
     encoder: str | nn.Module = "own",
     init: str = "self_attention",
     join: str = "softmax",
+    positions: str = "chunk",
     chunk_size: int = 64,
     num_neighbours: int = 2,
     retrieved_length: int = 128,
@@ -99,6 +101,9 @@ def retrofit(
         join: "softmax": the text so far and the neighbours under one softmax, the gate a bias on the neighbours'
             logits. A neighbour's first token is hidden there, being where heads look that look for nothing. "add": the
             neighbours' attention times the gate is added to the text's (the paper's residual, a gate for each head).
+        positions: where the tokens of a chunk stand, which read a neighbour at 0 ... r - 1. "chunk": at r to r + m - 1,
+            as if it came right before their chunk. "text": at their own positions plus r, as if it came before the
+            text: heads that look at the last tokens then look at the text's, and gates may begin open (gate=0).
         chunk_size, num_neighbours, retrieved_length: m, k and r.
         freeze: only what is added is trained. False leaves every parameter of the base as it is.
         gate: the value that all gates begin with; default -3 with join="softmax" (nearly closed: closed is -inf, from
@@ -113,6 +118,7 @@ def retrofit(
     """
     one_of("join", join, JOINS)
     one_of("init", init, INITS)
+    one_of("positions", positions, POSITIONS)
     if not isinstance(encoder, nn.Module):
         one_of("encoder", encoder, ENCODERS)
     kind = encoder if isinstance(encoder, str) else "module"
@@ -153,6 +159,7 @@ def retrofit(
             "num_neighbours": num_neighbours,
             "retrieved_length": retrieved_length,
             "join": join,
+            "positions": positions,
             "encoder": kind,
             "init": init,
             "layers": None if layers is None else list(layers),

@@ -34,6 +34,7 @@ class Retrofit(nn.Module):
         self.num_neighbours: int = settings["num_neighbours"]
         self.retrieved_length: int = settings["retrieved_length"]
         self.join: str = settings["join"]
+        self.positions: str = settings.get("positions", "chunk")
         self.encoder = encoder
         self.frequencies: list[tuple[str, str]] = []
         """The model's tables of frequencies: a submodule's name and a buffer's."""

@@ -50,7 +50,8 @@ class Request:
         here = self.past + torch.arange(self.n, device=self.device)[None]
         place = here if starts is None else here - torch.as_tensor(starts, device=self.device)[:, None]
         row = (place - (retro.chunk_size - 1)) % retro.chunk_size
-        turn = retro.retrieved_length + row - (here if self.positions is None else self.positions)
+        own = here if self.positions is None else self.positions
+        turn = retro.retrieved_length + (row - own if retro.positions == "chunk" else torch.zeros_like(own))
         states = encoded if isinstance(encoded, torch.Tensor) else None
         held = None if isinstance(encoded, torch.Tensor) else encoded
         watch = not (retro.checked or torch.compiler.is_compiling())
