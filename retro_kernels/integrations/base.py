@@ -10,6 +10,8 @@ import io
 import textwrap
 import tokenize
 import warnings
+import weakref
+from collections.abc import Callable
 from types import CodeType
 from typing import Any, Protocol
 
@@ -34,8 +36,32 @@ class FusedForward:
         self.module = module
         self.positions = positions
 
+    @property
+    def __code__(self) -> CodeType:
+        """Where torch.export, of the module by itself, says that its inputs come from."""
+        return type(self).__call__.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+
+class Looked:
+    """What a look at a mask's content found, kept as long as it is that tensor, unchanged. (An address is not enough:
+    the next batch's mask may lie where this one was.) Copies and pickles look anew."""
+
+    def __init__(self) -> None:
+        self.tensor: weakref.ref[torch.Tensor] | None = None
+        self.version, self.found = -1, None
+
+    def __call__(self, tensor: torch.Tensor, look: Callable[[torch.Tensor], Any]) -> Any:
+        if tensor.is_inference():  # which has no version
+            return look(tensor)
+        if self.tensor is None or self.tensor() is not tensor or self.version != tensor._version:
+            self.tensor, self.version, self.found = weakref.ref(tensor), tensor._version, look(tensor)
+        return self.found
+
+    def __reduce__(self) -> Any:
+        return Looked, ()
 
 
 class Integration(Protocol):

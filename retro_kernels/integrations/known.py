@@ -13,20 +13,13 @@ RELATIVES = {
         "swap does not replace it yet; rk.nn.ChunkedCrossAttention with positions='rotary' and biases=True expresses "
         "it (query_positions 0 ... m - 1; key_positions 0 ... r - 1 in version 1, -(m - 1) ... m in later ones)",
     ),
-    "RetroChunkedCrossAttention": (
-        "Norlund's",
-        "swap does not replace it yet; rk.nn.ChunkedCrossAttention.norlund expresses it, and "
-        "rk.nn.NeighbourEncoder.norlund its encoder",
-    ),
-    "RetroCrossAttention": ("Norlund's", "swap does not replace it yet; rk.nn.NeighbourEncoder.norlund expresses it"),
     "Re_gptBlock": (
         "mengzi-retrieval-lm's",
         "swap does not replace it; rk.nn.ChunkedCrossAttention.retro_pytorch expresses its attention",
     ),
     "MaskedCrossAttention": (
         "Flamingo's",
-        "it attends to one image at a time, in chunks of different lengths, which swap does not replace; "
-        "rk.neighbour_cross_attention takes one image's text at a time",
+        "it is of another package than open_flamingo 2.0.1 and flamingo-pytorch 0.1.2, whose swap replaces",
     ),
 }
 

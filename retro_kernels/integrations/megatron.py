@@ -26,7 +26,7 @@ from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import FusedForward, class_names, describe_change, has_hooks, warn_once
+from .base import FusedForward, Looked, class_names, describe_change, has_hooks, warn_once
 from .tensors import Tensors
 
 NAME = "megatron"
@@ -166,6 +166,10 @@ class Fused(FusedForward):
 class FusedCore(Fused):
     """`DotProductAttention` of a self-attention: the projections round it stay as they are."""
 
+    def __init__(self, module: nn.Module, positions: str | None) -> None:
+        super().__init__(module, positions)
+        self.looked = Looked()
+
     def __call__(
         self,
         query: torch.Tensor,
@@ -197,14 +201,15 @@ class FusedCore(Fused):
             return True
         if not readable(mask):
             return False
-        known = (mask.data_ptr(), mask._version, tuple(mask.shape), causal)
-        if known != getattr(self, "plain_mask", None):
+
+        def look(mask: torch.Tensor) -> bool:
             wanted = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1) if causal else False
-            if mask.dtype != torch.bool or not bool((mask == wanted).all()):
-                warn_once("a self-attention with a mask of its own runs Megatron's code, not the fused one")
-                return False
-            self.plain_mask = known
-        return True
+            return mask.dtype == torch.bool and bool((mask == wanted).all())
+
+        plain = self.looked(mask, look)
+        if not plain:
+            warn_once("a self-attention with a mask of its own runs Megatron's code, not the fused one")
+        return plain
 
 
 class FusedDecoder(Fused):

@@ -12,13 +12,13 @@ from torch import nn
 from ..ops import backends as backend_choice
 from ..ops.backends import ATTENTION as BACKENDS
 from ..ops.verification import verdicts
-from . import known, labml, megatron, retro_pytorch
+from . import flamingo, known, labml, megatron, norlund, retro_pytorch
 from .base import AS_TRAINED, PAPER, FusedForward, Integration
 
 if TYPE_CHECKING:
     from ..models.generation import Generated
 
-INTEGRATIONS: tuple[Integration, ...] = (retro_pytorch, labml, megatron)  # type: ignore[assignment]
+INTEGRATIONS: tuple[Integration, ...] = (retro_pytorch, labml, megatron, norlund, flamingo)  # type: ignore[assignment]
 
 
 class SwapReport:
@@ -116,9 +116,10 @@ class SwapReport:
 def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, force: bool = False) -> SwapReport:
     """Puts fused attention under a RETRO that already exists, in place and instance by instance.
 
-    Looks for the attentions of retro-pytorch 0.3.9, Megatron-core 0.15.3 and labml (retro-transformer 1.0.3) in `model`
-    (which may be one of them, any part of a model, or a wrapper such as DistributedDataParallel): chunked
-    cross-attention, the encoder's self- and cross-attention, and the decoder's causal self-attention. What it knows
+    Looks for the attentions of retro-pytorch 0.3.9, Megatron-core 0.15.3, labml (retro-transformer 1.0.3) and Norlund
+    in `model` (which may be one of them, any part of a model, or a wrapper such as DistributedDataParallel): chunked
+    cross-attention, the encoder's self- and cross-attention, and the decoder's causal self-attention; and Flamingo's
+    cross-attention to media (open_flamingo 2.0.1, flamingo-pytorch 0.1.2). What it knows
     besides and does not replace is named in the report, with what to use instead. Only `forward` of each instance is
     replaced: parameters, their names, state dicts, classes and submodules stay as they are, and so do deep copies,
     casts, checkpoints and hooks. Deep copies of a swapped model are swapped, too; `unswap` restores one. Swap before
@@ -157,7 +158,8 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, 
     already = conflicts = slower = 0
     seen: dict[str, str] = {}
     for name, module in model.named_modules():
-        advice = known.advice(module)
+        recognised = any(integration.recognises(module) for integration in INTEGRATIONS)
+        advice = None if recognised else known.advice(module)
         if advice is not None and not any(name.startswith(f"{other}.") or other == "" for other in seen):
             seen[name] = advice
         for integration in INTEGRATIONS:

@@ -174,6 +174,51 @@ def chunked_cross_attention(
     return (out, plain_lse(lse).view(b, n, h)) if return_lse else out
 
 
+def attend_spans(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: torch.Tensor,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """`chunked_cross_attention` without a clock: chunk u of sequence b is attended by the spans[b, u, 1] tokens from
+    spans[b, u, 0] on, chunks of any lengths. A token in no span outputs 0.
+
+    Args:
+        query, key, value: as there.
+        spans: int32 [b, l, 2]. They lie inside [0, n) and do not overlap, which is not checked.
+
+    Returns: [b, n, h, d_value]. Raises: as there.
+    """
+    checks.tensor("query", query, checks.FLOATING)
+    given = checks.autocast({"query": query, "key": key, "value": value})
+    query, key, value = given.values()
+    checks.heads(query, key, value, "b, n, h, d", "b, l, k, r, hk, d")
+    b, n, h, d = query.shape
+    l = key.shape[1]
+    checks.shape("key", key, "b, l, k, r, hk, d", (b, l, *key.shape[2:5], d))
+    checks.shape("value", value, "b, l, k, r, hk, d_value", (*key.shape[:5], value.shape[-1]))
+    checks.tensor("spans", spans, (torch.int32,), query.device)
+    checks.shape("spans", spans, "b, l, 2", (b, l, 2))
+    rows = max(n, 1) if isinstance(n, int) else n
+    call = Call(
+        operation="chunked_cross_attention",
+        grouping=CLOCK,
+        query=query.view(b, 1, 1, n, h, d),
+        key=key,
+        value=value,
+        chunk_spans=spans.contiguous(),
+        scale=checks.scale_of(scale, query),
+        rows=rows,
+        stride=rows,
+        return_lse=False,
+    )
+    chosen = backends.choose(backends.ATTENTION, call, backend)
+    return plans.run(backends.ATTENTION, chosen, call, None, given, (b, n, h, value.shape[-1]))[0]
+
+
 def clock(
     name: str,
     query: torch.Tensor,

@@ -188,6 +188,15 @@ def test_masks_and_hooks_that_the_fused_attention_has_not(build, monkeypatch):
     mask[..., 5:, :5] = True  # a document ends
     with pytest.warns(UserWarning, match="a mask of its own"):
         close(call(swapped, tokens, neighbours, mask), call(model, tokens, neighbours, mask))
+    memory = torch.ones(1, 1, 9, 9, dtype=torch.bool).triu(1).numpy()
+    plain = torch.from_numpy(memory)
+    close(call(swapped, tokens, neighbours, plain), call(model, tokens, neighbours, plain))
+    memory[..., 5:, :5] = True
+    other = torch.from_numpy(memory)  # another mask where that one was: the allocator does that, too
+    close(call(swapped, tokens, neighbours, other), call(model, tokens, neighbours, other))
+    with torch.inference_mode():
+        given = mask.clone()
+        close(call(swapped, tokens, neighbours, given), call(model, tokens, neighbours, given))
     seen = []
     swapped.decoder.layers[5].cross_attention.attn.core_attention.register_forward_hook(lambda *_: seen.append(1))
     with pytest.warns(UserWarning, match="has hooks"):

@@ -66,14 +66,14 @@ def test_what_is_known_and_not_replaced_is_named_with_what_serves_instead():
     class Retrofitted(nn.Module):
         pass
 
-    norlund = type("RetroChunkedCrossAttention", (nn.Module,), {})()
+    mengzi = type("Re_gptBlock", (nn.Module,), {})()
     flamingo = type("MaskedCrossAttention", (nn.Module,), {})()
     nemo = type("ParallelChunkedCrossAttention", (nn.Module,), {})()
     for module, message in (
         (Retro(RetroConfig.preset("tiny")), "fused already"),
-        (norlund, r"Norlund's RetroChunkedCrossAttention: .*ChunkedCrossAttention\.norlund"),
+        (mengzi, r"mengzi-retrieval-lm's Re_gptBlock: .*ChunkedCrossAttention\.retro_pytorch"),
         (nn.Sequential(nn.Linear(2, 2), nemo), r"1: NeMo 1\.x's .* expresses it"),
-        (flamingo, "Flamingo's .*one image at a time"),
+        (flamingo, "Flamingo's .*of another package"),
     ):
         with pytest.raises(ValueError, match=message):
             swap(module)
