@@ -1,0 +1,268 @@
+"""What `rk.swap` is worth on a training step of each peer that can be installed, against the same model unswapped.
+
+    python -m benchmarks.swapped [--rounds 7] [PEER ...]     one thread; needs the peers (`make peers` says which)
+    python -m benchmarks.swapped report                      docs/coming-from.md's table from the results
+
+A step is forward and backward. Both models have the same weights and take turns; each round's seconds are kept, in CPU
+time of the one thread, since others use the machine too. Outputs and gradients are compared first: in fp32 with each
+other, in bf16 with the unswapped fp32 model's, from which the swapped one may be at most twice as far as the unswapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+import retro_kernels as rk
+from retro_kernels import files
+from retro_kernels.bench import environment, report, results
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "coming-from.md"
+FILE = "swapped.json"
+SIZES = {"width": 512, "layers": 6, "heads": 8, "head_dim": 64, "m": 64, "k": 2, "r": 128, "tokens": 512, "vocab": 1000}
+FP32_LIMIT, BF16_FLOOR = 1e-4, 1e-3
+
+Make, Call = Callable[[], nn.Module], Callable[[nn.Module], torch.Tensor]
+
+
+def text(s: dict[str, int], chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randint(1, s["vocab"], (1, s["tokens"])), torch.randint(1, s["vocab"], (1, chunks, s["k"], s["r"]))
+
+
+def retro_pytorch(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
+    from retro_pytorch.retro_pytorch import RETRO
+
+    options = {
+        "num_tokens": s["vocab"],
+        "max_seq_len": s["tokens"],
+        "enc_dim": s["width"],
+        "enc_depth": 2,
+        "dec_dim": s["width"],
+        "dec_depth": s["layers"],
+        "dec_cross_attn_layers": (3, 6),
+        "dim_head": s["head_dim"],
+        "chunk_size": s["m"],
+    }
+    given = text(s, s["tokens"] // s["m"])
+    return lambda: RETRO(**options), lambda one: one(*given)
+
+
+def labml(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
+    from retro_transformer.model import NearestNeighborEncoder, RetroModel
+
+    sizes = {
+        "chunk_len": s["m"],
+        "d_model": s["width"],
+        "n_heads": s["heads"],
+        "d_k": s["head_dim"],
+        "d_ff": 4 * s["width"],
+    }
+    given = text(s, s["tokens"] // s["m"])
+
+    def make() -> nn.Module:
+        encoder = NearestNeighborEncoder(n_layers=2, ca_layers={1}, **sizes)
+        return RetroModel(n_vocab=s["vocab"], n_layers=s["layers"], ca_layers={2, 5}, encoder=encoder, **sizes)
+
+    return make, lambda one: one(*given)
+
+
+def megatron(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
+    """In one process on a CPU, by the stand-ins of tests/integrations/test_megatron_peer.py."""
+    import megatron.core.utils
+    from megatron.core import parallel_state
+    from megatron.core.models.retro import RetroConfig, RetroModel, get_retro_decoder_block_spec
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+    from packaging.version import Version
+
+    for change in (
+        mock.patch.dict("os.environ", {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0"}),
+        mock.patch.object(megatron.core.utils, "get_te_version", return_value=Version("1.0")),
+        mock.patch.object(torch.cuda, "current_device", return_value="cpu"),
+        mock.patch.object(get_cuda_rng_tracker(), "fork", return_value=contextlib.nullcontext()),
+    ):
+        stack.enter_context(change)
+    store = stack.enter_context(tempfile.TemporaryDirectory())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
+    stack.callback(torch.distributed.destroy_process_group)
+    parallel_state.initialize_model_parallel(1, 1)
+    stack.callback(parallel_state.destroy_model_parallel)
+    config = RetroConfig(
+        num_layers=s["layers"],
+        hidden_size=s["width"],
+        num_attention_heads=s["heads"],
+        kv_channels=s["head_dim"],
+        retro_chunk_length=s["m"],
+        retro_num_neighbors=s["k"],
+        retro_num_retrieved_chunks=s["r"] // s["m"],
+        retro_split_preprocessing="98,2,0",
+        use_cpu_initialization=True,
+        bias_dropout_fusion=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        retro_encoder_hidden_dropout=0.0,
+        retro_encoder_attention_dropout=0.0,
+    )
+    spec = get_retro_decoder_block_spec(config, use_transformer_engine=False)
+    tokens, neighbours = text(s, -(-s["tokens"] // s["m"]))
+    n, context = s["tokens"], neighbours.flatten(0, 2)
+    mask = torch.ones(1, 1, n, n, dtype=torch.bool).triu(1)
+
+    def call(one: nn.Module) -> torch.Tensor:
+        return one(
+            tokens,
+            torch.arange(n)[None],
+            mask,
+            context_input_ids=context,
+            context_position_ids=torch.arange(s["r"]).expand_as(context),
+            context_mask=None,
+        )
+
+    def make() -> nn.Module:
+        return RetroModel(
+            config=config, transformer_layer_spec=spec, vocab_size=s["vocab"], max_sequence_length=s["tokens"]
+        )
+
+    return make, call
+
+
+def open_flamingo(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
+    """One cross-attention, the module that its swap replaces, to `images` images of 64 latents each."""
+    package = importlib.util.find_spec("open_flamingo")
+    if package is None or package.origin is None:
+        raise ImportError("No module named 'open_flamingo'")
+    name = "open_flamingo.src.helpers"
+    spec = importlib.util.spec_from_file_location(name, Path(package.origin).parent / "src" / "helpers.py")
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    stack.enter_context(mock.patch.dict("sys.modules", {name: module}))
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    n, images = s["tokens"], s["tokens"] // s["m"]
+    locations = torch.zeros(1, n, dtype=torch.bool)
+    locations[:, :: s["m"]] = True
+    x, media = torch.randn(1, n, s["width"]), torch.randn(1, images, 64, s["width"])
+    sizes = {"dim": s["width"], "dim_visual": s["width"], "dim_head": s["head_dim"], "heads": s["heads"]}
+    return lambda: module.MaskedCrossAttention(**sizes), lambda one: one(x, media, locations)
+
+
+PEERS = {
+    "retro-pytorch 0.3.9": (retro_pytorch, "autocast"),
+    "labml (retro-transformer 1.0.3)": (labml, "autocast"),
+    "Megatron-core 0.15.3": (megatron, "weights"),
+    "open_flamingo 2.0.1, its cross-attention": (open_flamingo, "autocast"),
+}
+"""Name -> what builds it, and how it is run in bf16: under autocast, or with bf16 weights (Megatron's way)."""
+
+
+def measure(name: str, rounds: int, sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """A row for fp32 and one for bf16. Raises ImportError without the peer, RuntimeError where results differ."""
+    build, way = PEERS[name]
+    rows: list[dict[str, Any]] = []
+    exact: list[torch.Tensor] = []
+    with contextlib.ExitStack() as stack:
+        torch.manual_seed(0)
+        make, call = build(sizes, stack)
+        state = make().state_dict()
+        for dtype in ("fp32", "bf16"):
+            pair = [make(), make()]
+            for one in pair:
+                one.load_state_dict(state)
+                if dtype == "bf16" and way == "weights":
+                    one.bfloat16()
+            replaced = len(rk.swap(pair[1]).replaced)
+            gradients: list[torch.Tensor] = []
+
+            def step(one: nn.Module, cast: bool, gradients: list[torch.Tensor]) -> torch.Tensor:
+                with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                    out = call(one)
+                if not gradients:
+                    gradients.append(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype))
+                out.backward(gradients[0])
+                return out.detach()
+
+            cast = dtype == "bf16" and way == "autocast"
+            found = []
+            for one in pair:
+                out = step(one, cast, gradients)
+                found.append([out.float(), *(x.grad.float().clone() for x in one.parameters() if x.grad is not None)])
+            exact = exact or found[0]
+            errors = [difference(one, exact) for one in found]
+            if errors[1] > (FP32_LIMIT if dtype == "fp32" else 2 * errors[0] + BF16_FLOOR):
+                raise RuntimeError(f"{name}, {dtype}: the swapped model differs: errors {errors}")
+            seconds = []
+            for _ in range(rounds):
+                turn = []
+                for one in pair:
+                    start = time.thread_time()
+                    step(one, cast, gradients)
+                    turn.append(time.thread_time() - start)
+                seconds.append(turn)
+            rows.append({"peer": name, "dtype": dtype, "replaced": replaced, "errors": errors, "seconds": seconds})
+    return rows
+
+
+def difference(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Of output or a gradient, the largest, over the largest of the output or of all gradients."""
+    largest = max(x.abs().max() for x in exact[1:])
+    scales = [exact[0].abs().max(), *[largest] * (len(exact) - 1)]
+    return max(((x - y).abs().max() / s).item() for x, y, s in zip(found, exact, scales, strict=True))
+
+
+def table(document: dict[str, Any]) -> str:
+    about, s = document["environment"], document["sizes"]
+    lines = [
+        f"{about['device']}, one thread, torch {about['packages']['torch']}, commit {about['commit']}: CPU seconds of "
+        f"a step (forward and backward), unswapped and swapped in turns, {len(document['rows'][0]['seconds'])} rounds "
+        f"on a machine that others used too; {s['layers']} layers of width {s['width']}, {s['tokens']} tokens, chunks "
+        f"of {s['m']}, {s['k']} neighbours of {s['r']}.",
+        "",
+        "| peer | | unswapped, median (least) | swapped | times faster, medians | leasts |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in document["rows"]:
+        before, after = zip(*row["seconds"])
+        medians, leasts = [statistics.median(x) for x in (before, after)], [min(x) for x in (before, after)]
+        shown = [f"{median:.3f} ({least:.3f})" for median, least in zip(medians, leasts)]
+        lines.append(
+            f"| {row['peer']} | {row['dtype']} | {shown[0]} | {shown[1]} | {medians[0] / medians[1]:.2f} | "
+            f"{leasts[0] / leasts[1]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help="'report', or words of the peers' names; all by default")
+    parser.add_argument("--rounds", type=int, default=7)
+    folder = Path(__file__).parent / "results" / environment.device_slug("cpu")
+    parser.add_argument("--out", type=Path, default=folder / FILE)
+    given = parser.parse_args()
+    if given.what == ["report"]:
+        block = table(json.loads(given.out.read_text()))
+        DOCUMENT.write_text(report.replace_block(DOCUMENT.read_text(), block, name="swapped", file=DOCUMENT.name))
+        return
+    torch.set_num_threads(1)
+    rows = []
+    for name in PEERS:
+        if not given.what or any(word in name for word in given.what):
+            for row in measure(name, given.rounds, SIZES):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    document = {"environment": environment.collect("cpu"), "sizes": SIZES, "rows": rows}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(given.out, results.compact_json(document))
+    print(table(document))
+
+
+if __name__ == "__main__":
+    main()
