@@ -84,19 +84,19 @@ def build(tmp_path_factory):
             torch.distributed.destroy_process_group()
 
 
-def call(model, tokens, neighbours, mask=None):
-    """As Megatron's trainer calls it: neighbours [b, l, k, r] as [b * l * k, r]."""
+def arguments(tokens, neighbours, mask=None):
+    """As Megatron's trainer gives them: neighbours [b, l, k, r] as [b * l * k, r]."""
     b, n = tokens.shape
     context = neighbours.flatten(0, 2)
     mask = torch.ones(1, 1, n, n, dtype=torch.bool).triu(1) if mask is None else mask
-    return model(
-        tokens,
-        torch.arange(n).expand(b, n),
-        mask,
-        context_input_ids=context,
-        context_position_ids=torch.arange(R).expand_as(context),
-        context_mask=None,
-    )
+    positions = torch.arange(R).expand_as(context)
+    named = {"context_input_ids": context, "context_position_ids": positions, "context_mask": None}
+    return (tokens, torch.arange(n).expand(b, n), mask), named
+
+
+def call(model, tokens, neighbours, mask=None):
+    given, named = arguments(tokens, neighbours, mask)
+    return model(*given, **named)
 
 
 def text(n, b=2):
@@ -164,6 +164,16 @@ def test_half_precision_is_no_worse_than_the_unswapped(build):
     swap(swapped)
     errors = [(call(x, tokens, neighbours).float() - want).abs().max().item() for x in (swapped, half)]
     assert errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export(build):
+    """(torch.func it refuses itself, for its own autograd functions; compiled, it breaks into graphs.)"""
+    model, swapped = build(1).eval(), build(1).eval()
+    swap(swapped)
+    given, named = arguments(*text(9))
+    exported = torch.export.export(swapped, given, named, strict=False)
+    close(exported.module()(*given, **named), model(*given, **named))
 
 
 def test_dropout_has_the_same_distribution(build):

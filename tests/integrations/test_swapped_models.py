@@ -123,6 +123,58 @@ def test_dynamic_quantisation(pair, order):
     close(got(tokens, neighbours), want, 1e-3)
 
 
+@pytest.fixture
+def traced(pair):
+    """-> unswapped and swapped, and the arguments of a call: of labml's whole model; of retro-pytorch's, whose trace
+    takes half a minute, its first chunked cross-attention."""
+    model, swapped, _, *given = pair
+    if "decoder.layers.0.1.fn" not in dict(model.named_modules()):
+        return model, swapped, tuple(given), {}
+    seen = []
+    part = model.get_submodule("decoder.layers.0.1.fn")
+    handle = part.register_forward_pre_hook(lambda _, *call: seen.append(call), with_kwargs=True)
+    with torch.no_grad():
+        model(*given)
+    handle.remove()
+    return part, swapped.get_submodule("decoder.layers.0.1.fn"), *seen[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export(traced):
+    model, swapped, given, named = traced
+    close(torch.export.export(swapped, given, named, strict=False).module()(*given, **named), model(*given, **named))
+
+
+def test_a_swap_after_the_first_compiled_call_compiles_anew(traced):
+    _, late, given, named = traced
+    unswap(late)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(late, fullgraph=True, backend=backend)
+    want = compiled(*given, **named)
+    report = swap(compiled)
+    assert report.replaced
+    close(compiled(*given, **named), want)
+    assert len(graphs) == 2
+    report.undo()
+    assert torch.equal(compiled(*given, **named), want)
+    assert len(graphs) == 2  # the first graph's guards hold again
+
+
+@pytest.mark.parametrize("way", ["autocast", "weights"])
+def test_half_precision_is_no_worse_than_the_unswapped(pair, way):
+    model, swapped, _, tokens, neighbours = pair
+    want = model(tokens, neighbours)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        found = [one.bfloat16() if way == "weights" else one for one in (model, swapped)]
+        errors = [(one(tokens, neighbours).float() - want).abs().max().item() for one in found]
+    assert errors[1] <= 2 * errors[0]
+
+
 def test_copies_and_undo(pair):
     model, swapped, _, tokens, neighbours = pair
     want = model(tokens, neighbours)
