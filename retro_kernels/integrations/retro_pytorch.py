@@ -707,6 +707,8 @@ def _attention_structure(attention: Any, null_slot: bool) -> str | None:
     if dict(attention.named_children()).keys() != PARTS:
         return f"the parts are {_names(attention.named_children())}, those of {VERSION} {_join_names(PARTS)}"
     own, expected = dict(attention.named_parameters(recurse=False)), NULL_SLOT if null_slot else set()
+    if null_slot and not own and isinstance(getattr(attention, "null_k", None), torch.Tensor):
+        return "its parameters lie flat in those of FSDP: swap before it wraps the model, or use_orig_params=True"
     if own.keys() != expected or any(x.dim() != 1 for x in own.values()):
         return f"the parameters are {_join_names(own)}, those of {VERSION} {_join_names(expected)}, one row each"
     if not isinstance(attention.dropout, nn.Dropout):

@@ -175,6 +175,31 @@ def test_half_precision_is_no_worse_than_the_unswapped(pair, way):
     assert errors[1] <= 2 * errors[0]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_swap_under_fsdp(pair, tmp_path):
+    """Sharded (FSDP2) or with the original parameters all is swapped; what flat parameters forbid is said."""
+    model, swapped, _, tokens, neighbours = pair
+    want, names = model(tokens, neighbours), unswap(swapped)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fsdp = importlib.import_module("torch.distributed.fsdp")
+        sharded = fsdp.fully_shard(copy.deepcopy(swapped))
+        assert swap(sharded).replaced == names
+        close(sharded(tokens, neighbours), want)
+        for original in (True, False):
+            options = {"use_orig_params": original, "device_id": torch.device("cpu")}
+            if not original and any(not x.requires_grad for x in swapped.parameters()):
+                continue  # which FSDP refuses itself
+            wrapped = fsdp.FullyShardedDataParallel(copy.deepcopy(swapped), **options)
+            report = swap(wrapped)
+            assert len(report.replaced) + len(report.skipped) == len(names)
+            assert all("use_orig_params=True" in x for x in report.skipped.values())
+            assert bool(report.skipped) != original
+            close(wrapped(tokens, neighbours), want)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_copies_and_undo(pair):
     model, swapped, _, tokens, neighbours = pair
     want = model(tokens, neighbours)
