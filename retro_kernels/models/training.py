@@ -36,6 +36,7 @@ from ..tokenizers import FILE, hash_of_file
 from . import checkpoint, schedules
 from .callbacks import LOGGERS, Callback, Console, loggers
 from .config import RetroConfig
+from .curriculum import Curriculum, may_see
 from .data import IGNORED, Batch, Order, TokenStream, other_rows, prefetch
 from .retro import Retro
 from .run_folder import (
@@ -128,6 +129,9 @@ class TrainingConfig:
             with retrieval off the model remains that decoder. None: all weights are fresh, and trained.
         init: with `retrofit`, what chunked cross-attention and encoder begin with: "random", or "self_attention", the
             decoder's own layers (see `begin_with_self_attention`).
+        oracle: begin with neighbours that hold the answer, all rows until the model copies from them, then fewer, a
+            tenth to the end (see `curriculum.Curriculum`); the losses of these rows and of the others are logged apart.
+            Where chunked cross-attention begins with fresh weights.
         precision: "fp32", or "bf16" (autocast; the weights stay fp32).
         seed: of the initial weights, dropout and the order of rows.
         save_every, keep: steps between checkpoints, and how many are kept.
@@ -165,6 +169,7 @@ class TrainingConfig:
     start_from: str | None = None
     retrofit: str | None = None
     init: str = "random"
+    oracle: bool = False
     precision: str = "fp32"
     seed: int = 0
     save_every: int = 1000
@@ -248,15 +253,32 @@ class TrainingConfig:
 
 
 class LossOf(nn.Module):
-    """The model's loss as a module's `forward`, which is what DDP, FSDP2 and torch.compile wrap: the sum over a
-    batch."""
+    """The model's loss as a module's `forward`, which is what DDP, FSDP2 and torch.compile wrap: of every token of a
+    batch [b, n], 0 where there is no target."""
 
     def __init__(self, model: Retro) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return self.model.loss(*batch, reduction="sum")
+        return self.model.loss(*batch, reduction="none")
+
+
+class Apart:
+    """Sums of losses of an update, by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, losses: torch.Tensor, which: torch.Tensor) -> None:
+        both = torch.stack([losses.detach().masked_fill(~which, 0).double().sum(), which.sum().double()])
+        self.sums[name] = self.sums.get(name, 0) + both
+
+    def means(self, sum_up: Callable[[torch.Tensor], None]) -> dict[str, float]:
+        """Nats a token, over all processes, of those kinds that had some."""
+        for both in self.sums.values():
+            sum_up(both)
+        return {name: float(both[0] / both[1]) for name, both in self.sums.items() if both[1]}
 
 
 def take_decoder(model: Retro, folder: str | os.PathLike[str]) -> None:
@@ -370,6 +392,14 @@ class Trainer:
                 f"documents_apart: got True with context_parallel = {parts}, expected False: the processes that share "
                 "a row do not keep its documents apart"
             )
+        if settings.oracle and (stream.neighbours is None or not config.cross_attention_layers):
+            raise ValueError("oracle: got True without neighbours that are read, expected data and a model with them")
+        if settings.oracle and parts > 1:
+            raise ValueError(
+                f"oracle: got True with context_parallel = {parts}, expected False: a process has not the text that "
+                "comes after its part of a row"
+            )
+        self.curriculum = Curriculum(config.chunk_size, settings.seed) if settings.oracle else None
         # Ranks count through tensor parallelism first, then context, then data.
         self.context_rank = self.rank // settings.tensor_parallel % parts
         self.replica, replicas = self.rank // together, self.world // together
@@ -453,13 +483,14 @@ class Trainer:
         loss, since, before, at = math.nan, time.perf_counter(), time.perf_counter(), self.step
         self.stop = settings.patience is not None and self.evaluations_without_better >= settings.patience
         while self.step < settings.steps and not self.stop:
-            loss, norm = self._update(batches)
+            loss, norm, apart = self._update(batches)
             last = self.step == settings.steps
             line = {
                 "step": self.step,
                 "loss": loss,
                 "learning_rate": settings.rate(self.step - 1),
                 "gradient_norm": norm,
+                **apart,
                 "rows": self.seen,
                 "tokens": self.seen * self.config.max_length,
             }
@@ -535,15 +566,15 @@ class Trainer:
                 )
                 batch = (batch if settings.documents_apart else batch._replace(sequence_starts=None)).part(*part)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                    loss = self.wrapped(batch.to(self.device))
+                    loss = self.wrapped(batch.to(self.device)).sum()
                 total += torch.stack([loss.double(), (batch.targets != IGNORED).sum().to(loss.device).double()])
             self._sum(total)
             sums[mode] = float(total[0] / total[1])
         self.model.train()
         return sums
 
-    def _update(self, batches: Iterator[Batch]) -> tuple[float, float]:
-        """One update of the weights; -> the mean loss and the norm of the gradient."""
+    def _update(self, batches: Iterator[Batch]) -> tuple[float, float, dict[str, float]]:
+        """One update of the weights; -> the mean loss, the norm of the gradient, and what the curriculum logs."""
         settings = self.settings
         for group in self.optimiser.param_groups:
             group["lr"] = settings.rate(self.step)
@@ -553,10 +584,22 @@ class Trainer:
         count.clamp_(min=1)  # rows may hold nothing to predict
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.optimiser.zero_grad()
+        apart = Apart()
         for i, part in enumerate(parts):
             self._synchronise(last=i == len(parts) - 1)
+            oracle = None
+            if self.curriculum is not None:
+                place = self.seen + self.replica * self.share + i * self.micro
+                part, oracle = self.curriculum.put(part, place, self.step)
+                if self.curriculum.due(self.step):
+                    apart.add("loss_without", self._losses_without(part), may_see(part, self.config.chunk_size))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                loss = self.wrapped(part)
+                losses = self.wrapped(part)
+            loss = losses.sum()
+            if oracle is not None:
+                seen = may_see(part, self.config.chunk_size)
+                apart.add("loss_oracle", losses, seen & oracle[:, None])
+                apart.add("loss_retrieved", losses, seen & ~oracle[:, None])
             # DDP and FSDP2 take the mean over the replicas' and the rows' parts; `count` has every token as often as
             # processes share its projections.
             (loss * (self.world / count)).backward()
@@ -573,9 +616,22 @@ class Trainer:
             for some in _by_mesh(parameters):
                 nn.utils.clip_grads_with_norm_(some, settings.clip, norm)
         self.optimiser.step()
+        found = {}
+        if self.curriculum is not None:
+            found = {**apart.means(self._sum), "oracle_share": self.curriculum.share(self.step)}
+            if "loss_without" in found:
+                self.curriculum.judge(self.step, found["loss_oracle"], found["loss_without"])
         self.step += 1
         self.seen += settings.batch_size
-        return mean, length
+        return mean, length, found
+
+    @torch.no_grad()
+    def _losses_without(self, batch: Batch) -> torch.Tensor:
+        self.model.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            found = self.wrapped(batch._replace(neighbours=None, neighbour_mask=None))
+        self.model.train()
+        return found
 
     def _stop(self, loss: float, norm: float) -> None:
         rows = [Order(self.stream.rows, self.settings.seed)[self.seen + i] for i in range(self.settings.batch_size)]
@@ -737,6 +793,7 @@ class Trainer:
                 "processes": self.world,
                 "best": self.best,
                 "evaluations_without_better": self.evaluations_without_better,
+                "copied_at": None if self.curriculum is None else self.curriculum.copied_at,
                 "settings": {name: x for name, x in self.description().items() if name not in FREE},
             }
             write_json(partial / PROGRESS, progress)
@@ -802,6 +859,8 @@ class Trainer:
         self._load_state(last / STATE)
         self.step, self.seen = progress["step"], progress["rows"]
         self.best, self.evaluations_without_better = progress["best"], progress["evaluations_without_better"]
+        if self.curriculum is not None:
+            self.curriculum.copied_at = progress["copied_at"]
         if self.rank == 0 and self.best is not None:
             best = self.folder / f"step-{self.best['step']:08d}"
             if best.is_dir():

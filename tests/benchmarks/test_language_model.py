@@ -8,10 +8,7 @@ import json
 import numpy as np
 
 from benchmarks import end_to_end, language_model
-from benchmarks.language_model import LONGEST_MATCH, PrimedStream, copy_rule, matches
-from retro_kernels.models import RetroConfig
-from retro_kernels.models.data import Order
-from retro_kernels.models.training import TrainingConfig
+from benchmarks.language_model import LONGEST_MATCH, copy_rule, matches
 
 
 def test_the_page_is_not_stale():
@@ -58,28 +55,3 @@ def test_a_fold_is_mixed_by_what_the_other_says_of_matches_of_that_length():
     assert np.abs(mixed[(length == 1) & hit] - (0.1 + 0.9 * 4 / 9)).max() < 0.01
     wrong = copy_rule(probability, length, np.where(fold == 1, False, hit), fold)
     assert (wrong[fold == 0] == 0.1).all(), "the other fold has no hit, so that nothing is copied"
-
-
-def test_primed_neighbours_hold_what_comes_next_and_are_gone_at_half_of_the_run(tmp_path):
-    rows, n, m, r = 400, 32, 4, 8
-    tokens = np.random.default_rng(0).integers(1, 64, size=rows * n + 1).astype(np.uint16)
-    np.save(tmp_path / "tokens.npy", tokens)
-    np.save(tmp_path / "neighbours.npy", np.zeros((rows * n // m, 2, r), np.int32))  # 0: as retrieved
-    config = RetroConfig.preset("tiny", max_length=n)
-    stream = PrimedStream(tmp_path, config, TrainingConfig(output=str(tmp_path), steps=100, batch_size=4, seed=1))
-    order, shares = Order(rows, 1), []
-    for place in range(rows):
-        batch = stream.batch([order[place]])
-        first, second = batch.neighbours[0, :, 0].numpy(), batch.neighbours[0, :, 1]
-        assert not second.any()
-        replaced = first.any(1)
-        shares.append(replaced.mean())
-        for u in np.flatnonzero(replaced):
-            at = order[place] * n + u * m
-            assert any((first[u] == tokens[start : start + r]).all() for start in range(at, at + m))
-        again = stream.batch([order[place]])
-        assert (again.neighbours == batch.neighbours).all()
-    assert np.mean(shares[:20]) > 0.85
-    assert 0.4 < np.mean(shares[90:110]) < 0.6
-    assert not any(shares[200:])
-    assert stream.batch([order[0]], 0).neighbours is None
