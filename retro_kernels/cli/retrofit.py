@@ -27,6 +27,13 @@ def retrofit(
     join: Annotated[str, typer.Option(help="softmax or add, see rk.retrofit.")] = "softmax",
     adapt: Annotated[bool, typer.Option("--adapt", help="Train maps of queries and of what is found, too.")] = False,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    start: Annotated[
+        Path | None, typer.Option(help="A finished OUT of another run, to go on from; then --join and --adapt are its.")
+    ] = None,
+    keep_layers: Annotated[
+        int | None,
+        typer.Option(help="With --start: only so many layers go on seeing neighbours, those that gain most."),
+    ] = None,
     gguf: Annotated[str | None, typer.Option(help="The file in MODEL with the weights, if it is of GGUF.")] = None,
     device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'. Default: the GPU if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -35,6 +42,9 @@ def retrofit(
 
     DATA must have been made with the decoder's tokenizer. OUT gets what was added: `rk.retrofit(model, OUT)` puts it on
     the decoder again. Stopped, the same command goes on.
+
+    Every layer that sees neighbours costs time. `--start OUT --keep-layers 8 --out SMALL` closes all but the eight that
+    gain most, trains these on, and measures again.
     """
     import torch
 
@@ -49,18 +59,27 @@ def retrofit(
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         decoder = load_decoder(model, gguf).to(device)
         chunk_size = facts["chunk_size"]
-        report = rk.retrofit(
-            decoder,
-            join=join,
-            adapt=adapt,
-            chunk_size=chunk_size,
-            num_neighbours=num_neighbours,
-            retrieved_length=2 * chunk_size,
-            tokenizer=facts["tokenizer"],
-        )
+        if keep_layers is not None and start is None:
+            raise ValueError(
+                f"keep_layers: got {keep_layers} without start, expected the folder of a run whose gates say what each "
+                "layer gains"
+            )
+        if start is not None:
+            report = rk.retrofit(decoder, start)
+        else:
+            report = rk.retrofit(
+                decoder,
+                join=join,
+                adapt=adapt,
+                chunk_size=chunk_size,
+                num_neighbours=num_neighbours,
+                retrieved_length=2 * chunk_size,
+                tokenizer=facts["tokenizer"],
+            )
         _compare_tokenizers(model, gguf, facts)
         _say(str(report))
-        results = run(decoder, data, out, settings, database=db, held_out=held_out, say=_say)
+        given: dict[str, Any] = {"database": db, "held_out": held_out, "keep_layers": keep_layers, "say": _say}
+        results = run(decoder, data, out, settings, **given)
     if as_json:
         typer.echo(json.dumps(results, indent=1))
         return

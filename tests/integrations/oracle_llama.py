@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 
-def logits(model, ids, neighbours, mask, gates, join, chunk_size, retrieved_length):
-    """ids [n], neighbours and mask [l, k, r], gates: layer -> [h] -> [n, vocab]."""
+def logits(model, ids, neighbours, mask, gates, join, chunk_size, retrieved_length, cross=None):
+    """ids [n], neighbours and mask [l, k, r], gates: layer -> [h] -> [n, vocab]. cross: the layer where a neighbour's
+    tokens look at its chunk too, below which no token sees neighbours, and the gate [h]."""
     weights, config = dict(model.named_parameters()), model.config
     h, hk, d = config.num_attention_heads, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
@@ -47,22 +48,35 @@ def logits(model, ids, neighbours, mask, gates, join, chunk_size, retrieved_leng
             x = new
         return norm(torch.stack(x), weights["model.norm.weight"])
 
-    def read(tokens):
-        """A neighbour's keys and values, layer -> [h, r, d] each."""
+    def read(tokens, chunk=None):
+        """A neighbour's keys and values, layer -> [h, r, d] each; chunk: those of its chunk, where it looks at it."""
         found = {}
 
         def look(layer, i, query, own, values, keys):
             found[layer] = torch.stack(keys, 1), values
-            return torch.einsum("ht,htd->hd", own.softmax(-1), values)
+            out = torch.einsum("ht,htd->hd", own.softmax(-1), values)
+            if chunk is None or layer != cross[0]:
+                return out
+            # The chunk at -m ... -1.
+            first, (key, value) = chunk
+            near = torch.stack([turn(x, -first - chunk_size) for x in key.unbind(1)], 1)
+            shares = (torch.einsum("hd,htd->ht", turn(query, i), near) * d**-0.5).softmax(-1)
+            return out + cross[1][:, None] * torch.einsum("ht,htd->hd", shares, value)
 
         decode(tokens, look)
         return found
 
-    read_ones = [[read(one) for one in chunk] for chunk in neighbours]
+    whole = None if cross is None else read(ids)[cross[0]]
+
+    def of_chunk(u):
+        places = slice(u * chunk_size, (u + 1) * chunk_size)
+        return None if whole is None else (u * chunk_size, tuple(x[:, places] for x in whole))
+
+    read_ones = [[read(one, of_chunk(u)) for one in chunk] for u, chunk in enumerate(neighbours)]
 
     def look(layer, i, query, own, values, keys):
         alone = torch.einsum("ht,htd->hd", own.softmax(-1), values)
-        if i < chunk_size - 1:
+        if i < chunk_size - 1 or layer not in gates:
             return alone
         chunk, row = divmod(i - (chunk_size - 1), chunk_size)
         visible = mask[chunk].clone()

@@ -103,6 +103,83 @@ def test_a_llama_written_down_token_by_token_and_its_gradients(join):
 
 
 @pytest.mark.parametrize("join", JOINS)
+def test_neighbours_that_look_at_their_chunk_written_down_and_their_gradients(join):
+    """Of the gate, too, that the look at the chunk is behind; in layers 1 and 2, so that it is in layer 1."""
+    model = opened("llama", join, torch.float64, freeze=False, encoder="own+cross", layers=[1, 2])
+    for part in model.retro.parts():
+        part.gate.weight.data = torch.randn(4, dtype=torch.float64)
+    first, second = model.retro.parts()
+    first.cross.weight.data = torch.randn(4, dtype=torch.float64)
+    assert second.cross is None
+    ids, neighbours, mask = batch(1, 2 * M + 3)
+    neighbours, mask = neighbours[..., :5], mask[..., :5]
+    weight = torch.randn(ids.shape[1], V, dtype=torch.float64)
+    gates = {1: first.gate.weight, 2: second.gate.weight}
+    leaves = dict(model.named_parameters())
+    with torch.enable_grad():
+        found = model(ids, neighbours=neighbours, neighbour_mask=mask).logits[0]
+        expected = oracle(model, ids[0], neighbours[0], mask[0], gates, join, M, R, (1, first.cross.weight))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        ours, theirs = (torch.autograd.grad((x * weight).sum(), list(leaves.values())) for x in (found, expected))
+    for name, x, y in zip(leaves, ours, theirs):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "gemma2"])
+def test_neighbours_that_look_at_their_chunk_are_read_alike_with_and_without_the_cache(name, tmp_path):
+    """Closed they are the decoder's own, to the bit. Rotary positions, partly turned and none; a cap; grouped heads; a
+    batch padded on the left whose chunks end at different steps, beams, and a prompt in pieces."""
+    given = {"layers": [1, 2]}
+    model, own = opened(name, encoder="own+cross", **given), opened(name, **given)
+    ids, neighbours, mask = batch(3, 22)
+    read = {"neighbours": neighbours, "neighbour_mask": mask}
+    with torch.no_grad():
+        plain = own(ids, **read).logits
+        assert torch.equal(model(ids, **read).logits, plain)
+        model.retro.force = True  # all is computed
+        assert torch.equal(model(ids, **read).logits, plain)
+        model.retro.force = False
+        model.retro.parts()[0].cross.weight.copy_(torch.tensor([0.7, -0.5, 1.0, 0.0]))
+        changed = (model(ids, **read).logits - plain).abs().amax((0, 2)) > 1e-4
+        assert changed.nonzero()[0].item() == M - 1
+    prompts, there = ids[:, :11], torch.ones(3, 11, dtype=torch.long)
+    for row, width in zip(there, (3, 8, 0)):
+        row[:width] = 0
+    more = {"retriever": Retriever(), "max_new_tokens": 11, "pad_token_id": 0, "do_sample": False}
+    out = model.generate(prompts, attention_mask=there, **more)
+    assert torch.equal(out, model.generate(prompts, attention_mask=there, use_cache=False, **more))
+    for row, width in enumerate((3, 8, 0)):
+        assert torch.equal(model.generate(prompts[row : row + 1, width:], **more)[0], out[row, width:])
+    beams = {**more, "num_beams": 2, "attention_mask": there}
+    assert torch.equal(model.generate(prompts, **beams), model.generate(prompts, use_cache=False, **beams))
+    with torch.no_grad():
+        whole = model(ids, retriever=Retriever()).logits
+        cache, parts = transformers.DynamicCache(), []
+        for start, end in itertools.pairwise((0, 5, 6, 9, 17, 18, 22)):
+            parts.append(model(ids[:, start:end], past_key_values=cache, retriever=Retriever()).logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+    model.retro.save_pretrained(tmp_path)
+    again = decoder(name)
+    rk.retrofit(again, tmp_path)
+    assert torch.equal(again.generate(prompts, attention_mask=there, **more), out)
+
+
+def test_where_neighbours_cannot_look_at_their_chunk_is_said():
+    model = opened(encoder="own+cross").train()
+    _checkpoint(model, use_reentrant=False)
+    with pytest.raises(ValueError, match="under gradient checkpointing"):
+        gradients(model)
+    with pytest.raises(ValueError, match="expected 0 too"):
+        model.retro.keep_layers([1])
+    model = decoder("mistral", sliding_window=5)
+    rk.retrofit(model, encoder="own+cross", gate=1.0, **SETTINGS)
+    with torch.no_grad():
+        model.retro.parts()[0].cross.weight.fill_(1.0)
+    with pytest.raises(ValueError, match=r"keeps \d tokens, expected a whole chunk of 8"):
+        model.generate(batch(1, 3)[0], retriever=Retriever(), max_new_tokens=9, pad_token_id=0)
+
+
+@pytest.mark.parametrize("join", JOINS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_closed_gates_are_the_base_to_the_bit_and_neighbours_change_nothing_before_their_row(name, join):
     model = decoder(name)
@@ -254,6 +331,9 @@ def test_a_cache_may_be_filled_piece_by_piece_and_cropped():
         cache.crop(-17)
         again = model(ids[:, 13:], past_key_values=cache, **given).logits
         torch.testing.assert_close(again, whole[:, 13:], rtol=1e-4, atol=1e-5)
+        cache.crop(3 - 30)  # before the first chunk's end: what was read of it is seen no more
+        again = [model(ids[:, i : i + 1], past_key_values=cache, **given).logits for i in range(3, 10)]
+        torch.testing.assert_close(torch.cat(again, 1), whole[:, 3:10], rtol=1e-4, atol=1e-5)
 
 
 def test_neighbours_of_the_prompt_serve_a_generation_without_a_retriever():
@@ -319,6 +399,72 @@ def test_a_layer_whose_gates_are_closed_runs_nothing_of_ours(monkeypatch):
     with torch.no_grad():
         model(ids, neighbours=neighbours, neighbour_mask=mask)
     assert layers == [1]
+
+
+def test_neighbours_are_read_up_to_the_highest_open_layer_and_the_cache_keeps_no_other():
+    model = opened()
+    ran = []
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda module, given, out, i=i: ran.append((i, out.shape[-2])))
+    ids, _, _ = batch(1, M)
+    with torch.no_grad():
+        whole = model(ids, retriever=Retriever()).logits
+        assert [i for i, n in ran if n == R] == [0, 1]  # of the last layer, only its keys and values
+        model.retro.parts()[2].gate.weight.fill_(-torch.inf)
+        ran.clear()
+        given = {"retriever": Retriever(), "use_cache": True}
+        cache = model(ids, **given).past_key_values
+        assert [i for i, n in ran if n == R] == [0]
+        model(ids[:, :1], past_key_values=cache, **given)
+        assert set(cache.retro.held) == {0, 1}
+        model.retro.set_gates(0.0)
+        with pytest.raises(ValueError, match=r"while the gates of layers \[2\] were closed"):
+            model(ids[:, :1], past_key_values=cache, **given)
+    assert whole.shape == (1, M, V)
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_gains_are_what_closing_a_head_costs_and_layers_that_are_not_kept_are_the_bases(join, tmp_path):
+    model = opened(join=join, dtype=torch.float64)
+    with torch.no_grad():
+        for part in model.retro.parts():
+            part.gate.weight.copy_(torch.randn(4))
+    ids, neighbours, mask = batch()
+    given = {"neighbours": neighbours, "neighbour_mask": mask}
+    found = model.retro.gains(ids, **given)
+
+    def loss():
+        logits = model(ids, **given).logits[:, M - 1 : -1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, M:].flatten()).item()
+
+    with torch.no_grad():
+        model.retro.shares = {part.layer: torch.ones(4, dtype=torch.float64) for part in model.retro.parts()}
+        for layer, head in ((0, 1), (2, 3)):
+            losses = []
+            for share in (1 + 1e-2, 1 - 1e-2):  # norms are in fp32
+                model.retro.shares[layer][head] = share
+                losses.append(loss())
+            model.retro.shares[layer][head] = 1.0
+            slope = (losses[1] - losses[0]) / 2e-2
+            assert found[layer][head].item() == pytest.approx(slope, rel=1e-3, abs=1e-5)
+        model.retro.shares = None
+        model.retro.close_gates()
+        model.retro.parts()[1].gate.weight.fill_(1.0)
+        expected = model(ids, **given).logits
+        model.retro.keep_layers([1])
+        assert torch.equal(model(ids, **given).logits, expected)
+    assert [hasattr(layer.self_attn, "retro") for layer in model.model.layers] == [False, True, False]
+    model.retro.save_pretrained(tmp_path)
+    again = decoder(dtype=torch.float64)
+    report = rk.retrofit(again, tmp_path)
+    assert (report.layers, report.added) == ([1], 4)
+    with torch.no_grad():
+        assert torch.equal(again(ids, **given).logits, expected)
+    for wrong in ([], [0]):
+        with pytest.raises(ValueError, match=r"expected some of \[1\]"):
+            model.retro.keep_layers(wrong)
+    model.retro.undo()
+    assert not any("retro" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -88,6 +88,28 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_its_folder_fits_the_base(
     assert {x["neighbours"] for x in results} == {"none", "others", "own"}
 
 
+def test_a_run_goes_on_with_the_layers_that_gain_most(model, data, tmp_path):
+    assert command(model, data, tmp_path / "all").exit_code == 0
+    more = ("--start", tmp_path / "all", "--keep-layers", 2)
+    result = command(model, data, tmp_path / "two", *more)
+    assert result.exit_code == 0, result.output
+    one, two = (transformers.AutoModelForCausalLM.from_pretrained(model) for _ in range(2))
+    rk.retrofit(one, tmp_path / "all")
+    kept = rk.retrofit(two, tmp_path / "two").layers
+    texts, sums = Texts(data, 32, 2 * M, 2), dict.fromkeys(range(3), 0.0)
+    for number in range(min(len(texts) - 4, training.JUDGED)):
+        for layer, gains in one.retro.gains(*texts[[number]]).items():
+            sums[layer] += gains.sum().item()
+    assert kept == sorted(sorted(sums, key=sums.get)[1:])
+    for layer, gate in two.retro.gates().items():
+        assert 0 < (gate - one.retro.gates()[layer]).abs().max() < 2  # it went on from there
+    # Stopped and begun again, it is the same run; and nothing else is.
+    assert "going on after 12 of 12" in command(model, data, tmp_path / "two", *more).output
+    assert "other" in command(model, data, tmp_path / "two", "--start", tmp_path / "all").output
+    assert "without start" in command(model, data, tmp_path / "x", "--keep-layers", 2).output
+    assert "expected 1 to 3" in command(model, data, tmp_path / "x", *more[:3], 4).output
+
+
 def test_texts_lie_in_one_document_with_the_neighbours_of_their_chunks(data):
     texts = Texts(data, 32, 2 * M, 1)
     stream, ids = texts.data.tokens, texts.data.ids

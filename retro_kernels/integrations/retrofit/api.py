@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .model import Retrofit
     from .structure import Found
 
-INITS, JOINS, ENCODERS = ("self_attention", "random"), ("softmax", "add"), ("own", "fresh")
+INITS, JOINS, ENCODERS = ("self_attention", "random"), ("softmax", "add"), ("own", "own+cross", "fresh")
 POSITIONS = ("chunk", "text")
 START = {"softmax": -3.0, "add": 0.0}
 
@@ -26,16 +26,24 @@ class RetrofitReport:
 
     Attributes:
         model: the decoder, inside whatever wraps it.
-        layers: the numbers of the attentions that see neighbours.
+        layers: the numbers of the attentions that see neighbours, by now.
         added: numbers (of parameters) that were added.
         notes: what to know about this model.
 
     `print(report)` shows it; `undo()` takes everything back.
     """
 
-    def __init__(self, model: Any, layers: list[int], added: int, notes: list[str]) -> None:
-        self.model, self.layers, self.added, self.notes = model, layers, added, notes
+    def __init__(self, model: Any, notes: list[str]) -> None:
+        self.model, self.notes = model, notes
         self._retro: Retrofit = model.retro
+
+    @property
+    def layers(self) -> list[int]:
+        return [part.layer for part in self._retro.parts()]
+
+    @property
+    def added(self) -> int:
+        return sum(x.numel() for x in self._retro.added().values())
 
     def undo(self) -> None:
         """The model is what it was; a second call does nothing."""
@@ -92,7 +100,13 @@ def retrofit(
         model: a ...ForCausalLM of transformers, or PEFT's or DDP's wrapper of one.
         layers: numbers of the layers, from 0; None: all. Or a folder that `model.retro.save_pretrained` wrote: then the
             other arguments but `encoder` (where it was a module) and `freeze` come from there.
-        encoder: what reads the neighbours. "own": the decoder. "fresh": a new `rk.nn.NeighbourEncoder` over the
+        encoder: what reads the neighbours. "own": the decoder. "own+cross": the decoder, and in the lowest of `layers`
+            the tokens of a neighbour also look at the chunk that it was retrieved for (the paper's conditioning,
+            section 2.3, on the decoder's activations there, which neighbours have not changed yet): with the layer's
+            own attention, as if the chunk stood right before the neighbour, times a gate a head that begins closed (0)
+            and learns. What is read then depends on the chunk: it cannot be kept by `db encode`, equal neighbours are
+            read again for every chunk, training it goes back through the reading, and gradient checkpointing,
+            torch.compile and FSDP refuse. "fresh": a new `rk.nn.NeighbourEncoder` over the
             decoder's embeddings. Or a module that takes tokens int64 [s, r] and a mask bool [s, r] and gives states
             [s, r, e], of any width e.
         init: where the neighbours' keys and values come from. "self_attention": with encoder="own", the layer's own
@@ -190,14 +204,13 @@ def retrofit(
             if id(parameter) not in ours and parameter.requires_grad:
                 retro.was_trained.append(name)
                 parameter.requires_grad_(False)
-    added = sum(x.numel() for x in retro.added().values())
-    return RetrofitReport(decoder, list(found), added, _notes(decoder, found, retro))
+    return RetrofitReport(decoder, _notes(decoder, found, retro))
 
 
 def _check_init(kind: str, init: str) -> None:
-    if kind == "own" and init != "self_attention":
+    if kind in ("own", "own+cross") and init != "self_attention":
         raise ValueError(
-            f'init: got "{init}" with encoder="own", whose keys and values are the decoder\'s, expected '
+            f'init: got "{init}" with encoder="{kind}", whose keys and values are the decoder\'s, expected '
             '"self_attention"'
         )
 
@@ -235,6 +248,7 @@ def _install(decoder: Any, found: dict[int, Found], settings: dict[str, Any], en
                     rotary=one.rotary,
                     encoder_dim=width,
                     adapt=settings.get("adapt", False),
+                    crosses=settings["encoder"] == "own+cross" and layer == min(found),
                     device=weight.device,
                     dtype=dtype,
                 ).train(one.module.training)
@@ -268,7 +282,7 @@ def _probe_tokens(decoder: Any, settings: dict[str, Any]) -> torch.Tensor:
 
 def _encoder(decoder: Any, settings: Any, encoder: Any, device: Any, dtype: Any) -> tuple[nn.Module | None, int | None]:
     """-> the module and the width of its states; nothing for the decoder's own."""
-    if encoder == "own":
+    if encoder in ("own", "own+cross"):
         return None, None
     if encoder == "fresh":
         from .encoder import FreshEncoder

@@ -11,6 +11,7 @@ checkpointing keeps for the layer that it computes again, and calls may overlap.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...ops.attention.reference import accumulation_dtype
-from ...ops.neighbour_attention import neighbour_self_attention
+from ...ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 
 NAME = "retro_kernels"
 CALL = "retro_kernels_call"
 """The keyword argument that carries the call to the attentions."""
 NARROW = 16
+Chunks = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 CLOSED = {"softmax": -torch.inf, "add": 0.0}
 
 
@@ -74,6 +76,14 @@ class HeadMap(nn.Module):
         return x + torch.einsum("...hd,hde->...he", x, self.weight.to(x.dtype))
 
 
+def _opening(gate: Any) -> torch.Tensor:
+    gate = in_use(gate)
+    weight = gate.weight.detach()
+    if hasattr(weight, "full_tensor"):  # FSDP2 has shared it out; every process asks
+        weight = weight.full_tensor()
+    return (weight != CLOSED[gate.join]).any()
+
+
 def in_use(module: Any) -> Any:
     """The module, or the copy of it that PEFT trains in its place."""
     copies = getattr(module, "modules_to_save", None)
@@ -95,6 +105,7 @@ class RetrofitAttention(nn.Module):
         encoder_dim: width of the encoder's states, whose keys and values this part then makes; None where the decoder
             itself reads the neighbours and its keys and values come as they are.
         adapt: whether there is a map of each head's query, and one of what it finds.
+        crosses: whether neighbours, while they are read, look here at the chunk that they were retrieved for.
     """
 
     def __init__(
@@ -110,6 +121,7 @@ class RetrofitAttention(nn.Module):
         rotary: tuple[int, bool] | None,
         encoder_dim: int | None,
         adapt: bool,
+        crosses: bool,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -118,6 +130,7 @@ class RetrofitAttention(nn.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_head_dim = head_dim, value_head_dim
         self.gate: Any = Gate(num_heads, join, device)
+        self.cross: Any = Gate(num_heads, "add", device) if crosses else None
         self.query_map: Any = HeadMap(num_heads, head_dim, device) if adapt else None
         self.value_map: Any = HeadMap(num_heads, value_head_dim, device) if adapt else None
         self.w_key: nn.Linear | None = None
@@ -128,10 +141,14 @@ class RetrofitAttention(nn.Module):
 
     def opening(self) -> torch.Tensor:
         """Whether a head looks at the neighbours: a bool tensor, so that many parts are read at once."""
-        weight = in_use(self.gate).weight.detach()
-        if hasattr(weight, "full_tensor"):  # FSDP2 has shared it out; every process asks
-            weight = weight.full_tensor()
-        return (weight != CLOSED[self.join]).any()
+        return _opening(self.gate)
+
+    def crosses(self) -> bool:
+        """Whether a head of a neighbour looks at its chunk, or learns to."""
+        if self.cross is None:
+            return False
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in self.cross.parameters())
+        return learns or bool(_opening(self.cross))
 
     def state(self) -> Any:
         """Another whenever the gate has changed (by anything but its `.data`)."""
@@ -202,17 +219,59 @@ def own_lse(query: torch.Tensor, key: torch.Tensor, mask: Any, scale: float, sof
     return logits.logsumexp(-1).transpose(1, 2)
 
 
-class Reader:
-    """The call in which the decoder reads neighbours: each attention's keys, turned, and values are kept."""
+class HasRead(Exception):
+    """Nothing more is asked of this reading."""
 
-    def __init__(self, with_gradient: bool) -> None:
-        self.with_gradient = with_gradient
+
+class Reader:
+    """The call in which the decoder reads neighbours: the keys, turned, and values of these attentions are kept. With
+    `may_stop` HasRead is raised once the last of them is reached: what comes after it is not computed.
+
+    chunks: of the chunk of every k neighbours, the keys and values [s, m, hk, d] where they look at it, and the
+    position that follows it, int64 [s]. frequencies: the model's tables."""
+
+    def __init__(
+        self,
+        layers: Set[int],
+        with_gradient: bool,
+        may_stop: bool,
+        chunks: Chunks | None = None,
+        frequencies: list[torch.Tensor] | None = None,
+    ) -> None:
+        self.layers, self.with_gradient, self.may_stop = layers, with_gradient, may_stop
+        self.chunks, self.frequencies = chunks, frequencies
         self.found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(self, module: Any, base: Any, query: Any, key: Any, value: Any, mask: Any, options: Any) -> Any:
         check_not_reentrant(self.with_gradient)
-        self.found[module.retro.layer] = (key.transpose(1, 2), value.transpose(1, 2))
-        return base(module, query, key, value, mask, **options)
+        if module.retro.layer in self.layers:
+            self.found[module.retro.layer] = (key.transpose(1, 2), value.transpose(1, 2))
+            if self.may_stop and len(self.found) == len(self.layers):
+                raise HasRead
+        out, weights = base(module, query, key, value, mask, **options)
+        if module.retro.cross is None or self.chunks is None:
+            return out, weights
+        return out + module.retro.cross(self._of_chunk(module.retro, query, options)).to(out.dtype), weights
+
+    def _of_chunk(self, part: RetrofitAttention, query: torch.Tensor, options: Any) -> torch.Tensor:
+        """What the neighbours' tokens [s * k, h, r, d] find in their chunk, which stands right before them, so that a
+        neighbour reads on from it. -> [s * k, r, h, d_value]."""
+        assert self.chunks is not None
+        key, value, end = self.chunks
+        query = query.transpose(1, 2)
+        k = query.shape[0] // key.shape[0]
+        if part.rotary is not None:
+            assert self.frequencies is not None
+            turn = tables(end.repeat_interleave(k)[:, None], self.frequencies[part.rotary[0]])
+            query = rotate(query, *turn, part.rotary[1])
+        found = neighbour_cross_attention(
+            query.unflatten(0, (-1, k))[None],
+            key[None],
+            value[None],
+            scale=options.get("scaling"),
+            logit_softcap=options.get("softcap"),
+        )
+        return found[0].flatten(0, 1)
 
 
 def check_not_reentrant(with_gradient: bool) -> None:

@@ -8,6 +8,7 @@ they are turned on by the difference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 
 from ...ops.attention.reference import accumulation_dtype
 from ...ops.chunked_cross_attention import chunked_cross_attention
-from .attention import RetrofitAttention, check_not_reentrant, own_lse, rotate, tables
+from .attention import RetrofitAttention, check_not_reentrant, in_use, own_lse, rotate, tables
 
 KeysAndValues = dict[int, tuple[torch.Tensor, torch.Tensor]]
 """Attention -> keys and values [b, l, k, r, hk, d] each."""
+Laid = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+"""Of an attention, keys and values [b * hk, k * r, d] each."""
 
 
 class Plan:
@@ -148,12 +151,14 @@ class ModelCall:
     Args:
         plan: which token sees what.
         mask: bool [b, l, k, r], True = a neighbour's token that is seen.
-        held: keys and values of every retrofitted attention, or
+        held: keys and values of the active attentions (of a step [b, k, r, hk, d]), or
         states: [b, l, k, r, e], of which each attention makes its own.
         turn: int64 [b or 1, n], by how many positions each query is turned on.
         frequencies: the model's tables, by number.
         watch: whether to see if an open gate changes anything.
         active: the layers whose gates are not all closed.
+        laid: what is held for a step, laid out for it.
+        shares: of some layers, how much of what the neighbours change each head takes, [h]; None: all.
     """
 
     def __init__(
@@ -166,25 +171,36 @@ class ModelCall:
         states: torch.Tensor | None = None,
         watch: bool = False,
         active: frozenset[int] = frozenset(),
+        laid: Laid | None = None,
+        shares: dict[int, torch.Tensor] | None = None,
     ) -> None:
-        self.active = active
+        self.active, self.laid, self.shares = active, laid, shares
         self.plan, self.mask, self.held, self.states, self.frequencies = plan, mask, held, states, frequencies
         self.turn = turn
         self.with_gradient = torch.is_grad_enabled()
         self.watch, self.changed = watch, False
+        self.later: tuple[int, Callable[[torch.Tensor, torch.Tensor], None]] | None = None
+        """An attention, and what to do with its keys and values of the text before neighbours are looked at: it reads
+        them, and gives `held` and `mask`."""
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._turners: dict[tuple[int, bool, int], torch.Tensor] = {}
+        self._hidden: torch.Tensor | None = None
 
     def keys_and_values(self, part: RetrofitAttention) -> tuple[torch.Tensor, torch.Tensor]:
         if self.held is not None:
-            return self.held[part.layer]
+            key, value = self.held[part.layer]
+            return (key[:, None], value[:, None]) if isinstance(self.plan, Step) else (key, value)
         frequencies = None if part.rotary is None else self.frequencies[part.rotary[0]]
         return part.keys_and_values(self.states, frequencies)  # type: ignore[arg-type]
 
     def attend(self, module: Any, base: Any, query: Any, key: Any, value: Any, mask: Any, options: Any) -> Any:
         """See `attention.attend`."""
         part: RetrofitAttention = module.retro
-        one_token = isinstance(self.plan, Step) and part.join == "softmax" and not torch.is_grad_enabled()
-        if one_token and part.layer in self.active:
+        if self.later is not None and self.later[0] == part.layer:
+            check_not_reentrant(self.with_gradient)
+            (_, read), self.later = self.later, None
+            read(key, value)
+        if self.laid is not None and part.join == "softmax" and part.layer in self.active and not self.with_gradient:
             return self._one_softmax(part, query, key, value, mask, options), None
         out, weights = base(module, query, key, value, mask, **options)
         if self.plan.num_chunks == 0 or part.layer not in self.active:
@@ -199,6 +215,8 @@ class ModelCall:
             new = joined(out, own_lse(query, key, mask, scale, cap), found, part.gate(lse))
         if self.watch and not self.changed:
             self.changed = not torch.equal(new, out)
+        if self.shares is not None:
+            new = out + self.shares[part.layer][:, None] * (new - out)
         return new, weights
 
     def _neighbours(
@@ -217,11 +235,24 @@ class ModelCall:
         """The queries [b, t, h, d] that attend, turned on to their places behind a neighbour."""
         if part.rotary is not None:
             number, interleaved = part.rotary
-            if number not in self._tables:
-                turn = self.turn if self.turn.shape[0] == query.shape[0] else self.turn.expand(query.shape[0], -1)
-                self._tables[number] = tables(self.plan.take(turn), self.frequencies[number])
-            query = rotate(query, *self._tables[number], interleaved)
+            query = rotate(query, *self._tables_of(number, query.shape[0]), interleaved)
         return query if part.query_map is None else part.query_map(query)
+
+    def _tables_of(self, number: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if number not in self._tables:
+            turn = self.turn if self.turn.shape[0] == batch else self.turn.expand(batch, -1)
+            self._tables[number] = tables(self.plan.take(turn), self.frequencies[number])
+        return self._tables[number]
+
+    def _turner(self, part: RetrofitAttention, query: torch.Tensor) -> torch.Tensor:
+        """What turns a step's queries, as matrices [b, d, d]: one operation a layer, where a rotation takes ten."""
+        assert part.rotary is not None
+        key = (*part.rotary, query.shape[-1])
+        if key not in self._turners:
+            b, d = query.shape[0], key[2]
+            unit = torch.eye(d, device=query.device, dtype=accumulation_dtype(query.dtype)).expand(b, d, d)
+            self._turners[key] = rotate(unit[:, :, None], *self._tables_of(key[0], b), key[1])[:, :, 0]
+        return self._turners[key]
 
     def _one_softmax(
         self, part: RetrofitAttention, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]
@@ -229,27 +260,50 @@ class ModelCall:
         """What `attend` gives for one new token of every sequence, in as few operations as it takes, since their number
         is what one token costs: the softmax over the text and the neighbours at once. -> [b, 1, h, d_value]."""
         b, h, _, d = query.shape
-        hk = key.shape[1]
+        hk, n = key.shape[1], key.shape[2]
+        rows = (b * hk, h // hk)
         scale, cap = options.get("scaling"), options.get("softcap")
         scale = d**-0.5 if scale is None else float(scale)
         dtype = accumulation_dtype(query.dtype)
-        turned = self._turned(part, query.transpose(1, 2))
-        places, found = (x[:, 0].flatten(1, 2).transpose(1, 2) for x in self.keys_and_values(part))
-        logits = []
-        for q, k in ((query, key), (turned, places)):
-            x = (q.reshape(b, hk, h // hk, d).to(dtype) * scale) @ k.to(dtype).transpose(-1, -2)
-            logits.append((x if cap is None else cap * (x / cap).tanh()).view(b, h, -1))
-        own, theirs = logits
-        if mask is not None:
-            mask = mask[:, :, 0, : own.shape[-1]]
-            own = own.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else own + mask
-        theirs = theirs.masked_fill(~self.mask.view(b, 1, -1), -torch.inf)
-        theirs = part.gate(theirs.transpose(1, 2)).transpose(1, 2)
-        shares = torch.cat([own, theirs], -1).softmax(-1).view(b, hk, h // hk, -1)
-        text, neighbours = shares.split([own.shape[-1], theirs.shape[-1]], -1)
+        assert self.laid is not None
+        places, found = self.laid(part.layer)
+        turned = query[:, :, 0]
+        if part.rotary is not None:
+            turned = (turned.to(dtype) @ self._turner(part, query)).to(query.dtype)
+        if part.query_map is not None:
+            turned = part.query_map(turned)
+        if self._hidden is None:  # 0 where a neighbour's token is seen
+            self._hidden = torch.zeros(b, 1, places.shape[1], dtype=dtype, device=query.device)
+            self._hidden.masked_fill_(~self.mask.view(b, 1, -1), -torch.inf)
+        bias = (self._hidden + in_use(part.gate).weight.to(dtype)[:, None]).view(*rows, -1)
+        shown = self._hidden.new_zeros(1, 1, 1) if mask is None else _bias(mask, n, rows, b, h, dtype)
+        own = _logits(query.reshape(*rows, d).to(dtype), key.flatten(0, 1).to(dtype), shown, scale, cap)
+        theirs = _logits(turned.reshape(*rows, d).to(dtype), places.to(dtype), bias, scale, cap)
+        shares = torch.cat([own, theirs], -1).softmax(-1)
+        text, neighbours = shares[..., :n], shares[..., n:]
         if self.watch and not self.changed:
             self.changed = bool((neighbours > 0).any())
-        added = (neighbours @ found.to(dtype)).view(b, 1, h, -1)
-        if part.value_map is not None:
-            added = part.value_map(added)
-        return ((text @ value.to(dtype)).view(b, 1, h, -1) + added).to(query.dtype)
+        out = torch.bmm(text, value.flatten(0, 1).to(dtype))
+        if part.value_map is None:
+            out = torch.baddbmm(out, neighbours, found.to(dtype)).view(b, 1, h, -1)
+        else:
+            added = torch.bmm(neighbours, found.to(dtype)).view(b, 1, h, -1)
+            out = out.view(b, 1, h, -1) + part.value_map(added)
+        return out.to(query.dtype)
+
+
+def _bias(mask: torch.Tensor, n: int, rows: tuple[int, int], b: int, h: int, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of one new token, as its attention function gets it, added to logits [*rows, n]."""
+    mask = mask[:, :, 0, :n]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    return mask.to(dtype).expand(b, h, n).reshape(*rows, n)
+
+
+def _logits(
+    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, scale: float, cap: float | None
+) -> torch.Tensor:
+    """query [x, g, d], key [x, n, d], bias [x, g, n] or what broadcasts -> [x, g, n]."""
+    if cap is None:
+        return torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)
+    return cap * (torch.bmm(query, key.transpose(1, 2)) * (scale / cap)).tanh() + bias

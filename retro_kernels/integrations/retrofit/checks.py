@@ -68,6 +68,20 @@ def retriever(retro: Retrofit, given: Any, ids: Any) -> None:
         )
 
 
+def reads_within_a_call(retro: Retrofit, shared_out: bool) -> None:
+    """With encoder="own+cross" the decoder reads the neighbours within its own call."""
+    model = retro.model
+    if torch.compiler.is_compiling() or shared_out:
+        what = "FSDP" if shared_out else "torch.compile"
+        raise ValueError(f'encoder: got "own+cross" under {what}, expected "own": the decoder calls itself')
+    checkpointed = any(getattr(x, "gradient_checkpointing", False) and x.training for x in model.modules())
+    if torch.is_grad_enabled() and checkpointed:
+        raise ValueError(
+            'encoder: got "own+cross" under gradient checkpointing, expected "own", or '
+            "model.gradient_checkpointing_disable(): a layer that is computed again would read the neighbours again"
+        )
+
+
 def cache(given: Any) -> None:
     if given is not None and getattr(given, "is_compileable", False) is True:
         raise ValueError(

@@ -43,6 +43,15 @@ class Memory:
         self.held: KeysAndValues = {}
         self.chunk: list[int] = [NONE] * batch
         self.mask: torch.Tensor | None = None
+        self._laid: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def laid(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that are held, as the products of a step read them: [b * hk, k * r, d] each. Made once a
+        chunk."""
+        if layer not in self._laid:
+            key, value = (x.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1) for x in self.held[layer])
+            self._laid[layer] = key, value
+        return self._laid[layer]
 
     def attach(self, cache: Any) -> None:
         cache.retro = self
@@ -81,6 +90,7 @@ class Memory:
         if call is None:
             return
         assert call.held is not None
+        self._laid.clear()
         first = call.plan.first_chunk
         firsts = first.tolist() if isinstance(first, torch.Tensor) else first
         firsts = [firsts] * self.batch if isinstance(firsts, int) else firsts
@@ -95,6 +105,7 @@ class Memory:
     def put(self, rows: list[int], chunks: list[int], encoded: KeysAndValues, mask: torch.Tensor) -> None:
         """Keys and values [s, k, r, hk, d] and mask [s, k, r] of the chunks that these sequences read from now on."""
         index = torch.tensor(rows, device=mask.device)
+        self._laid.clear()
         if self.mask is None:
             self.mask = mask.new_zeros(self.batch, *mask.shape[1:])
             self.held = {
@@ -121,6 +132,9 @@ class Memory:
             # A chunk that is no longer complete may be completed by other tokens.
             ends = [start + (chunk + 1) * self._chunk_size for start, chunk in zip(self.starts, self.chunk)]
             self.chunk = [NONE if end > self.length else chunk for end, chunk in zip(ends, self.chunk)]
+            if self.mask is not None:
+                there = torch.tensor([chunk != NONE for chunk in self.chunk], device=self.mask.device)
+                self.mask = self.mask & there[:, None, None]
         else:
             (given,) = args
             rows = torch.arange(self.batch)
@@ -132,6 +146,7 @@ class Memory:
 
     def _select(self, rows: torch.Tensor) -> None:
         self.settle()
+        self._laid.clear()
         listed = rows.tolist()
         self._starts = [self.starts[row] for row in listed]
         self.chunk = [self.chunk[row] for row in listed]

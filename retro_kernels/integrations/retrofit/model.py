@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from ...ops import checks as validate
 from . import checks
-from .attention import CALL, CLOSED, LayerConfig, Reader, RetrofitAttention, in_use
+from .attention import CALL, CLOSED, Chunks, HasRead, LayerConfig, Reader, RetrofitAttention, in_use
 from .call import KeysAndValues
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Retrofit(nn.Module):
         """The database that is known to be the store's."""
         self._numbers: dict[bytes, int] = {}
         """The numbers of the chunks that were retrieved since the last prompt, by their tokens."""
+        self._parts: list[RetrofitAttention] = []
+        self.shares: dict[int, torch.Tensor] | None = None
+        """See `ModelCall`; set while `gains` computes."""
         self.force = False
         """Computes also what closed gates leave out: the probe shows that it changes nothing."""
 
@@ -71,7 +75,9 @@ class Retrofit(nn.Module):
                 yield module
 
     def parts(self) -> list[RetrofitAttention]:
-        return [module.retro for module in self.attentions()]  # type: ignore[misc]
+        if not self._parts:  # every call asks, and a walk through all modules takes a while
+            self._parts = [module.retro for module in self.attentions()]  # type: ignore[misc]
+        return self._parts
 
     # -- gates
 
@@ -109,6 +115,47 @@ class Retrofit(nn.Module):
         """The model computes what the base computes, to the bit."""
         self.set_gates(CLOSED[self.join])
 
+    def gains(
+        self, input_ids: torch.Tensor, neighbours: torch.Tensor, neighbour_mask: torch.Tensor | None = None
+    ) -> dict[int, torch.Tensor]:
+        """What neighbours take off the loss through each head: attention -> [h], nats a token, of the tokens of these
+        texts [b, n] that may see some. To first order, from one pass forward and backward: by how much the loss would
+        rise if that head alone looked away. For `keep_layers`."""
+        m, size = self.chunk_size, self.model.get_input_embeddings().num_embeddings
+        self.shares = {
+            part.layer: torch.ones(part.num_heads, device=self.device, requires_grad=True) for part in self.parts()
+        }
+        try:
+            with torch.enable_grad():
+                given = {"neighbours": neighbours, "neighbour_mask": neighbour_mask, "use_cache": False}
+                logits = self.model(input_ids[:, :-1], **given).logits[:, m - 1 :].float()
+                loss = torch.nn.functional.cross_entropy(logits.reshape(-1, size), input_ids[:, m:].flatten())
+                shares = list(self.shares.values())
+                found = torch.autograd.grad(loss, shares, allow_unused=True)
+            return {layer: torch.zeros_like(x) if x is None else -x for layer, x in zip(self.shares, found)}
+        finally:
+            self.shares = None
+
+    def keep_layers(self, layers: Iterable[int]) -> None:
+        """Takes what was added away from all attentions but these, which then cost what they cost in the base, and
+        neighbours are read only up to the highest of these. For good: `retrofit` again from a folder brings the others
+        back. What the others gained is lost; training the gates that are left gets some of it back.
+
+        Raises ValueError for layers without a part of ours, and for none.
+        """
+        kept, there = set(layers), [part.layer for part in self.parts()]
+        if not kept or not kept <= set(there):
+            raise ValueError(f"layers: got {sorted(kept)}, expected some of {there}")
+        if self.parts()[0].cross is not None and there[0] not in kept:
+            raise ValueError(
+                f"layers: got {sorted(kept)}, expected {there[0]} too, where neighbours look at their chunk"
+            )
+        for module in list(self.attentions()):
+            if module.retro.layer not in kept:  # type: ignore[union-attr, operator]
+                self._remove(module)
+        self._parts = []
+        self.settings["layers"] = sorted(kept)
+
     # -- what is added, and how it is taken away
 
     def added(self) -> dict[str, torch.Tensor]:
@@ -124,10 +171,8 @@ class Retrofit(nn.Module):
         """Takes everything added away; the model is what it was, and so is which of its parameters have gradients."""
         model = self.model
         for module in list(self.attentions()):
-            config: Any = module.config
-            if isinstance(config, LayerConfig):
-                module.config = config.base
-            del module.retro
+            self._remove(module)
+        self._parts = []
         if type(vars(model).get("forward")).__name__ == "RetroForward":
             del model.forward
         for name, parameter in model.named_parameters():
@@ -135,6 +180,12 @@ class Retrofit(nn.Module):
                 parameter.requires_grad_(True)
         if getattr(model, "retro", None) is self:
             del model.retro
+
+    @staticmethod
+    def _remove(module: Any) -> None:
+        if isinstance(module.config, LayerConfig):
+            module.config = module.config.base
+        del module.retro
 
     def save_pretrained(self, folder: Any) -> None:
         """Writes what was added to `retro.safetensors` and the settings, with a hash of the base, to `retro.json` in
@@ -173,6 +224,11 @@ class Retrofit(nn.Module):
 
             if store.facts["base"] != fingerprint(self.model):
                 raise ValueError(f"store: {store.folder} was made by another base than this model")
+            if self.settings["encoder"] != "own":
+                raise ValueError(
+                    f'store: got one for encoder={self.settings["encoder"]!r}, expected "own": there what the '
+                    "decoder makes of a neighbour depends on nothing else and can be kept by its number"
+                )
             if store.facts["retrieved_length"] != self.retrieved_length:
                 raise ValueError(
                     f"store: {store.folder} has neighbours of {store.facts['retrieved_length']} tokens, expected "
@@ -184,8 +240,22 @@ class Retrofit(nn.Module):
 
     # -- reading neighbours
 
-    def encode(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> KeysAndValues | torch.Tensor:
-        """Neighbours [..., r] -> keys and values of every part, [..., r, hk, d], or an encoder's states [..., r, e]."""
+    def crossing(self) -> int | None:
+        """The attention where neighbours look at their chunk, if they do: encoder="own+cross", and the gate is not
+        closed."""
+        part = self.parts()[0]
+        return part.layer if part.cross is not None and (self.force or part.crosses()) else None
+
+    def encode(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None,
+        layers: Set[int] | None = None,
+        chunks: Chunks | None = None,
+    ) -> KeysAndValues | torch.Tensor:
+        """Neighbours [..., r] -> keys and values of these layers (None: all that have a part), [..., r, hk, d] each, or
+        an encoder's states [..., r, e]. The decoder reads no further than to the last of these layers. chunks: see
+        `Reader`."""
         leading = tuple(tokens.shape[:-1])
         flat = tokens.reshape(-1, tokens.shape[-1])
         there = None
@@ -200,10 +270,18 @@ class Retrofit(nn.Module):
             states = self.encoder(flat, torch.ones_like(flat, dtype=torch.bool) if there is None else there)
             return states.view(*leading, *states.shape[1:])
         learns = torch.is_grad_enabled() and any(
-            x.requires_grad for name, x in self.model.base_model.named_parameters() if ".retro." not in name
+            x.requires_grad
+            for name, x in self.model.base_model.named_parameters()
+            if ".retro." not in name or (chunks is not None and ".retro.cross." in name)
         )
-        reader = Reader(learns)
-        with torch.set_grad_enabled(learns):
+        wanted = frozenset(part.layer for part in self.parts()) if layers is None else layers
+        # What shares parameters out, or compiles, wants calls that return.
+        shared_out = any(hasattr(x, "full_tensor") for x in self.model.base_model.parameters())
+        may_stop = not (learns or shared_out or torch.compiler.is_compiling())
+        if chunks is not None:
+            checks.reads_within_a_call(self, shared_out)
+        reader = Reader(wanted, learns, may_stop, chunks, self.tables())
+        with torch.set_grad_enabled(learns), suppress(HasRead):
             self.model.base_model(
                 input_ids=flat,
                 attention_mask=None if there is None else there.long(),
@@ -215,12 +293,12 @@ class Retrofit(nn.Module):
             for layer, (key, value) in reader.found.items()
         }
 
-    def encode_once(self, tokens: torch.Tensor, mask: torch.Tensor) -> KeysAndValues:
+    def encode_once(self, tokens: torch.Tensor, mask: torch.Tensor, layers: Set[int] | None = None) -> KeysAndValues:
         """Keys and values of neighbours [..., r] of which many may be equal: each is read once."""
         flat, there = tokens.flatten(0, -2), mask.flatten(0, -2)
         both = torch.cat([flat.masked_fill(~there, 0), there.long()], -1)
         different, place = both.unique(dim=0, return_inverse=True)
-        made = self._made(different, tokens.shape[-1])
+        made = self._made(different, tokens.shape[-1], layers)
         return {
             layer: (key[place].unflatten(0, tokens.shape[:-1]), value[place].unflatten(0, tokens.shape[:-1]))
             for layer, (key, value) in made.items()
@@ -248,17 +326,17 @@ class Retrofit(nn.Module):
         """A new prompt begins."""
         self._numbers.clear()
 
-    def _made(self, both: torch.Tensor, r: int) -> KeysAndValues:
+    def _made(self, both: torch.Tensor, r: int, layers: Set[int] | None) -> KeysAndValues:
         """Keys and values of neighbours, tokens and mask [s, 2 r]: those of the store, and others read now."""
         store = self.store
         numbers = [] if store is None else [self._numbers.get(row.tobytes(), -1) for row in both.cpu().numpy()]
         kept = [place for place, number in enumerate(numbers) if number >= 0]
         if store is None or not kept:
-            return self.projected(self.encode(both[:, :r], both[:, r:].bool()))
+            return self.projected(self.encode(both[:, :r], both[:, r:].bool(), layers))
         self._check_layers(store)  # gates may have been opened since
-        known = store(torch.tensor([numbers[place] for place in kept]))
+        known = store(torch.tensor([numbers[place] for place in kept]), self.active() if layers is None else layers)
         new = torch.tensor([place for place in range(len(both)) if place not in set(kept)], device=both.device)
-        read = self.projected(self.encode(both[new, :r], both[new, r:].bool())) if len(new) else {}
+        read = self.projected(self.encode(both[new, :r], both[new, r:].bool(), known.keys())) if len(new) else {}
         made: KeysAndValues = {}
         for layer, pair in known.items():
             whole = []

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import checks
-from .call import Even, KeysAndValues, ModelCall, Plan, Step, Uneven
+from .attention import Chunks
+from .call import Even, KeysAndValues, Laid, ModelCall, Plan, Step, Uneven
 from .memory import Memory
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ class Request:
         mask: torch.Tensor,
         encoded: KeysAndValues | torch.Tensor,
         starts: list[int] | torch.Tensor | None,
+        laid: Laid | None = None,
     ) -> ModelCall:
-        """mask: which of the neighbours' tokens are seen; starts: the padding before each sequence."""
+        """mask: which of the neighbours' tokens are seen; starts: the padding before each sequence; laid: see
+        `ModelCall`."""
         retro = self.retro
         here = self.past + torch.arange(self.n, device=self.device)[None]
         place = here if starts is None else here - torch.as_tensor(starts, device=self.device)[:, None]
@@ -55,7 +58,33 @@ class Request:
         states = encoded if isinstance(encoded, torch.Tensor) else None
         held = None if isinstance(encoded, torch.Tensor) else encoded
         watch = not (retro.checked or torch.compiler.is_compiling())
-        return ModelCall(plan, mask, turn, retro.tables(), held, states, watch, self.active)
+        return ModelCall(plan, mask, turn, retro.tables(), held, states, watch, self.active, laid, retro.shares)
+
+    def chunks(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: torch.Tensor,
+        numbers: torch.Tensor,
+        starts: list[int] | torch.Tensor | None,
+    ) -> Chunks:
+        """Of the text's keys and values [b, hk, N, d], those of these sequences' chunks of these numbers, each [s], and
+        the position that follows each chunk."""
+        m, whole = self.retro.chunk_size, self.past + self.n
+        begin = numbers * m
+        if starts is not None:
+            begin = begin + torch.as_tensor(starts, device=key.device)[rows]
+        dropped = whole - key.shape[2]  # by a window of the cache
+        if dropped and len(begin) and int(begin.min()) < dropped:
+            raise ValueError(
+                f'encoder: got "own+cross" where the cache of its layer keeps {key.shape[2]} tokens, expected a whole '
+                f"chunk of {m}"
+            )
+        index = ((begin - dropped)[:, None] + torch.arange(m, device=key.device)).clamp(0, key.shape[2] - 1)
+        end = begin + m
+        if self.positions is not None:
+            end = end + (self.positions[:, -1] - (whole - 1)).expand(self.batch)[rows]
+        return key.transpose(1, 2)[rows[:, None], index], value.transpose(1, 2)[rows[:, None], index], end
 
 
 def begin(
@@ -138,8 +167,19 @@ def _first(request: Request) -> tuple[ModelCall | None, Memory]:
             f"chunks of {m}"
         )
     neighbours, mask = neighbours[:, :count].to(request.device), mask[:, :count].to(request.device)
+    crossing = retro.crossing()
+    if crossing is not None:
+        call = request.call(plan, retro.visible(mask), {}, starts)
+
+        def read_with_chunks(key: torch.Tensor, value: torch.Tensor) -> None:
+            rows = torch.arange(b, device=request.device).repeat_interleave(count)
+            chunks = request.chunks(key, value, rows, torch.arange(count, device=request.device).repeat(b), starts)
+            call.held = retro.encode(neighbours, mask, request.active, chunks)  # type: ignore[assignment]
+
+        call.later = crossing, read_with_chunks
+        return call, memory
     read = retro.encode_once if request.retriever is not None else retro.encode
-    return request.call(plan, retro.visible(mask), read(neighbours, mask), starts), memory
+    return request.call(plan, retro.visible(mask), read(neighbours, mask, request.active), starts), memory
 
 
 def _go_on(request: Request, memory: Memory) -> ModelCall | None:
@@ -148,6 +188,12 @@ def _go_on(request: Request, memory: Memory) -> ModelCall | None:
     memory.settle()
     if past != memory.length:
         raise ValueError(f"cache: holds {past} tokens, expected {memory.length}: something else has written to it")
+    lacking = sorted(request.active - set(memory.held)) if memory.held else []
+    if lacking:
+        raise ValueError(
+            f"cache: its neighbours were read while the gates of layers {lacking} were closed, which are open now; "
+            "expected an empty one"
+        )
     starts = memory.starts
     if memory.ids is not None and request.ids is not None:
         memory.ids = torch.cat([memory.ids, request.ids], 1)
@@ -161,24 +207,40 @@ def _go_on(request: Request, memory: Memory) -> ModelCall | None:
         for chunk in range(low[row], high[row] + 1)
         if chunk != memory.chunk[row]
     ]
-    encoded: KeysAndValues = {}
-    seen = None
+    count = max(last - first + 1 for first, last in zip(low, high))
+    if not wanted and (memory.mask is None or count <= 0 < n - 1):
+        return None
+    rows, numbers = [row for row, _ in wanted], [chunk for _, chunk in wanted]
+    seen: torch.Tensor | None = None
     if wanted:
         tokens, there = (x.to(request.device) for x in _of_chunks(request, memory, wanted))
-        encoded, seen = retro.encode_once(tokens, there), retro.visible(there)
-    if n == 1:
+        seen = retro.visible(there)
+
+    def laid_out(encoded: KeysAndValues) -> tuple[KeysAndValues, torch.Tensor]:
+        if n > 1:
+            return _laid_out(memory, wanted, encoded, seen, low, high, count)
         if seen is not None:
-            memory.put([row for row, _ in wanted], [chunk for _, chunk in wanted], encoded, seen)
-        if memory.mask is None:
-            return None
-        held = {layer: (key[:, None], value[:, None]) for layer, (key, value) in memory.held.items()}
-        return request.call(Step(low), memory.mask[:, None], held, starts)
-    count = max(last - first + 1 for first, last in zip(low, high))
-    if count <= 0 or (seen is None and memory.mask is None):
-        return None
-    held, visible = _laid_out(memory, wanted, encoded, seen, low, high, count)
-    places = torch.tensor(starts, device=request.device), torch.tensor(low, device=request.device)
-    return request.call(Uneven(n, past, *places, count, m), visible, held, starts)
+            memory.put(rows, numbers, encoded, seen)
+        assert memory.mask is not None
+        return memory.held, memory.mask[:, None]
+
+    plan: Plan = Step(low)
+    if n > 1:
+        places = torch.tensor(starts, device=request.device), torch.tensor(low, device=request.device)
+        plan = Uneven(n, past, *places, count, m)
+    crossing = retro.crossing() if wanted else None
+    if crossing is None:
+        held, visible = laid_out(retro.encode_once(tokens, there, request.active) if wanted else {})
+        return request.call(plan, visible, held, starts, memory.laid if n == 1 else None)
+    call = request.call(plan, torch.empty(0), {}, starts, memory.laid if n == 1 else None)
+
+    def read_with_chunks(key: torch.Tensor, value: torch.Tensor) -> None:
+        of_rows, of_numbers = (torch.tensor(x, device=key.device) for x in (rows, numbers))
+        chunks = request.chunks(key, value, of_rows, of_numbers, starts)
+        call.held, call.mask = laid_out(retro.encode(tokens, there, request.active, chunks))  # type: ignore[arg-type]
+
+    call.later = crossing, read_with_chunks
+    return call
 
 
 def _laid_out(

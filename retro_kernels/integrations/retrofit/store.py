@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ RESERVE = 1.05
 
 
 class EncodedChunks:
-    """A finished folder. `store(ids)` -> keys and values [n, r, hk, d] of each layer, fp32, and mask bool [n, r].
+    """A finished folder. `store(ids, layers)` -> keys and values [n, r, hk, d] of each of these layers, fp32.
 
     Raises DatabaseError for a folder that is unfinished or cut short.
     """
@@ -51,11 +51,14 @@ class EncodedChunks:
         self.shapes = {int(layer): tuple(x) for layer, x in facts["layers"].items()}
         self.codes, self.scales = _map(self.folder, facts, "r")
 
-    def __call__(self, ids: torch.Tensor) -> KeysAndValues:
+    def __call__(self, ids: torch.Tensor, layers: Set[int] | None = None) -> KeysAndValues:
         index = ids.cpu().numpy()
         codes, scales = (torch.from_numpy(np.array(x[index])) for x in (self.codes, self.scales))
         r, place, found = self.facts["retrieved_length"], 0, {}
         for i, (layer, (hk, d, d_value)) in enumerate(self.shapes.items()):
+            if layers is not None and layer not in layers:
+                place += r * hk * (d + d_value)
+                continue
             pair = []
             for j, width in enumerate((d, d_value)):
                 x = codes[:, place : place + r * hk * width].view(-1, r, hk, width).float()
@@ -126,8 +129,11 @@ def encode_database(
 
 def _facts(model: Any, database: Database, layers: Sequence[int] | None) -> dict[str, Any]:
     retro = model.retro
-    if retro.encoder is not None:
-        raise ValueError('encoder: got one with parameters of its own, expected encoder="own", which stays as it is')
+    if retro.settings["encoder"] != "own":
+        raise ValueError(
+            f'encoder: got {retro.settings["encoder"]!r}, expected "own", which stays as it is and sees nothing '
+            "but the neighbour"
+        )
     if database.chunk_size != retro.chunk_size:
         raise ValueError(
             f"database: has chunks of {database.chunk_size} tokens, expected chunk_size = {retro.chunk_size}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -27,6 +28,8 @@ from .files import fingerprint
 STATE, EVALUATION = "training.safetensors", "evaluation.json"
 OVERLAPS = (1.0, 0.5, 0.125)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+JUDGED = 16
+"""Texts by which layers are chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +148,8 @@ def train(
     Raises ValueError for the state of another training.
     """
     parameters = {name: x for name, x in model.named_parameters() if x.requires_grad}
-    of_gates = [x for name, x in parameters.items() if ".gate." in name]
-    others = [x for name, x in parameters.items() if ".gate." not in name]
+    of_gates = [x for name, x in parameters.items() if ".gate." in name or ".cross." in name]
+    others = [x for x in parameters.values() if all(x is not y for y in of_gates)]
     groups = [{"params": of_gates, "rate": settings.gate_rate}, {"params": others, "rate": settings.learning_rate}]
     optimiser = torch.optim.Adam([x for x in groups if x["params"]], betas=(0.9, 0.98))
     about = {
@@ -156,6 +159,7 @@ def train(
         "data": texts.facts["files"],
         "texts": len(numbers),
         "trained": sorted(parameters),
+        "beginning": _hash(parameters),
     }
     log = _resume(folder / STATE, about, parameters, optimiser)
     if log:
@@ -179,6 +183,13 @@ def train(
             last = log[-settings.save_every :]
             say(f"{step + 1} of {settings.steps} updates, loss of the last {len(last)}: {sum(last) / len(last):.4f}")
     model.retro.save_pretrained(folder)
+
+
+def _hash(parameters: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for _, x in sorted(parameters.items()):
+        digest.update(x.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _keep(path: Path, about: dict, parameters: dict, optimiser: torch.optim.Adam, log: list[float]) -> None:
@@ -281,6 +292,22 @@ def alone(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder}: another process is training there; wait for it, or name another folder") from None
 
 
+def keep_best_layers(model: Any, texts: Texts, numbers: Sequence[int], count: int, say: Callable[[str], None]) -> None:
+    """Keeps what was added to the `count` layers whose neighbours gain most on the texts of these numbers (see
+    `model.retro.gains`). Raises ValueError for more layers than there are."""
+    retro = model.retro
+    there = [part.layer for part in retro.parts()]
+    if not 1 <= count <= len(there):
+        raise ValueError(f"keep_layers: got {count}, expected 1 to {len(there)}, the layers that see neighbours")
+    gains = dict.fromkeys(there, 0.0)
+    for number in numbers:
+        for layer, found in retro.gains(*texts[[number]]).items():
+            gains[layer] += float(found.sum()) / len(numbers)
+    best = sorted(gains, key=lambda layer: -gains[layer])[:count]
+    say("kept, by what a layer gains (nats a token): " + ", ".join(f"{layer} ({gains[layer]:.4f})" for layer in best))
+    retro.keep_layers(best)
+
+
 def run(
     model: Any,
     data: str | os.PathLike[str],
@@ -289,10 +316,12 @@ def run(
     *,
     database: str | os.PathLike[str] | None = None,
     held_out: str | os.PathLike[str] | None = None,
+    keep_layers: int | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Trains a retrofitted model on the data and measures it on texts that were held out, which are the last of the
     data, or the first of `held_out`, another such folder. -> what `evaluate` gives, which the folder keeps too.
+    keep_layers: only so many layers, the best on the first texts of the data, are kept and trained on.
 
     Raises ValueError for data that the model cannot read, and for too few texts.
     """
@@ -322,6 +351,8 @@ def run(
     if len(measured) < 2:
         raise ValueError("held_out: got one text, expected at least two, as each is read with another's neighbours too")
     with alone(folder):
+        if keep_layers is not None:
+            keep_best_layers(model, texts, numbers[:JUDGED], keep_layers, say)
         train(model, texts, numbers, folder, settings, say)
         results = evaluate(model, unseen, measured, precision=settings.precision, say=say)
         write_json(folder / EVALUATION, results)
