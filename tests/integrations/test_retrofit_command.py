@@ -148,6 +148,21 @@ def test_what_cannot_be_is_said_in_a_line(model, data, tmp_path, monkeypatch):
     assert "update 1: the loss is nan" in command(model, data, tmp_path / "out").output
 
 
+def test_retrieval_that_changes_nothing_is_said_loudly(model, data):
+    decoder = transformers.AutoModelForCausalLM.from_pretrained(model)
+    rk.retrofit(decoder, chunk_size=M, retrieved_length=2 * M)
+    texts, said = Texts(data, 32, 2 * M, 2), []
+    training.evaluate(decoder, texts, [0, 1], say=said.append)
+    assert not any("WARNING" in text for text in said)
+    decoder.retro.close_gates()
+    training.evaluate(decoder, texts, [0, 1], say=said.append)
+    assert said[-1] == "WARNING: retrieval changes nothing here, not one bit; all gates are closed"
+    decoder.retro.set_gates(0.0)
+    decoder.retro.visible = torch.zeros_like
+    training.evaluate(decoder, texts, [0, 1], say=said.append)
+    assert "not one bit; although gates are open" in said[-1]
+
+
 def test_the_settings_of_a_training():
     assert GateTraining(warmup_steps=0).fraction(0) == 1.0
     fractions = [GateTraining(steps=20).fraction(step) for step in range(20)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -143,8 +144,11 @@ def test_what_does_not_fit_is_named(database, tmp_path, monkeypatch):
         encode_database(model, database, tmp_path / "x", layers=[7])
     with pytest.raises(DatabaseError, match="of another model, database or other layers"):
         encode_database(model, database, tmp_path / "two")
-    with pytest.raises(ValueError, match="encoder: got one with parameters"):
-        encode_database(model_of(encoder="fresh"), database, tmp_path / "x")
+    for encoder in ("fresh", "own+cross"):
+        with pytest.raises(ValueError, match=re.escape(f"encoder: got '{encoder}', expected \"own\"")):
+            encode_database(model_of(encoder=encoder), database, tmp_path / "x")
+    with pytest.raises(ValueError, match="store: got one for encoder='own\\+cross'"):
+        model_of(encoder="own+cross", layers=[0, 2]).retro.use(store)
     with pytest.raises(ValueError, match="expected chunk_size = 4"):
         encode_database(model_of(chunk_size=4), database, tmp_path / "x")
     path = write_texts(tmp_path / "other.txt", texts_of(4, seed=5))

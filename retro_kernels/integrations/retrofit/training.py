@@ -256,6 +256,13 @@ def evaluate(
         if i % 8 == 7 or i + 1 == len(numbers):
             say(f"measured {i + 1} of {len(numbers)} texts")
     model.train(was_training)
+    if torch.equal(torch.cat(found["own"]), torch.cat(found["none"])):
+        why = (
+            "although gates are open: are its neighbours all missing?"
+            if model.retro.active()
+            else "all gates are closed"
+        )
+        say(f"WARNING: retrieval changes nothing here, not one bit; {why}")
     share = torch.cat(shares)
     facts = texts.facts
     per_byte = None if not facts.get("bytes") else facts["bytes"] / _tokens_of(texts)
