@@ -14,10 +14,10 @@ test: install  ## install, then run the tests
 
 # Peers that pull in what cannot stand beside the rest come without it, in a folder of their own.
 PEERS := .venv-peers
-peers: install  ## tests against the peers that `make test` cannot install: labml, Megatron-core, Flamingo
+peers: install  ## tests against the peers that `make test` cannot install: labml, Megatron-core, NeMo, Flamingo
 	$(RUN) -m pip install --quiet --no-deps --target $(PEERS) retro-transformer==1.0.3 megatron-core==0.15.3 \
-		flamingo-pytorch==0.1.2 open-flamingo==2.0.1 einops-exts==0.0.4
-	PYTHONPATH=$(PEERS) $(RUN) -m pytest -n 2 --dist worksteal tests/integrations -k "labml or megatron or flamingo or swapped"
+		flamingo-pytorch==0.1.2 open-flamingo==2.0.1 einops-exts==0.0.4 nemo-toolkit==1.23.0
+	PYTHONPATH=$(PEERS) $(RUN) -m pytest -n 2 --dist worksteal tests/integrations -k "labml or megatron or flamingo or nemo or swapped"
 
 install: $(VENV)/.installed
 

@@ -1,6 +1,6 @@
 """What `rk.swap` is worth on a training step of each peer that can be installed, against the same model unswapped.
 
-    python -m benchmarks.swapped [--rounds 7] [PEER ...]     one thread; needs the peers (`make peers` says which)
+    python -m benchmarks.swapped [--rounds 5] [PEER ...]     one thread; needs the peers (`make peers` says which)
     python -m benchmarks.swapped report                      docs/coming-from.md's table from the results
 
 A step is forward and backward. Both models have the same weights and take turns; each round's seconds are kept, in CPU
@@ -31,7 +31,7 @@ from retro_kernels.bench import environment, report, results
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "coming-from.md"
 FILE = "swapped.json"
-SIZES = {"width": 512, "layers": 6, "heads": 8, "head_dim": 64, "m": 64, "k": 2, "r": 128, "tokens": 512, "vocab": 1000}
+SIZES = {"width": 384, "layers": 6, "heads": 8, "head_dim": 64, "m": 64, "k": 2, "r": 128, "tokens": 256, "vocab": 1000}
 FP32_LIMIT, BF16_FLOOR = 1e-4, 1e-3
 
 Make, Call = Callable[[], nn.Module], Callable[[nn.Module], torch.Tensor]
@@ -243,7 +243,7 @@ def table(document: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="'report', or words of the peers' names; all by default")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     folder = Path(__file__).parent / "results" / environment.device_slug("cpu")
     parser.add_argument("--out", type=Path, default=folder / FILE)
     given = parser.parse_args()

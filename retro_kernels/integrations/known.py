@@ -8,13 +8,6 @@ from .base import class_names
 
 # The end of a class's qualified name -> its implementation, and what to use.
 RELATIVES = {
-    "ParallelChunkedCrossAttention": (
-        "NeMo 1.x's",
-        "swap does not replace it; rk.nn.ChunkedCrossAttention with biases=True and positions='rotary' expresses it "
-        "(rotary_dim at most 32, query_positions 0 ... m - 1; key_positions 0 ... r - 1 in version 1, -(m - 1) ... "
-        "r - m in later ones; 'none' without rotary), but for the output's bias, which its layer adds to the first "
-        "m - 1 tokens, too",
-    ),
     "Re_gptBlock": (
         "mengzi-retrieval-lm's",
         "swap does not replace it; rk.nn.ChunkedCrossAttention.retro_pytorch expresses its attention",

@@ -12,13 +12,13 @@ from torch import nn
 from ..ops import backends as backend_choice
 from ..ops.backends import ATTENTION as BACKENDS
 from ..ops.verification import verdicts
-from . import flamingo, known, labml, megatron, norlund, retro_pytorch
+from . import flamingo, known, labml, megatron, nemo, norlund, retro_pytorch
 from .base import AS_TRAINED, PAPER, FusedForward, Integration
 
 if TYPE_CHECKING:
     from ..models.generation import Generated
 
-INTEGRATIONS: tuple[Integration, ...] = (retro_pytorch, labml, megatron, norlund, flamingo)  # type: ignore[assignment]
+INTEGRATIONS: tuple[Integration, ...] = (retro_pytorch, labml, megatron, norlund, nemo, flamingo)  # type: ignore[assignment]
 
 
 class SwapReport:
@@ -118,13 +118,13 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, 
 
     Looks for the attentions of retro-pytorch 0.3.9, Megatron-core 0.15.3, labml (retro-transformer 1.0.3) and Norlund
     in `model` (which may be one of them, any part of a model, or a wrapper such as DistributedDataParallel): chunked
-    cross-attention, the encoder's self- and cross-attention, and the decoder's causal self-attention; and Flamingo's
-    cross-attention to media (open_flamingo 2.0.1, flamingo-pytorch 0.1.2). What it knows besides and does not replace
-    is named in the report, with what to use instead. Only `forward` of each instance is replaced: parameters, their
-    names, state dicts, classes and submodules stay as they are, and so do deep copies, casts, checkpoints and hooks.
-    Deep copies of a swapped model are swapped, too; `unswap` restores one. A model that is compiled already compiles
-    anew at its next call; one that was exported or traced stays what it was. `nn.DataParallel` is not supported: its
-    replicas share instance attributes.
+    cross-attention, the encoder's self- and cross-attention, and the decoder's causal self-attention; NeMo 1.23's
+    chunked cross-attention; and Flamingo's cross-attention to media (open_flamingo 2.0.1, flamingo-pytorch 0.1.2). What
+    it knows besides and does not replace is named in the report, with what to use instead. Only `forward` of each
+    instance is replaced: parameters, their names, state dicts, classes and submodules stay as they are, and so do deep
+    copies, casts, checkpoints and hooks. Deep copies of a swapped model are swapped, too; `unswap` restores one. A
+    model that is compiled already compiles anew at its next call; one that was exported or traced stays what it was.
+    `nn.DataParallel` is not supported: its replicas share instance attributes.
 
     A module is replaced only if its class's source and its parts are those this version was written for; any other
     is skipped and the report says why. A call that the fused operations do not cover (hooks on a part that they

@@ -68,11 +68,12 @@ def test_what_is_known_and_not_replaced_is_named_with_what_serves_instead():
 
     mengzi = type("Re_gptBlock", (nn.Module,), {})()
     flamingo = type("MaskedCrossAttention", (nn.Module,), {})()
-    nemo = type("ParallelChunkedCrossAttention", (nn.Module,), {})()
     for module, message in (
         (Retro(RetroConfig.preset("tiny")), "fused already"),
-        (mengzi, r"mengzi-retrieval-lm's Re_gptBlock: .*ChunkedCrossAttention\.retro_pytorch"),
-        (nn.Sequential(nn.Linear(2, 2), nemo), r"1: NeMo 1\.x's .* expresses it"),
+        (
+            nn.Sequential(nn.Linear(2, 2), mengzi),
+            r"1: mengzi-retrieval-lm's Re_gptBlock: .*ChunkedCrossAttention\.retro_pytorch",
+        ),
         (flamingo, "Flamingo's .*of another package"),
     ):
         with pytest.raises(ValueError, match=message):
