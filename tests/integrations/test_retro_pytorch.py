@@ -581,9 +581,15 @@ def unwarned(monkeypatch):
 
 
 def draws(module, arguments, options, number=600):
-    """Mean and standard deviation of `number` forward passes."""
+    """Mean and standard deviation of `number` draws, which are sequences of one batch."""
+
+    def repeat(x):
+        return None if x is None else x.repeat(number, *[1] * (x.dim() - 1))
+
+    repeated = {name: x if name == "pos_emb" else repeat(x) for name, x in options.items()}
     with torch.no_grad():
-        outs = torch.stack([module(*arguments, **options) for _ in range(number)])
+        out = module(*map(repeat, arguments), **repeated)
+    outs = out.unflatten(0, (number, -1))
     return outs.mean(0), outs.std(0)
 
 
