@@ -81,9 +81,14 @@ HALF = (
 )
 
 
+INTERPRETED = ("plain", "bias_fp32", "relative_all", "packed_surplus", "self_dropout", "cross_odd")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", [c for c in cases.EVERY if c.name in HALF], ids=str)
 def test_half_precision_is_within_twice_the_error_of_pytorch(case, dtype, backend):
+    if backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16 and case.name not in INTERPRETED:
+        pytest.skip("the interpreter computes bf16 as fp32 on copies: a few cases show that, fp16 and fp32 the rest")
     check(case, dtype, backend)
 
 
