@@ -26,7 +26,7 @@ enum State { kIdle, kAttends, kBeyond };
 
 RK_DEVICE int64_t floor_divide(int64_t x, int64_t by) { return x >= 0 ? x / by : -((-x + by - 1) / by); }
 
-// chunked_cross_attention_decode/common.py: `states`
+// ops/decoding/common.py: `states`
 RK_DEVICE State state_of(const Attend& p, int batch, int token) {
   if (p.valid && !p.valid[batch]) return kIdle;
   const int64_t start = p.position[batch], place = start + token;

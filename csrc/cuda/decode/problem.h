@@ -12,8 +12,8 @@ constexpr int kMostAdded = 256;     // rows of a head's weight that are added up
 // Of queries and outputs the first three.
 enum Type : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kFloat8 = 4 };
 
-// chunked_cross_attention_decode/common.py says what each tensor means; null: not given. A size of `dim` or `dim_value`
-// is a multiple of 8.
+// ops/decoding/common.py says what each tensor means; null: not given. A size of `dim` or `dim_value` is a multiple
+// of 8.
 struct Attend {
   int tokens, heads, kv_heads, neighbours, retrieved, dim, dim_value, chunk_size, batch;
   int tile, splits;  // slots of a block, and blocks that share the slots of a sequence

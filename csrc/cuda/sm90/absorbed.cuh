@@ -1,5 +1,5 @@
 // Chunked cross-attention from the encoder's states, forward, for Hopper: W_k acts on the query and W_v on the weighted
-// sum of states, so that no key or value exists (projected_chunked_cross_attention/common.py).
+// sum of states, so that no key or value exists (ops/absorbed/common.py).
 //
 // With m rows, S slots, width e and head size d a (chunk, head) takes 4 m e (d + S) FLOPs, 88 M at 64, 256, 896 and
 // 128, and reads from the L2 cache S e states twice and 2 d e weights: compute-bound, the floor is the FLOPs over the

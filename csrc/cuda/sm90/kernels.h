@@ -10,8 +10,7 @@ namespace sm90 {
 const char* forward(const Problem& p, Stream stream);
 const char* backward(const Problem& p, Stream stream);
 
-// What the absorbed strategy has in place of keys and values (projected_chunked_cross_attention/common.py), of p's
-// type.
+// What the absorbed strategy has in place of keys and values (ops/absorbed/common.py), of p's type.
 struct States {
   int width;  // e, a multiple of 8
   const void *encoded, *w_key, *w_value;

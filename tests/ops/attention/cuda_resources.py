@@ -38,6 +38,7 @@ FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA"]  # as setup.py compiles
 LARGEST_SHARED = {"sm_80": 99 << 10, "sm_90a": 227 << 10, "sm_100": 99 << 10, "sm_120": 99 << 10}
 VIRTUAL = {"compute_80": ["sm_80", "sm_100", "sm_120"], "compute_90a": ["sm_90a"]}
 INCLUDE = re.compile(r'^#include "(.+)"', re.MULTILINE)
+STRING_OR_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*")|//.*')
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/ +(.*?;)", re.MULTILINE)
 BRANCH = re.compile(r"\bBRA(?:\.\w+)* .*?0x([0-9a-f]+)")
 FENCE = re.compile(r"\bMEMBAR\S*\.(GPU|SYS)\b")
@@ -70,7 +71,7 @@ def sources() -> list[str]:
 
 
 def source_hash(source: str) -> str:
-    """Of a .cu file and everything of ours that it includes, but for the emulator."""
+    """Of a .cu file and everything of ours that it includes, but for the emulator; comments and blank lines apart."""
     digest, found, left = hashlib.sha256(), set(), [emulator.SOURCES / source]
     while left:
         file = left.pop().resolve()
@@ -79,7 +80,8 @@ def source_hash(source: str) -> str:
         found.add(file)
         left += [file.parent / name for name in INCLUDE.findall(file.read_text())]
     for file in sorted(found):
-        digest.update(file.read_bytes())
+        text = STRING_OR_COMMENT.sub(r"\1", file.read_text())
+        digest.update("\n".join(line.rstrip() for line in text.splitlines() if line.strip()).encode())
     return digest.hexdigest()[:16]
 
 

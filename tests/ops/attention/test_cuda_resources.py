@@ -33,6 +33,23 @@ def test_the_committed_table_is_of_these_kernels(committed):
         assert [name for name in entry if name != "hash"] == cuda_resources.architectures(source)
 
 
+@pytest.mark.parametrize(
+    ("header", "same"),
+    [
+        ("int x = 1;  // said otherwise\n\n// and more\n", True),
+        ("int x = 2;  // said\n", False),
+        ('int x = 1; const char* y = "a//b";\n', False),
+    ],
+)
+def test_the_hash_is_of_code_and_not_of_comments(header, same, tmp_path, monkeypatch):
+    monkeypatch.setattr(emulator, "SOURCES", tmp_path)
+    (tmp_path / "kernel.cu").write_text('#include "header.cuh"\n')
+    (tmp_path / "header.cuh").write_text("int x = 1;  // said\n")
+    before = cuda_resources.source_hash("kernel.cu")
+    (tmp_path / "header.cuh").write_text(header)
+    assert (cuda_resources.source_hash("kernel.cu") == before) == same
+
+
 def test_nothing_spills_and_all_fits(committed):
     for source, entry in committed.items():
         for architecture in cuda_resources.architectures(source):
