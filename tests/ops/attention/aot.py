@@ -1,6 +1,7 @@
 """Compiles the Triton kernels ahead of time, without a GPU, under the launch settings that `configs.py` ships.
 
     python tests/ops/attention/aot.py [--seconds S] [PATTERN ...]  # what the table lacks, into compiled_settings.json
+    python tests/ops/attention/aot.py --page               # the table of docs/gpu.md, of compiled_settings.json
     python tests/ops/attention/aot.py --list ID ...  # only these, as JSON on the standard output (ID throughout: of
                                                      # sm_89, by Triton and not from sm_86's PTX)
 
@@ -12,6 +13,7 @@ width of the head, features (`FEATURES`), and perhaps `long`, 64-bit offsets, or
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -31,17 +33,19 @@ from unittest import mock
 import torch
 
 from retro_kernels import files
+from retro_kernels.bench.report import replace_block
 from retro_kernels.ops.attention import common
 from retro_kernels.ops.attention.triton import configs
 from retro_kernels.ops.attention.triton import launch as backend
 
 TABLE = Path(__file__).with_name("compiled_settings.json")
-TARGETS = (80, 90, 100)
 VERSIONS = ("3.6.0", "3.9.0")  # of torch 2.11, the oldest supported, and the newest
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Bytes a program. sm_80's own is 163 KB, but its settings serve the others.
 SHARED_LIMIT = {**dict.fromkeys((80, 86, 89, 120), 99 * 1024), 90: 227 * 1024, 100: 227 * 1024}
-SAME_PTX = {89: 86}  # Triton makes the same PTX for both, and ptxas another machine code
+# Targets for which a Triton makes the PTX of another, its target line apart, and ptxas another machine code. (From 3.9
+# on LLVM vectorises for sm_86 and not for sm_80.)
+SAME_PTX = {"3.6.0": {86: 80, 89: 80}, "3.9.0": {89: 86}}
 TRITON_TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -82,27 +86,26 @@ class Options(NamedTuple):
     relative: bool = False
     dropout: bool = False
     softcap: bool = False
-    lse: bool = False  # whose gradient comes, too
+    lse: bool = False  # a gradient of the log-sum-exp comes, too
 
 
-FEATURES = {
+FEATURES = {  # the lighter first
     "plain": Options("plain"),
-    "softcap": Options("plain", softcap=True),
-    "lse": Options("plain", lse=True),
+    "plain_all": Options("plain", softcap=True, lse=True),
     "bias": Options("options", bias=True),
     "rotary": Options("options", rotary=True),
     "options": Options("options", bias=True, rotary=True, null=True),
-    "options_dropout": Options("options_dropout", bias=True, rotary=True, null=True, dropout=True),
+    "options_all": Options("options_dropout", True, True, True, dropout=True, softcap=True, lse=True),
     "distances": Options("relative", relative=True),  # the paper's relative positions
     "relative": Options("relative", bias=True, null=True, relative=True),
-    "relative_dropout": Options("relative_dropout", bias=True, null=True, relative=True, dropout=True),
+    "relative_all": Options("relative_dropout", True, False, True, True, dropout=True, softcap=True, lse=True),
 }
-HEAVIEST = ("plain", "options_dropout", "relative_dropout")  # of every class of settings
 
 # Bytes of stack a thread that what is known to fall short may spill, in one version of Triton at least.
 MAY_SPILL = {
     r"sm_\d+ backward_relative \w+ bf16 128 \w+": 64,  # every other tile spills more
     "sm_80 backward clock bf16 64 options": 8,  # all options at once
+    r"sm_(86|89|120) \w+ clock bf16 (64|128) \w+_all": 80,  # with dropout, a soft cap and a gradient of lse besides
     # ptxas' own choice, for more programs at a time: 80 and 128 registers are far from 255
     "sm_100 backward_keys clock bf16 64 plain": 16,
     "sm_100 backward_(queries|keys) clock bf16 128 options": 24,
@@ -139,19 +142,57 @@ def settings_of(identifier: str, version: str | None = None) -> configs.LaunchSe
     return configs.rule(kind, int(target[3:]), DTYPES[dtype], width, FEATURES[features].chosen_by, rows, numbers)
 
 
-CLOCK = ("clock",)
-# What is compiled: targets, shapes, dtypes, widths, features.
-PART = (((90, 80, 100), CLOCK, ("bf16",), (64, 128), ("plain", "distances", "options", "relative")),)
+CLOCK, FP32 = ("clock",), (("fp32",), (64, 128, 256))
+# What `cover` has, by version: targets, dtypes, widths.
+COVER = {
+    "3.6.0": (((86, 120), ("bf16",), (64, 128)), ((86,), ("bf16",), (256,)), ((86,), *FP32)),
+    "3.9.0": (((86,), ("bf16",), (64, 128)), ((86,), ("bf16",), (256,)), ((86,), *FP32)),
+}
+# What is compiled besides: targets, shapes, dtypes, widths, features.
+PAPER = ((90, 80, 100), CLOCK, ("bf16",), (64, 128), ("plain", "distances", "options", "relative"))
+PART = {"3.6.0": (PAPER, ((86,), SHAPES, ("bf16",), (64, 128), ("plain",))), "3.9.0": (PAPER,)}
 
 
 def identifiers(version: str | None = None) -> list[str]:
     """What is compiled of what a version may choose."""
-    return list(dict.fromkeys(x for part in PART for x in product(*part, version)))
+    parts = PART[version or installed()]
+    return list(dict.fromkeys(cover(version) + [x for part in parts for x in product(*part, version)]))
+
+
+def cover(version: str | None = None) -> list[str]:
+    """Of `COVER` every setting that a version may choose, with the heaviest features for which it is chosen: those with
+    relative positions and those without. bf16 stands for fp16, whose settings are the same."""
+    parts = COVER[version or installed()]
+    chosen = [x for part in parts for x in product(part[0], SHAPES, *part[1:], FEATURES, version)]
+    found: dict[tuple, str] = {}
+    for identifier in sorted(chosen, key=lambda x: -list(FEATURES).index(x.split()[5])):
+        found.setdefault((setting(identifier, version), FEATURES[identifier.split()[5]].relative), identifier)
+    return sorted(found.values(), key=chosen.index)
+
+
+def installed() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def only_fitted(identifier: str) -> bool:
+    """Whether but Triton's front end compiles it, which tells its shared memory: 256 wide and fp32."""
+    return "fp32" in identifier.split() or "256" in identifier.split()
+
+
+def setting(identifier: str, version: str | None) -> tuple:
+    """What `cover` tells apart, relative positions aside."""
+    target, kind, _, dtype, width, _ = identifier.split()
+    return target, kind, dtype.replace("fp16", "bf16"), width, described(identifier, version)
+
+
+EVERY = (tuple(DTYPES), (64, 128, 256), tuple(FEATURES))
 
 
 def universe(version: str | None = None) -> list[str]:
     """All that a version may choose at the paper's sizes, 64-bit offsets apart."""
-    return product(tuple(SHARED_LIMIT), SHAPES, tuple(DTYPES), (64, 128, 256), tuple(FEATURES), version)
+    return product(tuple(SHARED_LIMIT), SHAPES, *EVERY, version)
 
 
 def product(targets, shapes, dtypes, widths, features, version: str | None) -> list[str]:
@@ -162,11 +203,16 @@ def product(targets, shapes, dtypes, widths, features, version: str | None) -> l
                 identifier = f"sm_{sm} {kind} {shape} {dtype} {width} {feature}"
                 if shape not in shapes or not applies(kind, shape, feature) or settings_of(identifier, version) is None:
                     continue
+                if FEATURES[feature].relative and dtype == "fp32" and width == 256 and divmod(sm, 10) in REFUSED:
+                    continue
                 alone = ONE_LAUNCH.get(shape) if kind in ("backward_queries", "backward_keys") else None
                 if alone and settings_of(identifier.replace(kind, alone), version) is not None:
                     continue
                 found.append(identifier)
     return found
+
+
+REFUSED = backend.SMALL_SHARED
 
 
 def applies(kind: str, shape: str, features: str) -> bool:
@@ -257,7 +303,7 @@ def launch_of(identifier: str, settings: configs.LaunchSettings | None = None) -
             return sm, backend.plan_forward(out, lse, call, settings)
         launches = backend.plan_backward(
             empty(*query),
-            None,
+            torch.empty_like(backend.planes(lse, call)[0]) if options.lse else None,
             out,
             lse,
             tuple(empty(*x.shape) for x in (call.query, call.key, call.value)),
@@ -285,20 +331,45 @@ def from_words(words: str) -> configs.LaunchSettings:
 
 def compile_launch(identifier: str, settings: configs.LaunchSettings | None = None) -> dict[str, object]:
     sm, launch = launch_of(identifier, settings)
-    return {"settings": in_words(launch.settings), **machine_code(sm, launch)}
+    if settings is None and only_fitted(identifier):
+        found = dict.fromkeys(COLUMNS) | {"shared": shared_memory(sm, launch)}
+    else:
+        found = machine_code(sm, launch)
+    return {**found, "settings": in_words(launch.settings)}
 
 
-def machine_code(sm: int, launch: backend.Launch) -> dict[str, object]:
-    """Registers, stack and shared memory of a launch's machine code, and which instructions are in it."""
+def shared_memory(sm: int, launch: backend.Launch) -> int:
+    """Of a launch, in bytes: known before LLVM makes anything of it."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
+    from triton.backends.nvidia import compiler
+
+    known: list[int] = []
+    make = compiler.CUDABackend.make_llir
+
+    def stopped(self, module, *others):
+        with mock.patch.object(compiler.llvm, "init_targets", side_effect=InterruptedError):
+            try:
+                make(self, module, *others)
+            finally:
+                known.append(module.get_int_attr("ttg.shared"))
+
+    with mock.patch.object(compiler.CUDABackend, "make_llir", stopped), contextlib.suppress(InterruptedError):
+        found = triton.compile(source_of(launch), target=GPUTarget("cuda", sm, 32), options=launch.options())
+        known.append(found.metadata.shared)  # it was compiled before
+    return known[0]
+
+
+def source_of(launch: backend.Launch):
+    """What Triton compiles of a launch."""
+    from triton.compiler import ASTSource
+    from triton.language import constexpr
 
     signature, constants, attributes = {}, {}, {}
 
     def describe(x, place: tuple[int, ...], specialised: bool, constant: bool):
         """The type of an argument; notes what is known of it when compiling."""
-        if isinstance(x, triton.language.constexpr):
+        if isinstance(x, constexpr):
             x, constant = x.value, True
         if isinstance(x, tuple) and not constant:
             return type(x)(*(describe(y, (*place, i), True, False) for i, y in enumerate(x)))
@@ -314,14 +385,24 @@ def machine_code(sm: int, launch: backend.Launch) -> dict[str, object]:
     for index, parameter in enumerate(launch.kernel.params):
         x = launch.arguments[parameter.name]
         signature[parameter.name] = describe(x, (index,), not parameter.do_not_specialize, parameter.is_constexpr)
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def machine_code(sm: int, launch: backend.Launch) -> dict[str, object]:
+    """Registers, stack and shared memory of a launch's machine code, and which instructions are in it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    same_ptx = SAME_PTX[triton.__version__]
     compiled = triton.compile(
-        ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", SAME_PTX.get(sm, sm), 32),
+        source_of(launch),
+        target=GPUTarget("cuda", same_ptx.get(sm, sm), 32),
         options=launch.options(),
     )
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
-    if sm in SAME_PTX:
-        ptx = ptx.replace(f".target sm_{SAME_PTX[sm]}", f".target sm_{sm}")
+    if sm in same_ptx:
+        ptx = ptx.replace(f".target sm_{same_ptx[sm]}", f".target sm_{sm}")
         compiler = make_backend(GPUTarget("cuda", sm, 32))
         cubin = compiler.make_cubin(ptx, {}, compiler.parse_options(launch.options()), sm)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -356,6 +437,8 @@ def contracted(ptx: str) -> int:
 def faults(identifier: str, result: dict) -> list[str]:
     """What the gate forbids."""
     target, kind, _, dtype, _, features = identifier.split()[:6]
+    if result["registers"] is None:
+        return fits(int(target[3:]), result)
     found = machine_faults(int(target[3:]), result, may_spill(identifier))
     whole, counts = bool(result["wgmma"] and not result["mma"]), f"{result['wgmma']} wgmma and {result['mma']} mma"
     if target == "sm_90" and dtype != "fp32" and whole != all_by_wgmma(kind, from_words(result["settings"])):
@@ -374,16 +457,20 @@ def may_spill(identifier: str) -> int:
 def machine_faults(sm: int, result: dict, may_spill: int = 0) -> list[str]:
     """What the gate forbids to every kernel: spills beyond `may_spill` bytes, shared memory that does not fit,
     atomics."""
-    found = []
+    found = fits(sm, result)
     if result["stack"] > may_spill:
         found.append(f"spills {result['stack']} bytes of stack")
-    if result["shared"] > SHARED_LIMIT[sm]:
-        found.append(f"needs {result['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}")
     if result.get("contracted"):  # which the first entries of the tables do not say
         found.append(f"{result['contracted']} exponentials have no bound")
     if result["atomics"]:
         found.append(f"has {result['atomics']} atomic instructions")
     return found
+
+
+def fits(sm: int, result: dict) -> list[str]:
+    if result["shared"] <= SHARED_LIMIT[sm]:
+        return []
+    return [f"needs {result['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}"]
 
 
 def kernels_hash() -> str:
@@ -410,6 +497,33 @@ def hash_of(files: tuple[str, ...]) -> str:
     return digest.hexdigest()[:16]
 
 
+def page(versions: dict[str, dict[str, dict]]) -> str:
+    """A table in Markdown of what a table says: of the settings that can be chosen how many were compiled, what spills,
+    and the most shared memory of a launch."""
+    lines = [
+        "| GPU | Triton | 16 bits, heads of 64 and 128 | 16 bits, 256: fits | fp32: fits | launches | spill | "
+        "most shared memory |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- | --- |",
+    ]
+    groups = (("bf16", ("64", "128")), ("bf16", ("256",)), ("fp32", ("64", "128", "256")))
+    for sm, limit in sorted(SHARED_LIMIT.items()):
+        for version, found in versions.items():
+            rows = {x: row for x, row in found.items() if x.startswith(f"sm_{sm} ")}
+            known = {setting(x, version) for x in rows if len(x.split()) == 6}
+            compiled = [row for row in rows.values() if row["registers"] is not None]
+            wanted = {setting(x, version) for x in product((sm,), SHAPES, *EVERY, version)}
+            cells = []
+            for dtype, widths in groups:
+                of = {x for x in wanted if x[2] == dtype and x[3] in widths}
+                cells.append(f"{len(of & known)} of {len(of)}")
+            spilt = [row["stack"] for row in compiled if row["stack"]]
+            cells += [str(len(compiled)), f"{len(spilt)}, at most {max(spilt)} bytes" if spilt else "none"]
+            cells.append(f"{max((row['shared'] for row in rows.values()), default=0) >> 10} of {limit >> 10} KB")
+            lines.append(" | ".join([f"| sm_{sm}", version, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "gpu.md"
 COLUMNS = ("settings", "registers", "stack", "shared", "atomics", "wgmma", "mma", "contracted")
 
 
@@ -442,15 +556,19 @@ def main(module, arguments: list[str]) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("it must run without TRITON_INTERPRET", file=sys.stderr)
         return 2
-    if arguments[:1] == ["--list"]:
-        found = {}
-        for identifier in arguments[1:]:
-            with mock.patch.dict(SAME_PTX, clear=identifier.endswith(" throughout")):
-                found[identifier] = module.compile_launch(identifier)
-        print(json.dumps(found))
+    if arguments[:1] == ["--page"]:
+        text = replace_block(PAGE.read_text(), page(read(module)), name="compiled", file=PAGE.name)
+        files.write_bytes(PAGE, text.encode())
         return 0
     import triton
 
+    if arguments[:1] == ["--list"]:
+        found = {}
+        for identifier in arguments[1:]:
+            with mock.patch.dict(SAME_PTX[triton.__version__], clear=identifier.endswith(" throughout")):
+                found[identifier] = module.compile_launch(identifier)
+        print(json.dumps(found))
+        return 0
     limited = arguments[:1] == ["--seconds"]
     end = time.monotonic() + float(arguments[1]) if limited else float("inf")
     patterns = arguments[2 if limited else 0 :] or [".*"]

@@ -318,6 +318,18 @@ def test_refusals_name_the_option(change, words):
     assert words in backend.refusal(call)
 
 
+@pytest.mark.parametrize(("capability", "fits"), [((8, 0), True), ((8, 6), False), ((9, 0), True), ((12, 0), False)])
+def test_what_does_not_fit_into_99_kib_is_refused(capability, fits, monkeypatch):
+    """Gradients with relative positions at 256 wide in fp32, whose smallest tile takes 114 (aot.py)."""
+    monkeypatch.setattr(backend, "_INTERPRETING", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query = types.SimpleNamespace(dtype=torch.float32, shape=(1, 1, 1, 256), device=torch.device("cuda", 0))
+    call = types.SimpleNamespace(query=query, value=query, relative_key=query)
+    assert fits == (backend.refusal(call) is None)
+    query.shape = (1, 1, 1, 128)
+    assert backend.refusal(call) is None
+
+
 class FakeTimer:
     """Says that one setting is fast, and counts."""
 

@@ -66,6 +66,11 @@ def test_everything_that_is_listed_is_compiled_as_it_is_chosen(version):
     }
 
 
+def test_the_page_is_what_the_table_says():
+    """By `python tests/ops/attention/aot.py --page`."""
+    assert aot.page(COMMITTED) in aot.PAGE.read_text()
+
+
 @pytest.mark.parametrize("version", aot.VERSIONS)
 def test_every_setting_passed_the_gate(version):
     rows = COMMITTED[version]
@@ -74,7 +79,7 @@ def test_every_setting_passed_the_gate(version):
 
 def test_what_may_spill_does():
     """Somewhere; what no longer spills is taken off the list."""
-    rows = [(x, row["stack"]) for versions in COMMITTED.values() for x, row in versions.items()]
+    rows = [(x, row["stack"] or 0) for versions in COMMITTED.values() for x, row in versions.items()]
     for pattern, most in aot.MAY_SPILL.items():
         assert max(stack for x, stack in rows if re.fullmatch(pattern, x)) == most, pattern
 

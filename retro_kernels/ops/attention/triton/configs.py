@@ -75,7 +75,7 @@ _S = LaunchSettings
 
 # (kind, precision, generation or None for any) -> width -> settings at 64 rows without and with options. Spills,
 # registers and shared memory of what was compiled are listed in tests/ops/attention/compiled_settings.json, made by
-# aot.py beside it, whose `PART` says what that is: not all, and what is not may spill. No GPU has measured a speed.
+# aot.py beside it; docs/gpu.md says what that is: not all, and what is not may spill. No GPU has measured a speed.
 _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None, LaunchSettings | None]]] = {
     # 64 x 64: 2 or 3 programs share a multiprocessor; at 128 wide 3 stages spill 64 bytes where causal
     ("forward", "half", 90): {
@@ -89,11 +89,12 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
         128: (_S(64, 64, 4, 3), _S(64, 64, 4, 2)),
         256: (_S(64, 64, 8, 2), _S(64, 32, 8, 2)),
     },
-    # no WGMMA: operands sit in registers, so 32 keys from 128 wide or with options on; at most 99 KiB, as sm_86 has
+    # no WGMMA: operands sit in registers, so 32 keys from 128 wide or with options on; at most 99 KiB, as sm_86 has:
+    # 2 stages take 108 with relative positions at 256 wide
     ("forward", "half", 80): {
         64: (_S(64, 64, 4, 3), _S(64, 32, 4, 3)),
         128: (_S(64, 32, 4, 3), _S(64, 32, 8, 1)),
-        256: (_S(64, 32, 8, 2), _S(32, 32, 4, 2)),
+        256: (_S(64, 32, 8, 2), _S(32, 32, 8, 1)),
     },
     # IEEE products run outside the tensor cores and hold whole rows in registers: 64 x 64 spills 1.5 KB at 64 wide
     ("forward", "fp32", None): {
@@ -169,11 +170,11 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
         128: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
         256: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
     },
-    # 16 x 32 spills 8 bytes with options on sm_80
+    # 16 x 32 spills 8 bytes with options on sm_80, and takes 100 KiB of sm_86's 99 at 256 wide
     ("backward_keys", "fp32", 80): {
         64: (_S(16, 32, 8, 1), _S(16, 16, 8, 1)),
         128: (_S(16, 32, 8, 1), _S(16, 16, 8, 1)),
-        256: (_S(16, 32, 8, 1), _S(16, 32, 8, 1)),
+        256: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
     },
     # gradient of the bias: 4 warps spill 40 bytes at 64 x 64
     ("backward_bias", "half", 90): {
@@ -199,11 +200,11 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
         128: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
         256: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
     },
-    # 32 x 16 spills 8 bytes at 64 wide on sm_80
+    # 32 x 16 spills 8 bytes at 64 wide on sm_80, and takes 192 KiB with relative positions at 256 wide
     ("backward_bias", "fp32", 80): {
         64: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
         128: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
-        256: (_S(32, 16, 8, 1), _S(32, 16, 8, 1)),
+        256: (_S(16, 16, 8, 1), _S(16, 16, 8, 1)),
     },
     # gradients of the null slot read no keys: rows times width count, 166 to 214 registers
     ("backward_null", "half", None): {
@@ -224,6 +225,7 @@ _TABLE: dict[tuple[str, str, int | None], dict[int, tuple[LaunchSettings | None,
 # a smaller tile, or None, the next form. (kind, precision, generation, width, features with or without dropout)
 _BEFORE_3_9: dict[tuple[str, str, int, int, str], LaunchSettings | None] = {
     ("backward_queries", "half", 80, 64, "options"): _S(32, 32, 4, 2),  # 64 rows spill 8 bytes
+    ("backward_queries", "half", 80, 64, "plain"): _S(64, 32, 4, 2),  # 64 keys spill 24 bytes where causal on sm_86
     ("forward", "half", 100, 128, "options"): _S(64, 32, 4, 2),  # 64 keys spill 8 bytes
     ("forward", "half", 80, 64, "relative"): _S(32, 32, 4, 3),  # 2 stages spill 8 bytes
     ("backward_bias", "half", 90, 64, "relative"): _S(64, 32, 8, 1),  # 64 keys spill 104 bytes in the encoder
@@ -289,6 +291,8 @@ def rule(
         if generation == 90:
             # Plain spills 72 and 56 bytes at 128 wide, options 8 at 64: two launches, which do not.
             fits = fits and features == "plain" and size == 64
+        if generation == 80:  # with rotary tables 320 to 2112 bytes spill
+            fits = fits and features == "plain"
         return _S(min(largest, power_of_two(rows)), 64, 8, 1) if fits else None
     if kind == "backward_relative":
         # Square, as its diagonals need. 32 x 32 spills 56 to 456 bytes at 64 wide; 16 x 16 still 40 at 128 on sm_90.

@@ -1,8 +1,8 @@
 """Attention within groups in Triton, forward and backward, for NVIDIA GPUs from compute capability 8.0 on.
 
-State: these kernels have run in Triton's interpreter and compile ahead of time for sm_80, sm_90 and sm_100; no GPU has
-run them yet. A GPU takes them by default once it has proved them right (`ops/verification`). What was
-compiled and which settings spill is in tests/ops/attention/aot.py: mostly the backward with relative positions.
+State: these kernels have run in Triton's interpreter and compile ahead of time; no GPU has run them yet. A GPU takes
+them by default once it has proved them right (`ops/verification`). What was compiled for which GPU stands in
+docs/gpu.md, and which settings spill in tests/ops/attention/aot.py: mostly the backward with relative positions.
 
 Floor. A group of Lq rows and Lk slots takes 4 Lq Lk d FLOPs a head forward and moves 2 d (Lq + Lk) elements; a
 backward in one pass takes 10 Lq Lk d and moves 4 d (Lq + Lk). All three operations are memory-bound: an H100 needs some
@@ -570,6 +570,9 @@ def unavailable() -> str | None:
     return None
 
 
+SMALL_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))  # compute capabilities with 99 KiB of shared memory a block
+
+
 def refusal(call) -> str | None:
     """Why this call cannot run here, or None."""
     query = call.query
@@ -587,6 +590,12 @@ def refusal(call) -> str | None:
     major, minor = torch.cuda.get_device_capability(query.device)
     if major < 8:
         return f"{query.device} has compute capability {major}.{minor}; the Triton kernels need 8.0 or newer"
+    wide = configs.tile_width(query.shape[-1], call.value.shape[-1], 0) > 128
+    if wide and call.relative_key is not None and query.dtype == torch.float32 and (major, minor) in SMALL_SHARED:
+        return (
+            f"relative positions with float32 heads of {query.shape[-1]} take 114 KiB of shared memory going back, and "
+            f"{query.device} (compute capability {major}.{minor}) has 99: use float16, bfloat16, or heads of up to 128"
+        )
     return None
 
 
