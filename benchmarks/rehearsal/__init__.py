@@ -1,7 +1,7 @@
 """What a machine without a GPU can show of GPU code, in parts: `python -m benchmarks.rehearsal.PART --out FILE`.
 
 A part writes a list of `Row`s as JSON after each of them, so that one that is stopped leaves what it has shown, and
-exits with 1 where something that had to be shown was not.
+exits with 1 where something that had to be shown was not. What FILE says was shown already is not shown again.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ class Part:
 
     def __init__(self, name: str, out: Path | None, only: str = ".*") -> None:
         self.name, self.out, self.only, self.rows = name, out, only, list[Row]()
+        if out is not None and out.exists():
+            self.rows = [row for row in (Row(**x) for x in json.loads(out.read_text())) if row.ok]
 
     def check(self, operation: str, case: str, shown: str, run: Callable[[], str]) -> None:
         """`run` returns the detail of a row that is ok, and raises otherwise."""
-        if not re.fullmatch(self.only, f"{operation}: {case}"):
+        shown_already = any((row.operation, row.case, row.shown) == (operation, case, shown) for row in self.rows)
+        if shown_already or not re.fullmatch(self.only, f"{operation}: {case}"):
             return
         begin = time.monotonic()
         try:

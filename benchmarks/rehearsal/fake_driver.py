@@ -65,7 +65,7 @@ def main() -> None:
     compiled = Compilations()
     with rehearsal.main("fake driver", (__doc__ or "").split("\n")[0]) as part:
         with fake_gpu.fake_driver(90) as driver, mock.patch.object(knobs.compilation, "listener", compiled):
-            for call in gpu_kit.suite_calls(("bf16", "beyond 2^31", "timed")):
+            for call in gpu_kit.suite_calls(("bf16", "beyond 2^31", "timed", "timed besides")):
                 part.check(call.operation, call.name, SHOWN, lambda call=call: walk(call.run, driver, compiled))
         part.check("control", "8 KiB of shared memory", "refused", less_shared_memory)
 

@@ -4,7 +4,7 @@
     python -m benchmarks.rehearsal.run --page         writes docs/rehearsal.md of the committed results alone
 
 Environments (.venv-NAME) are made where they are missing, which downloads several GB. A part's rows are written to
-docs/rehearsal/NAME.json.
+docs/rehearsal/NAME.json; one that was stopped goes on with --resume.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,14 +86,14 @@ def python_of(part: Part) -> Path:
     return python
 
 
-def run(part: Part, python: Path, only: str | None = None) -> int:
+def run(part: Part, python: Path, only: str | None = None, resume: bool = False) -> int:
     """-> its exit code. Its rows, versions and seconds are written."""
     file = RESULTS / f"{part.module}.json"
     rows = file.with_suffix(".rows")
-    rows.unlink(missing_ok=True)
+    if not resume:
+        rows.unlink(missing_ok=True)
     environment = {name: x for name, x in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    began = time.monotonic()
     command = [str(python), "-W", "ignore", "-m", f"benchmarks.rehearsal.{part.module}", "--out", str(rows)]
     command += [] if only is None else ["--only", only]
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
@@ -113,12 +112,13 @@ def run(part: Part, python: Path, only: str | None = None) -> int:
     from retro_kernels.bench import environment as versioned
     from retro_kernels.bench import results
 
+    found = json.loads(rows.read_text()) if rows.exists() else []
     document = {
         "part": part.module,
         "commit": versioned.commit(),
         "versions": json.loads(versions.stdout),
-        "seconds": round(time.monotonic() - began),
-        "rows": json.loads(rows.read_text()) if rows.exists() else [],
+        "seconds": round(sum(row["seconds"] for row in found)),
+        "rows": found,
     }
     rows.unlink(missing_ok=True)
     file.write_bytes(results.compact_json(document))
@@ -176,6 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.rehearsal.run", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(part.module for part in PARTS))
     parser.add_argument("--only", metavar="REGEX", help='of the rows only those whose "operation: case" matches')
+    parser.add_argument("--resume", action="store_true", help="leave out what a run that was stopped has shown")
     parser.add_argument("--page", action="store_true", help="write docs/rehearsal.md and run nothing")
     options = parser.parse_args(arguments)
     names = [part.module for part in known()]
@@ -186,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     codes = {}
     for part in [] if options.page else known():
         if not options.parts or part.module in options.parts:
-            codes[part.module] = run(part, python_of(part), options.only)
+            codes[part.module] = run(part, python_of(part), options.only, options.resume)
     PAGE.write_text(page())
     failed = [name for name, code in codes.items() if code]
     print(f"{PAGE.relative_to(ROOT)}: " + (f"not all shown by {', '.join(failed)}" if failed else "all shown"))

@@ -30,13 +30,17 @@ def test_a_part_says_what_it_could_not_show(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.json"
     monkeypatch.setattr("sys.argv", ["part", "--out", str(out)])
 
-    def wrong():
-        raise ValueError("off by one")
+    mask = {"is": ValueError("off by one")}
+
+    def see():
+        if isinstance(mask["is"], Exception):
+            raise mask["is"]
+        return mask["is"]
 
     def run_part():
         with rehearsal.main("a part", "") as part:
             part.check("cca", "plain", "right", lambda: "fine")
-            part.check("cca", "mask", "right", wrong)
+            part.check("cca", "mask", "right", see)
 
     with pytest.raises(SystemExit) as ended:
         run_part()
@@ -46,6 +50,12 @@ def test_a_part_says_what_it_could_not_show(tmp_path, monkeypatch, capsys):
         ("plain", True, "fine"),
         ("mask", False, "ValueError: off by one"),
     ]
+    mask["is"] = "right now"  # and what was shown is not shown again
+    with pytest.raises(SystemExit) as ended:
+        run_part()
+    assert ended.value.code == 0
+    assert "plain" not in capsys.readouterr().out.split("1 of 2 shown")[1]
+    assert [row["detail"] for row in json.loads(out.read_text())] == ["fine", "right now"]
 
 
 def test_a_part_that_checks_nothing_fails(monkeypatch):
