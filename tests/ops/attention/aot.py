@@ -145,7 +145,7 @@ def settings_of(identifier: str, version: str | None = None) -> configs.LaunchSe
 CLOCK, FP32 = ("clock",), (("fp32",), (64, 128, 256))
 # What `cover` has, by version: targets, dtypes, widths.
 COVER = {
-    "3.6.0": (((86, 120), ("bf16",), (64, 128)), ((86,), ("bf16",), (256,)), ((86,), *FP32)),
+    "3.6.0": (((86, 89, 120), ("bf16",), (64, 128)), ((86,), ("bf16",), (256,)), ((86,), *FP32)),
     "3.9.0": (((86,), ("bf16",), (64, 128)), ((86,), ("bf16",), (256,)), ((86,), *FP32)),
 }
 # What is compiled besides: targets, shapes, dtypes, widths, features.
