@@ -46,7 +46,7 @@ import torch.nn.functional as F
 
 import retro_kernels as rk
 from benchmarks.language_model import copy_rule, matches, split
-from examples.retrofit import load
+from examples.retrofit import FAST_BF16, load
 from retro_kernels import files, retrieval
 from retro_kernels.bench import environment, report, results
 from retro_kernels.integrations.retrofit.attention import CALL
@@ -58,13 +58,16 @@ from retro_kernels.retrieval.corpus.filters import longest_common_stretch
 HERE = Path(__file__).resolve().parent
 FILE, PICTURE = "retrieval-gain.json", "retrieval-gain.png"
 DOCUMENT = HERE.parent / "docs" / "retrofit.md"
-M, R, LENGTH, MOST = 64, 128, 512, 4
+M, R, LENGTH, MOST = 64, 128, 256, 4
 CHUNKS = LENGTH // M - 1
 """Chunks whose neighbours are read, and that are predicted with them."""
 PAIRS = 1 << 20
 CANDIDATES = 32
 STEPS = 40
-DECODER, IN_CONTEXT, COPYING = ("decoder", "none", 0), "in-context", "copying"
+TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+FEWER = 12
+"""Other numbers of neighbours than two are measured on so many texts."""
+DECODER, IN_CONTEXT, COPYING, NEAREST = ("decoder", "none", 0), "in-context", "copying", "nearest"
 BASES = (DECODER, ("gates", "own", 2), (IN_CONTEXT, "own", 2))
 
 
@@ -190,62 +193,100 @@ def _drawn(one: Any, known: Any, nearest: NearestChunks, own: bool, count: int) 
 
 
 class Reader:
-    """The retrofitted model, its neighbours' keys and values made once for whatever reads them."""
+    """A retrofitted model, its neighbours' keys and values made once for whatever reads them."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.retro = model, model.retro
+    def __init__(self, model: Any, encoder: str) -> None:
+        """With the decoder as it was, and what is added as it is before the training."""
+        if hasattr(model, "retro"):
+            model.retro.undo()
+        torch.manual_seed(0)
+        new: dict[str, Any] = {"adapt": True, "gate": GATE} if encoder == "own" else {"init": "random"}
+        rk.retrofit(model, chunk_size=M, retrieved_length=R, encoder=encoder, positions="text", **new)
+        self.model, self.retro, self.encoder = model, model.retro, encoder
+        self.states: torch.Tensor | None = None
+        """What the decoder's last layer made of what was read last."""
+        model.base_model.register_forward_hook(self._keep)
 
-    def begin(self) -> None:
-        """Everything that is added is as it was before the training."""
-        self.retro.set_gates(-3.0)
+    def _keep(self, module: Any, given: Any, output: Any) -> None:
+        self.states = output[0]
+
+    def take(self, arm: str, saved: dict[str, torch.Tensor] | None) -> dict[str, torch.nn.Parameter]:
+        """What this arm trains, which gets the values that were saved; the maps of other arms are the identity."""
+        ours = {name: x for name, x in self.model.named_parameters() if ".retro." in f".{name}"}
+        if self.encoder == "own":
+            self.retro.set_gates(GATE)
+            with torch.no_grad():
+                for part in self.retro.parts():
+                    part.query_map.weight.zero_()
+                    part.value_map.weight.zero_()
+            endings = ("gate.weight", "_map.weight") if ARMS[arm].adapt else ("gate.weight",)
+            ours = {name: x for name, x in ours.items() if name.endswith(endings)}
         with torch.no_grad():
-            for part in self.retro.parts():
-                part.query_map.weight.zero_()
-                part.value_map.weight.zero_()
+            for name, x in (saved or {}).items():
+                ours[name].copy_(x)
+        return ours
 
-    def losses(
-        self, text: torch.Tensor, encoded: Any = None, mask: Any = None, k: int = 0, after: int = 0
-    ) -> torch.Tensor:
-        """Nats of the tokens [CHUNKS * M] that may see neighbours: text [LENGTH], the first k of the encoded, which
-        were read after so many tokens."""
+    def losses(self, text: torch.Tensor, encoded: Any = None, mask: Any = None) -> torch.Tensor:
+        """Nats of the tokens [CHUNKS * M] that may see neighbours: text [LENGTH]."""
         ids = text[None, :-1]
         given = {}
-        if k:
-            held = {layer: (key[:, :, :k], value[:, :, :k]) for layer, (key, value) in encoded.items()}
+        if mask is not None:
             n = ids.shape[1]
+            self.retro.retrieved_length = mask.shape[-1]
             active = self.retro.active()
             request = Request(self.retro, ids, 1, n, 0, ids.device, None, None, None, None, None, active)
-            call = request.call(Even(n, 0, M), self.retro.visible(mask[:, :, :k]), held, None)
-            call.turn = call.turn + after
-            given = {CALL: call}
-        with torch.autocast("cpu", torch.bfloat16):
+            given = {CALL: request.call(Even(n, 0, M), self.retro.visible(mask), encoded, None)}
+        with autocast():
             logits = self.model(ids, use_cache=False, **given).logits[0, M - 1 :]
         return F.cross_entropy(logits.float(), text[M:], reduction="none")
 
-    def encode(self, neighbours: torch.Tensor, text: torch.Tensor | None = None) -> tuple[Any, torch.Tensor]:
-        """neighbours [CHUNKS, k, R], ABSENT where there is no token -> keys and values, and mask [1, CHUNKS, k, R];
-        each read alone, or after the chunk of the text that it was retrieved for."""
+    def encode(self, neighbours: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """neighbours [CHUNKS, k, r], ABSENT where there is no token -> keys and values (or an encoder's states), and
+        mask [1, CHUNKS, k, r]."""
         mask = (neighbours != ABSENT)[None]
-        tokens, there = neighbours[None].clamp(min=0), mask
-        if text is not None:
-            before = text[: CHUNKS * M].view(1, CHUNKS, 1, M).expand(-1, -1, tokens.shape[2], -1)
-            tokens, there = torch.cat([before, tokens], -1), F.pad(mask, (M, 0), value=True)
-        with torch.autocast("cpu", torch.bfloat16):
-            encoded: Any = self.retro.encode(tokens, there)
-        if text is not None:
-            encoded = {layer: (key[:, :, :, M:], value[:, :, :, M:]) for layer, (key, value) in encoded.items()}
-        return encoded, mask
+        with autocast():
+            return self.retro.encode(neighbours[None].clamp(min=0), mask), mask
 
-    def in_context(self, text: torch.Tensor, neighbours: torch.Tensor, k: int) -> torch.Tensor:
-        """As `losses`, the k neighbours put before the text, the nearest last, and all of it read for each chunk."""
+    def saved(self, neighbours: torch.Tensor, path: Path) -> tuple[Any, torch.Tensor]:
+        """As `encode`, for what every arm reads: kept in fp16 in a file."""
+        if not path.exists():
+            with torch.no_grad():
+                pairs = self.encode(neighbours)[0]
+            path.parent.mkdir(exist_ok=True)
+            with files.replaced(path) as partial:
+                torch.save({layer: [x.half() for x in pair] for layer, pair in pairs.items()}, partial)
+        kept = torch.load(path, weights_only=True)
+        return {layer: (key.float(), value.float()) for layer, (key, value) in kept.items()}, (neighbours != ABSENT)[
+            None
+        ]
+
+    def in_context(self, text: torch.Tensor, encoded: Any, mask: torch.Tensor) -> torch.Tensor:
+        """As `losses`, the neighbours (`together`) put before the text, and all of it read for each chunk. Their keys
+        and values are those that were read already, as a sequence that begins with them has them."""
+        from transformers import DynamicCache
+
+        self.retro.close_gates()
         found = []
         for u in range(CHUNKS):
-            before = [x[x != ABSENT] for x in neighbours[u, :k].flip(0)]
-            ids = torch.cat([*before, text[: (u + 2) * M - 1]])[None]
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = self.model(ids, use_cache=False, logits_to_keep=M).logits[0]
+            there = mask[0, u, 0]
+            cache = DynamicCache()
+            for layer, pair in encoded.items():
+                cache.update(*(x[0, u, :, there].transpose(1, 2) for x in pair), layer)
+            ids = text[None, : (u + 2) * M - 1]
+            with autocast():
+                logits = self.model(ids, past_key_values=cache, logits_to_keep=M).logits[0]
             found.append(F.cross_entropy(logits.float(), text[(u + 1) * M : (u + 2) * M], reduction="none"))
         return torch.cat(found)
+
+
+def together(neighbours: torch.Tensor) -> torch.Tensor:
+    """Neighbours [CHUNKS, k, R] as one that holds them all, the nearest last, [CHUNKS, 1, k * R]."""
+    rows = [row.flip(0).flatten() for row in neighbours]
+    return torch.stack([F.pad(x[x != ABSENT], (0, int((x == ABSENT).sum())), value=ABSENT) for x in rows])[:, None]
+
+
+def autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16, enabled=FAST_BF16)
 
 
 # -- training
@@ -253,66 +294,59 @@ class Reader:
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained: with how many neighbours, drawn anew for each text; beginning with which arm; whether maps are
-    trained too; whether neighbours are read after their chunk, which the paper's encoder sees."""
+    """What is trained: gates, and maps of each head if `adapt`; or with another encoder everything that is added; or
+    nothing, with what was trained as another arm. Each neighbour is read alone (`apart`), or all together."""
 
-    ks: tuple[int, ...]
-    after: str | None = None
     adapt: bool = False
-    conditioned: bool = False
+    encoder: str = "own"
+    apart: bool = False
+    like: str | None = None
 
 
 ARMS = {
-    "gates": Arm((2,)),
-    "gates, k drawn": Arm((1, 2, 4)),
-    "gates and maps": Arm((2,), after="gates", adapt=True),
-    "neighbours read after their chunk": Arm((2,), after="gates", conditioned=True),
+    "gates": Arm(),
+    "gates, neighbours read apart": Arm(apart=True, like="gates"),
+    "gates and maps": Arm(adapt=True),
+    "everything new": Arm(encoder="fresh", apart=True),
 }
-RATE = 0.25
-
-
-def trained(model: Any, arm: str) -> dict[str, torch.nn.Parameter]:
-    """What this arm trains; the maps of the others are the identity."""
-    endings = ("gate.weight", "_map.weight") if ARMS[arm].adapt else ("gate.weight",)
-    return {name: x for name, x in model.named_parameters() if ".retro." in name and name.endswith(endings)}
+GROUPS = (("gates", "gates, neighbours read apart"), ("gates and maps",), ("everything new",))
+"""Arms that are measured side by side, text by text."""
+RATE, MAP_RATE, GATE, TRAINED_K = 0.25, 5e-4, 0.0, 2
 
 
 def train(arm: str, reader: Reader, texts: Texts, work: Path, steps: int) -> None:
     """One update a text; what was trained, the optimiser and the log are in `work / "arm.pt"`, always whole."""
     path = work / f"{arm}.pt"
-    parameters = trained(reader.model, arm)
-    reader.begin()
+    saved = torch.load(path, weights_only=True) if path.exists() else {"parameters": None, "log": []}
+    log: list[dict[str, Any]] = saved["log"]
+    if len(log) >= steps:
+        return
+    parameters = reader.take(arm, saved["parameters"])
     for x in reader.model.parameters():
         x.requires_grad_(any(x is y for y in parameters.values()))
     optimiser = torch.optim.Adam([{"params": [x]} for x in parameters.values()], betas=(0.9, 0.98))
-    log: list[dict[str, Any]] = []
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        take(parameters, saved["parameters"])
+    if log:
         optimiser.load_state_dict(saved["optimiser"])
-        log = saved["log"]
-    else:
-        if ARMS[arm].after is not None:
-            take(parameters, torch.load(work / f"{ARMS[arm].after}.pt", weights_only=True)["parameters"])
     for step in range(len(log), steps):
-        begin = time.process_time()
-        text = torch.from_numpy(texts.tokens[step])
-        ks = ARMS[arm].ks
-        k = int(np.random.default_rng(step).choice(ks))
+        text, neighbours = torch.from_numpy(texts.tokens[step]), torch.from_numpy(texts.neighbours[step, :, :TRAINED_K])
+        if not ARMS[arm].apart:
+            neighbours = together(neighbours)
         rate = RATE * min(1.0, (step + 1) / 5) * (1 - step / steps) + 0.01
         for group, name in zip(optimiser.param_groups, parameters):
-            group["lr"] = rate if name.endswith("gate.weight") else rate / RATE * 1e-3
-        conditioned = ARMS[arm].conditioned
-        encoded, mask = reader.encode(torch.from_numpy(texts.neighbours[step, :, :k]), text if conditioned else None)
-        loss = reader.losses(text, encoded, mask, k, M if conditioned else 0).mean()
+            group["lr"] = rate if name.endswith("gate.weight") else rate / RATE * MAP_RATE
+        own = ARMS[arm].encoder == "own"
+        begin = time.process_time()
+        encoded, mask = reader.saved(neighbours, work / "encoded" / f"{step}.pt") if own else reader.encode(neighbours)
+        read = time.process_time()
+        loss = reader.losses(text, encoded, mask).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        log.append({"k": k, "loss": loss.item(), "cpu_seconds": time.process_time() - begin})
+        log.append({"loss": loss.item(), "read": read - begin, "update": time.process_time() - read})
         if step % 5 == 4 or step + 1 == steps:
-            saved = {name: x.detach() for name, x in parameters.items()}
+            state = {name: x.detach() for name, x in parameters.items()}
             with files.replaced(path) as partial:
-                torch.save({"parameters": saved, "optimiser": optimiser.state_dict(), "log": log}, partial)
+                torch.save({"parameters": state, "optimiser": optimiser.state_dict(), "log": log}, partial)
             print(f"{arm}: {step + 1} of {steps} texts, loss {loss.item():.3f}", flush=True)
 
 
@@ -325,50 +359,80 @@ def take(parameters: dict[str, torch.nn.Parameter], saved: dict[str, torch.Tenso
 # -- evaluation
 
 
-def wanted(arms: Sequence[str], ks: Sequence[int]) -> list[tuple[str, str, int]]:
-    """(what, whose neighbours, k) of every figure of a row."""
-    found = [DECODER, *((arm, whose, 2) for arm in arms if 2 in ks for whose in ("own", "others"))]
-    found += [(what, "own", k) for what in arms for k in ks if k != 2]
-    return found + [(IN_CONTEXT, "own", k) for k in ks]
+def wanted(arms: Sequence[str], encoder: str, k: int) -> list[tuple[str, str, int]]:
+    """(what, whose neighbours, k) of every figure of a row that is read with this encoder."""
+    found = [(arm, "own", k) for arm in arms]
+    if k == TRAINED_K:
+        found += [(arm, "others", k) for arm in arms if arm == "gates"]
+    if encoder == "own":
+        found = [*([DECODER] if k == TRAINED_K else []), (IN_CONTEXT, "own", k), *found]
+    return found
 
 
 @torch.no_grad()
 def evaluate(
-    name: str, reader: Reader, texts: Texts, work: Path, arms: Sequence[str], ks: Sequence[int], count: int
+    name: str, reader: Reader, texts: Texts, work: Path, arms: Sequence[str], k: int, rows: Sequence[int]
 ) -> None:
-    """Appends every figure of the first rows to rows.jsonl, and the loss of every token to the folder "tokens"."""
+    """Appends every figure of these rows to rows.jsonl, and the loss of every token to the folder "tokens"."""
     path = work.parent / "rows.jsonl"
     there = {(x["row"], x["what"], x["whose"], x["k"]) for x in read_lines(path) if x["corpus"] == name}
     (work / "tokens").mkdir(exist_ok=True)
-    saved = {arm: torch.load(work.parent / f"{arm}.pt", weights_only=True)["parameters"] for arm in arms}
-    most = max(ks)
-    encoded: dict[tuple[int, bool], Any] = {}
-    for i in range(count):
-        missing = [x for x in wanted(arms, ks) if (i, *x) not in there]
+    saved = {arm: torch.load(trained(work.parent, arm), weights_only=True)["parameters"] for arm in arms}
+    held: dict[tuple[int, bool], Any] = {}
+
+    def encoded(of: int, apart: bool) -> Any:
+        if (of, apart) not in held:
+            neighbours = torch.from_numpy(texts.neighbours[of, :, :k])
+            tokens = neighbours if apart else together(neighbours)
+            held[of, apart] = (*reader.encode(tokens), tokens, reader.states)
+        return held[of, apart]
+
+    for i in rows:
         text = torch.from_numpy(texts.tokens[i])
-        for what, whose, k in missing:
+        for what, whose, _ in wanted(arms, reader.encoder, k):
+            if (i, what, whose, k if what != DECODER[0] else 0) in there:
+                continue
+            other = i ^ 1 if i ^ 1 < len(texts.tokens) else 0
+            apart = what in ARMS and ARMS[what].apart
+            pairs, mask, tokens, states = encoded(i if whose != "others" else other, apart)
             begin = time.process_time()
             if what == IN_CONTEXT:
-                losses = reader.in_context(text, torch.from_numpy(texts.neighbours[i]), k)
+                losses = reader.in_context(text, pairs, mask)
             elif what == DECODER[0]:
                 losses = reader.losses(text)
+                found = looked_up(text, reader.states, tokens[:, 0], states)
+                np.save(work / "tokens" / f"{i}-{NEAREST}.npy", found.astype(np.float32))
             else:
-                conditioned = ARMS[what].conditioned
-                of = i if whose == "own" else (i + 1) % count
-                if (of, conditioned) not in encoded:
-                    before = text if conditioned else None
-                    encoded[of, conditioned] = reader.encode(torch.from_numpy(texts.neighbours[of, :, :most]), before)
-                reader.begin()
-                take(trained(reader.model, what), saved[what])
-                losses = reader.losses(text, *encoded[of, conditioned], k, M if conditioned else 0)
-            line = {"corpus": name, "row": i, "what": what, "whose": whose, "k": k}
+                reader.take(what, saved[what])
+                losses = reader.losses(text, pairs, mask)
+            line = {"corpus": name, "row": i, "what": what, "whose": whose, "k": 0 if what == DECODER[0] else k}
             line["nats"] = [round(x, 4) for x in losses.view(CHUNKS, M).sum(1).tolist()]
             line["cpu_seconds"] = round(time.process_time() - begin, 3)
-            np.save(work / "tokens" / f"{i}-{what}-{whose}-{k}.npy", losses.numpy().astype(np.float32))
+            if what == DECODER[0]:
+                np.save(work / "tokens" / f"{i}.npy", losses.numpy().astype(np.float32))
             append(path, line)
-        encoded = {(of, conditioned): x for (of, conditioned), x in encoded.items() if of != i and not conditioned}
-        if missing:
-            print(f"{name}: row {i + 1} of {count}", flush=True)
+        held = {(of, apart): x for (of, apart), x in held.items() if of == i ^ 1}
+        print(f"{name}, k = {k}: row {i + 1}, {time.strftime('%H:%M')}", flush=True)
+
+
+def trained(work: Path, arm: str) -> Path:
+    return work / f"{ARMS[arm].like or arm}.pt"
+
+
+def looked_up(text: torch.Tensor, states: Any, neighbours: torch.Tensor, theirs: Any) -> np.ndarray:
+    """kNN-LM whose datastore is what was retrieved for the chunk: the probability [TEMPERATURES, CHUNKS * M] of each
+    token, by the distances of the decoder's last states [1, n, e] from those before each of the neighbours' tokens
+    [CHUNKS, k R], theirs [CHUNKS, k R, e]. A temperature is in medians of a chunk's squared distances."""
+    found = []
+    for u in range(CHUNKS):
+        there = neighbours[u, 1:] != ABSENT
+        keys, values = theirs[u, :-1][there].float(), neighbours[u, 1:][there]
+        query = states[0, (u + 1) * M - 1 : (u + 2) * M - 1].float()
+        distance = torch.cdist(query, keys).square()
+        hit = (values == text[(u + 1) * M : (u + 2) * M, None]).float()
+        unit = distance.median()
+        found.append(torch.stack([((-distance / (t * unit)).softmax(-1) * hit).sum(-1) for t in TEMPERATURES]))
+    return torch.cat(found, 1).numpy()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -400,8 +464,7 @@ def cost_of(reader: Reader, texts: Texts, saved: dict[str, torch.Tensor], arm: s
     prompt = LENGTH - M
     neighbours = torch.from_numpy(texts.neighbours[0])[None]
     mask = neighbours != ABSENT
-    reader.begin()
-    take(trained(model, arm), saved)
+    reader.take(arm, saved)
     if not ARMS[arm].adapt:
         for part in retro.parts():
             part.query_map = part.value_map = None
@@ -475,13 +538,37 @@ def copied(texts: Texts, work: Path, count: int) -> list[list[float]]:
     neighbours what followed the longest match; how far it is trusted is chosen on the other half of the texts."""
     parts: list[list[np.ndarray]] = []
     for i, (text, neighbours) in enumerate(zip(texts.tokens[:count], texts.neighbours)):
-        losses = np.load(work / "tokens" / f"{i}-decoder-none-0.npy").reshape(CHUNKS, M)
+        losses = alone(work, i).reshape(CHUNKS, M)
         for u in range(CHUNKS):
             length, token = (x[-M:] for x in matches(text[u * M : (u + 2) * M], neighbours[u, :2]))
             hit = token == text[(u + 1) * M : (u + 2) * M]
-            parts.append([np.exp(-losses[u].astype(np.float64)), length, hit, np.full(M, i % 2)])
-    mixed = copy_rule(*(np.concatenate(x) for x in zip(*parts)))
-    return (-np.log(mixed)).reshape(-1, CHUNKS, M).sum(2).round(4).tolist()
+            parts.append([np.exp(-losses[u]), length, hit, np.full(M, i % 2)])
+    return by_chunk(copy_rule(*(np.concatenate(x) for x in zip(*parts))))
+
+
+def mixed(work: Path, count: int) -> list[list[float]]:
+    """The same of kNN-LM: temperature and share are chosen on the other half of the texts."""
+    shares = np.linspace(0.0, 0.9, 46)[:, None, None]
+    own = np.stack([np.exp(-alone(work, i)) for i in range(count)])
+    near = np.stack([np.load(work / "tokens" / f"{i}-{NEAREST}.npy") for i in range(count)], 1).astype(np.float64)
+    result = np.empty_like(own)
+    for fold in (0, 1):
+        fit, use = slice(1 - fold, None, 2), slice(fold, None, 2)
+        if not len(own[fit]):
+            fit = use
+        score = [[np.log((1 - share) * own[fit] + share * x[fit]).sum() for share in shares] for x in near]
+        t, share = np.unravel_index(np.argmax(score), (len(near), len(shares)))
+        result[use] = (1 - shares[share]) * own[use] + shares[share] * near[t, use]
+    return by_chunk(result)
+
+
+def alone(work: Path, row: int) -> np.ndarray:
+    """The decoder's nats of each token, in fp64."""
+    return np.load(work / "tokens" / f"{row}.npy").astype(np.float64)
+
+
+def by_chunk(probability: np.ndarray) -> list[list[float]]:
+    return (-np.log(probability)).reshape(-1, CHUNKS, M).sum(2).round(4).tolist()
 
 
 Figures = dict[tuple[str, str, int], np.ndarray]
@@ -490,15 +577,15 @@ Figures = dict[tuple[str, str, int], np.ndarray]
 
 def groups(document: dict[str, Any], corpus: str) -> list[tuple[list[int], Figures]]:
     """What was measured on the same texts, whose numbers come first: the group of most texts, and then others, to which
-    the figures of BASES on their texts are added. (A row that was being measured when the run was stopped is left
-    out.)"""
+    the figures of BASES on their texts, and ours beside in-context's, are added. (A row that was being measured when
+    the run was stopped is left out.)"""
     found: dict[tuple[str, str, int], dict[int, list[float]]] = {}
     for x in document["rows"]:
         if x["corpus"] == corpus:
             found.setdefault((x["what"], x["whose"], x["k"]), {})[x["row"]] = x["nats"]
-    copying = document["copied"].get(corpus)
-    if copying:
-        found[COPYING, "own", 2] = dict(enumerate(copying))
+    for what in (COPYING, NEAREST):
+        if document[what].get(corpus):
+            found[what, "own", 2] = dict(enumerate(document[what][corpus]))
     parts: list[list[tuple[str, str, int]]] = []
     least = 0
     for key in sorted(found, key=lambda key: -len(found[key])):
@@ -508,7 +595,9 @@ def groups(document: dict[str, Any], corpus: str) -> list[tuple[list[int], Figur
         least = len(found[key])
     result = []
     for part in parts:
-        chosen = [key for key in found if key in part or (part is not parts[0] and key in BASES)]
+        ks = {key[2] for key in part if key[0] == IN_CONTEXT}
+        beside = [key for key in found if key in BASES or (key[1] == "own" and key[2] in ks and key[0] in ARMS)]
+        chosen = [key for key in found if key in part or (part is not parts[0] and key in beside)]
         rows = sorted(set.intersection(*(set(found[key]) for key in chosen)))
         result.append((rows, {key: np.array([found[key][row] for row in rows]) for key in chosen}))
     return result
@@ -527,26 +616,49 @@ def named(key: tuple[str, str, int]) -> str:
         return f"in-context, k = {k}"
     if what == COPYING:
         return f"the decoder and a rule that copies, k = {k}"
+    if what == NEAREST:
+        return f"kNN-LM among the neighbours' tokens, k = {k}"
     return f"RETRO, {what}, k = {k}" + (", neighbours of another text" if whose == "others" else "")
 
 
-def gain(whole: Figures, key: tuple[str, str, int]) -> tuple[float, float]:
-    """Nats a token over the decoder, and the standard error over texts."""
-    by_text = (whole[DECODER] - whole[key]).mean(1) / M
-    return float(by_text.mean()), float(by_text.std(ddof=1) / math.sqrt(len(by_text)))
+def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
+    """Two numbers of each text [t] -> the quotient of their sums, and its standard error over texts (linearised)."""
+    value = above.sum() / below.sum()
+    rest = above - value * below
+    count = len(above)
+    return float(value), float(math.sqrt((rest * rest).sum() * count / max(count - 1, 1)) / abs(below.sum()))
+
+
+def gain(whole: Figures, key: tuple[str, str, int], kept: Any = True) -> tuple[float, float]:
+    """Nats a token over the decoder, of the chunks that are kept (bool [texts, CHUNKS])."""
+    saved = np.where(kept, whole[DECODER] - whole[key], 0.0).sum(1)
+    return ratio(saved, M * np.broadcast_to(kept, whole[key].shape).sum(1))
 
 
 def _table(figures: Figures, texts: list[dict[str, Any]]) -> list[str]:
     size, shared = (np.array([x[name] for x in texts]) for name in ("bytes", "shared"))
     heads = [f"{name} ({(shared <= limit * M).mean():.0%})" for limit, name in LIMITS]
-    lines = [f"| | {' | '.join(heads)} | gain, nats a token |", "|---|" + "---:|" * (len(LIMITS) + 1)]
+    heads += ["gain, nats a token", "median text", "gain at most an eighth", "of in-context's gain"]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for key, nats in figures.items():
         cells = []
         for limit, _ in LIMITS:
             kept = shared <= limit * M
             cells.append(f"{nats[kept].sum() / size[kept].sum() / math.log(2):.4f}" if kept.any() else "")
-        mean, error = gain(figures, key)
-        cells.append("" if key == DECODER else f"{mean:.4f} ± {error:.4f}")
+        if key == DECODER:
+            cells += [""] * 4
+        else:
+            saved = (figures[DECODER] - nats).sum(1)
+            few = shared <= LIMITS[-1][0] * M
+            beside = figures.get((IN_CONTEXT, "own", key[2]))
+            cells += [
+                "{:.4f} ± {:.4f}".format(*gain(figures, key)),
+                f"{np.median(saved) / CHUNKS / M:.4f}",
+                "{:.4f} ± {:.4f}".format(*gain(figures, key, few)) if few.any() else "",
+                ""
+                if beside is None or key[0] == IN_CONTEXT or key[1] == "others"
+                else "{:.0%} ± {:.0%}".format(*ratio(saved, (figures[DECODER] - beside).sum(1))),
+            ]
         lines.append(f"| {named(key)} | {' | '.join(cells)} |")
     return lines
 
@@ -558,7 +670,7 @@ def block(documents: list[tuple[str, dict[str, Any]]]) -> str:
 
 def _of_one_machine(device: str, document: dict[str, Any]) -> str:
     settings, logs = document["settings"], document["training"]
-    minutes = {arm: sum(x["cpu_seconds"] for x in log) / 60 for arm, log in logs.items()}
+    minutes = {arm: sum(x["read"] + x["update"] for x in log) / 60 for arm, log in logs.items()}
     lines = [
         f"On `{device}`. Trained on {settings['first']}, one text an update: "
         + "; ".join(
@@ -576,7 +688,7 @@ def _of_one_machine(device: str, document: dict[str, Any]) -> str:
                     f"**{corpus}**: {facts['train']['documents']:,} documents of {facts['train']['bytes'] / 1e6:.1f} "
                     f"MB in the database, {facts['held-out']['documents']:,} held out; {len(rows)} texts of these, "
                     f"{tokens:,} tokens, are measured. Bits per byte, of all chunks and of those that share at most so "
-                    "much with a neighbour, and the gain over the decoder with its standard error over texts:",
+                    "much with a neighbour, and the gain over the decoder with its standard error over texts, paired:",
                 ]
             else:
                 lines += ["", f"On {len(rows)} of these texts:"]
@@ -690,16 +802,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         texts[name], facts[name] = texts_of(Path(folder), work / name, str(work / "tokenizer"), count)
         print(name, facts[name], flush=True)
     if model is not None:
-        rk.retrofit(model, chunk_size=M, retrieved_length=R, adapt=True)
-        reader, first = Reader(model), next(iter(corpora))
-        for arm in given.arms:
-            train(arm, reader, texts[first]["train"], work, given.texts)
-        for name in corpora:
-            evaluate(name, reader, texts[name]["held-out"], work / name, given.arms, given.k, given.held_out)
+        first = next(iter(corpora))
+        for group in GROUPS:
+            arms = [arm for arm in given.arms if arm in group]
+            if not arms:
+                continue
+            reader = Reader(model, ARMS[arms[0]].encoder)
+            for arm in arms:
+                if ARMS[arm].like is None:
+                    train(arm, reader, texts[first]["train"], work, given.texts)
+            for k in given.k:
+                if k != TRAINED_K and "gates" not in arms:
+                    continue
+                some = arms if k == TRAINED_K else ["gates"]
+                for start in range(0, given.held_out if k == TRAINED_K else min(FEWER, given.held_out), 4):
+                    for name in corpora:
+                        held_out = texts[name]["held-out"]
+                        part = range(start, min(start + 4, given.held_out, len(held_out.tokens)))
+                        evaluate(name, reader, held_out, work / name, some, k, part)
         path = work / "cost.json"
-        if given.arms and not path.exists():
-            saved = torch.load(work / f"{given.arms[0]}.pt", weights_only=True)["parameters"]
-            files.write_json(path, cost_of(reader, texts[first]["held-out"], saved, given.arms[0]))
+        if "gates" in given.arms and not path.exists():
+            reader = Reader(model, "own")
+            saved = torch.load(trained(work, "gates"), weights_only=True)["parameters"]
+            files.write_json(path, cost_of(reader, texts[first]["held-out"], saved, "gates"))
     return summarise(given, texts, facts)
 
 
@@ -727,14 +852,15 @@ def summarise(given: argparse.Namespace, texts: dict, facts: dict) -> int:
     }
     document = {
         "environment": environment.collect("cpu"),
-        "settings": {"first": first, "rate": RATE},
+        "settings": {"first": first, "rate": RATE, "map_rate": MAP_RATE, "k": TRAINED_K, "length": LENGTH},
         "corpora": {name: facts[name] for name in measured},
         "parameters": {arm: sum(x.numel() for x in one["parameters"].values()) for arm, one in saved.items()},
         "training": {arm: one["log"] for arm, one in saved.items()},
         "gates": gates,
         "texts": {name: facts_of(one, tokenizer) for name, one in held_out.items()},
         "rows": rows,
-        "copied": {name: copied(one, work / name, decoded[name]) for name, one in held_out.items()},
+        COPYING: {name: copied(one, work / name, decoded[name]) for name, one in held_out.items()},
+        NEAREST: {name: mixed(work / name, decoded[name]) for name in held_out},
         "cost": json.loads(path.read_text()) if path.exists() else None,
     }
     out = given.out or HERE / "results" / environment.device_slug("cpu")

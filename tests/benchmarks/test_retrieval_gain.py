@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 from decoders import decoder
@@ -85,7 +86,7 @@ def test_a_run_that_is_stopped_goes_on_and_gives_the_same(corpus, tmp_path, monk
 
     def without_times(document):
         rows = [{key: x for key, x in row.items() if key != "cpu_seconds"} for row in document["rows"]]
-        return document["gates"], document["texts"], document["copied"], rows
+        return document["gates"], document["texts"], document["copying"], document["nearest"], rows
 
     whole = run("whole")
     appended, count = gain.append, []
@@ -109,10 +110,27 @@ def test_a_run_that_is_stopped_goes_on_and_gives_the_same(corpus, tmp_path, monk
     assert without_times(run("stopped")) == without_times(whole)
     ((rows, figures),) = gain.groups(whole, "text")
     assert rows == [0, 1, 2]
-    assert {key[0] for key in figures} == {"decoder", "in-context", "copying", *gain.ARMS}
+    assert {key[0] for key in figures} == {"decoder", "in-context", "copying", "nearest", *gain.ARMS}
     assert all(x.shape == (3, gain.CHUNKS) for x in figures.values())
     assert (figures["gates", "own", 2] != figures["gates", "others", 2]).all()
     assert (tmp_path / "whole" / "out" / gain.PICTURE).stat().st_size > 0
     shown = gain.block([("here", whole)])
     assert f"{figures['decoder', 'none', 0].size * gain.M:,} tokens" in shown
     assert "in-context, k = 4" in shown
+
+
+def test_in_context_is_the_neighbours_and_then_the_text():
+    torch.manual_seed(0)
+    model = decoder(vocab_size=256, num_hidden_layers=2, max_position_embeddings=2048)
+    text, neighbours = torch.randint(256, (gain.LENGTH,)), torch.randint(256, (gain.CHUNKS, 2, gain.R))
+    neighbours[1, 0, 90:] = ABSENT
+    expected = []
+    for u in range(gain.CHUNKS):
+        second, first = (x[x != ABSENT] for x in neighbours[u].flip(0))
+        ids = torch.cat([second, first, text[: (u + 2) * gain.M - 1]])
+        logits = model(ids[None]).logits[0, -gain.M :]
+        expected.append(torch.nn.functional.cross_entropy(logits, text[(u + 1) * gain.M :][: gain.M], reduction="none"))
+    reader = gain.Reader(model, "own")
+    with torch.no_grad():
+        found = reader.in_context(text, *reader.encode(gain.together(neighbours)))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
