@@ -63,7 +63,7 @@ CHUNKS = LENGTH // M - 1
 """Chunks whose neighbours are read, and that are predicted with them."""
 PAIRS = 1 << 20
 CANDIDATES = 32
-STEPS = 40
+STEPS = 20
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 FEWER = 12
 """Other numbers of neighbours than two are measured on so many texts."""
@@ -203,12 +203,6 @@ class Reader:
         new: dict[str, Any] = {"adapt": True, "gate": GATE} if encoder == "own" else {"init": "random"}
         rk.retrofit(model, chunk_size=M, retrieved_length=R, encoder=encoder, positions="text", **new)
         self.model, self.retro, self.encoder = model, model.retro, encoder
-        self.states: torch.Tensor | None = None
-        """What the decoder's last layer made of what was read last."""
-        model.base_model.register_forward_hook(self._keep)
-
-    def _keep(self, module: Any, given: Any, output: Any) -> None:
-        self.states = output[0]
 
     def take(self, arm: str, saved: dict[str, torch.Tensor] | None) -> dict[str, torch.nn.Parameter]:
         """What this arm trains, which gets the values that were saved; the maps of other arms are the identity."""
@@ -246,6 +240,12 @@ class Reader:
         mask = (neighbours != ABSENT)[None]
         with autocast():
             return self.retro.encode(neighbours[None].clamp(min=0), mask), mask
+
+    def last(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the decoder's last layer makes of texts [s, n], ABSENT at the end where there is no token: [s, n, e]."""
+        self.retro.close_gates()
+        with autocast():
+            return self.model.base_model(tokens.clamp(min=0), use_cache=False)[0]
 
     def saved(self, neighbours: torch.Tensor, path: Path) -> tuple[Any, torch.Tensor]:
         """As `encode`, for what every arm reads: kept in fp16 in a file."""
@@ -384,7 +384,7 @@ def evaluate(
         if (of, apart) not in held:
             neighbours = torch.from_numpy(texts.neighbours[of, :, :k])
             tokens = neighbours if apart else together(neighbours)
-            held[of, apart] = (*reader.encode(tokens), tokens, reader.states)
+            held[of, apart] = (*reader.encode(tokens), tokens)
         return held[of, apart]
 
     for i in rows:
@@ -394,13 +394,13 @@ def evaluate(
                 continue
             other = i ^ 1 if i ^ 1 < len(texts.tokens) else 0
             apart = what in ARMS and ARMS[what].apart
-            pairs, mask, tokens, states = encoded(i if whose != "others" else other, apart)
+            pairs, mask, tokens = encoded(i if whose != "others" else other, apart)
             begin = time.process_time()
             if what == IN_CONTEXT:
                 losses = reader.in_context(text, pairs, mask)
             elif what == DECODER[0]:
                 losses = reader.losses(text)
-                found = looked_up(text, reader.states, tokens[:, 0], states)
+                found = look_up(text, reader.last(text[None, :-1]), tokens[:, 0], reader.last(tokens[:, 0]))
                 np.save(work / "tokens" / f"{i}-{NEAREST}.npy", found.astype(np.float32))
             else:
                 reader.take(what, saved[what])
@@ -419,7 +419,7 @@ def trained(work: Path, arm: str) -> Path:
     return work / f"{ARMS[arm].like or arm}.pt"
 
 
-def looked_up(text: torch.Tensor, states: Any, neighbours: torch.Tensor, theirs: Any) -> np.ndarray:
+def look_up(text: torch.Tensor, states: Any, neighbours: torch.Tensor, theirs: Any) -> np.ndarray:
     """kNN-LM whose datastore is what was retrieved for the chunk: the probability [TEMPERATURES, CHUNKS * M] of each
     token, by the distances of the decoder's last states [1, n, e] from those before each of the neighbours' tokens
     [CHUNKS, k R], theirs [CHUNKS, k R, e]. A temperature is in medians of a chunk's squared distances."""
@@ -672,7 +672,8 @@ def _of_one_machine(device: str, document: dict[str, Any]) -> str:
     settings, logs = document["settings"], document["training"]
     minutes = {arm: sum(x["read"] + x["update"] for x in log) / 60 for arm, log in logs.items()}
     lines = [
-        f"On `{device}`. Trained on {settings['first']}, one text an update: "
+        f"On `{device}`, commit {document['environment']['commit']}. Texts of {settings['length']} tokens; trained on "
+        f"{settings['first']} with k = {settings['k']}, one text an update: "
         + "; ".join(
             f"{arm}: {document['parameters'][arm]:,} numbers, {len(log)} texts, {minutes[arm]:.0f} minutes of one core"
             for arm, log in logs.items()
@@ -693,6 +694,14 @@ def _of_one_machine(device: str, document: dict[str, Any]) -> str:
             else:
                 lines += ["", f"On {len(rows)} of these texts:"]
             lines += ["", *_table(figures, [document["texts"][corpus][row] for row in rows])]
+    for parts in zip(*(groups(document, corpus) for corpus in document["corpora"])):
+        keys = [key for key in parts[0][1] if all(key in figures for _, figures in parts)]
+        texts = [
+            document["texts"][corpus][row] for corpus, (rows, _) in zip(document["corpora"], parts) for row in rows
+        ]
+        pooled = {key: np.concatenate([figures[key] for _, figures in parts]) for key in keys}
+        if len(parts) > 1:
+            lines += ["", f"**All of them**, {len(texts)} texts:", "", *_table(pooled, texts)]
     cost = document.get("cost")
     if cost:
         base = cost["decoder"]["step"]
