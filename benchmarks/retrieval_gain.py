@@ -21,6 +21,7 @@ Stopped at any time and run again, it goes on where it was: every update and eve
 3. Evaluate on the held-out documents of every corpus, with what was trained on the first: each text without
    neighbours, with those of another text, with its own, and with its own put before it (in-context retrieval: the whole
    prefix read again for every chunk). The 448 tokens that may see neighbours count.
+   Beside it what a copying rule and kNN-LM make of the same neighbours.
 4. Measure what a token costs: processor seconds of one thread, and bytes kept.
 
     python -m benchmarks.retrieval_gain --report    rewrite what docs/retrofit.md says of the results
@@ -758,13 +759,12 @@ def draw(document: dict[str, Any], path: Path) -> None:
         axis.set_yscale("symlog", linthresh=0.05)
         axis.grid(alpha=0.3, axis="y")
         axis.spines[["top", "right"]].set_visible(False)
-        if axis is axes[0, 0]:
-            axis.legend(frameon=False, fontsize=8)
     arm, gates = next(iter(document["gates"].items()))
     last = axes[0, -1]
     shown = last.imshow(np.array(list(gates.values())).T, aspect="auto", cmap="magma")
     last.set(title=f"the bias of each head after training ({arm})", xlabel="layer", ylabel="head")
     figure.colorbar(shown, ax=last, label="bias on the neighbours' logits")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
