@@ -105,7 +105,8 @@ FEATURES = {  # the lighter first
 MAY_SPILL = {
     r"sm_\d+ backward_relative \w+ bf16 128 \w+": 64,  # every other tile spills more
     "sm_80 backward clock bf16 64 options": 8,  # all options at once
-    r"sm_(86|89|120) \w+ clock bf16 (64|128) \w+_all": 80,  # with dropout, a soft cap and a gradient of lse besides
+    r"sm_120 \w+ clock bf16 (64|128) \w+_all": 168,
+    r"sm_(86|89) \w+ clock bf16 (64|128) \w+_all": 64,  # with dropout, a soft cap and a gradient of lse besides
     r"sm_90 \w+ clock bf16 (64|128) \w+_all": 104,
     # ptxas' own choice, for more programs at a time: 80 and 128 registers are far from 255
     "sm_100 backward_keys clock bf16 64 plain": 16,
@@ -147,7 +148,7 @@ CLOCK, FP32 = ("clock",), (("fp32",), (64, 128, 256))
 # What `cover` has, by version: targets, dtypes, widths.
 COVER = {
     "3.6.0": (((86, 89, 120, 90), ("bf16",), (64, 128)), ((86,), ("bf16",), (256,)), ((86,), *FP32)),
-    "3.9.0": (((86,), ("bf16",), (64, 128)), ((86,), ("bf16",), (256,)), ((86,), *FP32)),
+    "3.9.0": (((86, 120), ("bf16",), (64, 128)), ((86,), ("bf16",), (256,)), ((86,), *FP32)),
 }
 # What is compiled besides: targets, shapes, dtypes, widths, features.
 PAPER = ((90, 80, 100), CLOCK, ("bf16",), (64, 128), ("plain", "distances", "options", "relative"))
