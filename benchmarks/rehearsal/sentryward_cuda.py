@@ -29,6 +29,7 @@ from benchmarks import rehearsal
 PART = "sentryward"
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 SECONDS = 900  # of a proof
+THREADS = 128
 
 # File, text, and what stands in its place: the same for every launch here.
 COPY = (
@@ -38,7 +39,6 @@ COPY = (
         "cp.async.cg.shared.global [%0], [%1], 16, %2;",
     ),
     ("common/ptx.cuh", '"r"(static_cast<int>(valid))', '"r"(valid ? 16 : 0)'),
-    ("sm80/backward.cuh", "(wanted[half] ? places.at(slot) : 0)", "places.at(slot)"),
 )
 
 WRAPPER = """
@@ -47,7 +47,7 @@ WRAPPER = """
 #undef RK_PARAMETER
 #define RK_KERNEL(threads, blocks) __device__ __forceinline__ void
 #define RK_PARAMETER const
-#include "sm80/{kernel}.cuh"
+#include "sm80/forward.cuh"
 using namespace retro_kernels;
 
 // [1, chunks = 1, neighbours, tokens, heads, width], contiguous
@@ -65,18 +65,11 @@ extern "C" __global__ void __launch_bounds__({threads}) proved({parameters}) {{
   p.query_stride = p.out_stride = strides(1, 127, {dim});
   p.key_stride = p.value_stride = strides({neighbours}, 64, {dim});
   p.lse_stride = strides(1, 127, 1);
-  p.grad_query_stride = p.grad_out_stride = p.out_stride, p.grad_key_stride = p.grad_value_stride = p.key_stride;
   {assignments}
-  sm80::attention_{kernel}<BFloat16, {dim}, {template}>(p);
+  sm80::attention_forward<BFloat16, {dim}, 4>(p);
 }}
 """
 FORWARD = ("const uint16_t* query", "const uint16_t* key", "const uint16_t* value", "uint16_t* out", "float* lse")
-GRADIENTS = (
-    "const uint16_t* grad_out",
-    "uint16_t* grad_query",
-    "uint16_t* grad_key",
-    "uint16_t* grad_value",
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,6 @@ class Proof:
     """64 rows of one chunk and `64 * neighbours` slots; a block a head. `barrier`: (file, text with a barrier, the same
     without it)."""
 
-    kernel: str
     dim: int
     neighbours: int
     heads: int = 1
@@ -92,43 +84,29 @@ class Proof:
 
     @property
     def name(self) -> str:
-        size = f"{self.kernel}, heads of {self.dim}, 64 rows, {64 * self.neighbours} slots, {self.heads} block(s)"
+        size = f"forward, heads of {self.dim}, 64 rows, {64 * self.neighbours} slots, {self.heads} block(s)"
         return size + (", control: a barrier taken out" if self.barrier else "")
 
     def source(self) -> str:
-        parameters = FORWARD if self.kernel == "forward" else FORWARD + GRADIENTS
-        names = [parameter.split()[-1].lstrip("*") for parameter in parameters]
+        names = [parameter.split()[-1].lstrip("*") for parameter in FORWARD]
         return WRAPPER.format(
-            kernel=self.kernel,
-            template=4 if self.kernel == "forward" else "64, 64, true",
             dim=self.dim,
             heads=self.heads,
             neighbours=self.neighbours,
-            threads=self.threads,
-            parameters=", ".join(parameters),
+            threads=THREADS,
+            parameters=", ".join(FORWARD),
             assignments=" ".join(f"p.{name} = {name};" for name in names),
         )
 
     @property
     def shared_bytes(self) -> int:
-        """ForwardShape::shared_bytes and BackwardShape::shared_bytes."""
-        tiles = 5 * 128 * self.dim if self.kernel == "forward" else 4 * 128 * self.dim + 2 * 128 * 64 + 8 * 64
-        return tiles + 8 * (self.neighbours + 1)
-
-    @property
-    def threads(self) -> int:
-        return 128 if self.kernel == "forward" else 256
+        """ForwardShape::shared_bytes."""
+        return 5 * 2 * 64 * self.dim + 8 * (self.neighbours + 1)
 
 
 OVERWRITTEN = ("sm80/forward.cuh", "block_barrier();  // the next round writes over this stage", "")
 # Three tiles of slots: the third comes into the stage of the first.
-PROOFS = (
-    Proof("forward", 64, 1, heads=2),
-    Proof("forward", 64, 3),
-    Proof("forward", 64, 3, barrier=OVERWRITTEN),
-    Proof("forward", 128, 1),
-    Proof("backward", 64, 1),
-)
+PROOFS = (Proof(64, 1, heads=2), Proof(64, 3), Proof(128, 1), Proof(64, 3, barrier=OVERWRITTEN))
 
 
 def replace(folder: Path, file: str, text: str, by: str) -> None:
@@ -155,7 +133,7 @@ def verdict(proof: Proof) -> str:
         )
         launch = {
             "grid_dim": [proof.heads, 1, 1],
-            "block_dim": [proof.threads, 1, 1],
+            "block_dim": [THREADS, 1, 1],
             "dynamic_shared_bytes": proof.shared_bytes,
         }
         given = {"schema": "spverify.kernel-input/v1", "entry": "proved", "launch": launch, "arguments": []}
