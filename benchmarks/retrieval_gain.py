@@ -68,6 +68,8 @@ STEPS = 20
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 FEWER = 12
 """Other numbers of neighbours than two are measured on so many texts."""
+LEAST = 4
+"""Fewer texts, of a corpus that was not measured to the end, are only in the table of all corpora."""
 DECODER, IN_CONTEXT, COPYING, NEAREST = ("decoder", "none", 0), "in-context", "copying", "nearest"
 BASES = (DECODER, ("gates", "own", 2), (IN_CONTEXT, "own", 2))
 
@@ -683,6 +685,8 @@ def _of_one_machine(device: str, document: dict[str, Any]) -> str:
     ]
     for corpus, facts in document["corpora"].items():
         for number, (rows, figures) in enumerate(groups(document, corpus)):
+            if number and len(rows) < LEAST:
+                continue
             if number == 0:
                 tokens = figures[DECODER].size * M
                 lines += [
