@@ -129,9 +129,12 @@ class _row:
 
 def generate(model: Any, retriever: Any, prompt: torch.Tensor, new_tokens: int) -> str:
     """The text that follows the prompt [1, n], and what was read while it was written."""
-    out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), retriever=retriever, max_new_tokens=new_tokens, do_sample=False
-    )
+    settings = {
+        "max_new_tokens": new_tokens,
+        "do_sample": False,
+        "repetition_penalty": 1.2,
+    }  # a small model repeats itself
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), retriever=retriever, **settings)
     lines = [retriever.decode(out[0, prompt.shape[1] :])]
     for chunk, found in model.retro.sources(out)[0].items():
         named = ", ".join(f"{x.path}:{x.offset}" for x in found if x is not None)

@@ -8,6 +8,7 @@ anything else is refused. So none of its code is run, and tensors are read weigh
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def read_distributed(folder: Path, unwanted: Callable[[str], bool]) -> dict[str,
         raise ValueError(f"{path}: no index that can be read ({type(error).__name__}: {error})") from error
     found = {}
     for name, (dtype, size, parts) in tensors.items():
-        if sum(math.prod(sizes) for _, sizes in parts) != math.prod(size):
+        if not _make_up(parts, size):
             raise ValueError(f"{path}: got parts of {name} that do not make up its shape {list(size)}")
         whole = torch.empty(size, dtype=dtype)
         for offsets, sizes in parts:
@@ -98,6 +99,17 @@ def read_distributed(folder: Path, unwanted: Callable[[str], bool]) -> dict[str,
             whole[tuple(slice(start, start + length) for start, length in zip(offsets, sizes))] = part
         found[name] = whole
     return found
+
+
+def _make_up(parts: list[tuple[Any, Any]], size: Any) -> bool:
+    """Whether the boxes (offsets, sizes) lie within `size`, do not overlap and fill it."""
+    boxes = [[(start, start + length) for start, length in zip(*part)] for part in parts]
+    inside = all(begin >= 0 and end <= whole for box in boxes for (begin, end), whole in zip(box, size))
+    overlap = any(
+        all(max(x[0], y[0]) < min(x[1], y[1]) for x, y in zip(one, other))
+        for one, other in itertools.combinations(boxes, 2)
+    )
+    return inside and not overlap and sum(math.prod(sizes) for _, sizes in parts) == math.prod(size)
 
 
 def _read(folder: Path, name: str, offset: int, length: int, place: dict[str, Any]) -> Any:

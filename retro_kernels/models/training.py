@@ -264,7 +264,7 @@ class LossOf(nn.Module):
         return self.model.loss(*batch, reduction="none")
 
 
-class Apart:
+class LossSums:
     """Sums of losses of an update, by name."""
 
     def __init__(self) -> None:
@@ -483,14 +483,14 @@ class Trainer:
         loss, since, before, at = math.nan, time.perf_counter(), time.perf_counter(), self.step
         self.stop = settings.patience is not None and self.evaluations_without_better >= settings.patience
         while self.step < settings.steps and not self.stop:
-            loss, norm, apart = self._update(batches)
+            loss, norm, losses = self._update(batches)
             last = self.step == settings.steps
             line = {
                 "step": self.step,
                 "loss": loss,
                 "learning_rate": settings.rate(self.step - 1),
                 "gradient_norm": norm,
-                **apart,
+                **losses,
                 "rows": self.seen,
                 "tokens": self.seen * self.config.max_length,
             }
@@ -584,7 +584,7 @@ class Trainer:
         count.clamp_(min=1)  # rows may hold nothing to predict
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.optimiser.zero_grad()
-        apart = Apart()
+        sums = LossSums()
         for i, part in enumerate(parts):
             self._synchronise(last=i == len(parts) - 1)
             oracle = None
@@ -592,14 +592,14 @@ class Trainer:
                 place = self.seen + self.replica * self.share + i * self.micro
                 part, oracle = self.curriculum.put(part, place, self.step)
                 if self.curriculum.due(self.step):
-                    apart.add("loss_without", self._losses_without(part), may_see(part, self.config.chunk_size))
+                    sums.add("loss_without", self._losses_without(part), may_see(part, self.config.chunk_size))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 losses = self.wrapped(part)
             loss = losses.sum()
             if oracle is not None:
                 seen = may_see(part, self.config.chunk_size)
-                apart.add("loss_oracle", losses, seen & oracle[:, None])
-                apart.add("loss_retrieved", losses, seen & ~oracle[:, None])
+                sums.add("loss_oracle", losses, seen & oracle[:, None])
+                sums.add("loss_retrieved", losses, seen & ~oracle[:, None])
             # DDP and FSDP2 take the mean over the replicas' and the rows' parts; `count` has every token as often as
             # processes share its projections.
             (loss * (self.world / count)).backward()
@@ -618,7 +618,7 @@ class Trainer:
         self.optimiser.step()
         found = {}
         if self.curriculum is not None:
-            found = {**apart.means(self._sum), "oracle_share": self.curriculum.share(self.step)}
+            found = {**sums.means(self._sum), "oracle_share": self.curriculum.share(self.step)}
             if "loss_without" in found:
                 self.curriculum.judge(self.step, found["loss_oracle"], found["loss_without"])
         self.step += 1

@@ -19,20 +19,20 @@ def nothing(name):
     return False
 
 
-def in_two_parts(folder, whole, **changes):
-    """A folder that holds `whole` in two parts, as two processes write it."""
+def in_two_parts(folder, whole, rows=(0, 2), **changes):
+    """A folder that holds `whole` in two parts of two rows, from `rows` on, as two processes write it."""
     index = records.Metadata(
         {
             "w": records.TensorStorageMetadata(
                 records.TensorProperties(dtype=whole.dtype),
                 whole.shape,
-                [records.ChunkStorageMetadata(torch.Size([row, 0]), torch.Size([2, whole.shape[1]])) for row in (0, 2)],
+                [records.ChunkStorageMetadata(torch.Size([row, 0]), torch.Size([2, whole.shape[1]])) for row in rows],
             )
         }
     )
     index.storage_data = {}
     held = io.BytesIO()
-    for row in (0, 2):
+    for row in rows:
         start = held.tell()
         torch.save(whole[row : row + 2].clone(), held)
         place = {"relative_path": "__0_0.distcp", "offset": start, "length": held.tell() - start, **changes}
@@ -111,12 +111,16 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     (short / ".metadata").write_bytes((short / ".metadata").read_bytes()[:100])
     twice = in_two_parts(tmp_path / "twice", whole, offset=0)
     swapped = in_two_parts(tmp_path / "swapped", torch.ones(5, 3))  # two parts of two rows, of five
+    overlapping = in_two_parts(
+        tmp_path / "overlapping", whole, rows=(0, 1)
+    )  # four rows in all, and none of them the last
     for folder, kind, message in (
         (outside, ValueError, r"\.\./parts/__0_0\.distcp', expected a file of its folder"),
         (packed, ValueError, r"transformed by \['zstd'\]"),
         (gone, FileNotFoundError, r"__0_0\.distcp is not there"),
         (short, ValueError, "no index that can be read"),
         (swapped, ValueError, r"do not make up its shape \[5, 3\]"),
+        (overlapping, ValueError, r"do not make up its shape \[4, 3\]"),
     ):
         with pytest.raises(kind, match=message):
             read_distributed(folder, nothing)
