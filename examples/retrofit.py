@@ -118,22 +118,16 @@ def evaluate(model: Any, retriever: Any, texts: torch.Tensor) -> dict[str, float
             print(f"  measuring {i + 1} of {len(texts)} held-out texts", flush=True)
         sums["without"] += float(losses(model, text))
         for name, found in (("other neighbours", others), ("right neighbours", right)):
-            sums[name] += float(losses(model, text, _row(found, i)))
+            sums[name] += float(
+                losses(model, text, rk.models.Neighbours(found.tokens[i : i + 1], found.mask[i : i + 1]))
+            )
     return {name: total / len(texts) for name, total in sums.items()}
-
-
-class _row:
-    def __init__(self, found: Any, i: int) -> None:
-        self.tokens, self.mask = found.tokens[i : i + 1], found.mask[i : i + 1]
 
 
 def generate(model: Any, retriever: Any, prompt: torch.Tensor, new_tokens: int) -> str:
     """The text that follows the prompt [1, n], and what was read while it was written."""
-    settings = {
-        "max_new_tokens": new_tokens,
-        "do_sample": False,
-        "repetition_penalty": 1.2,
-    }  # a small model repeats itself
+    # a small model repeats itself
+    settings = {"max_new_tokens": new_tokens, "do_sample": False, "repetition_penalty": 1.2}
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), retriever=retriever, **settings)
     lines = [retriever.decode(out[0, prompt.shape[1] :])]
     for chunk, found in model.retro.sources(out)[0].items():
