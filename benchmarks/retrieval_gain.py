@@ -15,12 +15,12 @@ against the same neighbours put before its text.
 Stopped at any time and run again, it goes on where it was: every update and every row is written when it is done.
 
 1. Split by document: every tenth, by the hash of its path, is held out. The database holds the others, in chunks of 64
-   tokens; a text is 512 tokens from the beginning of a chunk on, one of a document. Neighbours: the nearest chunks of
+   tokens; a text is 256 tokens from the beginning of a chunk on, one of a document. Neighbours: the nearest chunks of
    other documents, exactly, by tf-idf of tokens and pairs of tokens; texts that are equal count once.
 2. Train, on the first corpus: each arm of `ARMS`, one text an update.
 3. Evaluate on the held-out documents of every corpus, with what was trained on the first: each text without
    neighbours, with those of another text, with its own, and with its own put before it (in-context retrieval: the whole
-   prefix read again for every chunk). The 448 tokens that may see neighbours count.
+   prefix read again for every chunk). The 192 tokens that may see neighbours count.
    Beside it what a copying rule and kNN-LM make of the same neighbours.
 4. Measure what a token costs: processor seconds of one thread, and bytes kept.
 
