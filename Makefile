@@ -4,7 +4,7 @@ VENV := .venv
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 
-.PHONY: bench test peers journey install cuda gpu-kit gpu-rehearsal lint clean
+.PHONY: bench test slow peers journey install cuda gpu-kit gpu-rehearsal lint clean
 
 bench: install  ## install, then time fused chunked cross-attention against the alternatives on this machine
 	$(VENV)/bin/retro-kernels bench --quick
@@ -14,6 +14,9 @@ test: install  ## install, then run the tests
 
 # Peers that pull in what cannot stand beside the rest come without it, in a folder of their own.
 PEERS := .venv-peers
+slow: install  ## the tests that `make test` leaves out: minutes each on a slow machine
+	$(RUN) -m pytest -n 2 --dist worksteal -m slow
+
 peers: install  ## tests against the peers that `make test` cannot install: labml, Megatron-core, NeMo, Flamingo
 	$(RUN) -m pip install --quiet --no-deps --target $(PEERS) retro-transformer==1.0.3 megatron-core==0.15.3 \
 		flamingo-pytorch==0.1.2 open-flamingo==2.0.1 einops-exts==0.0.4 nemo-toolkit==1.23.0

@@ -48,6 +48,28 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _replace_the_language_once_a_kernel()
 
 
+# What `make test` leaves to `make slow`: half a minute and more each where others use the machine too.
+SLOW = (
+    "test_on_ray_a_worker_that_dies",  # the local pool's worker dies in its own test
+    "test_any_order_of_warps_and_boxes_gives_the_same_gradients",  # the forward's order is shuffled in its own test
+    "test_blocks_that_share_states_give_what_each_gives_alone[8-",  # one of three stays
+    "test_cuda_sm90.py::test_gradients_in_fp16",  # bf16's stay
+    "test_compiles_whole_with_a_dynamic_length[triton",  # the reference and the CPU stay
+    "test_the_readmes_way_runs_as_written",  # test_five_commands.py runs the same commands on fewer texts
+    "test_func.py::test_gradients_are_those_of_autograd_and_of_the_reference[triton",  # the CPU stays
+    "test_twice_the_same_is_bitwise_the_same[triton",  # the CPU stays, and the interpreter runs in one order
+    "test_what_is_not_attended_reaches_nothing[triton-inf",  # NaN stays
+    "test_faiss_finds_what_brute_force_finds[OPQ8",  # the other indexes stay
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(name in item.nodeid for name in SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)

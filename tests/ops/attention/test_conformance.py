@@ -36,7 +36,6 @@ TWO_SEQUENCES = (
     "strided",
     "relative_all",
     "relative_strided",
-    "dropout_all",
     "packed",
     "packed_surplus",
     "self",
