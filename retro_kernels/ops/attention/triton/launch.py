@@ -593,8 +593,9 @@ def refusal(call) -> str | None:
     wide = configs.tile_width(query.shape[-1], call.value.shape[-1], 0) > 128
     if wide and call.relative_key is not None and query.dtype == torch.float32 and (major, minor) in SMALL_SHARED:
         return (
-            f"relative positions with float32 heads of {query.shape[-1]} take 114 KiB of shared memory going back, and "
-            f"{query.device} (compute capability {major}.{minor}) has 99: use float16, bfloat16, or heads of up to 128"
+            f"relative positions with float32 heads of {max(query.shape[-1], call.value.shape[-1])} take 114 KiB of "
+            f"shared memory in the backward, and {query.device} (compute capability "
+            f"{major}.{minor}) has 99: use float16, bfloat16, or heads of up to 128"
         )
     return None
 
