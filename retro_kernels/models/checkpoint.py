@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ..files import replaced, usual_mode, write_bytes, write_json
 from ..nn import RotaryPositions
@@ -77,6 +76,8 @@ def write(
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that processes may hold in parts; on a CPU then."""
+    from torch.distributed.tensor import DTensor  # brings sympy, ten times what `import retro_kernels` takes
+
     if isinstance(tensor, DTensor):
         return tensor.full_tensor().detach().cpu()
     return tensor.detach().contiguous()
