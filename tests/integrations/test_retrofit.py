@@ -171,6 +171,11 @@ def test_where_neighbours_cannot_look_at_their_chunk_is_said():
         gradients(model)
     with pytest.raises(ValueError, match="expected 0 too"):
         model.retro.keep_layers([1])
+    model = opened(encoder="own+cross", num_hidden_layers=1)
+    ids, neighbours, mask = batch()
+    given = {"neighbours": neighbours, "neighbour_mask": mask, "use_cache": False}
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match=r"under torch\.compile, expected"):
+        torch.compile(model, backend="eager", fullgraph=True)(ids, **given)
     model = decoder("mistral", sliding_window=5)
     rk.retrofit(model, encoder="own+cross", gate=1.0, **SETTINGS)
     with torch.no_grad():

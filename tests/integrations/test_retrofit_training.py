@@ -140,6 +140,12 @@ def columns(trainer):
     return trainer._signature_columns
 
 
+def share_out(model):
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for part in (*model.model.layers, model):
+        torch.distributed.fsdp.fully_shard(part, mesh=mesh)
+
+
 def test_fsdp_shares_out_the_parts_with_their_layers():
     distributed = torch.distributed
     distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
@@ -149,14 +155,16 @@ def test_fsdp_shares_out_the_parts_with_their_layers():
             model = decoder()
             rk.retrofit(model, gate=0.0, **SETTINGS)
             if shared:
-                mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
-                for layer in model.model.layers:
-                    distributed.fsdp.fully_shard(layer, mesh=mesh)
-                distributed.fsdp.fully_shard(model, mesh=mesh)
+                share_out(model)
             out = call(model)
             out.loss.backward()
             grads = [part.gate.weight.grad for part in model.retro.parts()]
             models.append((out.logits, [x.full_tensor() if shared else x for x in grads]))
+        model = decoder()
+        rk.retrofit(model, encoder="own+cross", **SETTINGS)
+        share_out(model)
+        with pytest.raises(ValueError, match="under FSDP, expected"):
+            call(model)
     finally:
         distributed.destroy_process_group()
     torch.testing.assert_close(models[1], models[0])

@@ -242,9 +242,10 @@ class Retrofit(nn.Module):
 
     def crossing(self) -> int | None:
         """The attention where neighbours look at their chunk, if they do: encoder="own+cross", and the gate is not
-        closed."""
+        closed (a compiled graph reads no data and takes it to be open)."""
         part = self.parts()[0]
-        return part.layer if part.cross is not None and (self.force or part.crosses()) else None
+        always = self.force or torch.compiler.is_compiling()
+        return part.layer if part.cross is not None and (always or part.crosses()) else None
 
     def encode(
         self,
