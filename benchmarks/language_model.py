@@ -52,7 +52,9 @@ from retro_kernels.bench import environment, report, results
 from retro_kernels.models import Retro, RetroConfig
 from retro_kernels.models.data import ABSENT, TokenStream
 from retro_kernels.models.evaluation import OVERLAPS, evaluate
-from retro_kernels.models.training import METRICS, Trainer, TrainingConfig, checkpoints
+from retro_kernels.models.run_folder import METRICS, checkpoints
+from retro_kernels.models.training import Trainer
+from retro_kernels.models.training_config import TrainingConfig
 
 HELD_OUT_EVERY = 10
 VOCABULARY = 4096

@@ -20,7 +20,7 @@ def read(path: Path) -> tuple[Any, Any, Any, Any]:
 
     from ..models import RetroConfig
     from ..models.data import TokenStream, facts_of
-    from ..models.training import TrainingConfig
+    from ..models.training_config import TrainingConfig
     from ..retrieval.training_data import FACTS, HELD_OUT
 
     class Loader(yaml.SafeLoader):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +25,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 
 from ..files import write_json
-from ..nn import common
-from ..ops import checks
 from ..tokenizers import FILE, hash_of_file
-from . import checkpoint, schedules
-from .callbacks import LOGGERS, Callback, Console, loggers
+from . import checkpoint, parallel
+from .callbacks import Callback, Console, loggers
 from .config import RetroConfig
 from .curriculum import Curriculum, may_see
 from .data import IGNORED, Batch, Order, TokenStream, other_rows, prefetch
+from .initialisation import begin_with_self_attention, take_decoder
 from .retro import Retro
 from .run_folder import (
     METRICS,
@@ -52,204 +48,15 @@ from .run_folder import (
     point_to_best,
     read_json,
 )
+from .training_config import FREE, TrainingConfig
 
-OF_DECODER = (
-    "vocab_size",
-    "model_dim",
-    "num_layers",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "feed_forward_dim",
-    "positions",
-    "gated_feed_forward",
-    "activation",
-    "tied_embeddings",
-    "norm_eps",
-    "tokenizer",
-    "embedding_dim",
-    "absolute_positions",
-    "self_positions",
-    "rotary_dim",
-    "rotary_base",
-    "rotary_interleaved",
-    "rotary_frequencies",
-    "self_num_buckets",
-    "attention_scale",
-    "attention_biases",
-    "feed_forward_biases",
-    "qk_norm",
-    "norm",
-    "norm_position",
-    "residual_scale",
-    "final_norm",
-    "readout_bias",
-)
 ALONE = "torch.distributed is disabled, unavailable or uninitialized"  # told to every run of one process
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 MANY_EPOCHS = 50
-FREE = (
-    "output",
-    "steps",
-    "micro_batch_size",
-    "save_every",
-    "keep",
-    "evaluate_every",
-    "patience",
-    "log_every",
-    "log_to",
-    "peak_flops",
-)
-"""Settings that may differ where a run is continued."""
 
 
 class NonFiniteLoss(ArithmeticError):
     """The loss or the gradient is NaN or infinite. The message says where, and what the last good checkpoint is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """The settings of a run.
-
-    Attributes:
-        output: the run's folder: checkpoints (each a model that `from_pretrained` reads, and what resuming needs) and
-            `metrics.jsonl`.
-        steps: updates of the weights.
-        batch_size: rows of `max_length` tokens an update, over all processes and accumulated micro-batches.
-        micro_batch_size: rows that a process computes at a time; default `batch_size` over the processes.
-        learning_rate, final_learning_rate: the largest, and the last (default a tenth of it).
-        schedule: "cosine" (the paper), "linear", "constant" or "wsd" (stable, then a linear decay); see `schedules`.
-        warmup_steps: of the linear rise from 1e-7; default 750 (the paper), or a tenth of `steps` if that is less.
-        decay_steps: of the decay that ends "wsd"; default a tenth of `steps`.
-        weight_decay: of matrices (not of norms, u, v and gates). betas, epsilon: of AdamW.
-        clip: the largest norm of the gradient; None: any.
-        start_from: the folder of a model with the same config, whose weights the run begins with. None: fresh ones.
-        retrofit: the folder of a trained decoder, a `Retro` without chunked cross-attention. Its weights are taken and
-            stay as they are; only chunked cross-attention and encoder are trained (appendix B.2 of the paper), so that
-            with retrieval off the model remains that decoder. None: all weights are fresh, and trained.
-        init: with `retrofit`, what chunked cross-attention and encoder begin with: "random", or "self_attention", the
-            decoder's own layers (see `begin_with_self_attention`).
-        oracle: begin with neighbours that hold the answer, all rows until the model copies from them, then fewer, a
-            tenth to the end (see `curriculum.Curriculum`); the losses of these rows and of the others are logged apart.
-            Where chunked cross-attention begins with fresh weights.
-        precision: "fp32", or "bf16" (autocast; the weights stay fp32).
-        seed: of the initial weights, dropout and the order of rows.
-        save_every, keep: steps between checkpoints, and how many are kept.
-        evaluate_every: steps between evaluations on held-out text, where there is some; default `save_every`. A better
-            loss than all before (with retrieval on) is saved, named by the link `best`, and kept beside the others.
-        evaluation_rows: of the held-out text, evenly spread.
-        patience: end the run after so many evaluations without a better loss; None: never.
-        log_every: steps between lines of metrics.
-        log_to: "tensorboard", "wandb", or both, beside metrics.jsonl.
-        activation_checkpointing: see `Retro`. compile: run it under torch.compile.
-        parallel: with several processes "ddp" or "fsdp" (FSDP2).
-        context_parallel: so many processes divide every row of tokens among them, at chunk borders.
-        documents_apart: tokens see their own document alone. context_parallel cannot, and wants False.
-        tensor_parallel: so many processes divide heads, projections and feed-forwards among them; more processes than
-            those need parallel="fsdp".
-        peak_flops: of one device, for the model-FLOPs utilisation; None: not given.
-        backend: of the attentions; None chooses.
-
-    Raises TypeError or ValueError for what does not fit.
-    """
-
-    output: str
-    steps: int
-    batch_size: int = 256
-    micro_batch_size: int | None = None
-    learning_rate: float = 2e-4
-    final_learning_rate: float | None = None
-    schedule: str = "cosine"
-    warmup_steps: int | None = None
-    decay_steps: int | None = None
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
-    clip: float | None = 1.0
-    start_from: str | None = None
-    retrofit: str | None = None
-    init: str = "random"
-    oracle: bool = False
-    precision: str = "fp32"
-    seed: int = 0
-    save_every: int = 1000
-    keep: int = 2
-    evaluate_every: int | None = None
-    evaluation_rows: int = 64
-    patience: int | None = None
-    log_every: int = 10
-    log_to: tuple[str, ...] = ()
-    activation_checkpointing: bool = False
-    compile: bool = False
-    parallel: str = "ddp"
-    context_parallel: int = 1
-    tensor_parallel: int = 1
-    documents_apart: bool = True
-    peak_flops: float | None = None
-    backend: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "save_every",
-            "keep",
-            "log_every",
-            "evaluation_rows",
-            "context_parallel",
-            "tensor_parallel",
-        ):
-            checks.integer(name, getattr(self, name), 1)
-        checks.integer("seed", self.seed, 0)
-        for name, low in (
-            ("warmup_steps", 0),
-            ("decay_steps", 0),
-            ("micro_batch_size", 1),
-            ("evaluate_every", 1),
-            ("patience", 1),
-        ):
-            if getattr(self, name) is not None:
-                checks.integer(name, getattr(self, name), low)
-        common.one_of("schedule", self.schedule, schedules.SCHEDULES)
-        names = (self.log_to,) if isinstance(self.log_to, str) else tuple(self.log_to)
-        for name in names:
-            common.one_of("log_to", name, LOGGERS)
-        object.__setattr__(self, "log_to", names)
-        if self.start_from is not None and self.retrofit is not None:
-            raise ValueError("start_from, retrofit: got both, expected one: both say where weights come from")
-        for name in ("learning_rate", "final_learning_rate", "weight_decay", "epsilon"):
-            value = getattr(self, name)
-            if value is not None and checks.number(name, value) < 0.0:
-                raise ValueError(f"{name}: got {value}, expected at least 0")
-        for name, none in (("clip", "no limit"), ("peak_flops", "not given")):
-            value = getattr(self, name)
-            if value is not None and not checks.number(name, value) > 0.0:
-                raise ValueError(f"{name}: got {value}, expected more than 0, or None: {none}")
-        common.one_of("init", self.init, ("random", "self_attention"))
-        if self.init != "random" and self.retrofit is None:
-            raise ValueError(
-                f"init: got {self.init!r} without retrofit, expected the folder of a trained decoder there"
-            )
-        common.one_of("precision", self.precision, ("fp32", "bf16"))
-        common.one_of("parallel", self.parallel, ("ddp", "fsdp"))
-        if self.compile and (self.context_parallel > 1 or self.tensor_parallel > 1):
-            raise ValueError(
-                "compile: got True with context_parallel or tensor_parallel, expected False: not tried yet"
-            )
-        object.__setattr__(self, "betas", tuple(self.betas))
-
-    def rate(self, step: int) -> float:
-        """The learning rate of the update number `step`, from 0."""
-        tenth = max(self.steps // 10, 1)
-        return schedules.rate(
-            step,
-            schedule=self.schedule,
-            steps=self.steps,
-            warmup=min(750, tenth) if self.warmup_steps is None else self.warmup_steps,
-            decay=tenth if self.decay_steps is None else self.decay_steps,
-            largest=self.learning_rate,
-            final=self.learning_rate / 10 if self.final_learning_rate is None else self.final_learning_rate,
-        )
 
 
 class LossOf(nn.Module):
@@ -279,69 +86,6 @@ class LossSums:
         for both in self.sums.values():
             sum_up(both)
         return {name: float(both[0] / both[1]) for name, both in self.sums.items() if both[1]}
-
-
-def take_decoder(model: Retro, folder: str | os.PathLike[str]) -> None:
-    """Gives the model the weights of the decoder in the folder, and freezes them.
-
-    Raises FileNotFoundError for a folder that is not there; ValueError for a decoder that would compute something else
-    in this model (OF_DECODER names what has to agree), for one that has chunked cross-attention already, and for a
-    model that has none.
-    """
-    decoder = Retro.from_pretrained(folder)
-    if decoder.encoder is not None or model.encoder is None:
-        which = "the decoder has" if decoder.encoder is not None else "the model has no"
-        raise ValueError(f"retrofit: {which} chunked cross-attention, expected a decoder without and a model with it")
-    theirs, mine = decoder.config.to_dict(), model.config.to_dict()
-    different = [f"{name} = {theirs[name]!r}, not {mine[name]!r}" for name in OF_DECODER if theirs[name] != mine[name]]
-    if different:
-        raise ValueError(f"retrofit: the decoder in {folder} has {'; '.join(different)}; expected the model's")
-    weights = decoder.state_dict()
-    model.load_state_dict(weights, strict=False)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in weights)
-
-
-@torch.no_grad()
-def begin_with_self_attention(model: Retro) -> None:
-    """Chunked cross-attention takes the weights of the self-attention of its block, the encoder those of the decoder's
-    first layers: a decoder that finds in its own text what it has read before then finds it in neighbours. The
-    encoder's cross-attention adds nothing at first, and gates of blocks are opened to 0.3.
-
-    Raises ValueError where the sizes of encoder and decoder differ.
-    """
-    config = model.config
-    encoder: Any = model.encoder
-    blocks: list[Any] = list(model.blocks)
-    for name, theirs, mine in (
-        ("encoder_dim", config.encoder_dim, config.model_dim),
-        ("encoder_heads", config.encoder_heads, config.num_heads),
-        ("encoder_head_dim", config.encoder_head_dim, config.head_dim),
-        ("encoder_feed_forward_dim", config.encoder_feed_forward_dim, config.feed_forward_dim),
-        ("num_kv_heads", config.num_kv_heads, config.num_heads),
-    ):
-        if theirs != mine:
-            raise ValueError(f'init: got "self_attention" with {name} = {theirs}, expected {mine}, as in the decoder')
-    if config.encoder_layers > config.num_layers:
-        raise ValueError(
-            f'init: got "self_attention" with encoder_layers = {config.encoder_layers}, expected at most num_layers = '
-            f"{config.num_layers}"
-        )
-    if model.encoder_embedding is not None:
-        model.encoder_embedding.weight.copy_(model.embedding.weight)
-    for layer, block in zip(encoder.layers, blocks):
-        for name in ("self_norm", "self_attention", "feed_forward_norm", "feed_forward"):
-            getattr(layer, name).load_state_dict(getattr(block, name).state_dict(), strict=False)
-        if layer.cross_attention is not None:
-            layer.cross_attention.w_out.weight.zero_()
-    retrieving = [block for block in blocks if block.cross_attention is not None]
-    for block in retrieving:
-        block.cross_attention.load_state_dict(block.self_attention.state_dict(), strict=False)
-        block.cross_norm.load_state_dict(block.self_norm.state_dict())
-        if block.gate is not None:
-            block.gate.fill_(math.atanh(0.3))
-    if encoder.final_norm is not None:
-        encoder.final_norm.load_state_dict(retrieving[0].self_norm.state_dict())
 
 
 class Trainer:
@@ -435,9 +179,10 @@ class Trainer:
         if settings.start_from is not None:
             start = Retro.from_pretrained(settings.start_from, config=config, device=self.device)
             self.model.load_state_dict(start.state_dict())
-        self.wrapped = self._wrap()
+        reads = self.stream.neighbours is not None
+        self.wrapped = parallel.divide(LossOf(self.model), self.model, settings, self.device, reads_neighbours=reads)
         groups = []
-        for parameters in _by_mesh(self.model.parameters()):
+        for parameters in parallel.by_mesh(self.model.parameters()):
             for kind, decay in ((True, settings.weight_decay), (False, 0.0)):
                 chosen = [p for p in parameters if (p.dim() >= 2) is kind and p.requires_grad]
                 groups += [{"params": chosen, "weight_decay": decay}] if chosen else []
@@ -586,7 +331,7 @@ class Trainer:
         self.optimiser.zero_grad()
         sums = LossSums()
         for i, part in enumerate(parts):
-            self._synchronise(last=i == len(parts) - 1)
+            parallel.exchange_gradients(self.wrapped, i == len(parts) - 1)
             oracle = None
             if self.curriculum is not None:
                 place = self.seen + self.replica * self.share + i * self.micro
@@ -607,13 +352,12 @@ class Trainer:
             self._tell("on_part", i + 1, len(parts))
         self._sum(total)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norms = [nn.utils.get_total_norm([p.grad for p in x if p.grad is not None]) for x in _by_mesh(parameters)]
-        norm = nn.utils.get_total_norm([x.full_tensor() if isinstance(x, DTensor) else x for x in norms])
+        norm = parallel.gradient_norm(parameters)
         mean, length = (total / count).item(), norm.item()
         if not (math.isfinite(mean) and math.isfinite(length)):
             self._stop(mean, length)
         if settings.clip is not None:
-            for some in _by_mesh(parameters):
+            for some in parallel.by_mesh(parameters):
                 nn.utils.clip_grads_with_norm_(some, settings.clip, norm)
         self.optimiser.step()
         found = {}
@@ -649,48 +393,6 @@ class Trainer:
             start = step * self.settings.batch_size + self.replica * self.share
             for at in range(start, start + self.share, self.micro):
                 yield list(range(at, at + self.micro))
-
-    def _wrap(self) -> Any:
-        wrapped: Any = LossOf(self.model)
-        settings, context, tensor = self.settings, self.settings.context_parallel, self.settings.tensor_parallel
-        gradients_meet = self.world > tensor
-        if gradients_meet and tensor > 1 and settings.parallel != "fsdp":
-            raise ValueError(
-                f"parallel: got {settings.parallel!r} with tensor_parallel = {tensor} of {self.world} processes, "
-                "expected 'fsdp', which keeps parts of parameters"
-            )
-        if self.world > 1:
-            from torch.distributed.device_mesh import init_device_mesh
-
-            from .parallel import divide_projections, divide_rows
-
-            sizes, names = (self.world // (context * tensor), context, tensor), ("replica", "context", "tensor")
-            mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=names)
-            if tensor > 1:
-                divide_projections(self.model, mesh["tensor"])
-            if context > 1:  # of the heads that are left to this process
-                divide_rows(self.model, mesh.get_group("context"))
-            if gradients_meet and settings.parallel == "fsdp":
-                from torch.distributed.fsdp import fully_shard
-
-                shards = mesh["replica", "context"]._flatten("shard")
-                for part in (*self.model.blocks, *([self.model.encoder] if self.model.encoder is not None else [])):
-                    fully_shard(part, mesh=shards)
-                fully_shard(wrapped, mesh=shards)
-        if settings.compile:
-            wrapped = torch.compile(wrapped)
-        if gradients_meet and settings.parallel == "ddp":
-            # Without neighbours the encoder is left out.
-            unused = self.model.encoder is not None and self.stream.neighbours is None
-            wrapped = nn.parallel.DistributedDataParallel(wrapped, find_unused_parameters=unused)
-        return wrapped
-
-    def _synchronise(self, *, last: bool) -> None:
-        """Gradients are exchanged once an update, with its last micro-batch."""
-        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
-            self.wrapped.require_backward_grad_sync = last
-        elif hasattr(self.wrapped, "set_requires_gradient_sync"):
-            self.wrapped.set_requires_gradient_sync(last)
 
     def _sum(self, x: torch.Tensor) -> None:
         if self.world > 1:
@@ -901,12 +603,3 @@ def _plain_errors(path: Path) -> Iterator[None]:
             if isinstance(error, OSError):
                 raise OSError(error.errno, error.strerror, error.filename or str(path)) from report
             raise ValueError(f"{path}: {error}") from report
-
-
-def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters that are divided among the same processes, or not at all, together: operations on lists of tensors
-    take no others."""
-    groups: dict[Any, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
-    return list(groups.values())

@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_named(changes, message):
 
 def test_a_retrofit_compares_every_field_of_the_decoder():
     """A decoder whose weights another model takes must compute the same there: a new field belongs to one list."""
-    from retro_kernels.models.training import OF_DECODER
+    from retro_kernels.models.initialisation import OF_DECODER
 
     of_retrieval = {
         *(name for name in RetroConfig.__dataclass_fields__ if name.startswith(("cross_", "encoder_"))),

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from retro_kernels.cli import app
 from retro_kernels.models import RetroConfig
 from retro_kernels.models.data import TokenStream
-from retro_kernels.models.training import checkpoints
+from retro_kernels.models.run_folder import checkpoints
 from retro_kernels.retrieval import Database, DatabaseError, build_database
 
 WORDS = "the key of a chunk is what its neighbours hold when rivers run to the seas and back".split()  # noqa: SIM905

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from training_common import settings, stream_of
 from two_processes import DIVIDED, RUNS, example
 
-from retro_kernels.models.training import Trainer, TrainingConfig
+from retro_kernels.models.training import Trainer
+from retro_kernels.models.training_config import TrainingConfig
 
 
 def run_both(folder: Path, what: str) -> None:

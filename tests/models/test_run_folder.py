@@ -24,7 +24,9 @@ from typer.testing import CliRunner
 from retro_kernels.cli import app
 from retro_kernels.models import Retro
 from retro_kernels.models.callbacks import Callback, duration
-from retro_kernels.models.training import Trainer, TrainingConfig, checkpoints
+from retro_kernels.models.run_folder import checkpoints
+from retro_kernels.models.training import Trainer
+from retro_kernels.models.training_config import TrainingConfig
 
 
 @pytest.fixture(autouse=True)

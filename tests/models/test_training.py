@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 from retro_kernels.cli import app
 from retro_kernels.models import Retro, RetroConfig
 from retro_kernels.models.data import Order, TokenStream
-from retro_kernels.models.training import NonFiniteLoss, Trainer, TrainingConfig, checkpoints
+from retro_kernels.models.run_folder import checkpoints
+from retro_kernels.models.training import NonFiniteLoss, Trainer
+from retro_kernels.models.training_config import TrainingConfig
 
 SAME = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from retro_kernels.models import RetroConfig
 from retro_kernels.models.data import TokenStream
-from retro_kernels.models.training import TrainingConfig
+from retro_kernels.models.training_config import TrainingConfig
 
 ROWS, N, M = 6, 16, 4
 # Where a gradient is rounding only, Adam would move a weight by its sign: an epsilon above the rounding makes updates
