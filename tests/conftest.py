@@ -11,41 +11,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import interpreter
 import pytest
 
-
-def _replace_the_language_once_a_kernel() -> None:
-    """Triton's interpreter replaces the functions of triton.language at every call of a helper, where the kernel that
-    calls it has replaced them already: half of a kernel's time here. With this it does so once a kernel."""
-    try:
-        from triton import language
-        from triton.runtime import interpreter
-
-        replace, nothing = interpreter._patch_lang, interpreter._LangPatchScope
-    except (ImportError, AttributeError):  # no Triton, or one that goes about it otherwise
-        return
-    replaced: set[int] = set()
-
-    def replace_once(function):
-        modules = {id(x) for x in function.__globals__.values() if x is language or x is language.core}
-        if modules <= replaced:
-            return nothing()
-        scope = replace(function)
-        replaced.update(modules)
-        restore = scope.restore
-
-        def restore_all():
-            restore()
-            replaced.clear()
-
-        scope.restore = restore_all
-        return scope
-
-    interpreter._patch_lang = replace_once
-
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    _replace_the_language_once_a_kernel()
+# What `interpreter.quicken` replaced, for its own test.
+REPLACED = interpreter.quicken() if os.environ.get("TRITON_INTERPRET") == "1" else []
 
 
 # What `make test` leaves to `make slow`: half a minute and more each where others use the machine too.
