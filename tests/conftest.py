@@ -14,11 +14,25 @@ if not torch.cuda.is_available():
 import interpreter
 import pytest
 
-# What `interpreter.quicken` replaced, for its own test.
-REPLACED = interpreter.quicken() if os.environ.get("TRITON_INTERPRET") == "1" else []
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.quicken()
 
 
-# What `make test` leaves to `make slow`: half a minute and more each where others use the machine too.
+# Cases of the emulated kernels whose every option another case of theirs has.
+FOUND_IN_OTHERS = (
+    "grouped",
+    "multi query, mask",
+    "scale of zero",
+    "end",
+    "offset of chunks",
+    "self",
+    "self, odd",
+    "self, grouped",
+    "cross",
+    "cross, many neighbours",
+    "cross, grouped",
+)
+# What `make test` leaves to `make slow`: what takes long and is shown by another test as well.
 SLOW = (
     "test_on_ray_a_worker_that_dies",  # the local pool's worker dies in its own test
     "test_any_order_of_warps_and_boxes_gives_the_same_gradients",  # the forward's order is shuffled in its own test
@@ -30,6 +44,23 @@ SLOW = (
     "test_twice_the_same_is_bitwise_the_same[triton",  # the CPU stays, and the interpreter runs in one order
     "test_what_is_not_attended_reaches_nothing[triton-inf",  # NaN stays
     "test_faiss_finds_what_brute_force_finds[OPQ8",  # the other indexes stay
+    "test_compiles_whole_with_a_dynamic_length[reference-end",  # the CPU's stays
+    "nn/test_chunked_cross_attention.py::test_compiles_in_one_graph_for_any_length",  # the operation's stays
+    "test_neighbour_encoder.py::test_compiles_in_one_graph[retro_pytorch",  # the paper's stays
+    "test_neighbour_encoder.py::test_compiles_in_one_graph[norlund",
+    "test_fp32_is_tight[triton-self_very_long",  # self_long stays
+    "test_fp32_is_tight[triton-dropout_all",  # relative_all and dropout_odd stay
+    "test_half_precision_is_within_twice_the_error_of_pytorch[triton-everything-fp16",  # fp32's stays
+    "test_triton_is_traced_whole_on_a_cuda_device",  # the default call is traced in its own test
+    "test_a_swap_after_the_first_compiled_call_compiles_anew[retro-pytorch",  # labml's stays
+    "test_a_model_with_dropout_trains_alike[reference",  # the CPU's stays
+    "test_casts_autocast_checkpointing_and_compile[reference",
+    "test_a_file_compiled_anew_costs_what_the_table_says",  # the table's hash is tested
+    "test_sm_89_has_sm_86s_ptx",  # so is this table's
+    "test_a_broken_package_is_reported[faiss",  # torch and triton stay
+    "test_a_broken_package_is_reported[retro_kernels/nn",  # the extensions stay
+    *(f"test_logits_and_gradients_of_random_models_and_back[{block}" for block in range(3, 10)),  # 30 of 100 stay
+    *(f"test_cuda_sm90.py::test_gradients_are_within_twice_the_error_of_pytorch[{name}]" for name in FOUND_IN_OTHERS),
 )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import numpy as np
 
+REPLACED: list[tuple[object, str, object]] = []
+"""Holder, name and original of each that `quicken` replaced."""
 
-def quicken() -> list[tuple[object, str, object]]:
-    """-> what it replaced: holder, name, original. Nothing where there is no Triton, or one that goes about it
-    otherwise."""
+
+def quicken() -> None:
+    """Does nothing where there is no Triton, or one that goes about it otherwise."""
     try:
         from triton import language
         from triton.language import semantic
@@ -23,10 +25,10 @@ def quicken() -> list[tuple[object, str, object]]:
         )
         originals = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]
     except (ImportError, AttributeError):
-        return []
+        return
+    REPLACED.extend(originals)
     for holder, name, function in replaced:
         setattr(holder, name, function)
-    return originals
 
 
 def _replace_the_language_once_a_kernel(interpreter, language):

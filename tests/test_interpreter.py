@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cases
+import interpreter
 import pytest
 import torch
 
@@ -11,8 +12,7 @@ from triton import language as tl  # noqa: E402
 from triton.runtime.errors import InterpreterError  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
-REPLACED = pytest.importorskip("conftest").REPLACED
-pytestmark = pytest.mark.skipif(not REPLACED, reason="nothing is interpreted")
+pytestmark = pytest.mark.skipif(not interpreter.REPLACED, reason="nothing is interpreted")
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_its_results_have_the_same_bits(case, dtype, monkeypatch):
     arguments = cases.make(case, dtype)
     grad_out = torch.randn(case.out_shape, dtype=dtype).double()
     quick = cases.run(arguments, "triton", grad_out)
-    for holder, name, original in REPLACED:
+    for holder, name, original in interpreter.REPLACED:
         monkeypatch.setattr(holder, name, original)
     for name, expected in cases.run(arguments, "triton", grad_out).items():
         assert torch.equal(quick[name], expected), name

@@ -68,9 +68,9 @@ def test_the_paper_s_shape():
 def test_blocks_that_share_states_give_what_each_gives_alone(h, k, r, monkeypatch):
     """2 blocks share a chunk's states for 3 heads, 4 for 7 and 8, by whole neighbours or parts of them; one block
     computes 2 heads alone. In any order of blocks, warps and boxes, with masked states that are NaN."""
-    x = make(torch.bfloat16, 2, 40, h, 1, 64, 2, k, r, 72, masked=True)
+    x = make(torch.bfloat16, 1, 40, h, 1, 64, 2, k, r, 72, masked=True)
     together = agree(x, torch.bfloat16, chunk_size=16)
-    for seed in (1, 2, 3, 4):
+    for seed in (1, 2):
         monkeypatch.setenv("RETRO_KERNELS_EMULATOR_SEED", str(seed))
         assert all(torch.equal(a, b) for a, b in zip(together, call(x, "cuda", chunk_size=16)))
     for head in range(0, h, 2):

@@ -171,7 +171,7 @@ def test_many_slots_fit_into_the_shared_memory_of_sm_86():
 @pytest.mark.parametrize("name", ["masked tokens", "surplus chunks", "tokens before the first chunk"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_is_not_attended_reaches_nothing(name, poison):
-    case = Case("", n=21, l=4, h=4, hk=2, d=64, options=("mask", "empty_chunk"))
+    case = Case("", b=1, n=21, l=4, hk=1, d=64, options=("mask", "empty_chunk"))
     arguments = cases.make(case, torch.bfloat16)
     grad_out = torch.randn(case.out_shape)
     clean = cases.run(arguments, "cuda", grad_out)
