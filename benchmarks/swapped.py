@@ -15,7 +15,6 @@ import contextlib
 import importlib.util
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 
 import retro_kernels as rk
+from benchmarks.megatron_on_a_cpu import megatron_on_a_cpu
 from retro_kernels import files
 from retro_kernels.bench import environment, report, results
 
@@ -79,25 +79,9 @@ def labml(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
 
 
 def megatron(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
-    """In one process on a CPU, by the stand-ins of tests/integrations/test_megatron_peer.py."""
-    import megatron.core.utils
-    from megatron.core import parallel_state
     from megatron.core.models.retro import RetroConfig, RetroModel, get_retro_decoder_block_spec
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-    from packaging.version import Version
 
-    for change in (
-        mock.patch.dict("os.environ", {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0"}),
-        mock.patch.object(megatron.core.utils, "get_te_version", return_value=Version("1.0")),
-        mock.patch.object(torch.cuda, "current_device", return_value="cpu"),
-        mock.patch.object(get_cuda_rng_tracker(), "fork", return_value=contextlib.nullcontext()),
-    ):
-        stack.enter_context(change)
-    store = stack.enter_context(tempfile.TemporaryDirectory())
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
-    stack.callback(torch.distributed.destroy_process_group)
-    parallel_state.initialize_model_parallel(1, 1)
-    stack.callback(parallel_state.destroy_model_parallel)
+    stack.enter_context(megatron_on_a_cpu())
     config = RetroConfig(
         num_layers=s["layers"],
         hidden_size=s["width"],

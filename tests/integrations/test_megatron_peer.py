@@ -7,7 +7,6 @@ saves tensor-parallel shards from several GPUs only, so these are cut here, as i
 written from what /work/shared/peers.md says of it, since no legacy Megatron with RETRO can be had."""
 
 import argparse
-import contextlib
 import random
 import re
 
@@ -20,6 +19,7 @@ pytest.importorskip(
     reason="megatron-core 0.15.3, the last release with RETRO, is not installed (pip install megatron-core==0.15.3)",
 )
 
+from benchmarks.megatron_on_a_cpu import megatron_on_a_cpu
 from retro_kernels.integrations import base, swap
 from retro_kernels.models import Neighbours, Retro
 
@@ -27,13 +27,9 @@ M, K, R, VOCABULARY = 4, 2, 8, 64
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
+def build():
     """-> `build(seed, **options)`, a whole RetroModel of six layers, the last with chunked cross-attention."""
-    import megatron.core.utils
-    from megatron.core import parallel_state
     from megatron.core.models.retro import RetroConfig, RetroModel, get_retro_decoder_block_spec
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-    from packaging.version import Version
 
     def make(seed=0, positions="learned_absolute", tied=True, **options):
         torch.manual_seed(seed)
@@ -68,20 +64,8 @@ def build(tmp_path_factory):
                 parameter.add_(0.1 * torch.randn_like(parameter))
         return model
 
-    store = tmp_path_factory.mktemp("megatron") / "store"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NVTE_FLASH_ATTN", "0")
-        patch.setenv("NVTE_FUSED_ATTN", "0")
-        patch.setattr(megatron.core.utils, "get_te_version", lambda: Version("1.0"))
-        patch.setattr(torch.cuda, "current_device", lambda: "cpu")
-        patch.setattr(get_cuda_rng_tracker(), "fork", lambda *_, **__: contextlib.nullcontext(), raising=False)
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        parallel_state.initialize_model_parallel(1, 1)
-        try:
-            yield make
-        finally:
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
+    with megatron_on_a_cpu():
+        yield make
 
 
 def arguments(tokens, neighbours, mask=None):

@@ -2,8 +2,6 @@
 
 Megatron-core is written for GPUs and for Transformer Engine; three stand-ins let it run in one process on a CPU."""
 
-import contextlib
-
 import pytest
 import torch
 
@@ -12,25 +10,22 @@ pytest.importorskip(
     reason="megatron-core 0.15.3, the last release with RETRO, is not installed (pip install megatron-core==0.15.3)",
 )
 
+from benchmarks.megatron_on_a_cpu import megatron_on_a_cpu
 from retro_kernels.nn import ChunkedCrossAttention, NeighbourEncoder
 
 DIM, H, M, K, R, B, LAYERS = 16, 4, 4, 2, 8, 2, 2
 
 
 @pytest.fixture(scope="module")
-def megatron(tmp_path_factory):
+def megatron():
     """-> `build()`, a decoder's first chunked cross-attention, which owns the encoder,
     and the bias-dropout-add behind it, both in fp64."""
-    import megatron.core.utils
-    from megatron.core import parallel_state
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.retro.config import RetroConfig
     from megatron.core.models.retro.decoder_attention import RetroDecoderBiasDropoutAdd
     from megatron.core.models.retro.decoder_spec import get_retro_decoder_layer_local_spec
     from megatron.core.models.retro.encoder_spec import get_retro_encoder_block_spec
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from megatron.core.transformer.spec_utils import build_module
-    from packaging.version import Version
 
     def build():
         config = RetroConfig(
@@ -61,20 +56,8 @@ def megatron(tmp_path_factory):
         bias_dropout_add = get_bias_dropout_add(False, False)
         return RetroDecoderBiasDropoutAdd._forward(outcome, residual, 0.0, M, bias_dropout_add)
 
-    store = tmp_path_factory.mktemp("megatron") / "store"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NVTE_FLASH_ATTN", "0")
-        patch.setenv("NVTE_FUSED_ATTN", "0")
-        patch.setattr(megatron.core.utils, "get_te_version", lambda: Version("1.0"))
-        patch.setattr(torch.cuda, "current_device", lambda: "cpu")
-        patch.setattr(get_cuda_rng_tracker(), "fork", lambda *_, **__: contextlib.nullcontext(), raising=False)
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        parallel_state.initialize_model_parallel(1, 1)
-        try:
-            yield build, add_bias
-        finally:
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
+    with megatron_on_a_cpu():
+        yield build, add_bias
 
 
 def per_head(tensor, parts):
