@@ -235,13 +235,17 @@ def main() -> None:
         block = table(json.loads(given.out.read_text()))
         DOCUMENT.write_text(report.replace_block(DOCUMENT.read_text(), block, name="swapped", file=DOCUMENT.name))
         return
+    names = [name for name in PEERS if not given.what or any(word.lower() in name.lower() for word in given.what)]
+    if not names:
+        parser.error(f"got {' '.join(given.what)}, expected words of these names: {'; '.join(PEERS)}")
+    if given.rounds < 1:
+        parser.error(f"--rounds: got {given.rounds}, expected at least 1")
     torch.set_num_threads(1)
     document = {"environment": environment.collect("cpu"), "sizes": SIZES, "rows": []}
-    for name in PEERS:
-        if not given.what or any(word in name for word in given.what):
-            document["rows"] += measure(name, given.rounds, SIZES)
-            for row in document["rows"][-2:]:
-                print(json.dumps(row), flush=True)
+    for name in names:
+        document["rows"] += measure(name, given.rounds, SIZES)
+        for row in document["rows"][-2:]:
+            print(json.dumps(row), flush=True)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(given.out, results.compact_json(document))
     print(table(document))
