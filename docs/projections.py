@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from retro_kernels.bench import results  # noqa: E402
+from retro_kernels.bench import results, tables  # noqa: E402
 from retro_kernels.bench.operations import PROJECTED  # noqa: E402
 from retro_kernels.bench.report import replace_block  # noqa: E402
 
@@ -69,8 +69,8 @@ def times(axes, rows: list[dict]) -> None:
 def ratios(axes, rows: list[dict]) -> None:
     """The time of absorbing over that of making keys and values: measured and predicted, a line a case."""
     pairs = []
-    for case, group in results.grouped(rows).items():
-        found = results.strategies(group)
+    for case, group in tables.grouped(rows).items():
+        found = tables.strategies(group)
         if len(found) == 2:
             made, absorbed = found["materialise"], found["absorb"]
             measured = absorbed["p50_ms"] / made["p50_ms"]
@@ -96,7 +96,7 @@ def sentences(document: dict, rows: list[dict]) -> str:
     environment = document["environment"]
     lines = [
         f"{environment['device']}, commit {environment['commit']}, {environment['date']}: {len(rows)} times of the "
-        f"workload table in {len(results.grouped(rows))} cases (`benchmarks/results/`).",
+        f"workload table in {len(tables.grouped(rows))} cases (`benchmarks/results/`).",
         "",
         "| strategy | mode | times | median error | largest error |",
         "| --- | --- | ---: | ---: | ---: |",
@@ -109,7 +109,7 @@ def sentences(document: dict, rows: list[dict]) -> str:
                 continue
             errors = [math.exp(abs(math.log(row["predicted_ms"] / row["p50_ms"]))) - 1 for row in mine]
             lines.append(f"| {strategy} | {mode} | {len(mine)} | {statistics.median(errors):.0%} | {max(errors):.0%} |")
-    said = results.remark(rows)
+    said = tables.remark(rows)
     return "\n".join([*lines, "", said[0].upper() + said[1:] if said else "Both strategies were timed in no case."])
 
 

@@ -6,7 +6,7 @@ import io
 import re
 import zlib
 
-from . import results
+from . import results, tables
 
 INK = "#123457"  # stands for the page's text colour in the SVG until it is put in
 COLOURS = {
@@ -50,7 +50,7 @@ def speed(document: dict, rows: list[dict]) -> list[str]:
         lambda row: row["p50_ms"],
         "median time, fastest folded SDPA = 1; whiskers p20 to p80 (shorter is faster)",
         lambda row: (row["p50_ms"] - row["p20_ms"], row["p80_ms"] - row["p50_ms"]),
-        lambda value: f"{results.digits(value)} ms",
+        lambda value: f"{tables.digits(value)} ms",
     )
 
 
@@ -62,7 +62,7 @@ def memory(document: dict, rows: list[dict]) -> list[str]:
         lambda row: row["peak_extra_bytes"] / 1e6 if row["peak_extra_bytes"] else None,
         "most memory alive during the call beyond the inputs, results included; fastest folded SDPA = 1",
         None,
-        lambda value: f"{results.digits(value)} MB",
+        lambda value: f"{tables.digits(value)} MB",
     )
 
 
@@ -108,7 +108,7 @@ def roofline(document: dict) -> list[str]:
 
 def swap(document: dict) -> list[str]:
     """retro-pytorch on real text with and without rk.swap: one bar pair a stage and precision."""
-    pairs = results.real_text_pairs(document)
+    pairs = tables.real_text_pairs(document)
     if not pairs:
         return []
     figure, axes = _figure(9.6, 0.42 * len(pairs) + 1.3)
@@ -120,7 +120,7 @@ def swap(document: dict) -> list[str]:
             axes.barh(position + offset, value, 0.36, color=colour)
             axes.errorbar(value, position + offset, xerr=[[value - row["p20_ms"]], [row["p80_ms"] - value]],
                           color=INK, linewidth=0.8, capsize=2)  # fmt: skip
-            label = f"{results.digits(value)} ms"
+            label = f"{tables.digits(value)} ms"
             axes.annotate(label, (row["p80_ms"], position + offset),
                           xytext=(5, 0), textcoords="offset points", va="center", color=INK, fontsize=8)  # fmt: skip
         labels.append(f"{pair['stage']}, {pair['dtype']}")
@@ -138,7 +138,7 @@ def _bars(document, rows, value_of, label, whiskers, text) -> list[str]:
     """Bars relative to the fastest folded SDPA of the same case, from zero: lengths may be compared, and workloads of
     every size share an axis. The absolute value stands at each bar's end."""
     figures = []
-    fastest = {results.case_of(entry): entry["sdpa"] for entry in results.summary(document, rows)}
+    fastest = {results.case_of(entry): entry["sdpa"] for entry in tables.summary(document, rows)}
     checked = [row for row in rows if row["status"] == "ok" and value_of(row) is not None]
     for dtype, mode in dict.fromkeys((row["dtype"], row["mode"]) for row in checked):
         shown_rows = [row for row in checked if (row["dtype"], row["mode"]) == (dtype, mode)]

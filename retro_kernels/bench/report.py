@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import results
+from . import results, tables
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -37,16 +37,16 @@ details { margin: 0.4em 0; } summary { cursor: pointer; } code { font-size: 0.92
 
 def markdown(document: dict) -> str:
     """The tables of one run in Markdown, with the device, versions and limits they hold for."""
-    lines = [*_heading(document), *_sections(document, results.sections(document))]
+    lines = [*_heading(document), *_sections(document, tables.sections(document))]
     report = document.get("real_text")
-    cells = results.real_text_cells(document)
+    cells = tables.real_text_cells(document)
     if report and cells:
         lines += [
             f"{report['model']} ({report['parameters']:,} parameters) on real text, {report['length']} tokens (bf16: "
             f"autocast), as it is and after `rk.swap`, which replaced {report['swapped']}; logits, loss and all "
             "gradients compared first:",
             "",
-            *_markdown_table(results.REAL_TEXT_HEAD, cells, left=2),
+            *_markdown_table(tables.REAL_TEXT_HEAD, cells, left=2),
             "",
         ]
     return "\n".join(lines).rstrip() + "\n"
@@ -57,9 +57,9 @@ def readme_markdown(document: dict) -> str:
     slug = document["environment"]["device_slug"]
     lines = [
         *_heading(document),
-        *_markdown_table(results.README_HEAD, results.readme_cells(document), left=3),
+        *_markdown_table(tables.README_HEAD, tables.readme_cells(document), left=3),
         "",
-        results.README_LEGEND,
+        tables.README_LEGEND,
         "",
         f"[benchmarks/results/{slug}.md](benchmarks/results/{slug}.md) has every table of this run: forward "
         "alone, more sizes, relative positions, dropout, projections by either strategy, decoding, a decoder's step, a "
@@ -83,12 +83,12 @@ def _sections(document: dict, sections) -> list[str]:
     """Their tables, remarks and legends."""
     lines = []
     for number, (title, rows) in enumerate(sections):
-        head, cells, left = results.section_cells(document, rows)
+        head, cells, left = tables.section_cells(document, rows)
         lines += [f"{title}:", "", *_markdown_table(head, cells, left), ""]
-        lines += [f"{text}\n" for text in [results.remark(rows)] if text]
+        lines += [f"{text}\n" for text in [tables.remark(rows)] if text]
         following = sections[number + 1][1] if number + 1 < len(sections) else None
-        if following is None or results.legend(following) != results.legend(rows):
-            lines += [results.legend(rows), ""]
+        if following is None or tables.legend(following) != tables.legend(rows):
+            lines += [tables.legend(rows), ""]
     return lines
 
 
@@ -127,19 +127,19 @@ def page(document: dict) -> str:
             "<p class=warn>No fused backend ran here: retro_kernels[reference] is the specification, not a kernel. "
             "<code>retro-kernels doctor</code> tells why.</p>"
         )
-    for number, (title, rows) in enumerate(results.sections(document)):
-        head, cells, left = results.section_cells(document, rows)
+    for number, (title, rows) in enumerate(tables.sections(document)):
+        head, cells, left = tables.section_cells(document, rows)
         plain = [[cell.strip("*") for cell in row] for row in cells]
         parts += [f"<h2>{_text(title)}</h2>", _table(head, plain, left=left)]
-        parts += [f"<p>{_text(text)}</p>" for text in [results.remark(rows)] if text]
-        shown = results.legend(rows)
-        parts += [f"<p class=dim>{_text(shown)}</p>"] if number == 0 or shown != results.SUMMARY_LEGEND else []
+        parts += [f"<p>{_text(text)}</p>" for text in [tables.remark(rows)] if text]
+        shown = tables.legend(rows)
+        parts += [f"<p class=dim>{_text(shown)}</p>"] if number == 0 or shown != tables.SUMMARY_LEGEND else []
         parts += _figures(document, rows, unfolded=number == 0)
     parts += _real_text(document)
     if document["rows"]:
         parts += ["<h2>Position on the roofline</h2>", *_plot("roofline", document)]
     parts += _details(document)
-    missing = results.not_timed(document)
+    missing = tables.not_timed(document)
     parts.append("<h2>Not timed, and why</h2>")
     parts.append(_table(("what", "why"), [list(entry) for entry in missing], left=2) if missing else "<p>Nothing.</p>")
     if document.get("checks"):
@@ -179,9 +179,9 @@ def _real_text(document: dict) -> list[str]:
     ]
     head = ("precision", "same?", "rule", "worst tensor", "tensors", "loss", "loss with rk.swap")
     parts.append(_table(head, rows, left=4))
-    cells = results.real_text_cells(document)
+    cells = tables.real_text_cells(document)
     if cells:
-        parts += [_table(results.REAL_TEXT_HEAD, cells, left=2), *_plot("swap", document)]
+        parts += [_table(tables.REAL_TEXT_HEAD, cells, left=2), *_plot("swap", document)]
     parts += [f"<p class=dim>{_text(note)}.</p>" for note in report["notes"]]
     if report.get("retrieval"):
         rows = [[entry["what"], f"{entry['rate']:,.0f} {entry['unit']}"] for entry in report["retrieval"]]
@@ -244,8 +244,8 @@ def _details(document: dict) -> list[str]:
                     str(row["samples"]),
                     f"{row['tflops'] * 1e3:,.0f}",
                     f"{row['gigabytes_per_second']:,.1f}",
-                    f"{results.percent(row)} ({row['bound']})",
-                    results.megabytes(row),
+                    f"{tables.percent(row)} ({row['bound']})",
+                    tables.megabytes(row),
                     errors,
                 ]
             )

@@ -156,8 +156,8 @@ def show_speedups(document: dict, console: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    results = load("results")
-    head, cells = results.speedup_cells(document)
+    tables = load("tables")
+    head, cells = tables.speedup_cells(document)
     if not cells:
         return
     title = f"How many times faster than the fastest alternative, {document['environment']['device']}"
@@ -174,7 +174,7 @@ def show_speedups(document: dict, console: Any) -> None:
     for row in cells:
         shown.add_row(*map(Text, row))
     console.print(shown)
-    console.print(results.SPEEDUP_LEGEND, style="dim", highlight=False, markup=False)
+    console.print(tables.SPEEDUP_LEGEND, style="dim", highlight=False, markup=False)
 
 
 def show_end(document: dict, paths: list[Path], console: Any) -> None:
@@ -189,7 +189,7 @@ def show_end(document: dict, paths: list[Path], console: Any) -> None:
             highlight=False,
             markup=False,
         )
-    missing = len(load("results").not_timed(document))
+    missing = len(load("tables").not_timed(document))
     page, *others = sorted(paths, key=lambda path: path.suffix != ".html")
     what = f"tables, plots, and why {missing} things were not timed" if missing else "tables and plots"
     console.print(
@@ -208,7 +208,7 @@ def show_tables(document: dict, console: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    results = load("results")
+    tables = load("tables")
     environment = document["environment"]
 
     def table(title: str, head: Any, cells: list[list[str]], left: int) -> None:
@@ -230,13 +230,13 @@ def show_tables(document: dict, console: Any) -> None:
             shown.add_row(*map(Text, row))
         console.print(shown)
 
-    for title, rows in results.sections(document):
-        head, cells, left = results.section_cells(document, rows)
+    for title, rows in tables.sections(document):
+        head, cells, left = tables.section_cells(document, rows)
         table(f"{title}, {environment['device']}", head, [[cell.strip("*") for cell in row] for row in cells], left)
-        if results.remark(rows):
-            console.print(results.remark(rows), highlight=False, markup=False)
+        if tables.remark(rows):
+            console.print(tables.remark(rows), highlight=False, markup=False)
         console.print()
-    for text in dict.fromkeys(results.legend(rows) for _, rows in results.sections(document)):
+    for text in dict.fromkeys(tables.legend(rows) for _, rows in tables.sections(document)):
         console.print(text, style="dim", highlight=False, markup=False)
         console.print()
     report = document["real_text"]
@@ -246,7 +246,7 @@ def show_tables(document: dict, console: Any) -> None:
             console.print(line, style="dim", highlight=False, markup=False)
         for note in report["notes"]:
             console.print(note, style="dim", highlight=False, markup=False)
-        cells = results.real_text_cells(document)
+        cells = tables.real_text_cells(document)
         if cells:
             title = f"{report['model']}, {report['parameters']:,} parameters, {report['length']} tokens of real text"
-            table(title, results.REAL_TEXT_HEAD, cells, left=2)
+            table(title, tables.REAL_TEXT_HEAD, cells, left=2)

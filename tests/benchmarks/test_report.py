@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from retro_kernels.bench import report, results
+from retro_kernels.bench import report, results, tables
 
 
 def row(
@@ -164,8 +164,8 @@ def test_compact_json_is_json_with_short_values_on_one_line():
 
 
 def test_summary_takes_the_fastest_that_was_right(document):
-    ((title, rows),) = results.sections(document)
-    head, (cells,), left = results.section_cells(document, rows)
+    ((title, rows),) = tables.sections(document)
+    head, (cells,), left = tables.section_cells(document, rows)
     assert (title, left) == ("Chunked cross-attention", 3)
     shown = dict(zip(head, cells))
     assert shown["ours ms"] == "2.00"
@@ -176,11 +176,11 @@ def test_summary_takes_the_fastest_that_was_right(document):
 
 
 def test_a_speedup_is_over_the_fastest_alternative_of_all(document):
-    (line,) = results.speedups(document)
+    (line,) = tables.speedups(document)
     assert line["times"] == {("bf16", "forward"): 3.0}
     assert line["against"] == ["sdpa[flash]"]
     document["rows"].append(row("compile[eager]", 1.0))
-    head, (cells,) = results.speedup_cells(document)
+    head, (cells,) = tables.speedup_cells(document)
     assert dict(zip(head, cells)) == {
         "operation": "cca",
         "workload": cells[1],
@@ -197,9 +197,9 @@ def test_options_have_a_section_that_tells_their_cost(document):
         row("retro_kernels[cpu]", 2.5, **other),
         row("retro_kernels[cpu] without", 2.0, **other),
     ]
-    _, (title, rows) = results.sections(document)
+    _, (title, rows) = tables.sections(document)
     assert title == "With the paper's relative positions, with u and v"
-    head, (cells,), left = results.section_cells(document, rows)
+    head, (cells,), left = tables.section_cells(document, rows)
     shown = dict(zip(head, cells))
     assert cells[:left] == ["encoder-cross", "encoder-896", "bf16", "fwd"]
     assert (shown["ours ms"], shown["without"], shown["costs"]) == ("2.50", "2.00", "+25%")
@@ -211,11 +211,11 @@ def test_options_have_a_section_that_tells_their_cost(document):
 
 def test_a_fused_backend_stands_before_the_reference(document):
     document["rows"].append(row("retro_kernels[reference]", 0.5))
-    assert results.summary(document)[0]["ours"]["variant"] == "retro_kernels[cpu]"
+    assert tables.summary(document)[0]["ours"]["variant"] == "retro_kernels[cpu]"
 
 
 def test_what_was_not_timed_is_listed_with_its_reason(document):
-    listed = dict(results.not_timed(document))
+    listed = dict(tables.not_timed(document))
     assert listed["compile[sdpa] (everywhere)"] == "compile exceeded 20 s"
     assert listed["flex[folded] (everywhere)"] == "wrong: output: error"
     assert listed["everything else"] == "quick"
@@ -290,19 +290,19 @@ def test_scratch_memory_is_shown_and_compared_at_the_whole_length(document):
     made = {**row("retro_kernels[cpu materialise]", 4.0, memory=9e6, **common), "strategy": "materialise"}
     absorbed = {**row("retro_kernels[cpu absorb]", 2.0, memory=3e6, **common), "strategy": "absorb"}
     made["chosen"], absorbed["chosen"] = False, True
-    old = results.section_cells(document, [made, absorbed])
+    old = tables.section_cells(document, [made, absorbed])
     shown = dict(zip(old[0], old[1][0]))
     assert (shown["MB K, V"], shown["MB abs."]) == ("9.00", "3.00")
     assert not any(name.startswith("scratch") for name in old[0])
-    assert "Scratch" not in results.remark([made, absorbed])
+    assert "Scratch" not in tables.remark([made, absorbed])
 
     made |= {"scratch_bytes": 8 * 10**6, "whole_scratch_bytes": 600 * 10**6}
     absorbed |= {"scratch_bytes": 10**6, "whole_scratch_bytes": 50 * 10**6}
-    new = results.section_cells(document, [made, absorbed])
+    new = tables.section_cells(document, [made, absorbed])
     shown = dict(zip(new[0], new[1][0]))
     assert (shown["scratch K, V"], shown["scratch abs."]) == ("8.00", "1.00")
     assert not any(name.startswith("MB") for name in new[0])
-    assert "retro-7.5b: bf16 fwd+bwd 600 and 50.0 MB (12.0x)." in results.remark([made, absorbed])
+    assert "retro-7.5b: bf16 fwd+bwd 600 and 50.0 MB (12.0x)." in tables.remark([made, absorbed])
 
 
 def test_a_readme_without_marks_is_refused(document, tmp_path, capsys):
@@ -317,13 +317,13 @@ def test_non_finite_numbers_become_text():
 
 def test_a_gpu_s_tables_tell_what_eager_calls_take_beside_graphs(document):
     """Through the CSV that is committed, too; a CPU's tables have no such columns."""
-    assert not any("wall" in name for name in results.section_cells(document, document["rows"])[0])
+    assert not any("wall" in name for name in tables.section_cells(document, document["rows"])[0])
     for row in document["rows"]:
         row |= {"cuda_graph": True, "wall_ms": 1.25}
     again = results.from_csv(results.to_csv(document))
     for made in (document, again):
-        head, cells, _ = results.section_cells(made, results.sections(made)[0][1])
-        assert head[-2:] == results.WALL_HEAD
+        head, cells, _ = tables.section_cells(made, tables.sections(made)[0][1])
+        assert head[-2:] == tables.WALL_HEAD
         assert cells[0][-2] == "1.25"
         assert all(len(row) == len(head) for row in cells)
-        assert "Wall:" in results.legend(results.sections(made)[0][1])
+        assert "Wall:" in tables.legend(tables.sections(made)[0][1])

@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from retro_kernels.bench import bench, results, suite, timing
+from retro_kernels.bench import bench, results, suite, tables, timing
 from retro_kernels.cli import app
 from retro_kernels.cli.bench import load
 
@@ -67,7 +67,7 @@ def test_a_quick_run_ends_with_a_line_an_operation_and_the_place_of_the_report(t
     assert "report.html" in shown[-1]
     assert len(shown) <= 12
     document = results.load(tmp_path / results.FILE)
-    reasons = [why for _, why in results.not_timed(document)]
+    reasons = [why for _, why in tables.not_timed(document)]
     assert reasons
     page = (tmp_path / "report.html").read_text()
     assert all(html.escape(why) in page for why in reasons)
