@@ -144,7 +144,7 @@ def run(
     tokenizer: str,
     embedder: Any = None,
     chunk_size: int = 64,
-    length: int = 512,
+    length: int = 256,
     texts: int = 40,
     held_out: int = 12,
     new_tokens: int = 96,
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=1.0, help="of text, at most")
     parser.add_argument("--texts", type=int, default=40, help="to train the gates on")
     parser.add_argument("--held-out", type=int, default=12, help="texts to measure")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a text")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a text")
     given = parser.parse_args()
     files = split(given.folder, given.megabytes)
     print("loading the model (a minute, of GGUF)", flush=True)

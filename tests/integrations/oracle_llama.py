@@ -86,7 +86,7 @@ def logits(model, ids, neighbours, mask, gates, join, chunk_size, retrieved_leng
             return alone
         key = torch.cat([one[layer][0][:, there] for one, there in zip(read_ones[chunk], visible)], 1)
         value = torch.cat([one[layer][1][:, there] for one, there in zip(read_ones[chunk], visible)], 1)
-        turned = turn(query, retrieved_length + row)
+        turned = turn(query, retrieved_length + (i if model.retro.positions == "text" else row))
         found = torch.einsum("hd,htd->ht", turned, key) * d**-0.5
         if join == "add":
             return alone + gates[layer][:, None] * torch.einsum("ht,htd->hd", found.softmax(-1), value)

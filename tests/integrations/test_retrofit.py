@@ -81,11 +81,11 @@ def test_with_the_texts_own_positions_all_of_it_stands_behind_its_neighbour(name
     torch.testing.assert_close(step, whole[:, -1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("join", JOINS)
-def test_a_llama_written_down_token_by_token_and_its_gradients(join):
+@pytest.mark.parametrize(("join", "positions"), [("softmax", "text"), ("softmax", "chunk"), ("add", "chunk")])
+def test_a_llama_written_down_token_by_token_and_its_gradients(join, positions):
     """Grouped heads, biases, neighbours that end early or are missing, a last incomplete chunk; gradients of gates and
     of the decoder, which here reads the neighbours with a gradient."""
-    model = opened("llama", join, torch.float64, freeze=False, num_hidden_layers=2)
+    model = opened("llama", join, torch.float64, freeze=False, num_hidden_layers=2, positions=positions)
     for part in model.retro.parts():
         part.gate.weight.data = torch.randn(4, dtype=torch.float64)
     ids, neighbours, mask = batch(1, 2 * M + 3)
@@ -577,7 +577,7 @@ def test_compiled_it_is_one_graph():
 
 @pytest.mark.parametrize("join", JOINS)
 def test_saved_and_put_on_the_base_again(tmp_path, join):
-    model = opened(join=join, layers=[0, 2], tokenizer="words")
+    model = opened(join=join, layers=[0, 2], tokenizer="words", positions="text")
     for i, part in enumerate(model.retro.parts()):
         part.gate.weight.data += 0.1 * i
     model.retro.save_pretrained(tmp_path / "retro")
@@ -596,6 +596,10 @@ def test_saved_and_put_on_the_base_again(tmp_path, join):
     assert not hasattr(other, "retro")
     with pytest.raises(FileNotFoundError, match=r"retro\.json"):
         rk.retrofit(decoder(), tmp_path)
+    path, older = tmp_path / "retro" / "retro.json", decoder()
+    path.write_text(path.read_text().replace('"positions": "text",', ""))
+    rk.retrofit(older, tmp_path / "retro")  # written when there was no choice
+    assert older.retro.positions == "chunk"
     for name in ("retro.safetensors", "retro.json"):
         content = (tmp_path / "retro" / name).read_bytes()
         (tmp_path / "retro" / name).write_bytes(content[: len(content) // 2])

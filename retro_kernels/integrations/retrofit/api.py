@@ -105,10 +105,10 @@ def retrofit(
             section 2.3, on the decoder's activations there, which neighbours have not changed yet): with the layer's
             own attention, as if the chunk stood right before the neighbour, times a gate a head that begins closed (0)
             and learns. What is read then depends on the chunk: it cannot be kept by `db encode`, equal neighbours are
-            read again for every chunk, training it goes back through the reading, and gradient checkpointing,
-            torch.compile and FSDP refuse. "fresh": a new `rk.nn.NeighbourEncoder` over the
-            decoder's embeddings. Or a module that takes tokens int64 [s, r] and a mask bool [s, r] and gives states
-            [s, r, e], of any width e.
+            read again for every chunk, training it goes back through the reading, gradient checkpointing and FSDP
+            refuse, and torch.compile compiles nothing of it (with fullgraph=True it raises). "fresh": a new
+            `rk.nn.NeighbourEncoder` over the decoder's embeddings. Or a module that takes tokens int64 [s, r] and a
+            mask bool [s, r] and gives states [s, r, e], of any width e.
         init: where the neighbours' keys and values come from. "self_attention": with encoder="own", the layer's own
             projections; with other encoders of the decoder's width, two new projections a layer that begin as copies
             of these. "random": two new ones that begin anyhow, for other encoders.
