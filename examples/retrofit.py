@@ -153,7 +153,10 @@ def run(
     with_embedder = {} if embedder is None else {"embedder": embedder}
     build = rk.retrieval.build_database
     settings = {"tokenizer": tokenizer, "chunk_size": chunk_size, "format": "text"}
-    print(f"reading and embedding {len(files[0])} files", flush=True)
+    print(
+        f"reading {len(files[0])} files, and embedding their chunks (a minute or more for each half megabyte)",
+        flush=True,
+    )
     with show_progress() as progress:
         database = build(list(map(str, files[0])), out / "database", **settings, **with_embedder, progress=progress)
     unseen = build(list(map(str, files[1])), out / "held-out", **settings, embedder=None)

@@ -326,29 +326,33 @@ def append(path: Path, line: dict[str, Any]) -> None:
 @torch.no_grad()
 def cost_of(reader: Reader, texts: Texts, work: Path, document: Path) -> dict[str, Any]:
     """What a token costs with neighbours in all layers and in few, each read alone; and seconds to fetch a chunk's
-    neighbours, in few layers, from a store of this document's chunks, which the system has in memory."""
+    neighbours from a store of this document's chunks, which the system has in memory."""
     torch.set_num_threads(1)
     retro = reader.retro
     reader.take(GATES, torch.load(trained(work, GATES), weights_only=True)["parameters"])
     for part in retro.parts():
         part.query_map = part.value_map = None
-    found: dict[str, Any] = {"all layers": _cost(reader, texts)}
-    few = torch.load(trained(work, FEW), weights_only=True)["parameters"]
-    retro.keep_layers({int(name.split(".")[2]) for name in few})
-    found["six layers"] = _cost(reader, texts)
     settings: dict[str, Any] = {"tokenizer": str(work / "tokenizer"), "embedder": None, "chunk_size": M}
     database = retrieval.build_database(str(document), work / "cost-database", **settings)
-    store = encode_database(reader.model, database, work / "cost-encoded")
-    found["store"] = {}
-    for k in COST_K:
-        seconds = []
-        for i in range(STEPS):
-            ids = torch.tensor([(i * k + j) % len(database) for j in range(k)])
+    few = torch.load(trained(work, FEW), weights_only=True)["parameters"]
+    found: dict[str, Any] = {"store": {}}
+    for name in ("all layers", "six layers"):
+        if name == "six layers":
+            retro.keep_layers({int(name.split(".")[2]) for name in few})
+        found[name] = _cost(reader, texts)
+        found["store"][name] = _fetch(encode_database(reader.model, database, work / f"cost-encoded {name}"))
+    return found
+
+
+def _fetch(store: Any) -> dict[str, float]:
+    seconds: dict[str, list[float]] = {f"k = {k}": [] for k in COST_K}
+    for i in range(STEPS):
+        for k in COST_K:
+            ids = torch.tensor([(i * k + j) % len(store.codes) for j in range(k)])
             begin = time.process_time()
             store(ids)
-            seconds.append(time.process_time() - begin)
-        found["store"][f"k = {k}"] = sorted(seconds)[STEPS // 2]
-    return found
+            seconds[f"k = {k}"].append(time.process_time() - begin)
+    return {name: sorted(x)[STEPS // 2] for name, x in seconds.items()}
 
 
 def _cost(reader: Reader, texts: Texts) -> dict[str, Any]:

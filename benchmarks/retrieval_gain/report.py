@@ -46,11 +46,13 @@ COMPARED = (
     (GATES, FEW),
     (GATES + APART, FEW + APART),
     ("gates and maps", GATES),
+    ("gates and maps", IN_CONTEXT),
 )
 """Arms whose difference is shown, by the paired error."""
 PRICED = {
     "in-context": (IN_CONTEXT, "all layers", "in-context"),
     "RETRO, all layers": (GATES + APART, "all layers", "retro"),
+    "RETRO, all layers, neighbours from a store": (GATES + APART, "all layers", "store"),
     "RETRO, six layers": (FEW + APART, "six layers", "retro"),
     "RETRO, six layers, neighbours from a store": (FEW + APART, "six layers", "store"),
 }
@@ -212,12 +214,14 @@ def block(documents: list[tuple[str, dict[str, Any]]]) -> str:
 
 def _of_one_machine(device: str, document: dict[str, Any]) -> str:
     settings, logs = document["settings"], document["training"]
-    minutes = {arm: sum(x["read"] + x["update"] for x in log) / 60 for arm, log in logs.items()}
+    read = sum(x["read"] for x in next(iter(logs.values()))) / 60
     lines = [
         f"On `{device}`, commit {document['environment']['commit']}. Texts of {settings['length']} tokens; trained on "
-        f"{settings['first']} with k = {settings['k']}, one text an update: "
+        f"{settings['first']} with k = {settings['k']}, one text an update, in minutes of one core, beside "
+        f"{read:.0f} minutes in which neighbours were read, once for all: "
         + "; ".join(
-            f"{arm}: {document['parameters'][arm]:,} numbers, {len(log)} texts, {minutes[arm]:.0f} minutes of one core"
+            f"{arm}: {document['parameters'][arm]:,} numbers, {len(log)} texts, "
+            f"{sum(x['update'] for x in log) / 60:.0f} minutes"
             for arm, log in logs.items()
         )
         + ".",
@@ -285,12 +289,12 @@ def _costs(cost: dict[str, Any], figures: Figures) -> list[str]:
     ]
     base = cost["all layers"]["decoder"]
     lines.append(f"| the decoder alone | {1e3 * base['step']:.1f} | | 1.00 | | {base['bytes'] / 1e6:.1f} | |")
-    for k in (int(name.split()[-1]) for name in cost["store"]):
+    for k in (int(name.split()[-1]) for name in cost["store"]["all layers"]):
         dearest = None
         for name, (arm, layers, what) in PRICED.items():
             block = cost[layers]
             one = block[f"{'retro' if what == 'store' else what}, k = {k}"]
-            once = (cost["store"][f"k = {k}"] if what == "store" else one["chunk"]) / M
+            once = (cost["store"][layers][f"k = {k}"] if what == "store" else one["chunk"]) / M
             times = (one["step"] + once) / block["decoder"]["step"]
             dearest = dearest or times
             key = (arm, "own", k)
