@@ -46,7 +46,7 @@ class Arm:
     like: str | None = None
 
 
-GATES, FEW = "gates", "gates in six layers"
+GATES, FEW, MAPS = "gates", "gates in six layers", "gates and maps"
 BY_CHUNK = "gates, positions by chunk"
 APART = ", neighbours read apart"
 ARMS = {
@@ -56,7 +56,7 @@ ARMS = {
     FEW + APART: Arm(layers=6, apart=True, like=FEW),
     BY_CHUNK: Arm(positions="chunk", gate=-3.0),
     BY_CHUNK + APART: Arm(positions="chunk", gate=-3.0, apart=True, like=BY_CHUNK),
-    "gates and maps": Arm(adapt=True),
+    MAPS: Arm(adapt=True),
     "everything new": Arm(encoder="fresh", apart=True),
 }
 RATE, MAP_RATE, TRAINED_K = 0.25, 5e-4, 2
@@ -233,7 +233,7 @@ def wanted(arms: Sequence[str], encoder: str, k: int) -> list[tuple[str, str, in
     """(what, whose neighbours, k) of every figure of a row that is read with this encoder."""
     found = [(arm, "own", k) for arm in arms]
     if k == TRAINED_K:
-        found += [(arm, "others", k) for arm in arms if arm == GATES]
+        found += [(arm, "others", k) for arm in arms if arm in (GATES, MAPS)]
     if encoder == "own":
         found = [*([DECODER] if k == TRAINED_K else []), (IN_CONTEXT, "own", k), *found]
     return found

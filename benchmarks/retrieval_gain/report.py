@@ -26,6 +26,7 @@ from .experiment import (
     GATES,
     IN_CONTEXT,
     MAP_RATE,
+    MAPS,
     NEAREST,
     RATE,
     TRAINED_K,
@@ -45,8 +46,8 @@ COMPARED = (
     (GATES + APART, BY_CHUNK + APART),
     (GATES, FEW),
     (GATES + APART, FEW + APART),
-    ("gates and maps", GATES),
-    ("gates and maps", IN_CONTEXT),
+    (MAPS, GATES),
+    (MAPS, IN_CONTEXT),
 )
 """Arms whose difference is shown, by the paired error."""
 PRICED = {
