@@ -23,6 +23,7 @@ import torch
 from torch._subclasses import fake_tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.compiler import compiler
 from triton.runtime import driver
 
 # Compute capability -> bytes of shared memory that a block may have (CUDA programming guide, compute capabilities).
@@ -134,9 +135,13 @@ def kernels_on_cpu(capability: int) -> Iterator[None]:
 def fake_driver(capability: int) -> Iterator[FakeDriver]:
     """Within it backend="triton" takes CPU tensors and compiles for a GPU of that compute capability."""
     made = FakeDriver(capability)
-    # Triton's own way back, `reset_active`, looks for a real driver.
-    with kernels_on_cpu(capability), mock.patch.object(driver, "_active", made):
-        yield made
+    # Triton's own way back, `reset_active`, looks for a real driver. It remembers how much shared memory a device has.
+    compiler.max_shared_mem.cache_clear()
+    try:
+        with kernels_on_cpu(capability), mock.patch.object(driver, "_active", made):
+            yield made
+    finally:
+        compiler.max_shared_mem.cache_clear()
 
 
 @contextlib.contextmanager
