@@ -40,7 +40,7 @@ DOCUMENT = HERE.parent / "docs" / "retrofit.md"
 """Other numbers of neighbours than two are measured on so many texts."""
 LEAST = 4
 """Fewer texts, of a corpus that was not measured to the end, are only in the table of all corpora."""
-BASES = (DECODER, (GATES, "own", 2), (IN_CONTEXT, "own", 2))
+BASES = (DECODER, *((arm, whose, 2) for arm in (GATES, MAPS, IN_CONTEXT) for whose in ("own", "others")))
 COMPARED = (
     (GATES, BY_CHUNK),
     (GATES + APART, BY_CHUNK + APART),
