@@ -33,7 +33,7 @@ def evaluate(
     k: Annotated[int, typer.Option(help="Neighbours that are looked for.")] = 2,
     queries: Annotated[int, typer.Option(help="Chunks of the database to look up, each without itself.")] = 1000,
     query_file: Annotated[
-        Path | None, typer.Option(help="Instead: a .npy file of embeddings [q, dim] from elsewhere.")
+        Path | None, typer.Option(help="Instead: a .npy file of embeddings from elsewhere, a row a query.")
     ] = None,
     recall: Annotated[float, typer.Option(help="That the recommended setting reaches.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the choice of chunks.")] = 0,

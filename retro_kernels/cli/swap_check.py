@@ -91,7 +91,7 @@ def swap_check(
         typer.Argument(help="package.module:name of a model, of what makes it, or of a pair (model, call)."),
     ],
     length: Annotated[int | None, typer.Option(help="Tokens of the probe. Default: a few chunks.")] = None,
-    rounds: Annotated[int, typer.Option(help="Steps to time of each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps to time of each.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Swaps a copy of MODEL, compares logits and gradients with the unswapped model's, times both, and prints.
@@ -105,7 +105,13 @@ def swap_check(
 
     try:
         made = model_of(model)
-        made = made() if callable(made) and not isinstance(made, nn.Module) else made
+        if callable(made) and not isinstance(made, nn.Module):
+            try:
+                made = made()
+            except TypeError as error:
+                raise ValueError(
+                    f"model: {model}() raised {error}, expected what makes a model from nothing"
+                ) from error
         inner, call = made if isinstance(made, tuple) else (made, None)
         if not isinstance(inner, nn.Module):
             raise ValueError(f"model: {model} is a {type(inner).__name__}, expected a torch.nn.Module")

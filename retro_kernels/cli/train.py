@@ -16,9 +16,12 @@ PATHS = ("output", "retrofit", "start_from")
 def read(path: Path) -> tuple[Any, Any, Any, Any]:
     """-> RetroConfig, TokenStream, TrainingConfig of a YAML file, and the TokenStream of held-out text or None. Paths
     in it are relative to it. Raises ValueError or FileNotFoundError."""
+    import dataclasses
+    import difflib
+
     import yaml
 
-    from ..models import RetroConfig
+    from ..models import PRESETS, RetroConfig
     from ..models.data import TokenStream, facts_of
     from ..models.training_config import TrainingConfig
     from ..retrieval.training_data import FACTS, HELD_OUT
@@ -44,6 +47,20 @@ def read(path: Path) -> tuple[Any, Any, Any, Any]:
     for section in ("model", "training"):
         if not isinstance(document[section], dict):
             raise ValueError(f"{path}: got {section} {document[section]!r}, expected settings, as name: value")
+    known = {
+        section: {field.name for field in dataclasses.fields(of)}
+        for section, of in (("model", RetroConfig), ("training", TrainingConfig))
+    }
+    known["model"].add("preset")
+    for section, names in known.items():
+        for name in document[section]:
+            if name not in names:
+                meant = difflib.get_close_matches(str(name), names) or sorted(names)
+                raise ValueError(
+                    f"{path}: {section}: got the setting {name!r}, expected one such as {', '.join(meant)}"
+                )
+    if document["model"].get("preset") not in (None, *PRESETS):
+        raise ValueError(f"{path}: preset: got {document['model']['preset']!r}, expected one of {', '.join(PRESETS)}")
     where = {key: path.parent / str(value) for key, value in data.items()}  # absolute paths stay
     model = dict(document["model"])
     model = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}

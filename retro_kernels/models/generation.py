@@ -3,7 +3,7 @@ projected once, when the chunk is complete."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -374,6 +374,10 @@ class Retrieval:
         config = model.config
         if model.encoder is None:
             raise ValueError("retriever: got one, expected None: this model has no chunked cross-attention")
+        if not callable(retriever):
+            raise TypeError(
+                f"retriever: got {type(retriever).__name__}, expected a Retriever or a function of chunks [s, m]"
+            )
         theirs = getattr(retriever, "tokenizer", None)
         if isinstance(theirs, str) and config.tokenizer is not None and theirs != config.tokenizer:
             raise ValueError(
@@ -486,6 +490,10 @@ class Retrieval:
         return Neighbours(tokens, mask, found.sources)
 
 
+def _are_rows(given: Any) -> bool:
+    return isinstance(given, Iterable) and not isinstance(given, str)
+
+
 def _prompts(input_ids: Any, attention_mask: torch.Tensor | None) -> list[list[int]]:
     if isinstance(input_ids, torch.Tensor):
         checks.tensor("input_ids", input_ids, (torch.int64, torch.int32))
@@ -497,6 +505,8 @@ def _prompts(input_ids: Any, attention_mask: torch.Tensor | None) -> list[list[i
     else:
         if attention_mask is not None:
             raise ValueError("attention_mask: got one with a list of prompts, expected None: they have their lengths")
+        if not _are_rows(input_ids) or not all(map(_are_rows, input_ids)):
+            raise TypeError(f"input_ids: got {input_ids!r:.60}, expected tokens [b, n] or a list of lists of tokens")
         rows = [list(row) for row in input_ids]
     if not rows or not all(rows):
         raise ValueError("input_ids: got no prompt, or an empty one, expected at least one token in each")

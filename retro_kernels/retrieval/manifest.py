@@ -15,12 +15,12 @@ from ..errors import DatabaseError
 from ..files import lock, sha256
 
 
-def read_json(path: Path) -> Any:
-    """-> the parsed file. Raises DatabaseError where it is missing or is no JSON."""
+def read_json(path: Path, of: str = "retrieval database (`retro-kernels db build` makes one)") -> Any:
+    """-> the parsed file. Raises DatabaseError where it is missing, with what its folder should be, or is no JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise DatabaseError(f"{path} does not exist: {path.parent} holds no finished retrieval database") from None
+        raise DatabaseError(f"{path} does not exist: {path.parent} holds no finished {of}") from None
     except (ValueError, RecursionError) as error:
         raise DatabaseError(f"{path} is not valid JSON ({error}): the file is damaged; rebuild or restore it") from None
 

@@ -87,7 +87,7 @@ def open_neighbours(folder: str | os.PathLike[str], database: str | os.PathLike[
     Raises DatabaseError where the folder is unfinished, of another version, or cut short, and where the database is
     absent or another one."""
     root = Path(folder)
-    facts = read_json(root / FACTS)
+    facts = read_json(root / FACTS, "training data (`retro-kernels db neighbours` makes it)")
     if not isinstance(facts, dict) or facts.get("format") != FORMAT or facts.get("version") != VERSION:
         raise DatabaseError(f"{root / FACTS} is not of format {FORMAT!r}, version {VERSION}: make the folder anew")
     try:

@@ -280,6 +280,8 @@ def test_swap_check_prints_differences_and_times(monkeypatch):
     wrong = run("test_weights:nothing_there")
     assert wrong.exit_code == 2
     assert "expected package.module:name" in wrong.output
+    assert "json:dumps() raised" in run("json:dumps").output
+    assert "Invalid value for '--rounds'" in run("test_weights:made_for_the_check", "--rounds", "0").output
     forward = retro_pytorch.FusedRetroPytorch.__call__
     monkeypatch.setattr(retro_pytorch.FusedRetroPytorch, "__call__", lambda self, *a, **k: 1.1 * forward(self, *a, **k))
     assert run("test_weights:made_for_the_check", "--rounds", "1").exit_code == 1

@@ -150,6 +150,10 @@ def test_wrong_arguments_are_named():
     for options, error, message in (
         ({"input_ids": []}, ValueError, "input_ids: got no prompt"),
         ({"input_ids": [[1], []]}, ValueError, "an empty one"),
+        ({"input_ids": "text"}, TypeError, "input_ids: got 'text', expected tokens"),
+        ({"input_ids": [1, 2]}, TypeError, r"input_ids: got \[1, 2\], expected tokens"),
+        ({"input_ids": ["text"]}, TypeError, r"input_ids: got \['text'\], expected tokens"),
+        ({"retriever": "db"}, TypeError, "retriever: got str, expected a Retriever"),
         ({"input_ids": [[64]]}, ValueError, "input_ids: got token 64"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens: got 0"),
         ({"temperature": 0.5}, ValueError, "temperature: got a value with do_sample=False"),

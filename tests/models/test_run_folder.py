@@ -301,6 +301,12 @@ def test_the_commands_paths_and_errors(tmp_path):
         ({"training": {**document["training"], "output": "/proc/nowhere/run"}}, "/proc/nowhere"),
         ({"model": "tiny"}, "got model 'tiny', expected settings"),
         ({"data": {"folder": "../data", "held": "x"}}, "got data with folder, held"),
+        ({"model": {"preset": "tini"}}, "run.yaml: preset: got 'tini', expected one of retro-172m"),
+        (
+            {"model": {"preset": "tiny", "chunksize": 4}},
+            "model: got the setting 'chunksize', expected one such as chunk_size",
+        ),
+        ({"training": {**document["training"], "stepps": 3}}, "got the setting 'stepps', expected one such as steps"),
     ):
         path.write_text(yaml.safe_dump({**document, **change}))
         output = invoke(2)

@@ -170,7 +170,7 @@ def test_what_is_refused(database: Database, corpus: Path, tmp_path: Path):
         precompute(retriever_of(database), corpus, tmp_path / "full")
     short = precompute(retriever_of(database), write_texts(tmp_path / "short.jsonl", ["abc"]), tmp_path / "short")
     assert (short.tokens.tolist(), short.document_ends.tolist()) == ([*b"abc", *[0] * (CHUNK - 3)], [3])
-    with pytest.raises(DatabaseError, match="does not exist"):
+    with pytest.raises(DatabaseError, match="holds no finished training data"):
         open_neighbours(tmp_path / "full")
     # The database moved, or is another one.
     shutil.copytree(database.folder, tmp_path / "moved")
