@@ -12,11 +12,11 @@ bench: install  ## install, then time fused chunked cross-attention against the 
 test: install  ## install, then run the tests
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-# Peers that pull in what cannot stand beside the rest come without it, in a folder of their own.
-PEERS := .venv-peers
-slow: install  ## the tests that `make test` leaves out: minutes each on a slow machine
+slow: install  ## the tests that `make test` leaves out: each takes long, and another shows the same (tests/conftest.py)
 	$(RUN) -m pytest -n 2 --dist worksteal -m slow
 
+# Peers that pull in what cannot stand beside the rest come without it, in a folder of their own.
+PEERS := .venv-peers
 peers: install  ## tests against the peers that `make test` cannot install: labml, Megatron-core, NeMo, Flamingo
 	$(RUN) -m pip install --quiet --no-deps --target $(PEERS) retro-transformer==1.0.3 megatron-core==0.15.3 \
 		flamingo-pytorch==0.1.2 open-flamingo==2.0.1 einops-exts==0.0.4 nemo-toolkit==1.23.0
