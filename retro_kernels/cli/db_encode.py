@@ -27,16 +27,16 @@ def encode(
 
     Keys and values are kept as int8. Says first how large they will be: every layer counts.
     """
-    import torch
 
     import retro_kernels as rk
 
     with show_errors(ImportError, RuntimeError):
         from ..integrations.retrofit.store import encode_database, size_of
         from ..retrieval import Database
+        from ..retrieval.index.devices import find_device
 
         database = Database(folder)
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+        device = str(find_device(device or "auto"))
         decoder = load_decoder(model, gguf).to(device)
         rk.retrofit(decoder, retro)
         chosen = sorted(decoder.retro.active()) if layers is None else layers

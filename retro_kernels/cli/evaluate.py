@@ -44,15 +44,15 @@ def evaluate(
     By overlap (--overlap, --plot): of the chunks alone that share at most so much of their tokens, in one piece, with a
     neighbour. What retrieval gains where little is shared is not copied.
     """
-    import torch
 
     from ..models import Retro
     from ..models.data import TokenStream
     from ..models.evaluation import MODES, OVERLAPS, draw_overlaps, unchanged_by_retrieval
     from ..models.evaluation import evaluate as run
+    from ..retrieval.index.devices import find_device
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     with show_errors(code=2):
+        device = str(find_device(device or "auto"))
         loaded = Retro.from_pretrained(model, device=device)
         stream = TokenStream(data, loaded.config, db)
         if plot is not None and not overlap:

@@ -136,14 +136,14 @@ def generate(
 
     With a database, every chunk of the text is looked up when it is complete and informs what follows.
     """
-    import torch
 
     from ..models import Retro
+    from ..retrieval.index.devices import find_device
     from ..tokenizers import load_model_tokenizer
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     draws = any(x is not None for x in (temperature, top_k, top_p))
     with show_errors(TypeError, code=2):
+        device = str(find_device(device or "auto"))
         if batch < 1:
             raise ValueError(f"batch: got {batch}, expected at least 1")
         if (prompt is None) == (prompts is None):

@@ -46,17 +46,17 @@ def retrofit(
     Every layer that sees neighbours costs time. `--start OUT --keep-layers 8 --out SMALL` closes all but the eight that
     gain most, trains these on, and measures again.
     """
-    import torch
 
     import retro_kernels as rk
 
     with show_errors(ImportError):
         from ..integrations.retrofit.training import GateTraining, run
+        from ..retrieval.index.devices import find_device
         from ..retrieval.training_data import open_neighbours
 
         settings = GateTraining(steps=steps, batch_size=batch, length=length, held_out=texts, precision=precision)
         facts = open_neighbours(data, db).facts
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+        device = str(find_device(device or "auto"))
         decoder = load_decoder(model, gguf).to(device)
         chunk_size = facts["chunk_size"]
         if keep_layers is not None and start is None:

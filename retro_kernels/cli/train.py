@@ -104,12 +104,13 @@ def train(
     import torch
 
     from ..models.training import NonFiniteLoss, Trainer
+    from ..retrieval.index.devices import find_device
     from .db_common import say, show_errors
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         with show_errors(code=2):
+            device = str(find_device(device or "auto"))
             if several:
                 if device == "cuda":
                     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"

@@ -293,6 +293,10 @@ def test_the_commands_paths_and_errors(tmp_path):
         assert result.exit_code == code, result.output
         return result.output
 
+    for command in (["train", str(path)], ["evaluate", "m", "d"], ["generate", "m", "prompt"]):
+        result = CliRunner().invoke(app, [*command, "--device", "gpu"])
+        assert result.exit_code == 2
+        assert "device: got 'gpu'; expected" in result.output
     output = invoke(0)
     assert "held-out loss: on 4." in output
     assert (tmp_path / "run" / "best").is_symlink()
