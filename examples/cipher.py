@@ -4,7 +4,7 @@ Every chunk is enciphered with a key of as many random letters (a one-time pad o
 key is in one of the neighbours of the chunk before, marked, at a random place among them; the others are noise. Who
 reads the key knows every letter; for everybody else each letter is uniform, so that no model can do better than chance.
 
-    python examples/cipher.py       half a minute on 2 cores; prints the loss with retrieval, without, and chance
+    python examples/cipher.py       a minute or two; prints the loss with retrieval, without, and chance
 """
 
 from __future__ import annotations

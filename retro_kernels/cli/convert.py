@@ -40,8 +40,9 @@ def convert(
     from ..files import replaced, write_json
     from ..integrations.weights import converted, exported
     from ..models import Retro
+    from .db_common import show_errors
 
-    try:
+    with show_errors(TypeError, code=2):
         if out.exists():
             raise ValueError(f"out: {out} is there already, expected a name that is free")
         if to is not None:
@@ -67,9 +68,6 @@ def convert(
 
         model = assemble(Retro, found.config, ((source, *pair) for pair in found.weights.items()), source)
         model.save_pretrained(out)
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
     counts = model.count_parameters()
     typer.echo(f"{source} is of {found.peer}: {len(found.weights)} tensors, every one accounted for")
     typer.echo("\n".join(f"  {part:16} {count:15,}" for part, count in counts.items()))

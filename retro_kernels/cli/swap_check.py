@@ -102,8 +102,9 @@ def swap_check(
     from torch import nn
 
     from ..integrations import swap
+    from .db_common import show_errors
 
-    try:
+    with show_errors(TypeError, code=2):
         made = model_of(model)
         if callable(made) and not isinstance(made, nn.Module):
             try:
@@ -125,9 +126,6 @@ def swap_check(
             ) from error
         report = swap(swapped)
         found = compare(inner, swapped, probe(inner, length) if call is None else call, rounds)
-    except (ValueError, TypeError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
     agree = found["output_difference"] <= 1e-3 and found["gradient_difference"] <= 1e-3
     if as_json:
         typer.echo(json.dumps({"replaced": report.replaced, "skipped": report.skipped, "agree": agree, **found}))

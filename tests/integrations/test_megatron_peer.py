@@ -4,7 +4,7 @@
 
 Megatron-core is written for GPUs and for Transformer Engine; three stand-ins let it run in one process on a CPU. It
 saves tensor-parallel shards from several GPUs only, so these are cut here, as its layers divide; the legacy format is
-written from what /work/shared/peers.md says of it, since no legacy Megatron with RETRO can be had."""
+written from what InstructRetro's code does, since no legacy Megatron with RETRO can be had."""
 
 import argparse
 import random

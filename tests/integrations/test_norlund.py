@@ -1,5 +1,5 @@
 """Norlund's weights in a `Retro`. Its code needs a transformers of 2022 and is in no package: names and maths here are
-written out from what /work/shared/peers.md says of them, one attention row at a time."""
+written out from what their code does, one attention row at a time."""
 
 import pytest
 import torch

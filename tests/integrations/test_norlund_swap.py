@@ -1,5 +1,5 @@
 """`swap` against Norlund's attentions. Its code is in no package and needs a transformers of 2022: the four modules are
-written here from what /work/shared/peers.md says of them, and `swap` is told that theirs is the source it knows. With
+written here from what their code does, and `swap` is told that theirs is the source it knows. With
 NORLUND=.../src/modeling_retro.py of a clone (github.com/TobiasNorlund/retro @ 6945cdd) its own model is compared."""
 
 import copy

@@ -800,6 +800,7 @@ def test_wrong_neighbours_are_named():
         ({"neighbours": neighbours + V}, "of another tokenizer"),
         ({"attention_mask": torch.ones(2, 1, 30, 30)}, r"attention_mask: got shape \[2, 1"),
         ({"retriever": 3}, "retriever: got int"),
+        ({"neighbors": neighbours}, "got the argument 'neighbors', expected 'neighbours'"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             model(ids, **{"neighbours": neighbours, "neighbour_mask": mask, **change})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def read_settings(folder: Any) -> dict[str, Any]:
     path = Path(folder) / SETTINGS
     if not path.is_file():
         raise FileNotFoundError(
-            f"layers: {path} is not there; expected a folder that model.retro.save_pretrained wrote"
+            f"layers: got {os.fspath(folder)!r}, where there is no {SETTINGS}; expected numbers of layers, or a folder "
+            "that model.retro.save_pretrained wrote"
         )
     try:
         written = json.loads(path.read_text())

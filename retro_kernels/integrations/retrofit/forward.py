@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ class RetroForward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.known = frozenset(inspect.signature(type(model).forward).parameters)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -44,6 +46,9 @@ class RetroForward:
             the chunks that later calls with the same cache complete.
         """
         model: Any = self.model
+        for name in given:
+            if name not in self.known:
+                refuse_misspelt(name)
         forward = type(model).forward
         if neighbours is None and neighbour_mask is None and retriever is None:
             cache = cache_of(given)
@@ -70,3 +75,11 @@ class RetroForward:
         if getattr(cache, "retro", None) is not memory:
             memory.attach(cache)
         return output
+
+
+def refuse_misspelt(name: str) -> None:
+    """Raises TypeError for an argument that is nearly one of ours: a model that takes any would take it, and read no
+    neighbours."""
+    meant = difflib.get_close_matches(name, ARGUMENTS, 1, 0.8)
+    if meant:
+        raise TypeError(f"forward: got the argument {name!r}, expected {meant[0]!r}")
