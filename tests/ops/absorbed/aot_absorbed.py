@@ -113,7 +113,7 @@ def compile_launch(identifier: str) -> dict[str, object]:
 def faults(identifier: str, result: dict) -> list[str]:
     """What the gate forbids."""
     target, _, dtype, _, _ = identifier.split()
-    found = aot.machine_faults(int(target[3:]), result, MAY_SPILL.get(identifier, 0))
+    found = aot.machine_faults(result, MAY_SPILL.get(identifier, 0), aot.SERVED_LIMIT[int(target[3:])])
     whole = result["wgmma"] and not result["mma"]
     if target == "sm_90" and dtype != "fp32" and not whole and identifier not in NOT_ALL_WGMMA:
         found.append(f"not every product is a WGMMA: {result['wgmma']} wgmma and {result['mma']} mma instructions")

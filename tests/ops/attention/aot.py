@@ -41,8 +41,9 @@ from retro_kernels.ops.attention.triton import launch as backend
 TABLE = Path(__file__).with_name("compiled_settings.json")
 VERSIONS = ("3.6.0", "3.9.0")  # of torch 2.11, the oldest supported, and the newest
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Bytes a program. sm_80's own is 163 KB, but its settings serve the others.
-SHARED_LIMIT = {**dict.fromkeys((80, 86, 89, 120), 99 * 1024), 90: 227 * 1024, 100: 227 * 1024}
+# Bytes a program.
+SHARED_LIMIT = {80: 163 * 1024, **dict.fromkeys((86, 89, 120), 99 * 1024), 90: 227 * 1024, 100: 227 * 1024}
+SERVED_LIMIT = {**SHARED_LIMIT, 80: 99 * 1024}  # where sm_80's settings were compiled for the others, too
 # Targets for which a Triton makes the PTX of another, its target line apart, and ptxas another machine code. (From 3.9
 # on LLVM vectorises for sm_86 and not for sm_80.)
 SAME_PTX = {"3.6.0": {86: 80, 89: 80}, "3.9.0": {89: 86}}
@@ -103,10 +104,12 @@ FEATURES = {  # the lighter first
 
 # Bytes of stack a thread that what is known to fall short may spill, in one version of Triton at least.
 MAY_SPILL = {
-    r"sm_\d+ backward_relative \w+ bf16 128 \w+": 64,  # every other tile spills more
+    r"sm_\d+ backward_relative \w+ bf16 128 \w+": 96,  # every other tile spills more
     "sm_80 backward clock bf16 64 options": 8,  # all options at once
     r"sm_120 \w+ clock bf16 (64|128) \w+_all": 168,
     r"sm_(86|89) \w+ clock bf16 (64|128) \w+_all": 64,  # with dropout, a soft cap and a gradient of lse besides
+    r"sm_80 \w+ clock bf16 (64|128) \w+_all": 80,
+    r"sm_100 \w+ \w+ bf16 (64|128) \w+_all": 88,
     r"sm_90 \w+ clock bf16 (64|128) \w+_all": 104,
     # ptxas' own choice, for more programs at a time: 80 and 128 registers are far from 255
     "sm_100 backward_keys clock bf16 64 plain": 16,
@@ -144,12 +147,7 @@ def settings_of(identifier: str, version: str | None = None) -> configs.LaunchSe
     return configs.rule(kind, int(target[3:]), DTYPES[dtype], width, FEATURES[features].chosen_by, rows, numbers)
 
 
-CLOCK, FP32 = ("clock",), (("fp32",), (64, 128, 256))
-# What `cover` has, by version: targets, dtypes, widths.
-COVER = {
-    "3.6.0": (((86, 89, 120, 90), ("bf16",), (64, 128)), ((86,), ("bf16",), (256,)), ((86,), *FP32)),
-    "3.9.0": (((86, 120), ("bf16",), (64, 128)), ((86,), ("bf16",), (256,)), ((86,), *FP32)),
-}
+CLOCK = ("clock",)
 # What is compiled besides: targets, shapes, dtypes, widths, features.
 PAPER = ((90, 80, 100), CLOCK, ("bf16",), (64, 128), ("plain", "distances", "options", "relative"))
 PART = {"3.6.0": (PAPER, ((86,), SHAPES, ("bf16",), (64, 128), ("plain",))), "3.9.0": (PAPER,)}
@@ -162,10 +160,10 @@ def identifiers(version: str | None = None) -> list[str]:
 
 
 def cover(version: str | None = None) -> list[str]:
-    """Of `COVER` every setting that a version may choose, with the heaviest features for which it is chosen: those with
-    relative positions and those without. bf16 stands for fp16, whose settings are the same."""
-    parts = COVER[version or installed()]
-    chosen = [x for part in parts for x in product(part[0], SHAPES, *part[1:], FEATURES, version)]
+    """Every setting that a version may choose, with the heaviest features for which it is chosen: those with relative
+    positions and those without. bf16 stands for fp16, whose settings are the same."""
+    version = version or installed()
+    chosen = product(tuple(SHARED_LIMIT), SHAPES, ("bf16", "fp32"), (64, 128, 256), FEATURES, version)
     found: dict[tuple, str] = {}
     for identifier in sorted(chosen, key=lambda x: -list(FEATURES).index(x.split()[5])):
         found.setdefault((setting(identifier, version), FEATURES[identifier.split()[5]].relative), identifier)
@@ -440,8 +438,8 @@ def faults(identifier: str, result: dict) -> list[str]:
     """What the gate forbids."""
     target, kind, _, dtype, _, features = identifier.split()[:6]
     if result["registers"] is None:
-        return fits(int(target[3:]), result)
-    found = machine_faults(int(target[3:]), result, may_spill(identifier))
+        return fits(result, SHARED_LIMIT[int(target[3:])])
+    found = machine_faults(result, may_spill(identifier), SHARED_LIMIT[int(target[3:])])
     whole, counts = bool(result["wgmma"] and not result["mma"]), f"{result['wgmma']} wgmma and {result['mma']} mma"
     if target == "sm_90" and dtype != "fp32" and whole != all_by_wgmma(kind, from_words(result["settings"])):
         found.append(f"all_by_wgmma says otherwise of {counts} instructions")
@@ -456,10 +454,10 @@ def may_spill(identifier: str) -> int:
     return max((bytes for pattern, bytes in MAY_SPILL.items() if re.fullmatch(pattern, identifier)), default=0)
 
 
-def machine_faults(sm: int, result: dict, may_spill: int = 0) -> list[str]:
+def machine_faults(result: dict, may_spill: int, shared_limit: int) -> list[str]:
     """What the gate forbids to every kernel: spills beyond `may_spill` bytes, shared memory that does not fit,
     atomics."""
-    found = fits(sm, result)
+    found = fits(result, shared_limit)
     if result["stack"] > may_spill:
         found.append(f"spills {result['stack']} bytes of stack")
     if result.get("contracted"):  # which the first entries of the tables do not say
@@ -469,10 +467,10 @@ def machine_faults(sm: int, result: dict, may_spill: int = 0) -> list[str]:
     return found
 
 
-def fits(sm: int, result: dict) -> list[str]:
-    if result["shared"] <= SHARED_LIMIT[sm]:
+def fits(result: dict, shared_limit: int) -> list[str]:
+    if result["shared"] <= shared_limit:
         return []
-    return [f"needs {result['shared']} bytes of shared memory, the limit is {SHARED_LIMIT[sm]}"]
+    return [f"needs {result['shared']} bytes of shared memory, the limit is {shared_limit}"]
 
 
 def kernels_hash() -> str:

@@ -92,7 +92,7 @@ def compile_launch(identifier: str) -> dict[str, object]:
 def faults(identifier: str, result: dict) -> list[str]:
     """What the gate forbids; products of several rows are matrix products except in fp32."""
     target, kind, rows, dtype = identifier.split()[:4]
-    found = aot.machine_faults(int(target[3:]), result)
+    found = aot.machine_faults(result, 0, aot.SERVED_LIMIT[int(target[3:])])
     if (
         target == "sm_90"
         and kind == "attend"
