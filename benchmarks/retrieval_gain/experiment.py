@@ -47,7 +47,7 @@ class Arm:
 
 
 GATES, FEW, MAPS = "gates", "gates in six layers", "gates and maps"
-BY_CHUNK = "gates, positions by chunk"
+BY_CHUNK, NEW = "gates, positions by chunk", "everything new"
 APART = ", neighbours read apart"
 ARMS = {
     GATES: Arm(),
@@ -57,7 +57,7 @@ ARMS = {
     BY_CHUNK: Arm(positions="chunk", gate=-3.0),
     BY_CHUNK + APART: Arm(positions="chunk", gate=-3.0, apart=True, like=BY_CHUNK),
     MAPS: Arm(adapt=True),
-    "everything new": Arm(encoder="fresh", apart=True),
+    NEW: Arm(encoder="fresh", apart=True),
 }
 RATE, MAP_RATE, TRAINED_K = 0.25, 5e-4, 2
 JUDGED = 8

@@ -28,6 +28,7 @@ from .experiment import (
     MAP_RATE,
     MAPS,
     NEAREST,
+    NEW,
     RATE,
     TRAINED_K,
     read_lines,
@@ -317,11 +318,15 @@ def draw(document: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(corpora) + 1, figsize=(4.6 * (len(corpora) + 1), 4.2), layout="constrained", squeeze=False
     )
-    colours = ("#e4572e", "#8e44ad", "#f0a202", "#c2185b", "#3d85c6", "#777777")
+    colours = ("#e4572e", "#8e44ad", "#f0a202", "#c2185b", "#3d85c6", "#2a9d8f", "#777777")
     for axis, corpus in zip(axes[0], corpora):
         rows, whole = groups(document, corpus)[0]
         shared = np.array([document["texts"][corpus][row]["shared"] for row in rows])
-        keys = [key for key in whole if key[1] == "own" and not key[0].startswith(BY_CHUNK) and APART not in key[0]]
+        keys = [
+            key
+            for key in whole
+            if key[1] == "own" and not key[0].startswith((BY_CHUNK, NEW)) and APART not in key[0]  # NEW loses nats
+        ]
         for number, key in enumerate(keys):
             heights = []
             for low, high in BUCKETS:
