@@ -21,10 +21,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 # Cases of the emulated kernels whose every option another case of theirs has.
 FOUND_IN_OTHERS = (
     "grouped",
-    "multi query, mask",
-    "scale of zero",
-    "end",
-    "offset of chunks",
     "self",
     "self, odd",
     "self, grouped",
@@ -52,7 +48,6 @@ SLOW = (
     "test_fp32_is_tight[triton-dropout_all",  # relative_all and dropout_odd stay
     "test_half_precision_is_within_twice_the_error_of_pytorch[triton-everything-fp16",  # fp32's stays
     "test_triton_is_traced_whole_on_a_cuda_device",  # the default call is traced in its own test
-    "test_a_swap_after_the_first_compiled_call_compiles_anew[retro-pytorch",  # labml's stays
     "test_a_model_with_dropout_trains_alike[reference",  # the CPU's stays
     "test_casts_autocast_checkpointing_and_compile[reference",
     "test_a_file_compiled_anew_costs_what_the_table_says",  # the table's hash is tested

@@ -1,4 +1,4 @@
-"""Triton's interpreter, three times as fast: what it makes anew at every operation is remembered, and its check of
+"""Triton's interpreter, quicker: what it makes anew at every operation is remembered, and its check of
 integer overflow is one of NumPy's. What it computes stays as it is (test_interpreter.py)."""
 
 from __future__ import annotations

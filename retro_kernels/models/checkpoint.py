@@ -76,7 +76,7 @@ def write(
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that processes may hold in parts; on a CPU then."""
-    from torch.distributed.tensor import DTensor  # brings sympy, ten times what `import retro_kernels` takes
+    from torch.distributed.tensor import DTensor  # brings sympy, which takes longer than all the rest
 
     if isinstance(tensor, DTensor):
         return tensor.full_tensor().detach().cpu()

@@ -46,9 +46,10 @@ class RetroForward:
             the chunks that later calls with the same cache complete.
         """
         model: Any = self.model
-        for name in given:
-            if name not in self.known:
-                refuse_misspelt(name)
+        if not torch.compiler.is_compiling():  # which does not trace it
+            for name in given:
+                if name not in self.known:
+                    refuse_misspelt(name)
         forward = type(model).forward
         if neighbours is None and neighbour_mask is None and retriever is None:
             cache = cache_of(given)

@@ -151,7 +151,7 @@ def test_gradients_are_within_twice_the_error_of_pytorch(name):
     test_cuda.check(BY_NAME[name], torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["mask, an empty chunk", "self, two tiles", "cca"])
+@pytest.mark.parametrize("name", ["mask, an empty chunk", "self, two tiles", "cross, long", "cca"])
 def test_the_gradient_of_the_log_sum_exp(name):
     test_cuda.check(BY_NAME[name], torch.bfloat16, of_lse=True)
 

@@ -323,7 +323,7 @@ def rule(
         if kind == "backward" and generation == 90 and rows <= 64:
             return _S(min(64, power_of_two(rows)), 32, 8, 1)
     if features.startswith("relative") and generation >= 90 and (kind, precision, size) == ("forward", "half", 256):
-        # 64 rows take 296 KiB of 227 with two stages; these take 108, so that two programs share a multiprocessor.
+        # 64 rows take 296 KiB of 227 with two stages; these take 108, and no WGMMA.
         return _S(min(32, power_of_two(rows)), 32, 8, 2)
     by_width = _TABLE.get((kind, precision, generation)) or _TABLE[kind, precision, None]
     found = by_width.get(size, (None, None))[options]
