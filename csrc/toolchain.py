@@ -39,7 +39,14 @@ if SDIST:  # pip keeps the wheel that it has made from an archive
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = AVX2 + ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mprefer-vector-width=512"]
-LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512 + ["-mavx512bf16"]}
+AVX512_BF16 = AVX512 + ["-mavx512bf16"]
+LEVELS = {
+    "portable": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx_bf16": AVX512_BF16 + ["-mamx-tile", "-mamx-bf16"],
+}
 
 
 class CannotBuild(Exception):

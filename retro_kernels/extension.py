@@ -112,7 +112,7 @@ def _first_line(error: Exception) -> str:
 
 
 def isa() -> str:
-    """The instruction-set level in use: "portable", "avx2", "avx512" or "avx512_bf16".
+    """The instruction-set level in use: "portable", "avx2", "avx512", "avx512_bf16" or "amx_bf16".
 
     The highest this CPU runs, unless the environment variable RETRO_KERNELS_CPU_ISA names one, read when the library is
     first used. RuntimeError when the library cannot be used.

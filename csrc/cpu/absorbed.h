@@ -335,6 +335,7 @@ static size_t absorbed_scratch_bytes(const Absorbed& a) {
 }
 
 static void absorbed_forward(const Absorbed& a, int64_t first_item, int64_t last_item, char* scratch) {
+  [[maybe_unused]] const TileRegisters registers;
   if (a.p.type == kFloat32)
     absorbed_items<float, false>(a, first_item, last_item, scratch);
   else if (a.p.type == kFloat16)

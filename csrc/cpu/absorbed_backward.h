@@ -263,6 +263,7 @@ static size_t absorbed_backward_scratch_bytes(const Absorbed& a) {
 
 static void absorbed_backward(const Absorbed& a, int64_t place, int64_t begin, int64_t end, int64_t range,
                               int64_t first_head, int64_t last_head, char* scratch) {
+  [[maybe_unused]] const TileRegisters registers;
   const auto run = a.p.type == kFloat32   ? absorbed_backward_typed<float, false>
                    : a.p.type == kFloat16 ? absorbed_backward_typed<half_t, false>
                                           : absorbed_backward_typed<bfloat_t, (RK_LEVEL >= 3)>;

@@ -449,6 +449,7 @@ static void backward_typed(const Problem& p, int64_t index, int64_t following, i
 }
 
 static void backward(const Problem& p, int64_t item, int64_t following, int64_t copy, char* scratch) {
+  [[maybe_unused]] const TileRegisters registers;
   if (p.type == kFloat32)
     backward_typed<float, false>(p, item, following, copy, scratch);
   else if (p.type == kFloat16)

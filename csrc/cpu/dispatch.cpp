@@ -7,6 +7,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace retro_kernels {
 
@@ -20,6 +24,9 @@ extern const Level kLevel_avx512;
 #ifdef RK_HAVE_AVX512_BF16
 extern const Level kLevel_avx512_bf16;
 #endif
+#ifdef RK_HAVE_AMX_BF16
+extern const Level kLevel_amx_bf16;
+#endif
 
 namespace {
 
@@ -31,7 +38,7 @@ struct Candidate {
 
 #if defined(__x86_64__)
 struct Features {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx_bf16 = false;
 
   Features() {
     unsigned a, b, c, d;
@@ -41,14 +48,27 @@ struct Features {
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
-    const unsigned most = a;
+    const unsigned most = a, tiles = d;
     avx2 = (low & 6) == 6 && (b >> 5 & 1);
     // F, DQ, BW, VL, and the operating system saves the registers
     avx512 = avx2 && (low & 0xe6) == 0xe6 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
     if (avx512 && most >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avx512_bf16 = a >> 5 & 1;
+    // AMX-BF16 and AMX-TILE, and the operating system saves tile registers for those processes that ask
+    if (avx512_bf16 && (low >> 17 & 3) == 3 && (tiles >> 22 & 1) && (tiles >> 24 & 1)) amx_bf16 = ask_for_tiles();
+  }
+
+  static bool ask_for_tiles() {
+#if defined(__linux__)
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
   }
 };
 #endif
+
+constexpr int kLevels = 5;
 
 int candidates(Candidate* list) {
   int n = 0;
@@ -70,12 +90,17 @@ int candidates(Candidate* list) {
 #else
   list[n++] = {"avx512_bf16", nullptr, cpu.avx512_bf16};
 #endif
+#ifdef RK_HAVE_AMX_BF16
+  list[n++] = {"amx_bf16", &kLevel_amx_bf16, cpu.amx_bf16};
+#else
+  list[n++] = {"amx_bf16", nullptr, cpu.amx_bf16};
+#endif
 #endif
   return n;
 }
 
 const Level* find(const std::string& name) {
-  Candidate list[4];
+  Candidate list[kLevels];
   const int n = candidates(list);
   if (name.empty()) {
     for (int i = n - 1;; --i)
@@ -112,7 +137,7 @@ const Level& level() {
 void choose_level(const std::string& name) { chosen.store(find(name), std::memory_order_release); }
 
 std::string usable_levels() {
-  Candidate list[4];
+  Candidate list[kLevels];
   const int n = candidates(list);
   std::string names;
   for (int i = 0; i < n; ++i)

@@ -297,6 +297,7 @@ static void forward_typed(const Problem& p, int64_t first_item, int64_t last_ite
 }
 
 static void forward(const Problem& p, int64_t first_item, int64_t last_item, char* scratch) {
+  [[maybe_unused]] const TileRegisters registers;
   if (p.type == kFloat32)
     forward_typed<float, false>(p, first_item, last_item, scratch);
   else if (p.type == kFloat16)

@@ -99,10 +99,10 @@ RK_INLINE void tile(int64_t depth, const float* a, int64_t lda, const float* b, 
     }
 }
 
+// C[rows, columns] (+)= A B in register tiles; see `multiply`.
 template <bool kDown, bool kPairs, bool kAdd>
-static __attribute__((noinline)) void multiply_strip(
-    int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-    int64_t panel, float* c, int64_t ldc, Prefetch* next) {
+RK_INLINE void multiply_vectors(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, const float* b,
+                                int64_t ldb, int64_t panel, float* c, int64_t ldc, Prefetch* next) {
   int64_t v = 0;
   for (; v + 2 <= vectors; v += 2)
     for (int64_t i = 0; i < rows; i += kTileRows) {
@@ -114,6 +114,109 @@ static __attribute__((noinline)) void multiply_strip(
     for (int64_t i = 0; i < rows; i += kTileRows)
       tile<1, kDown, kPairs, kAdd>(depth, kDown ? a + i : a + i * lda, lda, b + v / 2 * panel, ldb,
                                    c + i * ldc + v * kLanes, ldc);
+}
+
+#if RK_LEVEL >= 4
+// AMX: a tile register holds 16 rows of 16 elements. Each entry of the level has one of these, since registers belong to
+// a thread, and what is left in them would be saved at every switch of threads.
+struct TileRegisters {
+  TileRegisters() {
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    __asm__ volatile("ldtilecfg %0" : : "m"(config));  // GCC's _tile_loadconfig knows of its first 8 bytes only
+  }
+  ~TileRegisters() { _tile_release(); }
+};
+
+// 16 or (kTall) 32 rows, 16 or (kWide) 32 columns of C. The rows' 16 elements of step k begin at a + k * step, those of
+// the lower 16 rows `lower` further.
+template <bool kTall, bool kWide, bool kAdd>
+RK_INLINE void multiply_tiles(int64_t depth, const float* a, int64_t step, int64_t lower, int64_t lda, const float* b,
+                              int64_t ldb, float* c, int64_t ldc) {
+  const int64_t bytes_a = lda * 4, bytes_b = ldb * 4, bytes_c = ldc * 4;
+  if constexpr (kAdd) {
+    _tile_loadd(0, c, bytes_c);
+    if constexpr (kWide) _tile_loadd(1, c + 16, bytes_c);
+    if constexpr (kTall) _tile_loadd(2, c + 16 * ldc, bytes_c);
+    if constexpr (kTall && kWide) _tile_loadd(3, c + 16 * ldc + 16, bytes_c);
+  } else {
+    _tile_zero(0);
+    if constexpr (kWide) _tile_zero(1);
+    if constexpr (kTall) _tile_zero(2);
+    if constexpr (kTall && kWide) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += 16, a += step, b += 16 * ldb) {
+    _tile_loadd(4, a, bytes_a);
+    if constexpr (kTall) _tile_loadd(5, a + lower, bytes_a);
+    _tile_loadd(6, b, bytes_b);
+    if constexpr (kWide) _tile_loadd(7, b + 16, bytes_b);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kWide) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kTall) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kTall && kWide) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, bytes_c);
+  if constexpr (kWide) _tile_stored(1, c + 16, bytes_c);
+  if constexpr (kTall) _tile_stored(2, c + 16 * ldc, bytes_c);
+  if constexpr (kTall && kWide) _tile_stored(3, c + 16 * ldc + 16, bytes_c);
+}
+
+// Whole tiles: `rows` and `depth` are multiples of 16.
+template <bool kDown, bool kAdd>
+RK_INLINE void multiply_registers(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda,
+                                  const float* b, int64_t ldb, int64_t panel, float* c, int64_t ldc, Prefetch* next) {
+  float turned[kDown ? 32 * kDepth : 1] __attribute__((aligned(64)));  // two tiles for every 16 elements summed over
+  for (int64_t i = 0; i < rows; i += 32) {
+    const bool tall = i + 32 <= rows;
+    const float* from = a + i * lda;
+    int64_t step = 16, lower = 16 * lda, ld = lda;
+    if constexpr (kDown) {
+      for (int64_t k = 0; k < depth; k += 16)
+        for (int64_t x = 0; x < (tall ? 32 : 16); x += 16)
+          transpose_square(a + k * lda + i + x, lda, turned + 2 * k * 16 + x * 16, 16);
+      from = turned, step = 512, lower = 256, ld = 16;
+    }
+    __asm__ volatile("" ::: "memory");  // GCC does not know that a tile is loaded from memory
+    for (int64_t v = 0; v < vectors; v += 2) {
+      const float* columns = b + v / 2 * panel;
+      float* to = c + i * ldc + v * kLanes;
+      if (v + 2 > vectors)
+        tall ? multiply_tiles<true, false, kAdd>(depth, from, step, lower, ld, columns, ldb, to, ldc)
+             : multiply_tiles<false, false, kAdd>(depth, from, step, lower, ld, columns, ldb, to, ldc);
+      else
+        tall ? multiply_tiles<true, true, kAdd>(depth, from, step, lower, ld, columns, ldb, to, ldc)
+             : multiply_tiles<false, true, kAdd>(depth, from, step, lower, ld, columns, ldb, to, ldc);
+      for (int x = 0; x < (tall ? 32 : 16) && next->quota > 0; x += kTileRows) next->step();
+    }
+  }
+}
+#else
+struct TileRegisters {};
+#endif
+
+// The same with tile registers where there are any; what does not fill one, in vectors.
+template <bool kDown, bool kPairs, bool kAdd>
+static __attribute__((noinline)) void multiply_strip(
+    int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+    int64_t panel, float* c, int64_t ldc, Prefetch* next) {
+#if RK_LEVEL >= 4
+  if constexpr (kPairs) {
+    const int64_t tall = rows / 16 * 16, deep = depth / 16 * 16;
+    if (tall > 0 && deep > 0) {
+      multiply_registers<kDown, kAdd>(tall, vectors, deep, a, lda, b, ldb, panel, c, ldc, next);
+      if (deep < depth)
+        multiply_vectors<kDown, true, true>(tall, vectors, depth - deep, kDown ? a + deep * lda : a + deep, lda,
+                                            b + deep * ldb, ldb, panel, c, ldc, next);
+      a += kDown ? tall : tall * lda;
+      c += tall * ldc;
+      rows -= tall;
+    }
+  }
+#endif
+  multiply_vectors<kDown, kPairs, kAdd>(rows, vectors, depth, a, lda, b, ldb, panel, c, ldc, next);
 }
 
 // C[rows, columns] (+)= A B. A is [rows][depth], or with kDown [depth][rows]; kPanel columns of B start every `panel`

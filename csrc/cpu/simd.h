@@ -1,5 +1,6 @@
 // Vectors of one instruction-set level. The including file has set
-//   RK_LEVEL      0 portable (128-bit vectors, also AArch64), 1 AVX2+FMA+F16C, 2 AVX-512, 3 AVX-512 with BF16
+//   RK_LEVEL      0 portable (128-bit vectors, also AArch64), 1 AVX2+FMA+F16C, 2 AVX-512, 3 AVX-512 with BF16,
+//                  4 AMX with BF16
 //   RK_NAMESPACE  a namespace of its own
 // Everything has internal linkage: two levels must never share a symbol, or the linker might keep the copy that the
 // running CPU cannot execute. For the same reason no C++ standard header is included here.
