@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import statistics
@@ -24,37 +23,42 @@ def model_of(name: str) -> Any:
     return found
 
 
-def compare(model: Any, swapped: Any, call: Any, rounds: int) -> dict[str, Any]:
-    """Largest differences of outputs and gradients, each over the largest value of the unswapped model's; and the
-    median milliseconds of a step (forward and backward) of both, in turn."""
+def compare(model: Any, call: Any, rounds: int) -> tuple[Any, dict[str, Any]]:
+    """Swaps the model -> the report; largest differences of outputs and gradients, each over the largest value of the
+    unswapped model's; and the median milliseconds of a step (forward and backward) of both, in turn."""
     import torch
+
+    from ..integrations import swap, unswap
 
     outs: list[Any] = []
     gradients: list[Any] = []
     times: list[Any] = []
-    for one in (model, swapped):
-        one.zero_grad()
-        out = call(one)
+    for swapped in (False, True):
+        report = swap(model) if swapped else None
+        model.zero_grad()
+        out = call(model)
         if not outs:
             gradient = torch.randn_like(out)
         out.backward(gradient)
         outs.append(out.detach())
-        gradients.append({name: x.grad for name, x in one.named_parameters() if x.grad is not None})
-    largest = max(x.abs().max().item() for x in gradients[0].values())
+        gradients.append({name: x.grad for name, x in model.named_parameters() if x.grad is not None})
+    model.zero_grad()
     if gradients[0].keys() != gradients[1].keys():
         raise ValueError(f"gradients: got other ones: {sorted(gradients[0].keys() ^ gradients[1].keys())[:5]}")
+    largest = max(x.abs().max().item() for x in gradients[0].values())
     worst = max((gradients[1][name] - x).abs().max().item() for name, x in gradients[0].items())
     for _ in range(rounds):
         pair = []
-        for one in (model, swapped):
+        for change in (unswap, swap):
+            change(model)
             start = time.perf_counter()
-            call(one).backward(gradient)
+            call(model).backward(gradient)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             pair.append(1e3 * (time.perf_counter() - start))
         times.append(pair)
     before, after = (statistics.median(x) for x in zip(*times))
-    return {
+    return report, {
         "output_difference": ((outs[1] - outs[0]).abs().max() / outs[0].abs().max()).item(),
         "gradient_difference": worst / largest,
         "unswapped_ms": before,
@@ -63,26 +67,17 @@ def compare(model: Any, swapped: Any, call: Any, rounds: int) -> dict[str, Any]:
 
 
 def probe(model: Any, length: int | None) -> Any:
-    """A function that calls a whole retro-pytorch or labml model on random tokens. Raises ValueError for others."""
-    import torch
+    """A function that calls a whole model of a peer on random tokens, `length` or a few chunks of them -> logits. Raises
+    ValueError for what is none."""
+    from ..integrations.weights import PEERS
 
-    from ..integrations import labml, retro_pytorch
-
-    if retro_pytorch.is_model(model):
-        m, n = model.chunk_size, model.seq_len
-        vocab_size = model.token_emb.num_embeddings
-    elif labml.is_model(model):
-        m, n, vocab_size = model.encoder.chunk_len, 4 * model.encoder.chunk_len, model.emb.num_embeddings
-    else:
-        raise ValueError(
-            f"model: got a {type(model).__name__}, expected a whole retro-pytorch or labml RETRO, or a pair "
-            "(model, call) whose call(model) gives logits"
-        )
-    n = min(n, 4 * m + m // 2) if length is None else length
-    tokens, neighbours = torch.randint(1, vocab_size, (1, n)), torch.randint(1, vocab_size, (1, n // m, 2, 2 * m))
-    device = next(model.parameters()).device
-    tokens, neighbours = tokens.to(device), neighbours.to(device)
-    return lambda one: one(tokens, neighbours)
+    for peer in PEERS.values():
+        if peer.is_model(model):
+            return peer.probe(model, length)
+    raise ValueError(
+        f"model: got a {type(model).__name__}, expected a whole model of {', '.join(PEERS)}, or a pair (model, call) "
+        "whose call(model) gives logits"
+    )
 
 
 def swap_check(
@@ -94,14 +89,13 @@ def swap_check(
     rounds: Annotated[int, typer.Option(min=1, help="Steps to time of each.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Swaps a copy of MODEL, compares logits and gradients with the unswapped model's, times both, and prints.
+    """Swaps MODEL, compares logits and gradients with the unswapped model's, times both, and prints.
 
     Exit code 1 where they differ by more than rounding (1e-3 of the largest).
     """
     import torch
     from torch import nn
 
-    from ..integrations import swap
     from .db_common import show_errors
 
     with show_errors(TypeError, code=2):
@@ -118,14 +112,7 @@ def swap_check(
             raise ValueError(f"model: {model} is a {type(inner).__name__}, expected a torch.nn.Module")
         torch.manual_seed(0)
         inner.eval()
-        try:
-            swapped = copy.deepcopy(inner)
-        except TypeError as error:
-            raise ValueError(
-                f"model: a {type(inner).__name__} that cannot be copied to be swapped ({error})"
-            ) from error
-        report = swap(swapped)
-        found = compare(inner, swapped, probe(inner, length) if call is None else call, rounds)
+        report, found = compare(inner, probe(inner, length) if call is None else call, rounds)
     agree = found["output_difference"] <= 1e-3 and found["gradient_difference"] <= 1e-3
     if as_json:
         typer.echo(json.dumps({"replaced": report.replaced, "skipped": report.skipped, "agree": agree, **found}))

@@ -86,6 +86,18 @@ class Integration(Protocol):
         """The forward to put on the instance."""
 
 
+def random_text(
+    model: nn.Module, vocab_size: int, chunk_size: int, length: int | None, longest: int, *, whole: bool, k: int, r: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [1, n] to try a model with, n the `length` or a few chunks, and the neighbours [1, l, k, r] of its chunks:
+    the `whole` ones, or the incomplete one as well."""
+    n = min(longest, 4 * chunk_size + chunk_size // 2) if length is None else length
+    chunks = n // chunk_size if whole else -(-n // chunk_size)
+    device = next(model.parameters()).device
+    draw = lambda *size: torch.randint(1, vocab_size, size).to(device)  # noqa: E731
+    return draw(1, n), draw(1, chunks, k, r)
+
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 

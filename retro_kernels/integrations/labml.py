@@ -8,7 +8,7 @@ lists by their order. The decoder has no norm at its end; `norm_e`, a part of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..models.config import RetroConfig
 from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import FusedForward, class_names, describe_change, has_hooks, warn_once
+from .base import FusedForward, class_names, describe_change, has_hooks, random_text, warn_once
 from .tensors import Tensors
 
 NAME = "labml"
@@ -196,6 +196,13 @@ class FusedChunked(Fused):
 
 def is_model(module: nn.Module) -> bool:
     return kind_of(module) == "RetroModel"
+
+
+def probe(model: Any, length: int | None) -> Callable[[nn.Module], torch.Tensor]:
+    """A call of it on `random_text` -> logits."""
+    m, vocab_size = model.encoder.chunk_len, model.emb.num_embeddings
+    tokens, neighbours = random_text(model, vocab_size, m, length, 4 * m, whole=True, k=2, r=2 * m)
+    return lambda one: one(tokens, neighbours)
 
 
 def is_weights(names: Mapping[str, Any]) -> bool:

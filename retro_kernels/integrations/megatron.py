@@ -26,7 +26,7 @@ from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import FusedForward, Looked, class_names, describe_change, has_hooks, warn_once
+from .base import FusedForward, Looked, class_names, describe_change, has_hooks, random_text, warn_once
 from .tensors import Tensors
 
 NAME = "megatron"
@@ -319,6 +319,24 @@ class FusedEncoder(Fused):
 
 def is_model(module: nn.Module) -> bool:
     return MODEL in class_names(module)
+
+
+def probe(model: Any, length: int | None) -> Callable[[nn.Module], torch.Tensor]:
+    """A call of it on `random_text` -> logits."""
+    c, longest = model.config, model.max_sequence_length
+    m, k, r = c.retro_chunk_length, c.retro_num_neighbors, c.retro_retrieved_length
+    tokens, neighbours = random_text(model, model.vocab_size, m, length, longest, whole=False, k=k, r=r)
+    n, context = tokens.shape[1], neighbours.flatten(0, 2)
+    places = torch.arange(max(n, r), device=tokens.device)
+    mask = torch.ones(1, 1, n, n, dtype=torch.bool, device=tokens.device).triu(1)
+    return lambda one: one(
+        tokens,
+        places[None, :n],
+        mask,
+        context_input_ids=context,
+        context_position_ids=places[:r].expand_as(context),
+        context_mask=None,
+    )
 
 
 def is_weights(names: Mapping[str, Any]) -> bool:

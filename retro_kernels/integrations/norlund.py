@@ -13,7 +13,7 @@ cross-attention, where its chunk gets 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import FusedForward, Looked, class_names, describe_change, has_hooks, warn_once
+from .base import FusedForward, Looked, class_names, describe_change, has_hooks, random_text, warn_once
 from .tensors import Tensors
 
 NAME = "norlund"
@@ -62,6 +62,13 @@ def is_model(module: nn.Module) -> bool:
     """Whether it is its language model: by name and parts, as the file that defines it belongs to no package."""
     names = {name.rpartition(".")[2] for name in class_names(module)}
     return "RetroModelLMHead" in names and hasattr(module, "base") and hasattr(module, "lm_head")
+
+
+def probe(model: Any, length: int | None) -> Callable[[nn.Module], torch.Tensor]:
+    """A call of it on `random_text` -> logits."""
+    m, vocab_size = model.config.chunk_size, model.config.num_embeddings
+    tokens, neighbours = random_text(model, vocab_size, m, length, 5 * m, whole=False, k=2, r=2 * m)
+    return lambda one: one(tokens, neighbours).logits
 
 
 def is_weights(names: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ call of a causal attention runs its own code.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import AS_TRAINED, PAPER, FusedForward, class_names, describe_change, has_hooks, warn_once
+from .base import AS_TRAINED, PAPER, FusedForward, class_names, describe_change, has_hooks, random_text, warn_once
 from .tensors import Tensors
 
 NAME = "retro-pytorch"
@@ -235,6 +235,13 @@ EPS = 1e-8**2  # its norms divide by at least 1e-8
 def is_model(module: nn.Module) -> bool:
     """Whether it is a whole RETRO."""
     return MODEL in class_names(module)
+
+
+def probe(model: Any, length: int | None) -> Callable[[nn.Module], torch.Tensor]:
+    """A call of it on `random_text` -> logits."""
+    m, vocab_size = model.chunk_size, model.token_emb.num_embeddings
+    tokens, neighbours = random_text(model, vocab_size, m, length, model.seq_len, whole=True, k=2, r=2 * m)
+    return lambda one: one(tokens, neighbours)
 
 
 def is_weights(names: Mapping[str, Any]) -> bool:

@@ -96,6 +96,8 @@ class SwapReport:
     def __str__(self) -> str:
         lines = [f"swap: {len(self.replaced)} replaced, {len(self.skipped)} skipped (positions={self.positions!r})"]
         lines += [f"  {state} {name}{': ' + remark if remark else ''}" for name, state, remark in self.rows()]
+        if len(lines) == 1 and self._model is not None:
+            lines.append(f"  looked for {_looked_for()}; found {_classes_of(self._model)}")
         return "\n".join(lines + ([f"  {self.backend_note}"] if self.backend_note else []))
 
     def __repr__(self) -> str:
@@ -234,19 +236,26 @@ def _backend_note(slower: bool) -> str | None:
 
 
 def _nothing_to_replace(model: nn.Module, report: SwapReport) -> str:
-    looked_for = ", ".join(target for integration in INTEGRATIONS for target in integration.LOOKS_FOR)
     if report.seen and not report.skipped:
         found = "; ".join(f"{_name_or_model(name)}: {advice}" for name, advice in report.seen.items())
     elif report.skipped:
         found = "; ".join(f"{_name_or_model(name)}: {reason}" for name, reason in report.skipped.items())
     else:
-        kinds = sorted({type(x).__qualname__ for x in model.modules()})
-        shown = ", ".join(kinds[:12]) + (f" and {len(kinds) - 12} more" if len(kinds) > 12 else "")
-        found = f"only modules of other classes ({shown})"
+        found = _classes_of(model)
     return (
-        f"model: nothing in this {type(model).__name__} can be replaced. Looked for {looked_for}; found {found}. "
+        f"model: nothing in this {type(model).__name__} can be replaced. Looked for {_looked_for()}; found {found}. "
         "strict=False returns the report instead of raising"
     )
+
+
+def _looked_for() -> str:
+    return ", ".join(target for integration in INTEGRATIONS for target in integration.LOOKS_FOR)
+
+
+def _classes_of(model: nn.Module) -> str:
+    kinds = sorted({type(x).__qualname__ for x in model.modules()})
+    shown = ", ".join(kinds[:12]) + (f" and {len(kinds) - 12} more" if len(kinds) > 12 else "")
+    return f"only modules of other classes ({shown})"
 
 
 def _name_or_model(name: str) -> str:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import retro_kernels as rk
 from retro_kernels.integrations import swap, unswap
 
 
@@ -31,6 +32,7 @@ def test_nothing_found_raises_unless_told_not_to():
     report = swap(model, strict=False)
     assert report.replaced == []
     assert report.skipped == {}
+    assert "found only modules of other classes (GELU, Linear, Sequential)" in str(report)
     report.undo()
     assert unswap(model) == []
 
@@ -75,6 +77,8 @@ def test_what_is_known_and_not_replaced_is_named_with_what_serves_instead():
             r"1: mengzi-retrieval-lm's Re_gptBlock: .*ChunkedCrossAttention\.retro_pytorch",
         ),
         (flamingo, "Flamingo's .*of another package"),
+        (nn.Sequential(type("RetroCCA", (nn.Module,), {})()), r"0: \S+RetroCCA: by its name chunked cross-attention"),
+        (rk.nn.ChunkedCrossAttention(8, context_dim=8, num_heads=2, chunk_size=4), "nn.chunked_cross_attention.*fused already"),
     ):
         with pytest.raises(ValueError, match=message):
             swap(module)
@@ -86,6 +90,10 @@ def test_what_is_known_and_not_replaced_is_named_with_what_serves_instead():
 
 def test_a_decoder_of_transformers_is_pointed_to_retrofit():
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10, n_positions=8)
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config)
     with pytest.raises(ValueError, match=r"a GPT2LMHeadModel of transformers.*rk\.retrofit"):
-        swap(transformers.GPT2LMHeadModel(config))
+        swap(model)
+    rk.retrofit(model, chunk_size=2, retrieved_length=2)
+    with pytest.raises(ValueError, match=r"a GPT2LMHeadModel that rk\.retrofit has made a RETRO of"):
+        swap(model)
