@@ -1,6 +1,7 @@
 """What `rk.swap` is worth on a training step of each peer that can be installed, against the same model unswapped.
 
-    python -m benchmarks.swapped [--rounds 5] [PEER ...]     one thread; needs the peers (`make peers` says which)
+    python -m benchmarks.swapped [--rounds 5] [PEER ...]     one thread; needs the peers (`make peers` says which),
+                                                             Norlund's with NORLUND=.../src/modeling_retro.py of a clone
     python -m benchmarks.swapped report                      docs/coming-from.md's table from the results
 
 A step is forward and backward. Both models have the same weights and take turns; each round's seconds are kept, in CPU
@@ -12,25 +13,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import functools
 import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
 import retro_kernels as rk
-from benchmarks.megatron_on_a_cpu import megatron_on_a_cpu
+from benchmarks import peers
 from retro_kernels import files
 from retro_kernels.bench import environment, report, results
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "coming-from.md"
-FILE = "swapped.json"
+RESULTS, FILE = Path(__file__).parent / "results", "swapped.json"
 SIZES = {"width": 256, "layers": 6, "heads": 8, "head_dim": 64, "m": 64, "k": 2, "r": 128, "tokens": 256, "vocab": 1000}
 FP32_LIMIT, BF16_FLOOR = 1e-4, 1e-3
 
@@ -81,7 +82,7 @@ def labml(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
 def megatron(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
     from megatron.core.models.retro import RetroConfig, RetroModel, get_retro_decoder_block_spec
 
-    stack.enter_context(megatron_on_a_cpu())
+    stack.enter_context(peers.megatron())
     config = RetroConfig(
         num_layers=s["layers"],
         hidden_size=s["width"],
@@ -121,29 +122,77 @@ def megatron(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call
     return make, call
 
 
-def open_flamingo(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
-    """One cross-attention, the module that its swap replaces, to `images` images of 64 latents each."""
-    package = importlib.util.find_spec("open_flamingo")
-    if package is None or package.origin is None:
-        raise ImportError("No module named 'open_flamingo'")
-    name = "open_flamingo.src.helpers"
-    spec = importlib.util.spec_from_file_location(name, Path(package.origin).parent / "src" / "helpers.py")
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    stack.enter_context(mock.patch.dict("sys.modules", {name: module}))
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
+def norlund(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
+    peer = stack.enter_context(peers.norlund())
+    inner = s["heads"] * s["head_dim"]
+    config = peer.RetroConfig(
+        num_embeddings=s["vocab"],
+        chunk_size=s["m"],
+        dropout_p=0.0,
+        enc_hidden_dim=s["width"],
+        enc_ffn_dim=4 * s["width"],
+        enc_num_heads=s["heads"],
+        enc_qkv_dim=inner,
+        enc_num_layers=2,
+        enc_ca_layers=[1],
+        dec_hidden_dim=s["width"],
+        dec_ffn_dim=4 * s["width"],
+        dec_num_heads=s["heads"],
+        dec_qkv_dim=inner,
+        dec_num_layers=s["layers"],
+        dec_cca_layers=[2, 5],
+    )
+    given = text(s, -(-s["tokens"] // s["m"]))
+    return lambda: peer.RetroModelLMHead(config), lambda one: one(*given).logits
+
+
+def nemo(s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
+    """The chunked cross-attention that its swap replaces, with rotary positions as version 2 has them."""
+    attention, rotary = stack.enter_context(peers.nemo())
+    sizes = {
+        "layer_number": 1,
+        "num_attention_heads": s["heads"],
+        "hidden_size": s["width"],
+        "kv_channels": s["head_dim"],
+        "chunk_size": s["m"],
+        "precision": 32,
+        "attention_dropout": 0.0,
+    }
+    config = SimpleNamespace(sequence_parallel=False)
+    n, m, k, r = s["tokens"], s["m"], s["k"], s["r"]
+    hidden, encoded = torch.randn(n, 1, s["width"]), torch.randn(n // m, k, r, 1, s["width"])
+    angles = rotary.RotaryEmbedding(32)
+    positions = angles(2 * m - 1, offset=1 - m), angles(r, offset=1 - m)
+    mask = torch.zeros(n // m, 1, m, k * r, dtype=torch.bool)
+
+    def call(one: nn.Module) -> torch.Tensor:
+        out, bias = one(hidden, mask, encoder_output=encoded, rotary_pos_emb=positions)
+        return out + bias
+
+    return lambda: attention.ParallelChunkedCrossAttention(config, None, None, **sizes), call
+
+
+def flamingo(package: str, s: dict[str, int], stack: contextlib.ExitStack) -> tuple[Make, Call]:
+    """One cross-attention, the module that its swap replaces, to images of 64 latents each."""
+    kind = stack.enter_context(peers.flamingo(package)).MaskedCrossAttention
     n, images = s["tokens"], s["tokens"] // s["m"]
     locations = torch.zeros(1, n, dtype=torch.bool)
     locations[:, :: s["m"]] = True
     x, media = torch.randn(1, n, s["width"]), torch.randn(1, images, 64, s["width"])
-    sizes = {"dim": s["width"], "dim_visual": s["width"], "dim_head": s["head_dim"], "heads": s["heads"]}
-    return lambda: module.MaskedCrossAttention(**sizes), lambda one: one(x, media, locations)
+    sizes = {"dim": s["width"], "dim_head": s["head_dim"], "heads": s["heads"]}
+    if package == "open_flamingo":
+        sizes["dim_visual"] = s["width"]
+    return lambda: kind(**sizes), lambda one: one(x, media, locations)
 
 
 PEERS = {
     "retro-pytorch 0.3.9": (retro_pytorch, "autocast"),
     "labml (retro-transformer 1.0.3)": (labml, "autocast"),
     "Megatron-core 0.15.3": (megatron, "weights"),
-    "open_flamingo 2.0.1, its cross-attention": (open_flamingo, "autocast"),
+    "Norlund's, of a clone": (norlund, "autocast"),
+    "NeMo 1.23.0, its chunked cross-attention": (nemo, "autocast"),
+    "open_flamingo 2.0.1, its cross-attention": (functools.partial(flamingo, "open_flamingo"), "autocast"),
+    "flamingo-pytorch 0.1.2, its cross-attention": (functools.partial(flamingo, "flamingo_pytorch"), "autocast"),
 }
 """Name -> what builds it, and how it is run in bf16: under autocast, or with bf16 weights (Megatron's way)."""
 
@@ -228,11 +277,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="'report', or words of the peers' names; all by default")
     parser.add_argument("--rounds", type=int, default=5)
-    folder = Path(__file__).parent / "results" / environment.device_slug("cpu")
+    folder = RESULTS / environment.device_slug("cpu")
     parser.add_argument("--out", type=Path, default=folder / FILE)
     given = parser.parse_args()
     if given.what == ["report"]:
-        block = table(json.loads(given.out.read_text()))
+        block = "\n\n".join(table(json.loads(path.read_text())) for path in sorted(RESULTS.glob(f"*/{FILE}")))
         DOCUMENT.write_text(report.replace_block(DOCUMENT.read_text(), block, name="swapped", file=DOCUMENT.name))
         return
     names = [name for name in PEERS if not given.what or any(word.lower() in name.lower() for word in given.what)]

@@ -67,7 +67,7 @@ def compare(model: Any, call: Any, rounds: int) -> tuple[Any, dict[str, Any]]:
 
 
 def probe(model: Any, length: int | None) -> Any:
-    """A function that calls a whole model of a peer on random tokens, `length` or a few chunks of them -> logits. Raises
+    """A function that calls a peer's whole model on random tokens, `length` or a few chunks of them -> logits. Raises
     ValueError for what is none."""
     from ..integrations.weights import PEERS
 

@@ -47,6 +47,6 @@ def advice(module: nn.Module) -> str | None:
     if any(LOOKS_CHUNKED.search(name.rpartition(".")[2]) for name in names):
         return (
             f"{names[0]}: by its name chunked cross-attention, of an implementation that swap does not know; "
-            "rk.nn.ChunkedCrossAttention expresses most of them (docs/layers.md), rk.chunked_cross_attention computes it"
+            "rk.nn.ChunkedCrossAttention expresses most (docs/layers.md), rk.chunked_cross_attention computes it"
         )
     return None

@@ -2,36 +2,29 @@
 
 pip install --no-deps --target SOMEWHERE open-flamingo==2.0.1 flamingo-pytorch==0.1.2 einops-exts==0.0.4
 PYTHONPATH=SOMEWHERE pytest tests/integrations/test_flamingo.py
+"""
 
-Their packages import vision models; the one file that is needed is loaded by itself, under its own name."""
-
+import contextlib
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import peers
 from retro_kernels.integrations import base, swap, unswap
 
 DIM, H, D, S = 12, 2, 8, 5
-FILES = {"open_flamingo": "src/helpers.py", "flamingo_pytorch": "flamingo_pytorch.py"}
 
 
-@pytest.fixture(scope="module", params=FILES)
+@pytest.fixture(scope="module", params=peers.FLAMINGO)
 def peer(request):
-    package = importlib.util.find_spec(request.param)
-    if package is None or importlib.util.find_spec("einops_exts") is None:
-        pytest.skip(f"{request.param} and einops-exts are not installed")
-    path = Path(package.origin).parent / FILES[request.param]
-    name = f"{request.param}.{FILES[request.param].removesuffix('.py').replace('/', '.')}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, name, importlib.util.module_from_spec(spec))
-        spec.loader.exec_module(sys.modules[name])
-        yield sys.modules[name].MaskedCrossAttention
+    pytest.importorskip("einops_exts")
+    with contextlib.ExitStack() as stack:
+        try:
+            yield stack.enter_context(peers.flamingo(request.param)).MaskedCrossAttention
+        except ImportError as error:
+            pytest.skip(str(error))
 
 
 @pytest.fixture

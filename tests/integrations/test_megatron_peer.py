@@ -19,7 +19,7 @@ pytest.importorskip(
     reason="megatron-core 0.15.3, the last release with RETRO, is not installed (pip install megatron-core==0.15.3)",
 )
 
-from benchmarks.megatron_on_a_cpu import megatron_on_a_cpu
+from benchmarks import peers
 from retro_kernels.integrations import base, swap
 from retro_kernels.models import Neighbours, Retro
 
@@ -64,7 +64,7 @@ def build():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         return model
 
-    with megatron_on_a_cpu():
+    with peers.megatron():
         yield make
 
 

@@ -6,105 +6,24 @@ pip install --no-deps --target SOMEWHERE nemo-toolkit==1.23.0 && PYTHONPATH=SOME
 
 import contextlib
 import copy
-import enum
-import importlib.util
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
+from benchmarks import peers
 from retro_kernels.integrations import base, swap
 
-HOME = "nemo.collections.nlp.modules.common.megatron"
 M, K, R, B, D, H = 4, 2, 8, 2, 16, 2
-
-
-class Linear(nn.Linear):
-    """Megatron's: with its bias, or beside it."""
-
-    def __init__(self, inputs, outputs, *, bias=True, skip_bias_add=False, **_):
-        super().__init__(inputs, outputs, bias=bias)
-        self.skip = skip_bias_add
-
-    def forward(self, x):
-        out = nn.functional.linear(x, self.weight, None if self.skip else self.bias)
-        return out, self.bias if self.skip else None
-
-
-class Softmax(nn.Module):
-    def __init__(self, fp16, bf16, kind, fusion, mask_func, in_fp32, scale):
-        super().__init__()
-        self.scale = scale
-
-    def forward(self, x, mask):
-        x = x * (self.scale or 1.0)
-        return x.masked_fill(mask, -10000.0).softmax(-1) * ~mask.all(-1, keepdim=True)
-
-
-class Base(nn.Module):
-    def __init__(self, config=None):
-        super().__init__()
-
-
-class Adapters:
-    def set_accepted_adapter_types(self, _):
-        pass
-
-    def is_adapter_available(self):
-        return False
-
-
-class Anything(types.ModuleType):
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {"_target_": name})
 
 
 @pytest.fixture(scope="module")
 def peer():
-    package = importlib.util.find_spec("nemo")
-    if package is None or package.origin is None:
-        pytest.skip("NeMo is not installed (pip install --no-deps nemo-toolkit==1.23.0)")
-    folder = Path(package.origin).parents[1].joinpath(*HOME.split("."))
-    kinds = {name: enum.Enum(name, "self_attn cross_attn padding causal") for name in ("AttnType", "AttnMaskType")}
-    split = types.SimpleNamespace(
-        ColumnParallelLinear=Linear,
-        RowParallelLinear=Linear,
-        split_tensor_along_last_dim=lambda x, parts, contiguous_split_chunks: x.chunk(parts, -1),
-        random=types.SimpleNamespace(get_cuda_rng_tracker=lambda: types.SimpleNamespace(fork=contextlib.nullcontext)),
-    )
-    one = {"get_tensor_model_parallel_world_size": lambda: 1, "get_tensor_model_parallel_rank": lambda: 0}
-    given = {
-        "apex.transformer.enums": kinds,
-        "apex.transformer.utils": {"divide": lambda x, y: x // y},
-        "megatron.core": {"tensor_parallel": split, "parallel_state": types.SimpleNamespace(**one)},
-        "nemo.core": {"adapter_mixins": types.SimpleNamespace(AdapterModuleMixin=Adapters)},
-        f"{HOME}.module": {"MegatronModule": Base},
-        f"{HOME}.fused_softmax": {"MatchedScaleMaskSoftmax": Softmax},
-        f"{HOME}.adapters.parallel_adapters": {},
-        f"{HOME}.position_embedding": {},
-        f"{HOME}.utils": {},
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, parts in given.items():
-            stems = [name.rsplit(".", i)[0] for i in range(name.count(".") + 1)]
-            for stem in reversed(stems):
-                if stem == name or not isinstance(sys.modules.get(stem), Anything):
-                    module = Anything(stem)
-                    module.__path__ = []
-                    patch.setitem(sys.modules, stem, module)
-            for part, value in parts.items():
-                setattr(sys.modules[name], part, value)
-        for name in ("position_embedding.rotary_position_embedding", "attention"):
-            path = folder.joinpath(*name.split(".")).with_suffix(".py")
-            spec = importlib.util.spec_from_file_location(f"{HOME}.{name}", path)
-            patch.setitem(sys.modules, f"{HOME}.{name}", importlib.util.module_from_spec(spec))
-            spec.loader.exec_module(sys.modules[f"{HOME}.{name}"])
-        yield sys.modules[f"{HOME}.attention"], sys.modules[f"{HOME}.position_embedding.rotary_position_embedding"]
+    with contextlib.ExitStack() as stack:
+        try:
+            yield stack.enter_context(peers.nemo())
+        except ImportError as error:
+            pytest.skip(f"{error} (pip install --no-deps nemo-toolkit==1.23.0)")
 
 
 def build(peer, **options):

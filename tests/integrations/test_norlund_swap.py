@@ -2,17 +2,15 @@
 written here from what their code does, and `swap` is told that theirs is the source it knows. With
 NORLUND=.../src/modeling_retro.py of a clone (github.com/TobiasNorlund/retro @ 6945cdd) its own model is compared."""
 
+import contextlib
 import copy
-import importlib.util
-import os
 import random
-import sys
-import types
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import peers
 from retro_kernels.integrations import base, norlund, swap
 
 M, K, R, B, D, E = 4, 2, 6, 2, 12, 8
@@ -175,17 +173,16 @@ def test_what_is_not_the_known_version_is_left_alone(monkeypatch):
     assert "its parts are gate" in swap(module, strict=False).skipped[""]
 
 
-@pytest.mark.skipif("NORLUND" not in os.environ, reason="NORLUND names no modeling_retro.py of a clone")
-def test_its_own_whole_model_agrees(monkeypatch):
-    for name, parts in (
-        ("transformers.generation_utils", {"GenerationMixin": object}),
-        ("retrieval", {"Retriever": object, "DummyRetriever": object}),
-    ):
-        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**parts))
-    spec = importlib.util.spec_from_file_location("modeling_retro", os.environ["NORLUND"])
-    peer = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "modeling_retro", peer)
-    spec.loader.exec_module(peer)
+@pytest.fixture
+def peer():
+    with contextlib.ExitStack() as stack:
+        try:
+            yield stack.enter_context(peers.norlund())
+        except ImportError as error:
+            pytest.skip(str(error))
+
+
+def test_its_own_whole_model_agrees(peer):
     for seed in range(100):
         torch.manual_seed(seed)
         draw = random.Random(seed)

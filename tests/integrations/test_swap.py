@@ -78,7 +78,10 @@ def test_what_is_known_and_not_replaced_is_named_with_what_serves_instead():
         ),
         (flamingo, "Flamingo's .*of another package"),
         (nn.Sequential(type("RetroCCA", (nn.Module,), {})()), r"0: \S+RetroCCA: by its name chunked cross-attention"),
-        (rk.nn.ChunkedCrossAttention(8, context_dim=8, num_heads=2, chunk_size=4), "nn.chunked_cross_attention.*fused already"),
+        (
+            rk.nn.ChunkedCrossAttention(8, context_dim=8, num_heads=2, chunk_size=4),
+            "nn.chunked_cross_attention.*fused already",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             swap(module)

@@ -10,7 +10,7 @@ pytest.importorskip(
     reason="megatron-core 0.15.3, the last release with RETRO, is not installed (pip install megatron-core==0.15.3)",
 )
 
-from benchmarks.megatron_on_a_cpu import megatron_on_a_cpu
+from benchmarks import peers
 from retro_kernels.nn import ChunkedCrossAttention, NeighbourEncoder
 
 DIM, H, M, K, R, B, LAYERS = 16, 4, 4, 2, 8, 2, 2
@@ -56,7 +56,7 @@ def megatron():
         bias_dropout_add = get_bias_dropout_add(False, False)
         return RetroDecoderBiasDropoutAdd._forward(outcome, residual, 0.0, M, bias_dropout_add)
 
-    with megatron_on_a_cpu():
+    with peers.megatron():
         yield build, add_bias
 
 
