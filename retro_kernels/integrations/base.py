@@ -47,21 +47,18 @@ class FusedForward:
 
 class Looked:
     """What a look at a mask's content found, kept as long as it is that tensor, unchanged. (An address is not enough:
-    the next batch's mask may lie where this one was.) Copies and pickles look anew."""
+    the next batch's mask may lie where this one was.) All modules of a kind share one: a look waits for a GPU."""
 
     def __init__(self) -> None:
-        self.tensor: weakref.ref[torch.Tensor] | None = None
-        self.version, self.found = -1, None
+        self.last: tuple[weakref.ref[torch.Tensor], int, Any] | None = None
 
     def __call__(self, tensor: torch.Tensor, look: Callable[[torch.Tensor], Any]) -> Any:
         if tensor.is_inference():  # which has no version
             return look(tensor)
-        if self.tensor is None or self.tensor() is not tensor or self.version != tensor._version:
-            self.tensor, self.version, self.found = weakref.ref(tensor), tensor._version, look(tensor)
-        return self.found
-
-    def __reduce__(self) -> Any:
-        return Looked, ()
+        last = self.last
+        if last is None or last[0]() is not tensor or last[1] != tensor._version:
+            last = self.last = weakref.ref(tensor), tensor._version, look(tensor)
+        return last[2]
 
 
 class Integration(Protocol):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,10 @@ def refusal(module: Any) -> str | None:
 
 def note(module: Any) -> str | None:
     p = _core(module).attention_dropout.p
-    return f"its attention dropout {p:g} is fused: the same distribution, other random numbers" if p > 0 else None
+    notes = [f"its attention dropout {p:g} is fused: the same distribution, other random numbers"] if p > 0 else []
+    if module is _core(module):
+        notes.append("under torch.compile, where no mask can be looked at, it is fused if attention_mask is None")
+    return "; ".join(notes) or None
 
 
 def likely_class(module: Any) -> Class:
@@ -166,9 +169,7 @@ class Fused(FusedForward):
 class FusedCore(Fused):
     """`DotProductAttention` of a self-attention: the projections round it stay as they are."""
 
-    def __init__(self, module: nn.Module, positions: str | None) -> None:
-        super().__init__(module, positions)
-        self.looked = Looked()
+    looked: ClassVar = {causal: Looked() for causal in (False, True)}
 
     def __call__(
         self,
@@ -206,7 +207,7 @@ class FusedCore(Fused):
             wanted = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1) if causal else False
             return mask.dtype == torch.bool and bool((mask == wanted).all())
 
-        plain = self.looked(mask, look)
+        plain = self.looked[causal](mask, look)
         if not plain:
             warn_once("a self-attention with a mask of its own runs Megatron's code, not the fused one")
         return plain

@@ -82,7 +82,8 @@ def _refusal(module: Any) -> str | None:
 
 def note(module: Any) -> str | None:
     p = module.cross_attention.core_attention.attention_dropout.p
-    return f"its attention dropout {p:g} is fused: the same distribution, other random numbers" if p > 0 else None
+    dropout = f"its attention dropout {p:g} is fused: the same distribution, other random numbers; " if p > 0 else ""
+    return f"{dropout}under torch.compile, where no mask can be looked at, it runs its own forward"
 
 
 def likely_class(module: Any) -> Class:
@@ -101,9 +102,7 @@ def fused_forward(module: nn.Module, positions: str) -> FusedForward:
 
 
 class FusedNemo(FusedForward):
-    def __init__(self, module: nn.Module, positions: str | None) -> None:
-        super().__init__(module, positions)
-        self.looked = Looked()
+    looked = Looked()
 
     def __call__(
         self,

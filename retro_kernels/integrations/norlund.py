@@ -337,9 +337,7 @@ class FusedEncoder(Fused):
 
 
 class FusedDecoder(Fused):
-    def __init__(self, module: nn.Module, positions: str | None) -> None:
-        super().__init__(module, positions)
-        self.begins = Looked()
+    begins = Looked()
 
     def attend(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:  # type: ignore[override]
         """x [b, n, d], attention_mask [b, n]."""

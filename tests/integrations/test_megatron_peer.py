@@ -152,12 +152,25 @@ def test_half_precision_is_no_worse_than_the_unswapped(build):
 
 @pytest.mark.filterwarnings("ignore")
 def test_export(build):
-    """(torch.func it refuses itself, for its own autograd functions; compiled, it breaks into graphs.)"""
     model, swapped = build(1).eval(), build(1).eval()
     swap(swapped)
     given, named = arguments(*text(9))
     exported = torch.export.export(swapped, given, named, strict=False)
     close(exported.module()(*given, **named), model(*given, **named))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_without_a_mask_it_is_fused(build, monkeypatch):
+    """(It breaks into graphs. A mask's content cannot be looked at there: with one Megatron's code runs. Without
+    one, its code makes one, on a GPU.)"""
+    model, swapped = build(1).eval(), build(1).eval()
+    assert "if attention_mask is None" in swap(swapped).notes["decoder.layers.0.self_attention.core_attention"]
+    (tokens, positions, mask), named = arguments(*text(9))
+    want = model(tokens, positions, mask, **named)
+    core = model.decoder.layers[0].self_attention.core_attention
+    monkeypatch.setattr(type(core), "forward", lambda *_, **__: 1 / 0)
+    compiled = torch.compile(swapped, backend="eager")
+    close(compiled(tokens, positions, None, **named), want)
 
 
 def test_dropout_has_the_same_distribution(build):
