@@ -27,6 +27,10 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint, a file or a folder; with --to: a model's folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, which must not be there.")],
     peer: Annotated[str | None, typer.Option(help="The implementation it is of. Default: found out.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="Of several models in a file: what its names begin with. Default: the only one.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: the source's.")] = None,
     to: Annotated[str | None, typer.Option(help="Instead, export this library's model to: retro-pytorch.")] = None,
     set_: Annotated[
         list[str] | None,
@@ -37,6 +41,8 @@ def convert(
 
     With --to OUT holds model.safetensors, a state dict, and arguments.json, with which to build the model for it.
     """
+    import torch
+
     from ..files import replaced, write_json
     from ..integrations.weights import converted, exported
     from ..models import Retro
@@ -50,8 +56,8 @@ def convert(
 
             from ..integrations import retro_pytorch
 
-            if peer is not None or set_:
-                raise ValueError("peer, set: got one with --to, which they do nothing for")
+            if set_ or (peer, prefix, dtype) != (None, None, None):
+                raise ValueError("peer, prefix, dtype, set: got one with --to, which they do nothing for")
             model = Retro.from_pretrained(source)
             weights = exported(model.config, model.state_dict(), to)
             arguments = {
@@ -63,10 +69,15 @@ def convert(
             write_json(out / "arguments.json", arguments)
             typer.echo(f"{out}: {len(weights)} tensors of {to}")
             return
-        found = converted(source, peer=peer, **settings(set_ or []))
+        wanted: Any = None if dtype is None else getattr(torch, dtype, dtype)
+        found = converted(source, peer=peer, prefix=prefix, dtype=wanted, **settings(set_ or []))
         from ..models.checkpoint import assemble
 
-        model = assemble(Retro, found.config, ((source, *pair) for pair in found.weights.items()), source)
+        tensors = (
+            (source, name, x.to(wanted) if wanted is not None and x.is_floating_point() else x)
+            for name, x in found.weights.items()
+        )
+        model = assemble(Retro, found.config, tensors, source)
         model.save_pretrained(out)
     counts = model.count_parameters()
     typer.echo(f"{source} is of {found.peer}: {len(found.weights)} tensors, every one accounted for")

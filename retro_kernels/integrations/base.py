@@ -11,7 +11,7 @@ import textwrap
 import tokenize
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import CodeType
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..ops.verification.classes import Class
+from .tensors import plain_name
 
 AS_TRAINED, PAPER = "as_trained", "paper"
 
@@ -100,6 +101,50 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in HOOKS)
+
+
+def describe_additions(model: nn.Module) -> str | None:
+    """What some part of a model computes that its weights do not tell, or None. What hooks do cannot be known, so a
+    warning names them."""
+    hooked = []
+    for name, part in model.named_modules():
+        if "torch._dynamo.eval_frame.OptimizedModule" in class_names(part):
+            continue
+        if not isinstance(vars(part).get("forward"), (FusedForward, type(None))):
+            return f"something else has replaced forward on {name or 'it'}"
+        theirs = [kind for kind in type(part).__mro__ if kind.__module__.startswith("torch.nn.modules.")][:-1]
+        if theirs and getattr(type(part), "forward", None) is not getattr(theirs[0], "forward", None):
+            return f"{name} is a {type(part).__qualname__}, a {theirs[0].__name__} with a forward of its own"
+        hooks = [hook for kind in HOOKS for hook in getattr(part, kind).values()]
+        if any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks):
+            hooked.append(name or "the model itself")
+    if hooked:
+        shown = ", ".join(hooked[:5]) + (f" and {len(hooked) - 5} more" if len(hooked) > 5 else "")
+        warnings.warn(f"source: hooks on {shown} are left out: a Retro computes what the weights tell", stacklevel=4)
+    return None
+
+
+def describe_unevenness(model: nn.Module, common: Mapping[str, str]) -> str | None:
+    """Two parts with other settings where a config has one for both, or None.
+
+    Args:
+        common: attribute -> what has one value of it: "model"; "half" (encoder and decoder each); in a half each
+            "class"; or in a half the parts of each "holder", a class.
+    """
+    seen: dict[tuple[str, ...], tuple[str, Any]] = {}
+    parts = dict(model.named_modules())
+    for name, part in parts.items():
+        half, kind = str(plain_name(name).startswith("encoder.")), type(part).__name__
+        holder = type(parts[name.rpartition(".")[0]]).__name__
+        for attribute, scope in common.items():
+            if not isinstance(vars(part).get(attribute), (int, float)):
+                continue
+            value = vars(part)[attribute]
+            within = {"model": (), "half": (half,), "class": (half, kind), "holder": (half, holder)}[scope]
+            first, other = seen.setdefault((attribute, *within), (name, value))
+            if other != value:
+                return f"{attribute} is {value!r} in {name} and {other!r} in {first or 'it'}, and a Retro has one"
+    return None
 
 
 def describe_change(name: str, function: Any, known: str | None, version: str, *, verbatim: bool = False) -> str | None:

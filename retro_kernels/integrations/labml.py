@@ -19,8 +19,8 @@ from ..models.config import RetroConfig
 from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import FusedForward, class_names, describe_change, has_hooks, random_text, warn_once
-from .tensors import Tensors
+from .base import FusedForward, class_names, describe_change, describe_unevenness, has_hooks, random_text, warn_once
+from .tensors import Tensors, plain_name
 
 NAME = "labml"
 VERSION = "retro-transformer 1.0.3 and labml-nn 0.5.1"
@@ -38,6 +38,8 @@ KNOWN_SOURCES = {
     "NearestNeighborEncoder.forward": "d4eb67cf4fbed1fae1f523a84496b9756fb1f393526bc79618544d1a6578446e",
     "RetroModel.forward": "dbbb8319c512f3c79d62a3ca807620adbcc804ea2b5b031f40c5df182d792f28",
 }
+COMMON = {"chunk_len": "model", "d_k": "model", "eps": "model", "n_heads": "half", "scale": "model"}
+"""What its constructor gives to all layers alike, and whoever changes a layer may not."""
 PARTS = {"query", "key", "value", "norm", "softmax", "output"}
 
 # The dialect; sizes: `convert`.
@@ -215,10 +217,15 @@ def describe(model: Any) -> dict[str, Any]:
         if kind is None:
             continue
         reason = refusal(module) if kind in ATTENTIONS else _change(module, kind)
-        if reason is None and not isinstance(vars(module).get("forward"), (FusedForward, type(None))):
-            reason = "something else has replaced its forward"
+        if kind == "SelfAttention" and reason is None and module.is_causal == plain_name(name).startswith("encoder."):
+            reason = f"is_causal is {module.is_causal}"
+        if kind == "FeedForward" and reason is None and type(module.act) is not nn.ReLU:
+            reason = f"act is a {type(module.act).__name__}, expected nn.ReLU"
         if reason is not None:
             raise ValueError(f"source: of {name or 'it'}, {reason}")
+    reason = describe_unevenness(model, COMMON)
+    if reason is not None:
+        raise ValueError(f"source: got a {type(model).__name__}, expected one of {VERSION}, but {reason}")
     own, encoder = model.attn[0], model.encoder
     found = {
         "attention_scale": own.scale,
@@ -227,8 +234,6 @@ def describe(model: Any) -> dict[str, Any]:
         "chunk_size": encoder.chunk_len,
         "norm_eps": own.norm.eps,
     }
-    if any(cca.chunk_len != encoder.chunk_len for cca in model.cca):
-        raise ValueError(f"source: got other chunks in its decoder than in its encoder, {encoder.chunk_len}")
     return found
 
 
@@ -237,7 +242,10 @@ def convert(tensors: Tensors, options: dict[str, Any]) -> tuple[RetroConfig, dic
     `encoder_cross_attention_layers`, here counted from 1."""
     for name in ("chunk_size", "cross_attention_layers", "encoder_cross_attention_layers"):
         if name not in options:
-            raise ValueError(f"{name}: got none, which labml's weights do not tell, expected the model's: give it")
+            counted = ", its ca_layers counted from 1" if name != "chunk_size" else ""
+            raise ValueError(
+                f"{name}: got none, which labml's weights do not tell, expected the model's{counted}: give it"
+            )
     vocab_size, d = tensors.shape("emb.weight")
     layers, encoder_layers = tensors.count("attn.{}."), tensors.count("encoder.attn.{}.")
     thetas = [

@@ -26,7 +26,16 @@ from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import FusedForward, Looked, class_names, describe_change, has_hooks, random_text, warn_once
+from .base import (
+    FusedForward,
+    Looked,
+    class_names,
+    describe_change,
+    describe_unevenness,
+    has_hooks,
+    random_text,
+    warn_once,
+)
 from .tensors import Tensors
 
 NAME = "norlund"
@@ -44,7 +53,14 @@ KNOWN_SOURCES = {
     "RetroEncoderSelfAttention.forward": "81b173ac0435863787102957be59bdef1120dc4f926de4191907c4185afd0c1d",
     "MultiHeadAttention.forward": "f3b12a6cdddd685e8cc1820cd30186e6a5c29ee87a8b99912735c6e8e897dbbe",
     "RelativePositionBias.forward": "af9053120d5f404c956b68feb2b5fb55a3ed36c3806295931bbdb2beaf1fc49d",
+    "RetroFeedForward.forward": "6649f823235da28608a22d39d4cbf2aa3b4618ef1ee2cf2bdaa75d8980662dce",
+    "RMSNorm.forward": "5b1970273664b5de9a891dafd8aa5d2140f165731fa0da072b6814d8e2b69f41",
+    "RetroEncoder.forward": "930cee30b86c6038a045028b740280ab3d3d7d25e15f75f42c6551b4cc4a0829",
+    "RetroModel.forward": "fed4b10d2853f2c0c340dee9d19842fa2282ffa18c396f31af22d27c3b87fe3c",
+    "RetroModelLMHead.forward": "2d0c1bcf2cde9082182aeb91be92e12563a79c8168f51b3f087b211c903a8b40",
 }
+COMMON = {"chunk_size": "model", "num_heads": "half", "eps": "model", "p": "class"}
+"""What its constructor gives to all layers alike, and whoever changes a layer may not."""
 
 # The dialect; sizes: `convert`.
 PRESET: dict[str, Any] = {
@@ -76,6 +92,21 @@ def is_weights(names: Mapping[str, Any]) -> bool:
 
 
 def describe(model: Any) -> dict[str, Any]:
+    """As `retro_pytorch.describe`."""
+    reason = None
+    for name, part in model.named_modules():
+        kinds = [x.rpartition(".")[2] for x in class_names(part)]
+        kind = next((x for x in kinds if f"{x}.forward" in KNOWN_SOURCES), None)
+        if kind is not None and reason is None:
+            known = KNOWN_SOURCES[f"{kind}.forward"]
+            reason = describe_change(f"{kind}.forward", type(part).forward, known, VERSION)
+            if kind == "RetroFeedForward" and type(part.gelu_act).__name__ != "NewGELUActivation":
+                reason = f"gelu_act of {name} is a {type(part.gelu_act).__name__}, expected NewGELUActivation"
+            if kind == "RMSNorm" and (part.eps, part.p, part.bias) != (1e-8, -1.0, False):
+                reason = f"{name} has eps = {part.eps}, p = {part.p}, bias = {part.bias}, expected 1e-8, -1.0, False"
+    reason = reason or describe_unevenness(model.base, COMMON)
+    if reason is not None:
+        raise ValueError(f"source: got a {type(model).__name__}, expected one of {VERSION}, but {reason}")
     config = model.config
     return {
         "chunk_size": config.chunk_size,

@@ -26,12 +26,23 @@ from torch import nn
 
 from ..models.config import RetroConfig
 from ..nn import ChunkedCrossAttention, NeighbourEncoder
+from ..ops import checks
 from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import AS_TRAINED, PAPER, FusedForward, class_names, describe_change, has_hooks, random_text, warn_once
-from .tensors import Tensors
+from .base import (
+    AS_TRAINED,
+    PAPER,
+    FusedForward,
+    class_names,
+    describe_change,
+    describe_unevenness,
+    has_hooks,
+    random_text,
+    warn_once,
+)
+from .tensors import Tensors, plain_name
 
 NAME = "retro-pytorch"
 VERSION = "0.3.9"
@@ -229,6 +240,16 @@ DEEPNET: dict[str, Any] = {
     "encoder_final_norm": False,
 }
 HEADS = 8  # RETRO(heads=...) does not reach its layers
+FEED_FORWARD = [nn.Linear, nn.GELU, nn.Dropout, nn.Linear]
+COMMON = {
+    "chunk_size": "model",
+    "eps": "model",
+    "heads": "half",
+    "scale_residual": "half",
+    "scale": "class",
+    "p": "holder",
+}
+"""What its constructor gives to all layers alike, and whoever changes a layer may not."""
 EPS = 1e-8**2  # its norms divide by at least 1e-8
 
 
@@ -256,6 +277,7 @@ def describe(model: Any) -> dict[str, Any]:
     ccas = [x for x in model.modules() if CCA in class_names(x)]
     if reason is None and len({_positions_of(x) for x in ccas}) > 1:
         reason = "some of its chunked cross-attentions are swapped with other positions than the rest"
+    reason = reason or describe_unevenness(model, COMMON)
     if reason is not None:
         raise ValueError(f"source: got a {type(model).__name__}, expected one of {NAME} {VERSION}, but {reason}")
     (own, _, feed_forward), (encoder_own, _, encoder_feed_forward) = model.decoder.layers[0], model.encoder.layers[0]
@@ -295,12 +317,19 @@ def convert(tensors: Tensors, options: dict[str, Any]) -> tuple[RetroConfig, dic
         raise ValueError(
             f"chunk_size: got none, which the weights of {NAME} do not tell, expected the model's: give it"
         )
-    m = options["chunk_size"]
+    m = checks.integer("chunk_size", options["chunk_size"], 1)
     depth, encoder_depth = tensors.count("decoder.layers.{}."), tensors.count("encoder.layers.{}.")
     vocab_size, width = tensors.shape("token_emb.weight")
     model_dim = tensors.shape("to_logits.weight")[1]
     inner = tensors.shape("decoder.layers.0.0.fn.to_q.weight")[0]
-    heads, encoder_heads = options.get("num_heads", HEADS), options.get("encoder_heads", HEADS)
+    heads, encoder_heads = (
+        checks.integer(name, options.get(name, HEADS), 1) for name in ("num_heads", "encoder_heads")
+    )
+    if "attention_scale" not in options and (heads, encoder_heads) != (HEADS, HEADS):
+        raise ValueError(
+            f"num_heads, encoder_heads: got {heads}, {encoder_heads}, expected {HEADS}, which every layer of "
+            f"{NAME} {VERSION} has, whatever RETRO's argument heads was"
+        )
     head_dim = inner // heads
     kind: dict[str, Any] = {"norm_eps": EPS}
     if "decoder.layers.0.0.norm.bias" in tensors:
@@ -728,6 +757,8 @@ def _attention_structure(attention: Any, null_slot: bool) -> str | None:
         return f"heads and scale are {heads!r} and {scale!r}, expected a positive int and a number"
     inner = {name: getattr(getattr(attention, name), "out_features", None) for name in ("to_q", "to_k", "to_v")}
     sizes = {name: x.numel() for name, x in own.items()} | {name: x for name, x in inner.items() if x is not None}
+    if 0 in sizes.values():
+        return "FSDP has a part of its parameters in each process: swap before it wraps the model"
     if len(set(sizes.values())) != 1 or next(iter(sizes.values())) % heads:
         return f"the inner sizes {sizes} differ or are not a multiple of {heads} heads"
     return None
@@ -754,7 +785,8 @@ def _attention_source(attention: nn.Module) -> str | None:
 
 def _parts_refusal(model: nn.Module) -> str | None:
     """Why a part of an encoder, or of a whole model, is not known to compute what it did in VERSION."""
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
+        name = plain_name(path)
         theirs = [kind for kind in class_names(module) if kind.startswith(MODULE)]
         if not theirs:
             continue
@@ -773,6 +805,10 @@ def _parts_refusal(model: nn.Module) -> str | None:
             isinstance(module.norm, nn.LayerNorm) or MODULE + "RMSNorm" in class_names(module.norm)
         ):
             reason = f"its norm is a {type(module.norm).__name__}, expected RMSNorm or nn.LayerNorm"
+        elif kind == "FeedForward" and reason is None:
+            found = [type(part) for part in module.ff]
+            if found != FEED_FORWARD or module.ff[1].approximate != "none":
+                reason = f"its parts are {', '.join(map(repr, module.ff))}, expected Linear, GELU, Dropout, Linear"
         if reason is not None:
             return f"of {name or 'it'}, {reason}"
     return None

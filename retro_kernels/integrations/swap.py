@@ -71,10 +71,16 @@ class SwapReport:
                 "take that back first, then call undo() again"
             )
 
-    def generate(self, input_ids: Any, **options: Any) -> Generated:
+    def generate(
+        self, input_ids: Any, *, num_neighbours: int | None = None, retrieved_length: int | None = None, **options: Any
+    ) -> Generated:
         """New tokens after each prompt, every token computed once: the model as a `Retro` that shares its weights, and
         `Retro.generate` with its arguments. With the best token chosen (the default) these are the tokens that the
         model's own loop finds by computing everything anew for each.
+
+        Args:
+            num_neighbours, retrieved_length: the most neighbours of a chunk and their most tokens, which most models do
+                not tell; default 2, and two chunks.
 
         Raises ValueError for a model that is no whole one, see `Retro.from_peer`, and what `Retro.generate` raises.
         """
@@ -82,7 +88,10 @@ class SwapReport:
 
         if self._model is None:
             raise ValueError("generate: this report has no model, expected one that swap returned")
-        return Retro.from_peer(self._model, copy=False).generate(input_ids, **options)
+        sizes = {"num_neighbours": num_neighbours, "retrieved_length": retrieved_length}
+        changes: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+        model = Retro.from_peer(self._model, copy=False, **changes)
+        return model.generate(input_ids, num_neighbours=num_neighbours, **options)
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """(module, "replaced" or "skipped", remark) of every module that was looked at."""
@@ -243,7 +252,7 @@ def _nothing_to_replace(model: nn.Module, report: SwapReport) -> str:
     else:
         found = _classes_of(model)
     return (
-        f"model: nothing in this {type(model).__name__} can be replaced. Looked for {_looked_for()}; found {found}. "
+        f"model: nothing in this {type(model).__name__} can be replaced; found {found}. Looked for {_looked_for()}. "
         "strict=False returns the report instead of raising"
     )
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DIVIDED = (
+    "it holds what one process had of a model that torch.distributed divided, expected all of it: save a full state "
+    "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with StateDictOptions(full_state_dict=True)), "
+    "or a folder (torch.distributed.checkpoint.save)"
+)
 
 
 class Tensors:
@@ -67,8 +75,17 @@ class Tensors:
 
     def _find(self, name: str) -> torch.Tensor:
         if name not in self.left:
-            raise ValueError(f"{self.source}: {name} missing, expected every tensor of the model")
-        return self.left[name]
+            stem = name.rpartition(".")[0] + "."
+            near = sorted(x for x in self.left if x.startswith(stem))[:3]
+            hint = f", got {', '.join(near)} in its place: are adapters not merged?" if near else ""
+            raise ValueError(f"{self.source}: {name} missing, expected every tensor of the model{hint}")
+        found = self.left[name]
+        if found.is_meta:
+            raise ValueError(f"{self.source}: got {name} on the meta device, expected its values: load them first")
+        if found.dtype not in DTYPES:
+            kinds = ", ".join(map(str, DTYPES))
+            raise ValueError(f"{self.source}: got {name} of {found.dtype}, expected one of {kinds}: is it quantised?")
+        return found
 
 
 def load_pickle(path: Path, known: Iterable[Any] = ()) -> Any:
@@ -84,10 +101,13 @@ def load_pickle(path: Path, known: Iterable[Any] = ()) -> Any:
                 foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except Exception:
             foreign = []
+        if any(name.startswith("torch.distributed.") for name in foreign):
+            raise ValueError(f"{path}: {DIVIDED}") from error
         if foreign:
             raise ValueError(
                 f"{path}: it holds more than weights ({', '.join(sorted(foreign)[:5])}), and loading such objects "
-                "could run any code, so it is not done; save its state dict alone, where you trust it: "
+                "could run any code, so it is not done; where you trust it, load it yourself with "
+                "torch.load(path, weights_only=False), and give the model, or a file with its state dict alone: "
                 "torch.save(model.state_dict(), path)"
             ) from error
         raise ValueError(f"{path}: no checkpoint that can be read ({type(error).__name__}: {reason})") from error
@@ -100,3 +120,18 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, torch
             yield f"{prefix}{key}", value
         elif isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
+
+
+def named(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The same as one dictionary, by the names that the tensors have without wrappers around parts."""
+    return {plain_name(name): x for name, x in flat(tree)}
+
+
+def plain_name(name: str) -> str:
+    """A tensor's or a part's name without what torch.compile, FSDP and activation checkpointing put into it."""
+    return re.sub(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)", "", name).removesuffix(".")
+
+
+def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With those that FSDP2 or tensor parallelism divide (DTensor) put together, for which every process must call."""
+    return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in tensors.items()}

@@ -3,6 +3,7 @@ projected once, when the chunk is complete."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -86,6 +87,10 @@ class Sampling:
     def choose(self, logits: torch.Tensor, past: list[list[int]], generators: list[torch.Generator]) -> list[int]:
         """logits [b, vocab_size]; what each sequence holds; a generator for each -> a token for each."""
         logits = logits.float()
+        if bool(logits.isnan().any()):
+            raise ValueError(
+                "model: its logits are NaN, expected numbers: are its weights finite, and do they fit its dtype?"
+            )
         if self.repetition_penalty != 1.0:
             logits = logits.clone()
             for row, tokens in zip(logits, past):
@@ -190,7 +195,9 @@ def generate(
     if stops and tokenizer is None:
         raise ValueError("stop_strings: got some without a tokenizer, expected one with decode(tokens)")
     eos_token_id = config.eos_token_id if eos_token_id is None else eos_token_id
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    ends = set(eos_token_id) if isinstance(eos_token_id, Iterable) else {eos_token_id} - {None}
+    for end in ends:
+        checks.integer("eos_token_id", end, 0, config.vocab_size - 1, "vocab_size - 1")
 
     retrieval = None
     if retriever is not None:
@@ -478,7 +485,8 @@ class Retrieval:
         if len(shape) != 3 or shape[0] != s or shape[1] > self.k or shape[2] > self.r:
             raise ValueError(
                 f"retriever: got tokens of shape {list(shape)} for {s} chunks, expected [{s}, k, r] with k at most "
-                f"num_neighbours = {self.k} and r at most retrieved_length = {self.r}"
+                f"num_neighbours = {self.k} and r at most retrieved_length = {self.r}: give generate num_neighbours=, "
+                "and Retro.from_peer, or a swap's report.generate, retrieved_length="
             )
         self.model.check_vocabulary("the retriever's tokens", tokens)
         mask = None if found.mask is None else found.mask.cpu()
@@ -507,7 +515,10 @@ def _prompts(input_ids: Any, attention_mask: torch.Tensor | None) -> list[list[i
             raise ValueError("attention_mask: got one with a list of prompts, expected None: they have their lengths")
         if not _are_rows(input_ids) or not all(map(_are_rows, input_ids)):
             raise TypeError(f"input_ids: got {input_ids!r:.60}, expected tokens [b, n] or a list of lists of tokens")
-        rows = [list(row) for row in input_ids]
+        try:
+            rows = [[operator.index(token) for token in row] for row in input_ids]
+        except TypeError as error:
+            raise TypeError(f"input_ids: got {input_ids!r:.60}, expected tokens, which are integers") from error
     if not rows or not all(rows):
         raise ValueError("input_ids: got no prompt, or an empty one, expected at least one token in each")
     return rows

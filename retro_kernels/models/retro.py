@@ -381,6 +381,7 @@ class Retro(nn.Module):
         source: nn.Module | str | os.PathLike[str],
         *,
         peer: str | None = None,
+        prefix: str | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -396,6 +397,8 @@ class Retro(nn.Module):
             source: a model of one of `integrations.weights.PEERS` (or a wrapper that holds one, swapped or not), or a
                 file or folder with its weights, which is read without running what a pickle might hold.
             peer: which implementation it is, by its name there; None finds out.
+            prefix: of a file with several models (an average beside the model, say): what the names of the one begin
+                with. What has another name is left aside. None finds the only one, beside which nothing may be.
             backend, device, dtype: of the model; by default the device of the source's weights, and their dtype.
             changes: fields of the config that a source does not tell, such as `retrieved_length`, `chunk_size` and
                 `num_heads` of a bare state dict, `tokenizer`, `eos_token_id`.
@@ -406,12 +409,13 @@ class Retro(nn.Module):
         """
         from ..integrations.weights import converted
 
-        found = converted(source, peer=peer, **changes)
-        tensors = (
-            (found.source, name, x.detach().to(device, dtype if x.is_floating_point() else None, copy=copy))
-            for name, x in found.weights.items()
-        )
-        return checkpoint.assemble(cls, found.config, tensors, found.source, backend=backend)
+        with torch.inference_mode(False):  # in which parameters could never be trained
+            found = converted(source, peer=peer, prefix=prefix, dtype=dtype, **changes)
+            tensors = (
+                (found.source, name, x.detach().to(device, dtype if x.is_floating_point() else None, copy=copy))
+                for name, x in found.weights.items()
+            )
+            return checkpoint.assemble(cls, found.config, tensors, found.source, backend=backend)
 
     def to_peer(self, peer: str) -> dict[str, torch.Tensor]:
         """The state dict of another implementation's model with this one's function: "retro-pytorch", for

@@ -110,7 +110,9 @@ def test_a_state_dict_says_what_it_lacks(tmp_path):
     model = build()
     torch.save(model.state_dict(), tmp_path / "model.pt")
     tokens, retrieved = text(14)
-    with pytest.raises(ValueError, match="cross_attention_layers: got none, which labml's weights do not tell"):
+    with pytest.raises(
+        ValueError, match=r"cross_attention_layers: got none, .* expected the model's, its ca_layers counted"
+    ):
         Retro.from_peer(tmp_path / "model.pt", chunk_size=4)
     told = {"chunk_size": 4, "cross_attention_layers": (1, 3), "encoder_cross_attention_layers": (2,)}
     close(Retro.from_peer(tmp_path / "model.pt", **told)(tokens, retrieved), model(tokens, retrieved))
@@ -124,6 +126,22 @@ def test_a_state_dict_says_what_it_lacks(tmp_path):
         model.attn[1].rotary_pe.theta.mul_(0.5)
     with pytest.raises(ValueError, match=r"frequencies .* that differ between layers"):
         Retro.from_peer(model)
+
+
+def test_what_the_weights_do_not_tell_is_refused_by_name():
+    for change, message in (
+        (lambda x: setattr(x.attn[1].norm, "eps", 1.0), r"eps is 1\.0 in attn\.1\.norm"),
+        (lambda x: setattr(x.cca[1], "n_heads", 1), r"n_heads is 1 in cca\.1 and 2 in"),
+        (lambda x: setattr(x.encoder.attn[0], "scale", 1.0), r"scale is 1\.0 in encoder\.attn\.0"),
+        (lambda x: setattr(x.cca[0], "chunk_len", 2), "chunk_len is 2 in cca"),
+        (lambda x: setattr(x.attn[1], "is_causal", False), r"of attn\.1, is_causal is False"),
+        (lambda x: setattr(x.ffw[2], "act", nn.GELU()), r"of ffw\.2, act is a GELU, expected nn\.ReLU"),
+        (lambda x: setattr(x.read, "forward", lambda y: y), "something else has replaced forward on read"),
+    ):
+        model = build()
+        change(model)
+        with pytest.raises(ValueError, match=f"^source: .*{message}"):
+            Retro.from_peer(model)
 
 
 def test_what_is_not_the_known_version_is_left_alone(monkeypatch):

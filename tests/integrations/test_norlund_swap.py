@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks import peers
 from retro_kernels.integrations import base, norlund, swap
+from retro_kernels.models import Retro
 
 K, R, B = 2, 6, 2
 
@@ -153,3 +154,12 @@ def test_its_own_whole_model_agrees(peer):
                 torch.testing.assert_close(y.grad, x.grad, rtol=2e-4, atol=2e-6 * largest, msg=name)
         report.undo()
         assert torch.equal(swapped(tokens, neighbours).logits, model(tokens, neighbours).logits)
+        if seed == 0:
+            told = {"num_neighbours": k, "retrieved_length": r}
+            Retro.from_peer(model, **told)
+            model.base.final_layer_norm.eps = 1.0
+            with pytest.raises(ValueError, match=r"base\.final_layer_norm has eps = 1\.0"):
+                Retro.from_peer(model, **told)
+            model.base.final_layer_norm.eps, model.base.decoder[0][2].gelu_act = 1e-8, torch.nn.ReLU()
+            with pytest.raises(ValueError, match=r"gelu_act of base\.decoder\.0\.2 is a ReLU"):
+                Retro.from_peer(model, **told)

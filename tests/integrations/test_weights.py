@@ -2,6 +2,9 @@
 
 retro-pytorch 0.3.9 is the installed package. Needs the extra `peers`."""
 
+import argparse
+import copy
+import importlib
 import random
 
 import pytest
@@ -100,13 +103,13 @@ class Lookup:
         return Neighbours(tokens)
 
 
-def own_loop(model, prompt):
+def own_loop(model, prompt, fetch=lambda chunks: Lookup()(chunks).tokens):
     """TrainingWrapper.generate with the most likely token, up to the longest sequence. (Its constructor would embed a
     folder of text with BERT.)"""
     wrapper = TrainingWrapper.__new__(TrainingWrapper)
     nn.Module.__init__(wrapper)
     wrapper.retro, wrapper.chunk_size, wrapper.max_seq_len = model, model.chunk_size, model.seq_len
-    wrapper.fetch_knn_chunks_fn = lambda chunks: Lookup()(chunks).tokens
+    wrapper.fetch_knn_chunks_fn = fetch
     return wrapper.generate(torch.tensor(prompt), filter_thres=0.999)[:, : model.seq_len]
 
 
@@ -171,6 +174,180 @@ def test_files_are_read_without_running_what_they_hold(tmp_path):
         Retro.from_peer(tmp_path / "other.pt")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Retro.from_peer(tmp_path / "nowhere.pt")
+
+
+def test_the_names_under_which_people_save(tmp_path):
+    """Other attributes and keys than ours, wrappers around inner parts, arguments and an optimizer beside."""
+    model = peer()
+    tokens, retrieved = torch.randint(1, 50, (1, 20)), torch.randint(1, 50, (1, 2, 2, 16))
+    want, state = model(tokens, retrieved), model.state_dict()
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-3}]}
+    compiled = copy.deepcopy(model)
+    compiled.decoder = torch.compile(compiled.decoder)
+    for saved in (
+        {"model_state_dict": state, "optimizer_state_dict": optimizer, "epoch": 3},
+        {"state_dict": {f"net.{name}": x for name, x in state.items()}, "optimizer_states": [optimizer]},
+        {"model": state, "args": argparse.Namespace(lr=1e-3), "rng": torch.get_rng_state()},
+        {f"_fsdp_wrapped_module.{name}": x for name, x in state.items()},
+        {f"module._orig_mod.{name}": x for name, x in state.items()},
+        compiled.state_dict(),
+    ):
+        torch.save(saved, tmp_path / "saved.pt")
+        close(Retro.from_peer(tmp_path / "saved.pt", chunk_size=8)(tokens, retrieved), want)
+    close(Retro.from_peer(compiled)(tokens, retrieved), want)
+
+
+def test_of_several_models_in_a_file_the_caller_says_which(tmp_path):
+    model, average = peer(), peer(1)
+    tokens, retrieved = torch.randint(1, 50, (1, 20)), torch.randint(1, 50, (1, 2, 2, 16))
+    both = {"model": model.state_dict(), "ema": {"shadow": average.state_dict()}}
+    torch.save(both, tmp_path / "both.pt")
+    with pytest.raises(
+        ValueError, match=r"prefix: got none, .*both\.pt holds 2 models.*'model\.' .* or 'ema\.shadow\.'"
+    ):
+        Retro.from_peer(tmp_path / "both.pt", chunk_size=8)
+    for prefix, meant in (("model", model), ("ema.shadow.", average), ("ema", average)):
+        found = Retro.from_peer(tmp_path / "both.pt", prefix=prefix, chunk_size=8)
+        close(found(tokens, retrieved), meant(tokens, retrieved))
+    with pytest.raises(ValueError, match=r"got tensors named none .* under 'mean', expected those of"):
+        Retro.from_peer(tmp_path / "both.pt", prefix="mean", chunk_size=8)
+    with pytest.raises(TypeError, match="prefix: got int"):
+        Retro.from_peer(tmp_path / "both.pt", prefix=3)
+    with pytest.raises(ValueError, match="prefix: got 'model' with a module"):
+        Retro.from_peer(model, prefix="model")
+    torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), tmp_path / "averaged.pt")
+    with pytest.raises(ValueError, match=r"n_averaged left over beside the model.*prefix='module\.'"):
+        Retro.from_peer(tmp_path / "averaged.pt", chunk_size=8)
+    found = Retro.from_peer(tmp_path / "averaged.pt", prefix="module.", chunk_size=8)
+    close(found(tokens, retrieved), model(tokens, retrieved))
+
+
+def test_numbers_that_no_model_could_compute_with_are_refused(tmp_path):
+    model = peer()
+    state = model.state_dict()
+    for changed, message in (
+        (
+            {name: x.bfloat16() if "decoder" in name else x for name, x in state.items()},
+            r"dtype: got none, and .*float32",
+        ),
+        (
+            {**state, "to_logits.weight": state["to_logits.weight"].int()},
+            r"to_logits\.weight of torch\.int32, expected",
+        ),
+        (
+            {name: x.to("meta") for name, x in state.items()},
+            r"token_emb\.weight on the meta device, expected its values",
+        ),
+        (
+            {name.replace("0.fn.to_q.", "0.fn.to_q.base_layer."): x for name, x in state.items()},
+            r"to_q\.weight missing, .* got .*to_q\.base_layer\.weight in its place: are adapters not merged",
+        ),
+    ):
+        torch.save(changed, tmp_path / "changed.pt")
+        with pytest.raises(ValueError, match=message):
+            Retro.from_peer(tmp_path / "changed.pt", chunk_size=8)
+        if "dtype" in message:
+            assert (
+                Retro.from_peer(tmp_path / "changed.pt", chunk_size=8, dtype=torch.bfloat16).embedding.weight.dtype
+                == torch.bfloat16
+            )
+    model.decoder.bfloat16()
+    with pytest.raises(ValueError, match=r"dtype: got none, and the RETRO has .* expected one for all"):
+        Retro.from_peer(model)
+    with pytest.raises(ValueError, match=r"dtype: got torch\.int8, expected one of"):
+        Retro.from_peer(model, dtype=torch.int8)
+    torch.save(state, tmp_path / "plain.pt")
+    with pytest.raises(ValueError, match="num_heads, encoder_heads: got 4, 8, expected 8"):
+        Retro.from_peer(tmp_path / "plain.pt", chunk_size=8, num_heads=4)
+    with pytest.raises(TypeError, match="chunk_size: got '8'"):
+        Retro.from_peer(tmp_path / "plain.pt", chunk_size="8")
+    with pytest.raises(ValueError, match=r"got a folder, .*; changed\.pt, plain\.pt there may be one"):
+        Retro.from_peer(tmp_path)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_the_weights_do_not_tell_is_refused_by_name():
+    """A layer that was changed alone: its settings, its class, its forward."""
+    for change, message in (
+        (lambda x: setattr(x.decoder.layers[1][0].fn, "heads", 4), r"heads is 4 in decoder\.layers\.1\.0\.fn and 8 in"),
+        (lambda x: setattr(x.decoder.layers[1][0].fn, "scale", 1.0), r"scale is 1\.0 in decoder\.layers\.1\.0\.fn"),
+        (lambda x: setattr(x.decoder.norm_out, "eps", 1.0), r"eps is 1\.0 in decoder\.norm_out"),
+        (
+            lambda x: setattr(x.decoder.layers[0][1].fn, "chunk_size", 4),
+            r"chunk_size is 4 in decoder\.layers\.0\.1\.fn",
+        ),
+        (lambda x: setattr(x.decoder.layers[1][0].fn.dropout, "p", 0.5), r"p is 0\.5 in decoder\.layers\.1\.0\.fn"),
+        (lambda x: x.decoder.layers[1][2].fn.ff.__setitem__(1, nn.ReLU()), r"decoder\.layers\.1\.2\.fn.*ReLU"),
+        (
+            lambda x: setattr(x.to_logits, "__class__", Doubled),
+            "to_logits is a Doubled, a Linear with a forward of its own",
+        ),
+        (lambda x: setattr(x.to_logits, "forward", lambda y: y), "something else has replaced forward on to_logits"),
+    ):
+        model = peer()
+        change(model)
+        with pytest.raises(ValueError, match=f"source: got a RETRO.*{message}"):
+            Retro.from_peer(model)
+    model = peer()
+    model.to_logits.register_forward_hook(lambda module, given, out: 2 * out)
+    with pytest.warns(UserWarning, match="hooks on to_logits are left out"):
+        Retro.from_peer(model)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP")
+def test_weights_that_fsdp_divides(tmp_path):
+    model = peer()
+    tokens, retrieved = torch.randint(1, 50, (1, 20)), torch.randint(1, 50, (1, 2, 2, 16))
+    want = model(tokens, retrieved)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fsdp = importlib.import_module("torch.distributed.fsdp")
+        wrapped = fsdp.FullyShardedDataParallel(copy.deepcopy(model), device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"with FullyShardedDataParallel in it.*save a full state dict"):
+            Retro.from_peer(wrapped)
+        sharded = fsdp.fully_shard(copy.deepcopy(model))
+        report = swap(sharded)
+        close(Retro.from_peer(sharded)(tokens, retrieved), want)
+        prompt = tokens.tolist()
+        assert torch.equal(
+            report.generate(prompt, max_new_tokens=3).sequences,
+            swap(model).generate(prompt, max_new_tokens=3).sequences,
+        )
+        torch.save(sharded.state_dict(), tmp_path / "part.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+    with pytest.raises(ValueError, match=r"part\.pt: it holds what one process had"):
+        Retro.from_peer(tmp_path / "part.pt", chunk_size=8)
+
+
+def test_a_conversion_under_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        retro = Retro.from_peer(peer())
+    retro(torch.randint(1, 50, (1, 20)), torch.randint(1, 50, (1, 2, 2, 16))).sum().backward()
+    assert retro.embedding.weight.grad is not None
+
+
+def test_generation_with_more_and_longer_neighbours_than_a_model_tells():
+    model = peer(max_seq_len=40)
+    k, r = 3, 24
+
+    def retrieve(chunks):
+        start = (chunks * torch.arange(1, chunks.shape[1] + 1)).sum(-1)[:, None, None]
+        return Neighbours((start * 7 + 3 * torch.arange(r) + 11 * torch.arange(k)[:, None]) % 50)
+
+    prompt = torch.randint(1, 50, (2, 11)).tolist()
+    want = own_loop(model, prompt, lambda chunks: retrieve(chunks).tokens)
+    report = swap(model)
+    with pytest.raises(ValueError, match="num_neighbours = 2 and r at most retrieved_length = 16: give generate"):
+        report.generate(prompt, retriever=retrieve, max_new_tokens=29)
+    options = {"retriever": retrieve, "max_new_tokens": 29, "num_neighbours": k, "retrieved_length": r}
+    assert torch.equal(report.generate(prompt, **options).sequences, want)
+    with pytest.raises(ValueError, match="num_neighbours: got one without a retriever"):
+        report.generate(prompt, max_new_tokens=3, num_neighbours=3)
 
 
 def test_what_half_matches_is_refused_by_name(monkeypatch, tmp_path):
@@ -254,6 +431,12 @@ def test_the_command_converts_there_and_back(tmp_path):
         assert torch.equal(x, model.state_dict()[name])
     assert "is there already" in run(tmp_path / "out", tmp_path / "back", "--to", "retro-pytorch").output
     assert "name=value" in run(tmp_path / "peer.pt", tmp_path / "x", "--set", "chunk_size").output
+    torch.save({"a": model.state_dict(), "b": model.state_dict()}, tmp_path / "two.pt")
+    chosen = "--prefix", "a", "--dtype", "bfloat16", "--set", "chunk_size=8"
+    assert run(tmp_path / "two.pt", tmp_path / "one", *chosen).exit_code == 0
+    assert Retro.from_pretrained(tmp_path / "one").embedding.weight.dtype == torch.bfloat16
+    assert "dtype: got 'half-full'" in run(tmp_path / "two.pt", tmp_path / "x", "--dtype", "half-full").output
+    assert "got one with --to" in run(tmp_path / "out", tmp_path / "x", "--to", "retro-pytorch", "--prefix", "a").output
 
 
 def made_for_the_check():

@@ -153,6 +153,10 @@ def test_wrong_arguments_are_named():
         ({"input_ids": "text"}, TypeError, "input_ids: got 'text', expected tokens"),
         ({"input_ids": [1, 2]}, TypeError, r"input_ids: got \[1, 2\], expected tokens"),
         ({"input_ids": ["text"]}, TypeError, r"input_ids: got \['text'\], expected tokens"),
+        ({"input_ids": [[1.5]]}, TypeError, r"input_ids: got \[\[1.5\]\], expected tokens, which are integers"),
+        ({"input_ids": [["a"]]}, TypeError, r"input_ids: got \[\['a'\]\], expected tokens, which are integers"),
+        ({"eos_token_id": "a"}, TypeError, "eos_token_id: got 'a'"),
+        ({"eos_token_id": [3, 64]}, ValueError, "eos_token_id: got 64, expected from 0 to vocab_size - 1 = 63"),
         ({"retriever": "db"}, TypeError, "retriever: got str, expected a Retriever"),
         ({"input_ids": [[64]]}, ValueError, "input_ids: got token 64"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens: got 0"),
@@ -180,6 +184,10 @@ def test_wrong_arguments_are_named():
         tiny("tiny-rotary").generate([[1]], max_new_tokens=64)
     with pytest.raises(ValueError, match="in training mode"):
         tiny(dropout=0.1).train().generate([[1]])
+    with torch.no_grad():
+        model.final_norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="model: its logits are NaN"):
+        model.generate([[1]])
 
 
 DIALECTS = {
