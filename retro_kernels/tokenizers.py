@@ -241,7 +241,8 @@ def load_model_tokenizer(folder: Path, config: RetroConfig) -> ChunkTokenizer:
         return found
     if config.tokenizer != BYTES:
         raise FileNotFoundError(
-            f"{path} is not there, and the model's tokenizer is {config.tokenizer!r}, not {BYTES!r}"
+            f"{path} is not there, and the model's tokenizer is {config.tokenizer!r}, not {BYTES!r}: copy there the "
+            "tokenizer.json with which the model was trained"
         )
     if config.vocab_size < 256:
         raise ValueError(f"vocab_size: got {config.vocab_size}, expected at least 256 with the tokenizer {BYTES!r}")

@@ -4,6 +4,7 @@ projected once, when the chunk is complete."""
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -178,6 +179,13 @@ def generate(
     sampling = Sampling(do_sample, temperature, top_k, top_p, repetition_penalty)
     prompts = _prompts(input_ids, attention_mask)
     model.check_vocabulary("input_ids", torch.tensor([token for prompt in prompts for token in prompt]))
+    pad = config.pad_token_id
+    if isinstance(input_ids, torch.Tensor) and attention_mask is None and any(pad in (x[0], x[-1]) for x in prompts):
+        warnings.warn(
+            f"input_ids: got rows that begin or end with pad_token_id = {pad}, which are read as text: give "
+            "attention_mask, or a list of lists",
+            stacklevel=3,
+        )
     for name, value, low in (("max_new_tokens", max_new_tokens, 1), ("pad_token_id", pad_token_id, 0)):
         checks.integer(name, value, low)
     checks.integer("seed", seed, 0)
@@ -403,6 +411,7 @@ class Retrieval:
                 "neighbours of whole chunks"
             )
         self.every = stride // self.m
+        self.counts_on = config.cross_num_buckets is not None
         self.sources: list[dict[int, Any]] = [{} for _ in prompts]
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="retriever")
         self.found: dict[tuple[int, int], tuple[Future, int]] = {}
@@ -487,6 +496,11 @@ class Retrieval:
                 f"retriever: got tokens of shape {list(shape)} for {s} chunks, expected [{s}, k, r] with k at most "
                 f"num_neighbours = {self.k} and r at most retrieved_length = {self.r}: give generate num_neighbours=, "
                 "and Retro.from_peer, or a swap's report.generate, retrieved_length="
+            )
+        if self.counts_on and shape[2] != self.r:
+            raise ValueError(
+                f"retriever: got neighbours of {shape[2]} tokens, expected retrieved_length = {self.r}: the bias by "
+                "distance counts on through all neighbours of a chunk"
             )
         self.model.check_vocabulary("the retriever's tokens", tokens)
         mask = None if found.mask is None else found.mask.cpu()

@@ -69,7 +69,7 @@ class _RetroPytorch:
         if size % (4 * width) or size < 4 * width * self.count:
             raise DatabaseError(
                 f"{path}: {size:,} bytes are no {self.count:,} rows of {width} int32; expected retro-pytorch's file of "
-                f"chunks of {self.chunk_size}"
+                f"chunks of {self.chunk_size}: is chunk_size another?"
             )
         return np.memmap(path, np.int32, mode="r").reshape(-1, width)[: self.count]
 
@@ -89,7 +89,14 @@ class _RetroPytorch:
 
     def neighbours(self) -> np.ndarray | None:
         path = self._folder / "train.chunks.knn.dat"
-        return self._whole(path, np.dtype(np.int32)) if path.exists() else None
+        if not path.exists():
+            return None
+        found = np.memmap(path, np.int32, mode="r")
+        # Its data set maps rows for chunks beyond the last, by which the file grows by zeros once training has begun.
+        k = int(np.max(np.flatnonzero(found), initial=0)) // self.count + 1
+        if len(found) % k or len(found) < k * self.count:
+            raise DatabaseError(f"{path}: {len(found):,} numbers are no rows of {self.count:,} chunks")
+        return found[: k * self.count].reshape(self.count, k)
 
 
 class _Megatron:

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retro_kernels.models import Retro
+from retro_kernels.models import Neighbours, Retro
 
 M, K, R, V = 4, 2, 8, 50
 D, E, H, EH = 24, 16, 3, 2
@@ -137,3 +137,20 @@ def test_what_is_not_told_and_what_does_not_fit(tmp_path):
     torch.save(weights, tmp_path / "less.pt")
     with pytest.raises(ValueError, match=r"base\.decoder\.1\.2\.wo\.weight missing"):
         Retro.from_peer(tmp_path / "less.pt", **TOLD)
+
+
+def test_generation_refuses_neighbours_of_another_length(tmp_path):
+    """Its biases count on through all neighbours: after shorter ones the next would begin elsewhere."""
+    torch.save(state(), tmp_path / "model.pt")
+    retro = Retro.from_peer(tmp_path / "model.pt", **TOLD)
+
+    def generate(k, r):
+        lookup = lambda chunks: Neighbours(torch.ones(len(chunks), k, r, dtype=torch.int64))  # noqa: E731
+        return retro.generate([[1] * (M + 1)], retriever=lookup, max_new_tokens=2)
+
+    generate(K, R)
+    generate(K - 1, R)
+    with pytest.raises(
+        ValueError, match=f"got neighbours of {R - 1} tokens, expected retrieved_length = {R}: the bias"
+    ):
+        generate(K, R - 1)

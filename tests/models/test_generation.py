@@ -184,6 +184,10 @@ def test_wrong_arguments_are_named():
         tiny("tiny-rotary").generate([[1]], max_new_tokens=64)
     with pytest.raises(ValueError, match="in training mode"):
         tiny(dropout=0.1).train().generate([[1]])
+    padded = torch.tensor([[1, 2, 0], [1, 2, 3]])
+    with pytest.warns(UserWarning, match="input_ids: got rows that begin or end with pad_token_id = 0"):
+        tiny(pad_token_id=0).generate(padded, max_new_tokens=1)
+    tiny(pad_token_id=0).generate(padded, max_new_tokens=1, attention_mask=padded != 0)
     with torch.no_grad():
         model.final_norm.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="model: its logits are NaN"):

@@ -60,6 +60,19 @@ def check_documents(database: Database, expected: list[np.ndarray], chunk_size: 
     assert chunk == len(database)
 
 
+def test_neighbours_from_retro_pytorch_once_it_has_trained(retro_pytorch: Path, tmp_path: Path):
+    """Its data set has made the file longer, by the chunks of a sequence."""
+    path = retro_pytorch / "train.chunks.knn.dat"
+    before = np.fromfile(path, np.int32).reshape(-1, 2)
+    for more in (1, 2, 9, 100):
+        path.write_bytes(before.tobytes() + bytes(before[0].nbytes * more))
+        import_database("retro-pytorch", retro_pytorch, tmp_path / f"{more}", chunk_size=CHUNK)
+        assert np.array_equal(np.load(tmp_path / f"{more}" / NEIGHBOURS, allow_pickle=False), before)
+    path.write_bytes(before.tobytes()[:-8])
+    with pytest.raises(DatabaseError, match="are no rows of 9 chunks"):
+        import_database("retro-pytorch", retro_pytorch, tmp_path / "cut", chunk_size=CHUNK)
+
+
 def test_from_retro_pytorch(retro_pytorch: Path, tmp_path: Path):
     folder = tmp_path / "db"
     given = ["db", "import", "retro-pytorch", str(retro_pytorch), "--out", str(folder), "--chunk-size", str(CHUNK)]
