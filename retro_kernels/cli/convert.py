@@ -39,7 +39,8 @@ def convert(
 ) -> None:
     """Converts weights from or to another implementation. Every tensor is accounted for, or nothing is written.
 
-    With --to OUT holds model.safetensors, a state dict, and arguments.json, with which to build the model for it.
+    With --to OUT holds model.safetensors, a state dict, and arguments.json, with which to build the model for it
+    (norm_klass by its name in torch.nn).
     """
     import torch
 
@@ -80,6 +81,9 @@ def convert(
         model = assemble(Retro, found.config, tensors, source)
         model.save_pretrained(out)
     counts = model.count_parameters()
+    assumed = ", ".join(f"{name}={value}" for name, value in found.assumed.items())
     typer.echo(f"{source} is of {found.peer}: {len(found.weights)} tensors, every one accounted for")
     typer.echo("\n".join(f"  {part:16} {count:15,}" for part, count in counts.items()))
+    if assumed:
+        typer.echo(f"the weights do not tell {assumed}: where the model's differ, convert with --set name=value")
     typer.echo(f"{out}: use it with retro_kernels.models.Retro.from_pretrained, or retro-kernels generate")

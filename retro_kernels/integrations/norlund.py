@@ -59,6 +59,7 @@ KNOWN_SOURCES = {
     "RetroModel.forward": "fed4b10d2853f2c0c340dee9d19842fa2282ffa18c396f31af22d27c3b87fe3c",
     "RetroModelLMHead.forward": "2d0c1bcf2cde9082182aeb91be92e12563a79c8168f51b3f087b211c903a8b40",
 }
+UNTOLD = ("pad_token_id", "num_neighbours", "retrieved_length", "dropout", "hidden_dropout", "feed_forward_dropout")
 COMMON = {"chunk_size": "model", "num_heads": "half", "eps": "model", "p": "class"}
 """What its constructor gives to all layers alike, and whoever changes a layer may not."""
 

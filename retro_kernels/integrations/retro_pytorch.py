@@ -241,6 +241,8 @@ DEEPNET: dict[str, Any] = {
 }
 HEADS = 8  # RETRO(heads=...) does not reach its layers
 FEED_FORWARD = [nn.Linear, nn.GELU, nn.Dropout, nn.Linear]
+UNTOLD = ("pad_token_id", "dropout", "feed_forward_dropout")
+"""What its state dict does not tell and is taken for its constructor's default."""
 COMMON = {
     "chunk_size": "model",
     "eps": "model",

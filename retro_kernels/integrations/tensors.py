@@ -76,15 +76,16 @@ class Tensors:
     def _find(self, name: str) -> torch.Tensor:
         if name not in self.left:
             stem = name.rpartition(".")[0] + "."
-            near = sorted(x for x in self.left if x.startswith(stem))[:3]
+            near = sorted(x for x in self.left if x.startswith(stem) and "." in x.removeprefix(stem))[:3]
             hint = f", got {', '.join(near)} in its place: are adapters not merged?" if near else ""
             raise ValueError(f"{self.source}: {name} missing, expected every tensor of the model{hint}")
         found = self.left[name]
         if found.is_meta:
             raise ValueError(f"{self.source}: got {name} on the meta device, expected its values: load them first")
-        if found.dtype not in DTYPES:
+        if found.dtype not in DTYPES or found.layout != torch.strided:
             kinds = ", ".join(map(str, DTYPES))
-            raise ValueError(f"{self.source}: got {name} of {found.dtype}, expected one of {kinds}: is it quantised?")
+            what = found.dtype if found.dtype not in DTYPES else found.layout
+            raise ValueError(f"{self.source}: got {name} of {what}, expected a dense tensor of {kinds}")
         return found
 
 

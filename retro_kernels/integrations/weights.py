@@ -34,6 +34,8 @@ class Converted:
     config: RetroConfig
     weights: dict[str, torch.Tensor]
     """By the names of `Retro`. They may share memory with the source's."""
+    assumed: dict[str, Any]
+    """Fields of the config that neither the source nor the caller told."""
 
 
 def converted(
@@ -91,7 +93,9 @@ def converted(
                 f"dtype: got none, and {tensors.source} has {kinds}, expected one for all: give it to Retro.from_peer "
                 "or to retro-kernels convert"
             )
-    return Converted(found, tensors.source, config, weights)
+    untold = getattr(PEERS[found], "UNTOLD", ())
+    assumed = {name: getattr(config, name) for name in untold if name not in {**options, **changes}}
+    return Converted(found, tensors.source, config, weights, assumed)
 
 
 def exported(config: RetroConfig, weights: Mapping[str, torch.Tensor], peer: str) -> dict[str, torch.Tensor]:

@@ -239,6 +239,10 @@ def test_numbers_that_no_model_could_compute_with_are_refused(tmp_path):
             r"token_emb\.weight on the meta device, expected its values",
         ),
         (
+            {**state, "to_logits.weight": state["to_logits.weight"].to_sparse()},
+            r"of torch\.sparse_coo, expected a dense",
+        ),
+        (
             {name.replace("0.fn.to_q.", "0.fn.to_q.base_layer."): x for name, x in state.items()},
             r"to_q\.weight missing, .* got .*to_q\.base_layer\.weight in its place: are adapters not merged",
         ),
@@ -422,6 +426,7 @@ def test_the_command_converts_there_and_back(tmp_path):
     done = run(tmp_path / "peer.pt", tmp_path / "out", "--set", "chunk_size=8", "--set", "tokenizer=bert-base-cased")
     assert done.exit_code == 0, done.output
     assert "every one accounted for" in done.output
+    assert "the weights do not tell pad_token_id=0, dropout=0.0" in " ".join(done.output.split())
     retro = Retro.from_pretrained(tmp_path / "out")
     assert retro.config.tokenizer == "bert-base-cased"
     tokens, retrieved = torch.randint(1, 50, (1, 20)), torch.randint(0, 50, (1, 2, 2, 16))
