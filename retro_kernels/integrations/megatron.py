@@ -12,8 +12,9 @@ and a constant gate multiplies chunked cross-attention.
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -342,7 +343,37 @@ def probe(model: Any, length: int | None) -> Callable[[nn.Module], torch.Tensor]
 
 def is_weights(names: Mapping[str, Any]) -> bool:
     mcore = "embedding.word_embeddings.weight" in names and any(".cross_attention.attn.linear_kv" in x for x in names)
-    return mcore or any(".inter_attention.key_value." in x for x in names)
+    return mcore or is_legacy(names)
+
+
+def is_legacy(names: Iterable[str]) -> bool:
+    """Whether they are legacy Megatron's, by its own layers."""
+    return any(".inter_attention.key_value." in x for x in names)
+
+
+# What its config must say; whatever else would be another function, or a part of one.
+UNLIKE = {
+    "pipeline_model_parallel_size": 1,
+    "tensor_model_parallel_size": 1,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "multi_latent_attention": False,
+    "num_moe_experts": None,
+    "fp32_residual_connection": False,
+    "apply_residual_connection_post_layernorm": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "no_rope_freq": None,
+    "softmax_scale": None,
+}
+# The same of arguments, of which some have another name. Shards are merged, and the residual's dtype is ours to choose.
+UNLIKE_ARGUMENTS = {
+    **{x: y for x, y in UNLIKE.items() if x not in ("tensor_model_parallel_size", "fp32_residual_connection")},
+    "num_experts": None,
+    "quick_geglu": False,
+}
+# What no state dict tells, and why.
+UNTOLD = dict.fromkeys(("chunk_size", "num_heads"), "which Megatron's weights do not tell, expected the model's")
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -350,21 +381,7 @@ def describe(model: Any) -> dict[str, Any]:
     if reason is not None:
         raise ValueError(f"source: got a {type(model).__name__}, expected one of {VERSION}, but {reason}")
     c = model.config
-    refuse = {
-        "pipeline_model_parallel_size": 1,
-        "tensor_model_parallel_size": 1,
-        "softmax_type": "vanilla",
-        "window_size": None,
-        "multi_latent_attention": False,
-        "num_moe_experts": None,
-        "fp32_residual_connection": False,
-        "apply_residual_connection_post_layernorm": False,
-        "glu_linear_offset": 0.0,
-        "activation_func_clamp_value": None,
-        "no_rope_freq": None,
-        "softmax_scale": None,
-    }
-    for name, wanted in refuse.items():
+    for name, wanted in UNLIKE.items():
         if getattr(c, name, wanted) not in (wanted, None):
             raise ValueError(
                 f"source: got {name} = {getattr(c, name)!r} in its config, expected {wanted!r}"
@@ -413,27 +430,40 @@ def _positions(kind: str) -> dict[str, Any]:
     raise ValueError(f"position_embedding_type: got {kind!r}, expected learned_absolute, rope or none")
 
 
-def describe_arguments(args: Any) -> dict[str, Any]:
-    """The same of the arguments that a checkpoint holds."""
-    get: Callable[..., Any] = lambda name, default=None: getattr(args, name, default)  # noqa: E731
-    if get("pipeline_model_parallel_size", 1) != 1:
-        raise ValueError("got a checkpoint with pipeline parallelism, which Megatron's RETRO has not")
-    heads, width = args.num_attention_heads, args.hidden_size
+def describe_arguments(args: argparse.Namespace, legacy: bool) -> dict[str, Any]:
+    """The same of the arguments that a checkpoint holds, and "untold": fields that they leave open, and why."""
+
+    def get(name: str, default: Any = None) -> Any:
+        value = getattr(args, name, default)
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            raise ValueError(
+                f"{name}: got a {type(value).__name__} in the checkpoint's arguments, expected a number or name"
+            )
+        return value
+
+    for name, wanted in UNLIKE_ARGUMENTS.items():
+        if get(name, wanted) not in (wanted, None):
+            raise ValueError(f"{name}: got {get(name)!r} in the checkpoint's arguments, expected {wanted!r}")
+    heads, width = get("num_attention_heads"), get("hidden_size")
+    if heads is None or width is None:
+        raise ValueError("num_attention_heads, hidden_size: got none in the checkpoint's arguments, expected both")
     head_dim = get("kv_channels") or width // heads
     groups = get("num_query_groups") if get("group_query_attention") else heads
     gated = bool(get("swiglu"))
     activation = "silu" if gated else "squared_relu" if get("squared_relu") else "gelu"
-    if activation == "gelu" and get("bias_gelu_fusion", False) and get("add_bias_linear", True):
+    fused = get("bias_gelu_fusion", False) and get("add_bias_linear", True)
+    if activation == "gelu" and (fused or (legacy and get("openai_gelu", False))):
         activation = "gelu_tanh"
-    kind = get("position_embedding_type", "learned_absolute")
-    chunk = args.retro_chunk_length
+    rotary = get("use_rotary_position_embeddings", False)  # that and the next are older than position_embedding_type
+    older = "rope" if rotary else "learned_absolute" if get("add_position_embedding", True) else "none"
+    kind = get("position_embedding_type") or older
+    untold = {}
     found: dict[str, Any] = {
         "num_heads": heads,
         "num_kv_heads": groups or heads,
         "head_dim": head_dim,
-        "chunk_size": chunk,
         "num_neighbours": get("retro_num_neighbors", 2),
-        "retrieved_length": chunk * get("retro_num_retrieved_chunks", 2),
+        "retrieved_chunks": get("retro_num_retrieved_chunks", 2),
         "max_length": get("max_position_embeddings") or get("seq_length"),
         "norm": {"LayerNorm": "layer", "RMSNorm": "rms"}[get("normalization", "LayerNorm")],
         "norm_eps": get("norm_epsilon", get("layernorm_epsilon", 1e-5)),
@@ -446,18 +476,36 @@ def describe_arguments(args: Any) -> dict[str, Any]:
         "encoder_hidden_dropout": get("retro_encoder_hidden_dropout", 0.1),
         **_positions(kind),
     }
+    if get("retro_chunk_length") is not None:
+        found["chunk_size"] = get("retro_chunk_length")
+    else:
+        untold["chunk_size"] = (
+            "which this checkpoint's arguments do not tell, expected retro_gpt_chunk_length in args.json of its retro "
+            f"workdir, {get('retro_workdir')}"
+        )
     if kind == "rope":
         rotary_dim = int(head_dim * get("rotary_percent", 1.0))
-        factor, base = get("rotary_seq_len_interpolation_factor") or 1, float(get("rotary_base", 10000))
-        if get("use_rope_scaling", False):
-            raise ValueError("use_rope_scaling: got True, expected False: give rotary_frequencies")
         exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
+        factor = get("rotary_seq_len_interpolation_factor") or 1
         found["rotary_dim"] = rotary_dim
         found["rotary_interleaved"] = bool(get("rotary_interleaved", False))
-        found["rotary_frequencies"] = tuple((1.0 / base**exponent / factor).tolist())
-    if get("retro_attention_gate", 1) != 1:
-        found["cross_attention_gate"] = float(args.retro_attention_gate)
-    return found
+        unread = {
+            "rotary_base": get("rotary_base", 10000) not in (None, 10000),
+            "use_rope_scaling": get("use_rope_scaling"),
+        }
+        if not legacy:
+            unread["rotary_seq_len_interpolation_factor"] = factor != 1
+        given = [name for name, differs in unread.items() if differs]
+        if given:
+            untold["rotary_frequencies"] = (
+                f"since {given[0]} = {get(given[0])!r} stands in the checkpoint's arguments, which Megatron's own "
+                "training of a RETRO does not pass on to the model, expected those that the model had"
+            )
+        else:
+            found["rotary_frequencies"] = tuple((1.0 / 10000.0**exponent / factor).tolist())
+    if legacy and get("retro_attention_gate", 1) != 1:  # Megatron-core's RETRO has the argument, and no gate
+        found["cross_attention_gate"] = float(get("retro_attention_gate"))
+    return {**found, "untold": untold}
 
 
 # Legacy name -> the name since.
@@ -465,9 +513,9 @@ LEGACY = (
     (r"^language_model\.embedding\.", "embedding."),
     (r"^language_model\.(?:encoder|transformer)\.", "decoder."),
     (r"^language_model\.output_layer\.", "output_layer."),
-    (r"\.final_(?:layer)?norm\.", ".final_layernorm."),
+    (r"\.final_norm\.", ".final_layernorm."),
     (r"\.retriever\.", ".cross_attention.encoder."),
-    (r"\.input_(?:layer)?norm\.", ".input_layernorm."),
+    (r"\.input_norm\.", ".input_layernorm."),
     (r"\.self_attention\.query_key_value\.", ".self_attention.linear_qkv."),
     (r"\.self_attention\.dense\.", ".self_attention.linear_proj."),
     (r"\.inter_attention\.query\.", ".cross_attention.attn.linear_q."),
@@ -478,14 +526,16 @@ LEGACY = (
 )
 
 
-def modern_names(names: Mapping[str, Any]) -> dict[str, str]:
-    """Legacy name -> Megatron-core's. The norm after self-attention is that before cross-attention where there is one,
-    and the norm after that the feed-forward's."""
+def modern_names(names: Collection[str]) -> dict[str, str]:
+    """Name -> Megatron-core's, which may be it. In legacy Megatron the norm after self-attention is that before
+    cross-attention where there is one, and the norm after that the feed-forward's."""
+    if not is_legacy(names):
+        return {name: name for name in names}
     crossing = {x.rpartition(".inter_attention.")[0] for x in names if ".inter_attention." in x}
     found = {}
     for name in names:
-        new = name
-        layer, norm, rest = name.partition(".post_attention_norm.")
+        new = name.replace("layernorm.", "norm.")  # as it was called before September 2023
+        layer, norm, rest = new.partition(".post_attention_norm.")
         if norm:
             new = f"{layer}.{'pre_cross_attn_layernorm' if layer in crossing else 'pre_mlp_layernorm'}.{rest}"
         layer, norm, rest = new.partition(".post_inter_attention_norm.")
@@ -501,16 +551,19 @@ def convert(tensors: Tensors, options: dict[str, Any]) -> tuple[RetroConfig, dic
     """As `retro_pytorch.convert`. Of a state dict alone the caller must say `chunk_size` and `num_heads`, and whatever
     else differs from a RetroConfig's defaults. With `vocab_size` the vocabulary's padding is cut off."""
     options = dict(options)
-    legacy = any(".inter_attention.key_value." in name for name in tensors.left)
+    legacy = is_legacy(tensors.left)
     if legacy:
         names = modern_names(tensors.left)
         tensors.left = {names[name]: x for name, x in tensors.left.items()}
-    for name in ("chunk_size", "num_heads"):
+    for name, reason in {**UNTOLD, **options.pop("untold", {})}.items():
         if name not in options:
-            raise ValueError(f"{name}: got none, which Megatron's weights do not tell, expected the model's: give it")
+            raise ValueError(f"{name}: got none, {reason}: give it")
     for name in [x for x in tensors.left if x.endswith("_extra_state")]:  # of fp8 scales, no weights
         del tensors.left[name]
     shift = 1.0 if options.pop("zero_centred", False) else 0.0
+    chunks = options.pop("retrieved_chunks", None)
+    if chunks is not None:
+        options.setdefault("retrieved_length", chunks * options["chunk_size"])
     heads = options["num_heads"]
     rows, width = tensors.shape("embedding.word_embeddings.weight")
     head_dim = options.get("head_dim") or width // heads

@@ -1,20 +1,26 @@
 """Megatron's checkpoint folders. Format "torch": `iter_0000100/mp_rank_00/model_optim_rng.pt` for each tensor-parallel
 rank, Megatron-core's and legacy Megatron's. Format "torch_dist": `iter_0000100/.metadata`, the parts beside it, and
-`common.pt` with the arguments. Nothing of Megatron is imported, and no pickle is run."""
+`common.pt` with the arguments. Nothing of Megatron is imported, and no pickle is run.
+
+A training run's file holds more than weights and arguments: the optimizer's state, random states (of NumPy, too),
+enumerations and dtypes among the arguments, and under "model" Transformer Engine's `_extra_state`. Tensors that are not
+wanted are not read, since the file is mapped; of what is no tensor nothing is made (see `tensors.Stand`), and where it
+would be needed it is refused.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .distributed_checkpoint import INDEX, read_distributed
-from .megatron import describe_arguments, modern_names
-from .tensors import flat, load_pickle
+from .megatron import describe_arguments, is_legacy, modern_names
+from .tensors import load_pickle
 
 LATEST = "latest_checkpointed_iteration.txt"
 FILE, COMMON = "model_optim_rng.pt", "common.pt"
@@ -28,10 +34,6 @@ BY_ROWS = (
     "output_layer.",
 )
 BY_COLUMNS = (".linear_proj.weight", ".linear_fc2.weight")
-
-
-class Stand(int):
-    """Stands for an enumeration's member among a checkpoint's arguments, which is not looked at."""
 
 
 def is_folder(path: Path) -> bool:
@@ -49,7 +51,9 @@ def read_folder(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if (folder / INDEX).is_file():
         tensors = read_distributed(folder, lambda name: NO_WEIGHTS.match(name) is not None)
         common = folder / COMMON  # other trainers' distributed checkpoints have none
-        return tensors, describe_arguments(_load(common, ("args",))["args"]) if common.is_file() else {}
+        if not common.is_file():
+            return tensors, {}
+        return tensors, describe_arguments(_load(common, ("args",))["args"], is_legacy(tensors))
     ranks = sorted(folder.glob("mp_rank_*"))
     staged = [x.name for x in ranks if not re.fullmatch(r"mp_rank_\d+", x.name)]
     if not ranks or staged:
@@ -72,7 +76,7 @@ def read_folder(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     version = first.get("checkpoint_version", 3.0)
     if version < 2.0:
         raise ValueError(f"{folder}: got checkpoint_version {version}, expected 2 or 3: its heads lie in another order")
-    shards = [{name: x for name, x in flat(y["model"]) if not name.endswith("_extra_state")} for y in loaded]
+    shards = [dict(_weights(y["model"], str(x / FILE))) for x, y in zip(ranks, loaded)]
     for rank, shard in enumerate(shards):
         if shard.keys() != shards[0].keys():
             odd = sorted(shard.keys() ^ shards[0].keys())
@@ -82,7 +86,7 @@ def read_folder(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         name: _merge(str(folder), new[name], [x[name] for x in shards], bool(getattr(args, "swiglu", False)))
         for name in shards[0]
     }
-    return merged, describe_arguments(args)
+    return merged, describe_arguments(args, is_legacy(merged))
 
 
 def _iteration(path: Path) -> Path:
@@ -96,20 +100,33 @@ def _iteration(path: Path) -> Path:
 
 
 def _load(path: Path, parts: tuple[str, ...]) -> Mapping[str, Any]:
-    """A file of it, which must have these parts. Its arguments are an `argparse.Namespace` with numbers and names; for
-    what else stands among them there is an integer."""
+    """A file of it, which must have these parts, and an `argparse.Namespace` of arguments."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; expected a shard")
-    known: list[Any] = [argparse.Namespace]
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:
-        foreign = []
-    known += [(Stand, name) for name in foreign if re.fullmatch(r"megatron\.core\.(\w+\.)*enums\.\w+", name)]
-    loaded = load_pickle(path, known)
+    loaded = load_pickle(path, stand_in=True)
     if not isinstance(loaded, Mapping) or any(part not in loaded for part in parts):
         raise ValueError(f"{path}: got no {' and '.join(parts)}, expected a file that Megatron saved")
+    if not isinstance(loaded["args"], argparse.Namespace):
+        raise ValueError(f"{path}: got args that are no argparse.Namespace, expected a file that Megatron saved")
     return loaded
+
+
+def _weights(tree: Mapping[str, Any], source: str, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of nested dictionaries, names joined with dots; what is neither is refused, but for the state that
+    Transformer Engine keeps for fp8."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _weights(value, source, f"{name}.")
+        elif name.endswith("_extra_state"):
+            continue
+        elif isinstance(value, torch.Tensor):
+            yield name, value
+        else:
+            raise ValueError(
+                f"{source}: got {name} that is no tensor, expected nothing else under model: an object of another "
+                "class is not made, since that could run any code"
+            )
 
 
 def _merge(folder: str, name: str, parts: list[torch.Tensor], gated: bool) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +92,29 @@ class Tensors:
         return found
 
 
-def load_pickle(path: Path, known: Iterable[Any] = ()) -> Any:
-    """`torch.load`, weights only, mapped into memory where the format allows. `known`: harmless classes that it may
-    hold besides."""
+class Stand:
+    """Stands for an object of a class that a pickle names: the class is not looked for, made or run."""
+
+    def __new__(cls, *_: Any) -> Stand:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def load_pickle(path: Path, *, stand_in: bool = False) -> Any:
+    """`torch.load`, weights only, mapped into memory where the format allows: what is not used is not read.
+
+    A file with more than tensors, numbers, names, containers of these and an argparse.Namespace is refused; with
+    `stand_in` a Stand takes the place of whatever else there is.
+    """
     try:
-        with torch.serialization.safe_globals(list(known)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with _standing_in(path) if stand_in else torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever a broken file makes the unpickler raise
-        reason = str(error).split("\n")[0][:300]
-        try:
-            with torch.serialization.safe_globals(list(known)):
-                foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except Exception:
-            foreign = []
+        cause = error.__context__ or error  # torch's own message would advise to run what the file holds
+        reason = str(cause).split("\n")[0][:300]
+        foreign = set() if stand_in else _foreign(path)
         if any(name.startswith("torch.distributed.") for name in foreign):
             raise ValueError(f"{path}: {DIVIDED}") from error
         if foreign:
@@ -111,7 +124,29 @@ def load_pickle(path: Path, known: Iterable[Any] = ()) -> Any:
                 "torch.load(path, weights_only=False), and give the model, or a file with its state dict alone: "
                 "torch.save(model.state_dict(), path)"
             ) from error
-        raise ValueError(f"{path}: no checkpoint that can be read ({type(error).__name__}: {reason})") from error
+        raise ValueError(f"{path}: no checkpoint that can be read ({type(cause).__name__}: {reason})") from error
+
+
+@contextlib.contextmanager
+def _standing_in(path: Path) -> Iterator[None]:
+    """Within it torch makes a Stand of what it does not know itself, even if this process has declared it harmless:
+    importing Megatron-core does that with its enumerations, which need not have the members that the file names."""
+    declared = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        stands = [(Stand, name) for name in _foreign(path)]
+        with torch.serialization.safe_globals([argparse.Namespace, *stands]):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(declared)
+
+
+def _foreign(path: Path) -> set[str]:
+    """The classes and functions that its pickle names and that torch does not know as harmless."""
+    try:
+        return set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"}
+    except Exception:  # a broken file, or one of before torch 1.6
+        return set()
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, torch.Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from torch import nn
 from ..models.config import RetroConfig
 from . import labml, megatron, norlund, retro_pytorch
 from .base import class_names, describe_additions
-from .megatron_checkpoint import is_folder, read_folder
+from .megatron_checkpoint import FILE, is_folder, read_folder
 from .tensors import DIVIDED, DTYPES, Tensors, load_pickle, named, whole
 
 PEERS: dict[str, ModuleType] = {module.NAME: module for module in (retro_pytorch, labml, megatron, norlund)}
@@ -197,7 +196,11 @@ def read_tensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
             return load_file(path), {}
         except SafetensorError as error:
             raise ValueError(f"{path}: broken or no safetensors file ({error})") from error
-    loaded = load_pickle(path, [argparse.Namespace])
+    if path.name == FILE:
+        raise ValueError(
+            f"{path}: got a shard that Megatron saved, expected the checkpoint's folder, {path.parents[1]}"
+        )
+    loaded = load_pickle(path)
     if not isinstance(loaded, Mapping) or not named(loaded):
         raise ValueError(f"{path}: got {type(loaded).__name__} without tensors, expected a state dict")
     if any(hasattr(x, "full_tensor") for x in named(loaded).values()):  # read where DTensor is imported already
