@@ -103,6 +103,12 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in HOOKS)
 
 
+def is_changed(part: nn.Module, kind: type[nn.Module] | None = None) -> bool:
+    """Whether a part that a fused forward bypasses may do something else than what that stands for: hooks, a forward of
+    its own, or another class than `kind`."""
+    return has_hooks(part) or "forward" in vars(part) or kind not in (None, type(part))
+
+
 def describe_additions(model: nn.Module) -> str | None:
     """What some part of a model computes that its weights do not tell, or None. What hooks do cannot be known, so a
     warning names them."""

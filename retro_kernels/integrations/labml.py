@@ -19,7 +19,7 @@ from ..models.config import RetroConfig
 from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import FusedForward, class_names, describe_change, describe_unevenness, has_hooks, random_text, warn_once
+from .base import FusedForward, class_names, describe_change, describe_unevenness, is_changed, random_text, warn_once
 from .tensors import Tensors, plain_name
 
 NAME = "labml"
@@ -82,6 +82,8 @@ def refusal(module: nn.Module) -> str | None:
     for name in ("n_heads", "d_k", *(["chunk_len"] if kind == "ChunkedCrossAttention" else [])):
         if not isinstance(getattr(module, name, None), int):
             return f"{name} is {getattr(module, name, None)!r}, expected an int"
+    if not isinstance(module.softmax, nn.Softmax) or module.softmax.dim != -1:
+        return f"softmax is {module.softmax}, expected nn.Softmax(dim=-1)"
     return _change(module, kind)
 
 
@@ -128,10 +130,11 @@ class Fused(FusedForward):
 
     def own(self, *arguments: torch.Tensor) -> torch.Tensor | None:
         """What the module's own forward gives, where a hook sits on what the fused one bypasses."""
-        if not any(has_hooks(part) for name, part in self.module.named_children() if name in ("softmax", "rotary_pe")):
+        module: Any = self.module
+        if not is_changed(module.softmax, nn.Softmax) and not is_changed(getattr(module, "rotary_pe", module.softmax)):
             return None
-        warn_once(f"a {type(self.module).__name__} runs its own forward, because a part of it has hooks")
-        return type(self.module).forward(self.module, *arguments)
+        warn_once(f"a {type(module).__name__} runs its own forward, because a part of it has hooks or was changed")
+        return type(module).forward(module, *arguments)
 
 
 class FusedSelf(Fused):

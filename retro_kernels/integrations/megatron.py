@@ -27,7 +27,7 @@ from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import FusedForward, Looked, class_names, describe_change, has_hooks, random_text, warn_once
+from .base import FusedForward, Looked, class_names, describe_change, is_changed, random_text, warn_once
 from .tensors import Tensors
 
 NAME = "megatron"
@@ -156,14 +156,14 @@ class Fused(FusedForward):
         return get_cuda_rng_tracker().fork()
 
     def bypassed(self) -> bool:
-        """Whether hooks sit on what the fused forward does not call."""
+        """Whether something was changed that the fused forward does not call."""
         core = _core(self.module)
-        parts = [core.scale_mask_softmax, core.attention_dropout]
+        parts = [core.scale_mask_softmax]
         if core is not self.module:
             parts += [core, self.module.attn]  # type: ignore[list-item]
-        if not any(has_hooks(part) for part in parts):
+        if not any(is_changed(part) for part in parts) and not is_changed(core.attention_dropout, nn.Dropout):
             return False
-        warn_once(f"a {type(self.module).__name__} runs its own forward, because a part of it has hooks")
+        warn_once(f"a {type(self.module).__name__} runs its own forward, because a part of it has hooks or was changed")
         return True
 
 

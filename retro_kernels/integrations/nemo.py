@@ -18,7 +18,7 @@ from torch import nn
 from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.verification.classes import Class, tile
-from .base import FusedForward, Looked, class_names, describe_change, has_hooks, warn_once
+from .base import FusedForward, Looked, class_names, describe_change, is_changed, warn_once
 
 NAME = "nemo"
 VERSION = "nemo-toolkit 1.23.0"
@@ -179,9 +179,9 @@ class FusedNemo(FusedForward):
         mask is asked once."""
         inner: Any = self.module.cross_attention
         core = inner.core_attention
-        if inner.is_adapter_available() or any(
-            has_hooks(part) for part in (inner, core, core.scale_mask_softmax, core.attention_dropout)
-        ):
+        changed = is_changed(core.attention_dropout, nn.Dropout)
+        changed = changed or any(is_changed(part) for part in (inner, core, core.scale_mask_softmax))
+        if changed or inner.is_adapter_available():
             warn_once(
                 "a ParallelChunkedCrossAttention runs its own forward, because a part of it has hooks or adapters"
             )

@@ -32,7 +32,7 @@ from .base import (
     class_names,
     describe_change,
     describe_unevenness,
-    has_hooks,
+    is_changed,
     random_text,
     warn_once,
 )
@@ -303,8 +303,8 @@ class Fused(FusedForward):
     def visible(self, mask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
         """Its mask, 1 = attend, as bool; None, with a warning, where this call is its own forward's."""
         inner: Any = self.module.multi_head_attention
-        if has_hooks(inner) or has_hooks(inner.attn_dropout):
-            warn_once(f"a {kind_of(self.module)} runs its own forward, because a part of it has hooks")
+        if is_changed(inner) or is_changed(inner.attn_dropout, nn.Dropout):
+            warn_once(f"a {kind_of(self.module)} runs its own forward, because a part of it has hooks or was changed")
             return None
         binary = lambda x: bool(((x == 0) | (x == 1)).all())  # noqa: E731
         if mask.shape != shape:

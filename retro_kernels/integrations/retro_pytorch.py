@@ -38,7 +38,7 @@ from .base import (
     class_names,
     describe_change,
     describe_unevenness,
-    has_hooks,
+    is_changed,
     random_text,
     warn_once,
 )
@@ -564,8 +564,7 @@ class FusedRetroPytorch(FusedForward):
         rotary angles of queries [1, 1, m, rotary_dim] and keys [1, 1, r, rotary_dim] -> [b, n, dim]."""
         module: Any = self.module
         attention, m = module.cross_attn, module.chunk_size
-        dropout_p = attention.dropout.p if attention.dropout.training else 0.0
-        hooked = has_hooks(attention) or has_hooks(attention.dropout)
+        hooked = is_changed(attention) or is_changed(attention.dropout)
         unusual = _unusual_call(module, x, context, context_mask, pos_emb)
         if self.positions == PAPER:
             if unusual is not None:
@@ -579,6 +578,7 @@ class FusedRetroPytorch(FusedForward):
             else:
                 warn_once("a ChunkedCrossAttention runs its own forward, because its inner attention has hooks")
             return out
+        dropout_p = attention.dropout.p if attention.dropout.training else 0.0
         if x.shape[1] < m:
             return torch.zeros_like(x)
 
@@ -621,7 +621,7 @@ class FusedRetroPytorchAttention(FusedForward):
         pos_emb the rotary angles of queries [1, 1, n, rotary_dim] and keys -> [B, n, dim]."""
         attention: Any = self.module
         unusual = _unusual_attention_call(attention, x, mask, context, pos_emb)
-        if unusual is not None or has_hooks(attention.dropout):
+        if unusual is not None or is_changed(attention.dropout):
             if unusual is not None:
                 warn_once(f"a call ran retro-pytorch's own forward, not the fused one: {unusual}")
             else:
@@ -677,7 +677,9 @@ def _tables(angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, tor
 
 def _unusual_call(module, x, context, context_mask, pos_emb) -> str | None:
     """What about this call retro-pytorch's decoder never does, and the fused operation does not cover."""
-    m = module.chunk_size
+    m, dropout = module.chunk_size, module.cross_attn.dropout
+    if type(dropout) is not nn.Dropout:
+        return f"its dropout is a {type(dropout).__name__}, expected nn.Dropout"
     if x.dim() != 3 or context.dim() != 5:
         return f"x and context: got shapes {list(x.shape)} and {list(context.shape)}, expected rank 3 and 5"
     if x.shape[1] < m:
@@ -698,6 +700,8 @@ def _unusual_attention_call(attention, x, mask, context, pos_emb) -> str | None:
     if x.dim() != 3 or (context is not None and (context.dim() != 3 or context.shape[0] != x.shape[0])):
         given = None if context is None else list(context.shape)
         return f"x and context: got shapes {list(x.shape)} and {given}, expected rank 3 and one batch"
+    if type(attention.dropout) is not nn.Dropout:
+        return f"its dropout is a {type(attention.dropout).__name__}, expected nn.Dropout"
     if attention.causal and (mask is not None or context is not None):
         return "mask and context: got one in causal attention, expected neither"
     slots = x.shape[1] if context is None else context.shape[1]

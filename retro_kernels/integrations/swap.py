@@ -133,7 +133,8 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, 
     chunked cross-attention; and Flamingo's cross-attention to media (open_flamingo 2.0.1, flamingo-pytorch 0.1.2). What
     it knows besides and does not replace is named in the report, with what to use instead. Only `forward` of each
     instance is replaced: parameters, their names, state dicts, classes and submodules stay as they are, and so do deep
-    copies, casts, checkpoints and hooks. Deep copies of a swapped model are swapped, too; `unswap` restores one. A
+    copies, casts, checkpoints and hooks. A patch of a class does not reach its instances that are swapped already. Deep
+    copies of a swapped model are swapped, too; `unswap` restores one. A
     model that is compiled already compiles anew at its next call; one that was exported or traced stays what it was.
     `nn.DataParallel` is not supported: its replicas share instance attributes.
 

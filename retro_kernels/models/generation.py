@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..nn import NeighbourCache, SelfAttentionCache
+from ..nn.retro_decoder_block import product_dtype
 from ..ops import checks
 
 if TYPE_CHECKING:
@@ -275,6 +276,7 @@ class Decoder:
                 num_neighbours=retrieval.k,
                 retrieved_length=retrieval.r,
                 form=cache_form,
+                dtype=product_dtype(layers[0].w_query.weight),  # type: ignore[union-attr,arg-type]
             )
             self.neighbours.join(range(len(sequences)))
             weight = model.embedding.weight
@@ -352,7 +354,8 @@ class Decoder:
         position, clock = (torch.tensor(x, device=self.device) for x in (places, by_clock))
 
         def conditioned(activations: torch.Tensor) -> None:
-            self.chunk[torch.arange(len(places), device=self.device), clock % m] = activations[:, 0]
+            newest = activations[:, 0].to(self.chunk.dtype)
+            self.chunk[torch.arange(len(places), device=self.device), clock % m] = newest
             if completed:
                 self._fill(completed)
 

@@ -187,7 +187,8 @@ class CausalSelfAttention(nn.Module):
 
 class SelfAttentionCache:
     """Keys and values of past tokens, for all self-attentions of a decoder: `num_slots` sequences of at most
-    `max_length` tokens each, allocated here. What is stored is made of the weights of its time.
+    `max_length` tokens each, allocated here. What is stored is made of the weights of its time, in their dtype, or in
+    that of the autocast under which the cache is made.
 
     Raises ValueError for layers with rotary tables shorter than `max_length`.
     """
@@ -204,7 +205,7 @@ class SelfAttentionCache:
                 weight = layer.w_key.weight
                 size = (num_slots, layer.num_kv_heads, max_length, layer.head_dim)
                 for store in (self.keys, self.values):
-                    store.append(torch.zeros(size, dtype=weight.dtype, device=weight.device))
+                    store.append(torch.zeros(size, dtype=product_dtype(weight), device=weight.device))
                 self.tables.append(self._table(layer))
 
     def _table(self, layer: CausalSelfAttention) -> Any:
@@ -224,7 +225,7 @@ class SelfAttentionCache:
             cos, sin = self.tables[i]
             key = _rotate(key, (cos[:n], sin[:n]), layer.rotary_interleaved)
         for store, x in ((self.keys, key), (self.values, value)):
-            store[i][self.slots, :, :n] = x.detach().transpose(1, 2)
+            store[i][self.slots, :, :n] = x.detach().transpose(1, 2).to(store[i].dtype)
 
     def attend(self, layer, query, key, value, position, length: int) -> torch.Tensor:
         """query [num_slots, h, d], key and value [num_slots, hk, d] of the tokens at `position` [num_slots]; the keys
@@ -235,7 +236,7 @@ class SelfAttentionCache:
             rotary = table[0][position], table[1][position]
             query, key = (_rotate(x, rotary, layer.rotary_interleaved) for x in (query, key))
         slot = torch.arange(keys.shape[0], device=keys.device)
-        keys[slot, :, position], values[slot, :, position] = key, value
+        keys[slot, :, position], values[slot, :, position] = key.to(keys.dtype), value.to(values.dtype)
         distance = position[:, None] - torch.arange(length, device=keys.device)
         visible = (distance >= 0)[:, None, None]
         if layer.relative is not None:
@@ -258,6 +259,13 @@ class SelfAttentionCache:
             enable_gqa=layer.num_heads != layer.num_kv_heads,
         )
         return out[:, :, 0]
+
+
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype of what a product with the weight gives, which autocast may choose."""
+    device = weight.device.type
+    cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else weight.dtype
 
 
 def _rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], interleaved: bool) -> torch.Tensor:

@@ -144,6 +144,25 @@ def test_what_the_weights_do_not_tell_is_refused_by_name():
             Retro.from_peer(model)
 
 
+class Sharper(nn.Softmax):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def test_another_softmax_is_called(monkeypatch):
+    """Put there before the swap, or after it."""
+    monkeypatch.setattr(base, "_warned", set())
+    model, given = build(), text(14)
+    swapped = copy.deepcopy(model)
+    model.cca[0].softmax = swapped.cca[0].softmax = Sharper(-1)
+    assert "cca.0" in swap(swapped).replaced
+    model.attn[1].softmax = swapped.attn[1].softmax = Sharper(-1)
+    with pytest.warns(UserWarning, match="runs its own forward, because a part of it has hooks or was changed"):
+        close(swapped(*given), model(*given))
+    model.attn[2].softmax = nn.Softmax(dim=1)
+    assert "softmax is Softmax(dim=1), expected nn.Softmax" in swap(model).skipped["attn.2"]
+
+
 def test_what_is_not_the_known_version_is_left_alone(monkeypatch):
     model = build()
     model.attn[0].gate = nn.Linear(2, 2)

@@ -87,6 +87,10 @@ def test_calls_that_are_not_covered_run_its_own_code():
     given[-1][:] = 0.5
     with pytest.warns(UserWarning, match="other numbers than 0 and 1"):
         assert torch.equal(swapped(*given)[0], module(*given)[0])
+    given[-1][:] = 1.0
+    module.multi_head_attention.attn_dropout = swapped.multi_head_attention.attn_dropout = nn.Identity()
+    with pytest.warns(UserWarning, match="has hooks or was changed"):
+        assert torch.equal(swapped(*given)[0], module(*given)[0])
     chunked = KINDS[norlund.CCA]()
     swap(chunked)
     short = torch.randn(B, M - 1, D)

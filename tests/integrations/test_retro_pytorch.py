@@ -662,6 +662,35 @@ def test_hooks_on_the_inner_attention_still_run(reference, unwarned):
     assert seen == [1, 2]
 
 
+class Halved(nn.Module):
+    def forward(self, x):
+        return 0.5 * x
+
+
+@pytest.mark.parametrize("part", ["decoder.layers.0.0.fn", "decoder.layers.0.1.fn.cross_attn"])
+@pytest.mark.parametrize("change", ["class", "forward"])
+def test_a_dropout_that_is_changed_after_the_swap_is_called(part, change, unwarned):
+    model, (tokens, retrieved) = retro().eval(), text(20)
+    swapped = copy.deepcopy(model)
+    swap(swapped)
+    for x in (model, swapped):
+        if change == "class":
+            x.get_submodule(part).dropout = Halved()
+        else:
+            x.get_submodule(part).dropout.forward = lambda y: 0.5 * y
+    with pytest.warns(UserWarning, match="own forward"):
+        close(swapped(tokens, retrieved), model(tokens, retrieved))
+
+
+def test_with_the_positions_of_the_paper_a_changed_dropout_is_refused():
+    module = peer()
+    swap(module, positions="paper")
+    module.cross_attn.dropout = Halved()
+    arguments, options = call(module, 16)
+    with pytest.raises(ValueError, match=r"its dropout is a Halved, expected nn\.Dropout"):
+        module(*arguments, **options)
+
+
 def test_unusual_calls_keep_the_peers_behaviour(reference, unwarned):
     """Angles with two different halves run its own code; what it refuses, it still refuses."""
     module = peer()

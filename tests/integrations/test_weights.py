@@ -335,6 +335,17 @@ def test_a_conversion_under_inference_mode_can_be_trained():
     assert retro.embedding.weight.grad is not None
 
 
+def test_generation_under_autocast():
+    model = peer(max_seq_len=40)
+    with torch.no_grad():
+        model.to_logits.weight.mul_(30.0)  # no ties in bfloat16
+    prompt = torch.randint(1, 50, (2, 11)).tolist()
+    report = swap(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = own_loop(model, prompt)
+        assert torch.equal(report.generate(prompt, retriever=Lookup(), max_new_tokens=29).sequences, want)
+
+
 def test_generation_with_more_and_longer_neighbours_than_a_model_tells():
     model = peer(max_seq_len=40)
     k, r = 3, 24
