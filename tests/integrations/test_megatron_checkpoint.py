@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import checkpoint
 from typer.testing import CliRunner
 
 from retro_kernels.cli import app
@@ -124,6 +125,14 @@ def told(title):
     return {} if title == "core" else {"chunk_size": 4}
 
 
+def compare(retro, title):
+    """Its logits with the listed ones."""
+    for case in LISTED[title]["cases"]:
+        tokens, neighbours, want = (torch.tensor(case[name]) for name in ("tokens", "neighbours", "logits"))
+        with torch.no_grad():
+            torch.testing.assert_close(retro(tokens, neighbours)[..., ::16], want, rtol=2e-5, atol=5e-6)
+
+
 @pytest.mark.parametrize("title", LISTED)
 def test_the_logits_are_those_of_megatrons_own_model(monkeypatch, tmp_path, title):
     """With the recipe of InstructRetro (layernorm_1p, SwiGLU, half rotary, untied, no biases), a gate between, biases
@@ -134,10 +143,24 @@ def test_the_logits_are_those_of_megatrons_own_model(monkeypatch, tmp_path, titl
     assert set(LISTED[title]["classes"]) <= named(folder / FILE)
     retro = Retro.from_peer(folder, **told(title))
     assert retro.config.retrieved_length == 8
-    for case in LISTED[title]["cases"]:
-        tokens, neighbours, want = (torch.tensor(case[name]) for name in ("tokens", "neighbours", "logits"))
-        with torch.no_grad():
-            torch.testing.assert_close(retro(tokens, neighbours)[..., ::16], want, rtol=2e-5, atol=5e-6)
+    compare(retro, title)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_same_as_a_distributed_checkpoint(monkeypatch, tmp_path):
+    """With what a trainer's `torch_dist` has besides: the optimizer's tensors, and bytes for fp8 and random states."""
+    listed = LISTED["core"]
+    args = arguments(monkeypatch, listed, ckpt_format="torch_dist")
+    state = {name: x for name, x in weights(listed, args).items() if isinstance(x, torch.Tensor)}
+    state["optimizer.state.exp_avg.output_layer.weight"] = torch.ones(64, 32)
+    state["rng_state/shard_0.0_1.1"] = state["decoder.layers.0.mlp.linear_fc1._extra_state/shard_0_1"] = io.BytesIO(
+        b"x"
+    )
+    folder = tmp_path / "iter_0000003"
+    checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    torch.save({"args": args, "iteration": 3, "optimizer": {"param_groups": [{"step": 3}]}}, folder / "common.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    compare(Retro.from_peer(tmp_path), "core")
 
 
 def test_the_command_converts_one(monkeypatch, tmp_path):
