@@ -1,10 +1,9 @@
 """Checkpoints as Megatron-LM's own training code saves them: `Retro.from_peer` and `retro-kernels convert` against the
 logits of the models that it saved, without it.
 
-megatron_checkpoints.json lists five such files, of three steps of pretrain_retro.py on a CPU each: the arguments that
-have to do with the model, every name and shape under "model", the classes that the pickle names, and logits (every
-sixteenth of the vocabulary). Before they were saved the weights were overwritten with `noise`, so that a test can write
-the same ones. What had been stood in for is in docs/coming-from.md."""
+megatron_checkpoints.json lists five such files, which benchmarks/megatron_checkpoints.py makes: the arguments that have
+to do with the model, every name and shape under "model", the classes that the pickle names, and logits (every sixteenth
+of the vocabulary). Their weights are `noise`, so that these tests can write the same ones."""
 
 import argparse
 import enum
@@ -17,7 +16,6 @@ import re
 import sys
 import types
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,21 +25,13 @@ from safetensors.torch import load_file
 from torch.distributed import checkpoint
 from typer.testing import CliRunner
 
+from benchmarks.megatron_checkpoints import noise
 from retro_kernels.cli import app
 from retro_kernels.integrations.tensors import load_pickle
 from retro_kernels.models import Retro
 
 LISTED = json.loads((Path(__file__).parent / "megatron_checkpoints.json").read_text())
 FILE = "iter_0000003/mp_rank_00/model_optim_rng.pt"
-
-
-def noise(name, shape, centre):
-    """The listed checkpoints' weights: numbers that any machine makes of a tensor's name."""
-    steps = torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float64)
-    x = torch.sin(steps * 12.9898 + zlib.crc32(name.encode()) % 997) * 43758.5453
-    x = 2 * (x - x.floor()) - 1
-    x = centre + 0.1 * x if name.endswith("weight") and len(shape) == 1 else 0.2 * x
-    return x.float().view(*shape)
 
 
 def member(monkeypatch, text):
