@@ -200,6 +200,8 @@ def generate(
         )
     if streamer is not None and len(prompts) != 1:
         raise ValueError(f"streamer: got one with {len(prompts)} prompts, expected a single prompt")
+    if not isinstance(stale, bool):
+        raise TypeError(f"stale: got {stale!r}, expected a bool")
     stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
     if stops and tokenizer is None:
         raise ValueError("stop_strings: got some without a tokenizer, expected one with decode(tokens)")

@@ -409,6 +409,12 @@ class Retro(nn.Module):
         """
         from ..integrations.weights import converted
 
+        if not isinstance(copy, bool):
+            raise TypeError(f"copy: got {copy!r}, expected a bool")
+        try:
+            device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device: got {device!r}, expected a torch.device or its name, as 'cuda:1'") from error
         with torch.inference_mode(False):  # in which parameters could never be trained
             found = converted(source, peer=peer, prefix=prefix, dtype=dtype, **changes)
             tensors = (

@@ -335,6 +335,7 @@ def test_a_conversion_under_inference_mode_can_be_trained():
     assert retro.embedding.weight.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # PyTorch's, of RMS norms
 def test_generation_under_autocast():
     model = peer(max_seq_len=40)
     with torch.no_grad():
@@ -388,6 +389,11 @@ def test_what_half_matches_is_refused_by_name(monkeypatch, tmp_path):
         Retro.from_peer(nn.Sequential(model, peer()))
     with pytest.raises(TypeError, match="source: got dict"):
         Retro.from_peer({})
+    with pytest.raises(TypeError, match="copy: got 'no', expected a bool"):
+        Retro.from_peer(model, copy="no")
+    for device in ("cudaa", 3.5):
+        with pytest.raises(ValueError, match=f"device: got {device!r}, expected a torch.device"):
+            Retro.from_peer(model, device=device)
     with pytest.raises(TypeError, match="changes: got width"):
         Retro.from_peer(model, width=3)
     with pytest.raises(ValueError, match="peer: got 'gpt'"):

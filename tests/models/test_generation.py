@@ -166,6 +166,7 @@ def test_wrong_arguments_are_named():
         ({"top_k": 0, "do_sample": True}, ValueError, "top_k: got 0"),
         ({"stop_strings": "x"}, ValueError, "without a tokenizer"),
         ({"streamer": object(), "input_ids": [[1], [2]]}, ValueError, "expected a single prompt"),
+        ({"stale": "yes"}, TypeError, "stale: got 'yes', expected a bool"),
         ({"stale": True}, ValueError, "without a retriever"),
         ({"retriever": lookup}, ValueError, "tokenizer 't5', expected 'bytes'"),
         ({"retriever": Lookup(), "retrieval_stride": 6}, ValueError, "a multiple of chunk_size = 4"),
