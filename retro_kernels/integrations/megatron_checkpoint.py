@@ -58,7 +58,7 @@ def read_folder(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     staged = [x.name for x in ranks if not re.fullmatch(r"mp_rank_\d+", x.name)]
     if not ranks or staged:
         what = f"{staged[0]}, a part of a pipeline" if staged else "no mp_rank_00"
-        raise ValueError(f"{folder}: got {what}, expected a folder mp_rank_00, mp_rank_01 ... for each rank")
+        raise ValueError(f"{folder}: got {what}, expected mp_rank_00, mp_rank_01 ... for each rank, or .metadata")
     if [int(x.name[8:]) for x in ranks] != list(range(len(ranks))):
         raise ValueError(f"{folder}: got {', '.join(x.name for x in ranks)}, expected every rank from 0 on")
     loaded = [_load(x / FILE, ("model", "args")) for x in ranks]
