@@ -180,7 +180,9 @@ def device_name(device: torch.device) -> str:
     """What rates are kept by: on a CPU its model, torch's threads and instruction set; on a GPU its name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{machine.cpu_model()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    tiles = ", AMX" if "amx_bf16" in machine.cpu_features() else ""  # of which torch's word does not tell
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{machine.cpu_model()}, {torch.get_num_threads()} threads, {capability}{tiles}"
 
 
 @functools.lru_cache(maxsize=1)
