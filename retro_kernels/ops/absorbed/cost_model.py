@@ -180,9 +180,13 @@ def device_name(device: torch.device) -> str:
     """What rates are kept by: on a CPU its model, torch's threads and instruction set; on a GPU its name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return _cpu_name(torch.get_num_threads())
+
+
+@functools.cache
+def _cpu_name(threads: int) -> str:
     tiles = ", AMX" if "amx_bf16" in machine.cpu_features() else ""  # of which torch's word does not tell
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{machine.cpu_model()}, {torch.get_num_threads()} threads, {capability}{tiles}"
+    return f"{machine.cpu_model()}, {threads} threads, {torch.backends.cpu.get_cpu_capability()}{tiles}"
 
 
 @functools.lru_cache(maxsize=1)
