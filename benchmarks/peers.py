@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -31,10 +32,16 @@ def megatron() -> Iterator[None]:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from packaging.version import Version
 
+    installed = importlib.metadata.distribution
+
+    def distribution(name: str) -> Any:
+        return types.SimpleNamespace(version="1.0") if name == "transformer-engine" else installed(name)
+
     with contextlib.ExitStack() as stack:
         for change in (
             mock.patch.dict("os.environ", {"NVTE_FLASH_ATTN": "0", "NVTE_FUSED_ATTN": "0"}),
-            mock.patch.object(megatron.core.utils, "get_te_version", return_value=Version("1.0")),
+            mock.patch.object(importlib.metadata, "distribution", distribution),  # to 0.8.0
+            mock.patch.object(megatron.core.utils, "get_te_version", create=True, return_value=Version("1.0")),
             mock.patch.object(torch.cuda, "current_device", return_value="cpu"),
             mock.patch.object(get_cuda_rng_tracker(), "fork", side_effect=lambda *_, **__: contextlib.nullcontext()),
         ):

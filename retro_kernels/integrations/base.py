@@ -11,7 +11,7 @@ import textwrap
 import tokenize
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
 from typing import Any, Protocol
 
@@ -153,15 +153,17 @@ def describe_unevenness(model: nn.Module, common: Mapping[str, str]) -> str | No
     return None
 
 
-def describe_change(name: str, function: Any, known: str | None, version: str, *, verbatim: bool = False) -> str | None:
-    """Why a function is not known to compute what the source whose `digest` is `known` does; None if it is."""
+def describe_change(
+    name: str, function: Any, known: str | Sequence[str] | None, version: str, *, verbatim: bool = False
+) -> str | None:
+    """Why a function is not known to compute what the sources do whose `digest` is (among) `known`; None if it is."""
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):
         return f"{name} is no Python function, so it cannot be checked against {version}"
     found = digest(code, verbatim)
     if found is None:
         return f"the source of {name} cannot be read, so it cannot be checked against {version}"
-    if found != known:
+    if found not in ([known] if isinstance(known, str) else known or ()):
         return f"{name} is not that of {version}: another version, an override or a patch"
     return None
 

@@ -1,5 +1,5 @@
-"""Megatron-core 0.15.3, the last release with RETRO, and the legacy Megatron whose checkpoints NVIDIA published
-(InstructRetro): what `swap` replaces there, and how weights map to a `Retro`.
+"""Megatron-core 0.6.0 to 0.15.3, the last release with RETRO, and the legacy Megatron whose checkpoints NVIDIA
+published (InstructRetro): what `swap` replaces there, and how weights map to a `Retro`.
 
 Activations are [tokens, batch, width]. The decoder's first layer with chunked cross-attention owns the encoder, runs
 it, and hands its output on. Chunks are aligned to the end. There are no positions but the decoder's self-attention's,
@@ -31,7 +31,7 @@ from .base import FusedForward, Looked, class_names, describe_change, is_changed
 from .tensors import Tensors
 
 NAME = "megatron"
-VERSION = "megatron-core 0.15.3"
+VERSION = "megatron-core 0.6.0 to 0.15.3"
 RETRO = "megatron.core.models.retro."
 DECODER = RETRO + "decoder_attention.RetroDecoderCrossAttention"
 ENCODER = RETRO + "encoder_attention.RetroEncoderCrossAttention"
@@ -39,12 +39,34 @@ CORE = "megatron.core.transformer.dot_product_attention.DotProductAttention"
 MODEL = RETRO + "model.RetroModel"
 LOOKS_FOR = (DECODER, ENCODER, f"{CORE} of a RETRO")
 
+# They differ in formatting, in the names of what inference and packing pass, and in checks.
 KNOWN_SOURCES = {
-    DECODER: "78124bbaf96337ef034e52869a456297531e36440b176bbdf33dfee6f7983c00",
-    ENCODER: "a93dc13965c911ef4535192c088b04a190bb9e9f6ffb8f8a3d9b1dbcac928a4e",
-    CORE: "1219515f00b53ffd9c86c88b86f7e75e0575e198026f9a131429be19755c7790",
-    "get_query_key_value_tensors": "f546898dd71f007ebd41ed396586e9fde05c74f5f761349f0ce77405961cad9b",
-    MODEL: "02d96e638f718deba0d6c58b8d5ccdf3953823f5885d31a05284ed1cd9dff3fe",
+    DECODER: (
+        "49e1edc77d85ae25a89ca5e204a434a0901e8e3a8a46243a9ea08f252d7501ca",  # 0.6.0 to 0.8.0
+        "52ff216a3a4cf5005f60ae20794dc08ed526085e83dd4c8758eb7a726eeb7f84",  # 0.9.0 to 0.11.0
+        "bef206115feec30adce8f50c9baa93f2954f48b5b538d0492f454f5969004b62",  # 0.12.0 to 0.12.3
+        "78124bbaf96337ef034e52869a456297531e36440b176bbdf33dfee6f7983c00",  # 0.13.0 to 0.15.3
+    ),
+    ENCODER: (
+        "0d0d0c7ebaad794cc89ecd4078146a92fecf6aabbc0709e0642d93579f74a41c",  # 0.6.0 to 0.8.0
+        "a4f0bb05cf161eb1da8477a58e338131150b647754f9f3fcac96a2e242480edb",  # 0.9.0 to 0.11.0
+        "a93dc13965c911ef4535192c088b04a190bb9e9f6ffb8f8a3d9b1dbcac928a4e",  # 0.12.0 to 0.15.3
+    ),
+    CORE: (
+        "cdbbfb44a27db1cf222ebc8f56a0474d5e86a94a15eb1d8af26836adcd7c55f6",  # 0.6.0 to 0.8.0
+        "2a8fd6f0ac866d9b6af00c9382414089bf5c830d390b92b1fc542c6a21996d57",  # 0.9.0
+        "af9ee4441a0ceabd350a1b935c6511c95f268d1081933d7fbf4d921eadaf91a0",  # 0.10.0 to 0.14.0
+        "1219515f00b53ffd9c86c88b86f7e75e0575e198026f9a131429be19755c7790",  # 0.15.0 to 0.15.3
+    ),
+    "get_query_key_value_tensors": (
+        "755ea53c75bb9b776a33971579d53a1c8fcb035d6cfecfc9533829cbda7dd555",  # 0.6.0 to 0.14.0
+        "f546898dd71f007ebd41ed396586e9fde05c74f5f761349f0ce77405961cad9b",  # 0.15.0 to 0.15.3
+    ),
+    MODEL: (
+        "02216794fd84c1a8a26756b06425ccca9ff439effa5c58974f42d88fcf472d62",  # 0.6.0 to 0.8.0
+        "0a363a3c16237ab0b99933dbb89868656ea8afa8a6854e38f38ca73087ea85b0",  # 0.9.0 to 0.11.0
+        "02d96e638f718deba0d6c58b8d5ccdf3953823f5885d31a05284ed1cd9dff3fe",  # 0.12.0 to 0.15.3
+    ),
 }
 
 # The dialect; sizes and the rest: `describe`, `describe_arguments` and `convert`.
@@ -142,8 +164,9 @@ class Fused(FusedForward):
         """Scale and dropout. (With query-key layer scaling the softmax multiplies by what the scale was divided by.)"""
         core = _core(self.module)
         dropout = core.attention_dropout
+        scale = core.softmax_scale if hasattr(core, "softmax_scale") else 1.0 / core.norm_factor  # to 0.9.0
         return {
-            "scale": core.softmax_scale * (core.scale_mask_softmax.scale or 1.0),
+            "scale": scale * (core.scale_mask_softmax.scale or 1.0),
             "dropout_p": dropout.p if dropout.training else 0.0,
         }
 
@@ -179,23 +202,21 @@ class FusedCore(Fused):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         attn_mask_type: Any = None,
-        attention_bias: Any = None,
-        packed_seq_params: Any = None,
+        *others: Any,
+        **named: Any,
     ) -> torch.Tensor:
-        """query [n, b, h, d], key and value [n, b, hk, d] -> [n, b, h * d]."""
+        """query [n, b, h, d], key and value [n, b, hk, d]; of biases and packing only None -> [n, b, h * d]."""
         module: Any = self.module
         causal = _is_causal(module)
-        usual = attention_bias is None and packed_seq_params is None and query.shape[0] == key.shape[0]
+        usual = all(x is None for x in (*others, *named.values())) and query.shape[0] == key.shape[0]
         if not usual or self.bypassed() or not self.is_plain(attention_mask, causal):
-            return type(module).forward(
-                module, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-            )
+            return type(module).forward(module, query, key, value, attention_mask, attn_mask_type, *others, **named)
         options = self.options()
         with self.random_state(options["dropout_p"]):
             out: Any = neighbour_self_attention(
                 *(x.transpose(0, 1)[:, None, None] for x in (query, key, value)), causal=causal, **options
             )
-        return out[:, 0, 0].flatten(2).transpose(0, 1)
+        return out[:, 0, 0].flatten(2).transpose(0, 1).contiguous()  # as linear_proj views it, to 0.11.0
 
     def is_plain(self, mask: torch.Tensor | None, causal: bool) -> bool:
         """Whether the mask (True = hidden) says what the kind of attention does. Each mask is looked at once."""
@@ -222,23 +243,15 @@ class FusedDecoder(Fused):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         key_value_states: torch.Tensor | None = None,
-        inference_context: Any = None,
-        *,
-        inference_params: Any = None,
+        *inference: Any,
+        **named: Any,
     ) -> dict[str, Any]:
         """hidden_states [n, b, d]; key_value_states [r, b * l * k, d] where the encoder is here, else its output
-        [r * k, b * l, d] -> a dict for `RetroDecoderBiasDropoutAdd`."""
+        [r * k, b * l, d]; what inference passes -> a dict for `RetroDecoderBiasDropoutAdd`."""
         module: Any = self.module
         context = key_value_states
-        if context is None or inference_params is not None or self.bypassed():
-            return type(module).forward(
-                module,
-                hidden_states,
-                attention_mask,
-                key_value_states,
-                inference_context,
-                inference_params=inference_params,
-            )
+        if context is None or any(x is not None for x in (*inference, *named.values())) or self.bypassed():
+            return type(module).forward(module, hidden_states, attention_mask, key_value_states, *inference, **named)
         n, b, width = hidden_states.shape
         m, k, r = module.retro_chunk_length, module.retro_num_neighbors, module.retro_retrieved_length
         chunks = -(-n // m)
@@ -254,7 +267,6 @@ class FusedDecoder(Fused):
                 attention_mask=attention_mask,
                 context=chunked,
                 context_mask=None,
-                inference_context=inference_context,
             ).reshape(r * k, b * chunks, width)
         attention, d = module.attn, _core(module).hidden_size_per_attention_head
         pad = (n - 1) % m
@@ -265,7 +277,7 @@ class FusedDecoder(Fused):
             out: Any = chunked_cross_attention(
                 query, both[..., 0, :], both[..., 1, :], chunk_size=m, query_offset=m - 1, **options
             )
-        output, bias = attention.linear_proj(out.flatten(2).transpose(0, 1))
+        output, bias = attention.linear_proj(out.flatten(2).transpose(0, 1).contiguous())
         output = F.pad(output, (0, 0, 0, 0, 0, chunks * m - (n - pad)))
         output = output.view(chunks, m, b, -1).permute(1, 2, 0, 3).reshape(m, b * chunks, -1)
         return {
@@ -288,21 +300,15 @@ class FusedEncoder(Fused):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         key_value_states: torch.Tensor | None = None,
-        inference_context: Any = None,
-        *,
-        inference_params: Any = None,
+        *inference: Any,
+        **named: Any,
     ) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-        """hidden_states [r, b * l * k, d], key_value_states [m, b * l, d] -> (output, bias, residual) by neighbour."""
+        """hidden_states [r, b * l * k, d], key_value_states [m, b * l, d]; what inference passes -> (output, bias,
+        residual) by neighbour."""
         module: Any = self.module
-        if key_value_states is None or inference_params is not None or self.bypassed():
-            return type(module).forward(
-                module,
-                hidden_states,
-                attention_mask,
-                key_value_states,
-                inference_context,
-                inference_params=inference_params,
-            )
+        given = any(x is not None for x in (*inference, *named.values()))
+        if key_value_states is None or given or self.bypassed():
+            return type(module).forward(module, hidden_states, attention_mask, key_value_states, *inference, **named)
         attention, d = module.attn, _core(module).hidden_size_per_attention_head
         k, r = module.retro_num_neighbors, module.retro_retrieved_length
         residual = hidden_states.view(r, -1, k, hidden_states.shape[-1])
@@ -314,7 +320,7 @@ class FusedEncoder(Fused):
         with self.random_state(options["dropout_p"]):
             out: Any = neighbour_cross_attention(query, both[..., 0, :], both[..., 1, :], **options)
         out = out[:, 0].permute(2, 0, 1, 3, 4).flatten(3)
-        output, bias = attention.linear_proj(out.reshape(r, -1, out.shape[-1]))
+        output, bias = attention.linear_proj(out.reshape(r, -1, out.shape[-1]).contiguous())
         output = output.view(r, -1, k, output.shape[-1])
         return [(output[:, :, i], bias, residual[:, :, i].contiguous()) for i in range(k)]
 

@@ -7,6 +7,7 @@ shards are cut here, as its layers divide, and legacy names are given to its wei
 saves. What Megatron-LM's own trainers save is in test_megatron_checkpoint.py."""
 
 import argparse
+import importlib.util
 import random
 import re
 
@@ -49,6 +50,8 @@ def build():
             "retro_encoder_attention_dropout": 0.0,
             **options,
         }
+        if importlib.util.find_spec("megatron.core.transformer.torch_norm") is None:
+            settings["normalization"] = "LayerNorm"  # without Apex, releases to 0.9.0 have no other
         config = RetroConfig(**settings)
         model = RetroModel(
             config=config,
@@ -220,7 +223,7 @@ def test_what_is_not_the_known_version_is_skipped(build, monkeypatch):
     report = swap(model, strict=False)
     inside = "decoder.layers.5.cross_attention.encoder.layers.0.cross_attention"
     assert set(report.skipped) == {"decoder.layers.0.self_attention.core_attention", inside}
-    assert "not that of megatron-core 0.15.3" in report.skipped[inside]
+    assert "not that of megatron-core 0.6.0 to 0.15.3" in report.skipped[inside]
     assert "sliding window" in report.skipped["decoder.layers.0.self_attention.core_attention"]
 
 
@@ -286,12 +289,12 @@ def divide(name, x, size, gated):
 
 def save(folder, model, size=1, legacy=False, **arguments):
     """A checkpoint of format "torch" -> its folder."""
-    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.enums import AttnMaskType
 
     state = {name: x for name, x in model.state_dict().items() if isinstance(x, torch.Tensor)}
     names = legacy_names(state) if legacy else {name: name for name in state}
     args = argparse.Namespace(
-        **{**ARGUMENTS, "tensor_model_parallel_size": size, "attention_backend": AttnBackend.unfused, **arguments}
+        **{**ARGUMENTS, "tensor_model_parallel_size": size, "attn_mask_type": AttnMaskType.causal, **arguments}
     )
     for rank in range(size):
         part = folder / "iter_0000007" / f"mp_rank_{rank:02d}"
@@ -308,16 +311,19 @@ def save(folder, model, size=1, legacy=False, **arguments):
 def test_distributed_checkpoints(build, tmp_path, monkeypatch, gated):
     """As Megatron-core's own dist_checkpointing saves them (it waits for a GPU first)."""
     from megatron.core import dist_checkpointing
-    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.enums import AttnMaskType
 
     form = {"gated_linear_unit": True, "activation_func": F.silu, "add_bias_linear": False} if gated else {}
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     model = build(9, tied=gated, **form)
-    args = {**ARGUMENTS, "attention_backend": AttnBackend.unfused, "swiglu": gated, "add_bias_linear": not gated}
+    args = {**ARGUMENTS, "attn_mask_type": AttnMaskType.causal, "swiglu": gated, "add_bias_linear": not gated}
     folder = tmp_path / "iter_0000007"
     folder.mkdir()
     held = {"args": argparse.Namespace(**args), "iteration": 7, "checkpoint_version": 3.0}
-    dist_checkpointing.save({**held, "model": model.sharded_state_dict()}, str(folder))
+    try:
+        dist_checkpointing.save({**held, "model": model.sharded_state_dict()}, str(folder))
+    except RuntimeError as error:
+        pytest.skip(f"this release cannot save with this torch: {error}")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     tokens, neighbours = text(10)
     close(Retro.from_peer(tmp_path)(tokens, neighbours), call(model, tokens, neighbours))
