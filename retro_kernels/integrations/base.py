@@ -197,6 +197,33 @@ def _without_comments(source: str) -> str:
     return "\n".join(lines)
 
 
+def kind_of(
+    module: nn.Module, homes: Sequence[str], known: Mapping[str, str | Sequence[str]], *, verbatim: bool = False
+) -> str | None:
+    """The name of a peer's class that the module is of, or derives from; None if of none.
+
+    Args:
+        homes: where its classes are, such as "retro_pytorch.retro_pytorch.".
+        known: "Name.forward" -> the `digest` of its source. A class of that name and source is the peer's, wherever it
+            is: people copy files.
+    """
+    for kind in type(module).__mro__:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        for home in homes:
+            if name.startswith(home):
+                return name.removeprefix(home)
+        source = known.get(f"{kind.__qualname__}.forward")
+        forward = vars(kind).get("forward")
+        if source is not None and describe_change("", forward, source, "", verbatim=verbatim) is None:
+            return kind.__qualname__
+    return None
+
+
+def home_of(module: nn.Module, kind: str) -> str:
+    """The name of the Python module in which the class `kind` is defined that the module is of."""
+    return next(x.__module__ for x in type(module).__mro__ if x.__qualname__ == kind)
+
+
 def class_names(module: nn.Module) -> list[str]:
     """The qualified names of the module's class and all its bases."""
     return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]

@@ -16,6 +16,7 @@ from torch import nn
 from ..ops.chunked_cross_attention import attend_spans
 from ..ops.compiling import readable
 from ..ops.verification.classes import Class
+from . import base
 from .base import FusedForward, class_names, describe_change, warn_once
 
 NAME = "flamingo"
@@ -36,7 +37,10 @@ PARTS = {"norm", "to_q", "to_kv", "to_out"}
 
 
 def _kind(module: nn.Module) -> str | None:
-    return next((name for name in class_names(module) if name in VERSIONS), None)
+    """Which of LOOKS_FOR it is, or a copy of: people copy files."""
+    found = next((name for name in class_names(module) if name in VERSIONS), None)
+    copies = ((name, {"MaskedCrossAttention.forward": source}) for name, source in KNOWN_SOURCES.items())
+    return found or next((name for name, known in copies if base.kind_of(module, (), known)), None)
 
 
 def recognises(module: nn.Module) -> bool:

@@ -19,7 +19,8 @@ from ..models.config import RetroConfig
 from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import FusedForward, class_names, describe_change, describe_unevenness, is_changed, random_text, warn_once
+from . import base
+from .base import FusedForward, describe_change, describe_unevenness, is_changed, random_text, warn_once
 from .tensors import Tensors, plain_name
 
 NAME = "labml"
@@ -62,11 +63,7 @@ PRESET: dict[str, Any] = {
 
 def kind_of(module: nn.Module) -> str | None:
     """The name of the class there that the module is of, or derives from."""
-    for name in class_names(module):
-        for prefix in MODULES:
-            if name.startswith(prefix):
-                return name.removeprefix(prefix)
-    return None
+    return base.kind_of(module, MODULES, KNOWN_SOURCES)
 
 
 def recognises(module: nn.Module) -> bool:
@@ -215,8 +212,9 @@ def is_weights(names: Mapping[str, Any]) -> bool:
 
 
 def describe(model: Any) -> dict[str, Any]:
+    home = base.home_of(model, "RetroModel")
     for name, module in model.named_modules():
-        kind = kind_of(module)
+        kind = kind_of(module) or (type(module).__qualname__ if type(module).__module__ == home else None)
         if kind is None:
             continue
         reason = refusal(module) if kind in ATTENTIONS else _change(module, kind)

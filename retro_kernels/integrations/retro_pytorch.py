@@ -31,6 +31,7 @@ from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
+from . import base
 from .base import (
     AS_TRAINED,
     PAPER,
@@ -47,9 +48,8 @@ from .tensors import Tensors, plain_name
 NAME = "retro-pytorch"
 VERSION = "0.3.9"
 MODULE = "retro_pytorch.retro_pytorch."
-CCA, ATTENTION, ENCODER = (MODULE + name for name in ("ChunkedCrossAttention", "Attention", "Encoder"))
-MODEL = MODULE + "RETRO"
-LOOKS_FOR = (CCA, ATTENTION)
+CCA, ATTENTION, ENCODER, MODEL = "ChunkedCrossAttention", "Attention", "Encoder", "RETRO"
+LOOKS_FOR = (MODULE + CCA, MODULE + ATTENTION)
 
 # SHA-256 of the source of each function that the fused forward stands for. Another source is not known to compute the
 # same, whatever its class is called.
@@ -72,16 +72,21 @@ PARTS = {"to_q", "to_k", "to_v", "to_out", "dropout"}
 NULL_SLOT = {"null_k", "null_v"}
 
 
+def kind_of(module: nn.Module) -> str | None:
+    """The name of the class there that the module is of, or derives from."""
+    return base.kind_of(module, (MODULE,), KNOWN_SOURCES, verbatim=True)
+
+
 def recognises(module: nn.Module) -> bool:
     """Whether it is a `ChunkedCrossAttention` or an `Attention` of retro-pytorch, or of a class derived from one. The
     attention with a null slot is a part of the former and not looked at by itself."""
-    names = class_names(module)
-    return CCA in names or (ATTENTION in names and getattr(module, "null_k", None) is None)
+    kind = kind_of(module)
+    return kind == CCA or (kind == ATTENTION and getattr(module, "null_k", None) is None)
 
 
 def refusal(module: nn.Module) -> str | None:
     """Why the module is not retro-pytorch 0.3.9's, in parts or in source; None when it is."""
-    if CCA in class_names(module):
+    if kind_of(module) == CCA:
         return _structure(module) or _source(module)
     return _attention_structure(module, null_slot=False) or _attention_source(module)
 
@@ -113,7 +118,7 @@ def likely_class(module: Any) -> Class:
 
 
 def fused_forward(module: nn.Module, positions: str) -> FusedForward:
-    if CCA in class_names(module):
+    if kind_of(module) == CCA:
         return FusedRetroPytorch(module, positions)
     return FusedRetroPytorchAttention(module, None)
 
@@ -123,9 +128,9 @@ def to_layer(module: Any, positions: str = AS_TRAINED, **options: Any) -> Chunke
 
     Raises ValueError when the module is not retro-pytorch 0.3.9's ChunkedCrossAttention.
     """
-    reason = refusal(module) if CCA in class_names(module) else f"its class is {class_names(module)[0]}"
+    reason = refusal(module) if kind_of(module) == CCA else f"its class is {class_names(module)[0]}"
     if reason is not None:
-        raise ValueError(f"module: got {type(module).__name__}, expected a {CCA} of {VERSION}, but {reason}")
+        raise ValueError(f"module: got {type(module).__name__}, expected a {MODULE}{CCA} of {VERSION}, but {reason}")
     attention: Any = module.cross_attn
     weight = attention.to_q.weight
     head_dim = attention.null_k.numel() // attention.heads
@@ -165,9 +170,11 @@ def to_encoder(module: Any, *, chunk_size: int = 64, **options: Any) -> Neighbou
 
     Raises ValueError when the module is not retro-pytorch 0.3.9's Encoder.
     """
-    reason = _parts_refusal(module) if ENCODER in class_names(module) else f"its class is {class_names(module)[0]}"
+    reason = _parts_refusal(module) if kind_of(module) == ENCODER else f"its class is {class_names(module)[0]}"
     if reason is not None:
-        raise ValueError(f"module: got {type(module).__name__}, expected an {ENCODER} of {VERSION}, but {reason}")
+        raise ValueError(
+            f"module: got {type(module).__name__}, expected an {MODULE}{ENCODER} of {VERSION}, but {reason}"
+        )
     own = module.layers[0][0].fn
     crossing = [number for number, (_, cross, _) in enumerate(module.layers, 1) if cross is not None]
     context_dim = module.layers[crossing[0] - 1][1].fn.to_k.in_features if crossing else own.to_k.in_features
@@ -257,7 +264,7 @@ EPS = 1e-8**2  # its norms divide by at least 1e-8
 
 def is_model(module: nn.Module) -> bool:
     """Whether it is a whole RETRO."""
-    return MODEL in class_names(module)
+    return kind_of(module) == MODEL
 
 
 def probe(model: Any, length: int | None) -> Callable[[nn.Module], torch.Tensor]:
@@ -276,7 +283,7 @@ def describe(model: Any) -> dict[str, Any]:
     """What its state dict does not tell, as fields of a RetroConfig. Raises ValueError for another version."""
     reason = _parts_refusal(model)
     reason = reason or _describe_change("RETRO.forward_without_retrieval", type(model).forward_without_retrieval)
-    ccas = [x for x in model.modules() if CCA in class_names(x)]
+    ccas = [x for x in model.modules() if kind_of(x) == CCA]
     if reason is None and len({_positions_of(x) for x in ccas}) > 1:
         reason = "some of its chunked cross-attentions are swapped with other positions than the rest"
     reason = reason or describe_unevenness(model, COMMON)
@@ -791,12 +798,12 @@ def _attention_source(attention: nn.Module) -> str | None:
 
 def _parts_refusal(model: nn.Module) -> str | None:
     """Why a part of an encoder, or of a whole model, is not known to compute what it did in VERSION."""
+    home = base.home_of(model, str(kind_of(model)))
     for path, module in model.named_modules():
         name = plain_name(path)
-        theirs = [kind for kind in class_names(module) if kind.startswith(MODULE)]
-        if not theirs:
+        kind = kind_of(module) or (type(module).__qualname__ if type(module).__module__ == home else None)
+        if kind is None:
             continue
-        kind = theirs[0].removeprefix(MODULE)
         if not isinstance(vars(module).get("forward", None), (FusedForward, type(None))):
             return f"something else has replaced forward on {name or 'it'}"
         reason = _describe_change(f"{kind}.forward", type(module).forward)
@@ -808,7 +815,7 @@ def _parts_refusal(model: nn.Module) -> str | None:
             if reason is None and module.causal != own:
                 reason = f"it is {'not ' if own else ''}causal"
         elif kind in ("PreNorm", "PostNorm") and not (
-            isinstance(module.norm, nn.LayerNorm) or MODULE + "RMSNorm" in class_names(module.norm)
+            isinstance(module.norm, nn.LayerNorm) or kind_of(module.norm) == "RMSNorm"
         ):
             reason = f"its norm is a {type(module.norm).__name__}, expected RMSNorm or nn.LayerNorm"
         elif kind == "FeedForward" and reason is None:
