@@ -139,9 +139,10 @@ def swap(model: nn.Module, *, strict: bool = True, positions: str = AS_TRAINED, 
     `nn.DataParallel` is not supported: its replicas share instance attributes.
 
     A module is replaced only if its class's source and its parts are those this version was written for; any other
-    is skipped and the report says why. Source counts wherever it is: a copy of a peer's file is the peer's. A call that the fused operations do not cover (hooks on a part that they
-    bypass, a mask in causal attention) runs the module's own code, and a warning says so once. Attention dropout is
-    fused: in training it has the same distribution as the module's own, but drops other probabilities.
+    is skipped and the report says why. Source counts wherever it is: a copy of a peer's file is the peer's. A call that
+    the fused operations do not cover (hooks on a part that they bypass, a mask in causal attention) runs the module's
+    own code, and a warning says so once. Attention dropout is fused: in training it has the same distribution as the
+    module's own, but drops other probabilities.
 
     On a GPU the fused kernels that a module's calls need are checked there first, once (`retro-kernels verify` does it
     ahead). Where its calls would run as the slow reference, because no fused backend can run or none has passed its

@@ -75,7 +75,7 @@ def test_a_changed_attention_is_left_alone(load):
     report = swap(model, strict=False)
     assert report.replaced == []
     assert "Attention.forward is not that of 0.3.9" in report.skipped["decoder.layers.0.1.fn"]
-    with pytest.raises(ValueError, match="Attention.forward is not that of"):
+    with pytest.raises(ValueError, match=r"Attention\.forward is not that of"):
         Retro.from_peer(model)
 
 
