@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ BY_ROWS = (
     "output_layer.",
 )
 BY_COLUMNS = (".linear_proj.weight", ".linear_fc2.weight")
+DRIFT = 0.01  # by which copies in the shards of one run may differ, as a part of their largest element
 
 
 def is_folder(path: Path) -> bool:
@@ -82,10 +84,8 @@ def read_folder(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             odd = sorted(shard.keys() ^ shards[0].keys())
             raise ValueError(f"{folder}: got {odd[0]} in some of the shards only, expected it in all (rank {rank})")
     new = modern_names(shards[0])
-    merged = {
-        name: _merge(str(folder), new[name], [x[name] for x in shards], bool(getattr(args, "swiglu", False)))
-        for name in shards[0]
-    }
+    gated = bool(getattr(args, "swiglu", False))
+    merged = {name: merge(str(folder), new[name], [x[name] for x in shards], gated) for name in shards[0]}
     return merged, describe_arguments(args, is_legacy(merged))
 
 
@@ -129,7 +129,9 @@ def _weights(tree: Mapping[str, Any], source: str, prefix: str = "") -> Iterator
             )
 
 
-def _merge(folder: str, name: str, parts: list[torch.Tensor], gated: bool) -> torch.Tensor:
+def merge(folder: str, name: str, parts: list[torch.Tensor], gated: bool) -> torch.Tensor:
+    """The tensor of which these are the shards. Of one that every shard has whole, copies may have drifted apart in
+    training; then it is their mean, with a warning. Raises ValueError where they are not of one run."""
     if len(parts) == 1:
         return parts[0]
     if any(mark in name for mark in BY_ROWS) and ".layer_norm_" not in name:
@@ -138,6 +140,14 @@ def _merge(folder: str, name: str, parts: list[torch.Tensor], gated: bool) -> to
         return torch.cat(parts)
     if name.endswith(BY_COLUMNS):
         return torch.cat(parts, dim=1)
-    if any(not torch.equal(x, parts[0]) for x in parts):
+    if all(torch.equal(x, parts[0]) for x in parts):
+        return parts[0]
+    copies = torch.stack([x.double() for x in parts])
+    apart = ((copies - copies[0]).abs().max() / copies.abs().max()).item()
+    if not apart <= DRIFT:
         raise ValueError(f"{folder}: got {name} that differs between shards, expected shards of one run")
-    return parts[0]
+    warnings.warn(
+        f"{folder}: the shards' copies of {name} are apart by {apart:.1e} of its largest element: their mean is taken",
+        stacklevel=2,
+    )
+    return copies.mean(0).to(parts[0].dtype)

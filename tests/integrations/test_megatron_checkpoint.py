@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 from benchmarks.megatron_checkpoints import noise
 from retro_kernels.cli import app
+from retro_kernels.integrations.megatron_checkpoint import merge
 from retro_kernels.integrations.tensors import load_pickle
 from retro_kernels.models import Retro
 
@@ -255,3 +256,15 @@ def test_an_optimizers_state_is_not_read(monkeypatch, tmp_path):
     assert torch.equal(held["optimizer"]["state"][0]["exp_avg"], torch.ones(64, 32))
     del held
     assert str(folder / FILE) not in Path("/proc/self/maps").read_text()
+
+
+def test_copies_in_shards_may_drift_apart_but_not_be_of_other_runs():
+    """Norms are kept whole in every tensor-parallel shard, and trained in each by itself."""
+    norm, name = torch.rand(8) + 1, "decoder.layers.0.input_layernorm.weight"
+    parts = [norm, norm * 1.001, norm]
+    with pytest.warns(UserWarning, match=rf"copies of {name} are apart by 1\.0e-03"):
+        torch.testing.assert_close(merge("run", name, parts, False), norm * (1 + 0.001 / 3))
+    for other in (norm + 0.1, norm * torch.nan):
+        with pytest.raises(ValueError, match=f"{name} that differs between shards, expected shards of one run"):
+            merge("run", name, [norm, other], False)
+    assert merge("run", name, [norm, norm.clone(), norm], False) is norm
