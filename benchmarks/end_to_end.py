@@ -4,7 +4,7 @@
     python -m benchmarks.end_to_end train --preset retro-425m --ways fused
     python -m benchmarks.end_to_end parts --preset retro-172m            time beside matrix operations, part by part
     python -m benchmarks.end_to_end generate --db DATABASE               retrieval on and off, search included
-    python -m benchmarks.end_to_end peer                                 beside retro-pytorch's own generation
+    python -m benchmarks.end_to_end peer                                 retro-pytorch's own generation, and swapped
     python -m benchmarks.end_to_end report                               docs/retro.md's tables from the results
 
 All variants of a run take turns in one process, with the same weights. Each run adds its result to end-to-end.json of
@@ -296,54 +296,45 @@ def _load_neighbours(given: argparse.Namespace) -> Callable[[torch.Tensor], Neig
 
 
 def peer(given: argparse.Namespace) -> dict[str, Any]:
-    """`TrainingWrapper.generate` of retro-pytorch, as it is, at its README's configuration, and this library's of the
-    same widths, heads, layers and vocabulary; both with the same stored neighbours."""
+    """`TrainingWrapper.generate` of retro-pytorch, as it is, at its README's configuration, and `report.generate` of
+    the same model, swapped; both with the same stored neighbours, and the best token each time. Raises RuntimeError
+    where their tokens differ."""
     from retro_pytorch import TrainingWrapper
 
-    from retro_kernels.bench.real_text import README, load_model
+    import retro_kernels as rk
+    from retro_kernels.bench.real_text import load_model
 
-    theirs = load_model(torch.device("cpu")).eval()
-    vocabulary = theirs.token_emb.num_embeddings
+    theirs, swapped = load_model(torch.device("cpu")).eval(), load_model(torch.device("cpu")).eval()
+    swapped.load_state_dict(theirs.state_dict())
+    swap = rk.swap(swapped)
     length, count = given.length, given.tokens
-    config = RetroConfig(
-        vocab_size=vocabulary,
-        model_dim=README["dec_dim"],
-        num_layers=README["dec_depth"],
-        num_heads=README["heads"],
-        head_dim=README["dim_head"],
-        cross_attention_layers=README["dec_cross_attn_layers"],
-        encoder_dim=README["enc_dim"],
-        encoder_layers=README["enc_depth"],
-        encoder_heads=README["heads"],
-        encoder_head_dim=README["dim_head"],
-        encoder_cross_attention_layers=tuple(range(1, README["enc_depth"] + 1)),
-        tied_embeddings=False,
-    )
-    ours = Retro(config).eval()
-    tokens, _ = _data(config, 1, length)
-    given.vocabulary = vocabulary
+    given.vocabulary = theirs.token_emb.num_embeddings
+    tokens = torch.randint(1, given.vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     stored = _load_neighbours(given)
     wrapper = object.__new__(TrainingWrapper)  # its __init__ would build a database
     torch.nn.Module.__init__(wrapper)
-    wrapper.retro, wrapper.chunk_size, wrapper.max_seq_len = theirs, config.chunk_size, length + count - 1
+    wrapper.retro, wrapper.chunk_size, wrapper.max_seq_len = theirs, theirs.chunk_size, length + count - 1
     wrapper.fetch_knn_chunks_fn = lambda chunks: stored(chunks).tokens
+    made: dict[str, torch.Tensor] = {}
 
-    def of_theirs() -> float:
+    def of_theirs() -> None:
         with contextlib.redirect_stdout(None):
-            return timed(lambda: wrapper.generate(tokens)) / count
+            made["theirs"] = wrapper.generate(tokens, filter_thres=1 - 1e-9)[0]  # of all logits it keeps the best
 
-    def of_ours() -> float:
-        return timed(lambda: ours.generate(tokens, retriever=stored, max_new_tokens=count)) / count
+    def of_ours() -> None:
+        made["ours"] = swap.generate(tokens, retriever=stored, max_new_tokens=count).sequences[0]
 
-    seconds = interleaved({"retro-pytorch": of_theirs, "retro_kernels": of_ours}, given.repeats)
+    seconds = interleaved(
+        {"retro-pytorch": lambda: timed(of_theirs) / count, "retro_kernels": lambda: timed(of_ours) / count},
+        given.repeats,
+    )
+    if not torch.equal(made["theirs"], made["ours"]):
+        raise RuntimeError(f"the tokens differ: {made['theirs'][length:].tolist()}, {made['ours'][length:].tolist()}")
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "seconds_a_token": {name: summary(values) for name, values in seconds.items()},
         "times_faster": median["retro-pytorch"] / median["retro_kernels"],
-        "parameters": {
-            "retro-pytorch": sum(p.numel() for p in theirs.parameters()),
-            "retro_kernels": sum(ours.count_parameters().values()),
-        },
+        "parameters": sum(p.numel() for p in theirs.parameters()),
     }
 
 
@@ -453,7 +444,7 @@ def _peer_table(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         "Generation at the sizes of retro-pytorch's README, seconds a token, the prompt included:",
         "",
-        "| prompt | new tokens | retro-pytorch's `generate` | `Retro.generate` | times faster |",
+        "| prompt | new tokens | retro-pytorch's `generate` | `report.generate` | times faster |",
         "|---:|---:|---:|---:|---:|",
     ]
     for run in runs:
@@ -482,8 +473,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / environment.device_slug("cpu") / FILE)
     given = parser.parse_args()
     if given.what == "report":
-        runs = json.loads(given.out.read_text())
-        DOCUMENT.write_text(report.replace_block(DOCUMENT.read_text(), tables(runs), file=DOCUMENT.name))
+        block = "\n\n".join(tables(json.loads(path.read_text())) for path in sorted(HERE.glob(f"results/*/{FILE}")))
+        DOCUMENT.write_text(report.replace_block(DOCUMENT.read_text(), block, file=DOCUMENT.name))
         return
     used = {
         "train": ("preset", "batch", "vocabulary", "ways"),
