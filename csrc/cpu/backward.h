@@ -226,6 +226,7 @@ static void differentiate(const Problem& p, const Keys& keys, const Rows& rows, 
 
 static void add_bias_gradient(const Problem& p, const Rows& rows, const Keys& keys, const float* grad_scores,
                               int64_t copy) {
+  const BiasRuns runs(p, keys);
   float square[kLanes * kMostKeys] __attribute__((aligned(64)));
   for (int64_t i0 = 0; i0 < rows.padded; i0 += kLanes) {
     for (int64_t k = 0; k < keys.count; k += kLanes)
@@ -235,15 +236,10 @@ static void add_bias_gradient(const Problem& p, const Rows& rows, const Keys& ke
                   ((copy * p.heads + rows.head[i0 + i]) * p.table_rows + rows.row[i0 + i]) * p.bias_slots;
       const float* from = square + i * kMostKeys;
       // what the row sees: in a row of NaN the rest is NaN, too
-      int64_t seen = keys.count, k = 0;
+      int64_t seen = keys.count;
       while (p.causal && seen > 0 && keys.slot[seen - 1] > rows.last[i0 + i]) --seen;
-      while (k < seen) {
-        const int64_t start = keys.slot[k] % p.bias_slots;
-        int64_t n = 1;
-        while (k + n < seen && keys.slot[k + n] == keys.slot[k] + n && start + n < p.bias_slots) ++n;
-        add_scaled(to + start, 1.0f, from + k, n);
-        k += n;
-      }
+      for (int64_t run = 0; run < runs.count && runs.key[run] < seen; ++run)
+        add_scaled(to + runs.start[run], 1.0f, from + runs.key[run], least(runs.length[run], seen - runs.key[run]));
     }
   }
 }

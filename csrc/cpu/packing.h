@@ -159,9 +159,24 @@ static void scale_bias(float* x, int64_t n) {
   }
 }
 
+// Consecutive keys of a block whose slots are consecutive in the bias, too: the same for all its rows.
+struct BiasRuns {
+  int64_t count = 0;
+  int64_t key[kMostKeys], start[kMostKeys], length[kMostKeys];
+
+  BiasRuns(const Problem& p, const Keys& keys) {
+    for (int64_t k = 0; k < keys.count; k += length[count++]) {
+      int64_t n = 1;
+      key[count] = k, start[count] = keys.slot[k] % p.bias_slots;
+      while (k + n < keys.count && keys.slot[k + n] == keys.slot[k] + n && start[count] + n < p.bias_slots) ++n;
+      length[count] = n;
+    }
+  }
+};
+
 // bias[key][row] * log2(e)
 static void gather_bias(const Problem& p, const Rows& rows, const Keys& keys, float* bias) {
-  float line[kMostKeys + 16] __attribute__((aligned(64)));
+  const BiasRuns runs(p, keys);
   float square[kLanes * kMostKeys] __attribute__((aligned(64)));
   const int64_t padded = keys.padded;
   for (int64_t i0 = 0; i0 < rows.padded; i0 += kLanes) {
@@ -172,17 +187,10 @@ static void gather_bias(const Problem& p, const Rows& rows, const Keys& keys, fl
         continue;
       }
       const int64_t offset = rows.head[i0 + i] * p.bias.stride0 + rows.row[i0 + i] * p.bias.stride1;
-      int64_t k = 0;
-      while (k < keys.count) {  // runs of consecutive slots that are consecutive in the bias too
-        const int64_t start = keys.slot[k] % p.bias_slots;
-        int64_t n = 1;
-        while (k + n < keys.count && keys.slot[k + n] == keys.slot[k] + n && start + n < p.bias_slots) ++n;
-        widen_operand(p.bias, offset + start, n, line);
-        scale_bias(line, n);
-        __builtin_memcpy(dst + k, line, (size_t)n * 4);
-        k += n;
-      }
-      for (; k < kMostKeys && k < round_up(padded, kLanes); ++k) dst[k] = 0.0f;
+      for (int64_t run = 0; run < runs.count; ++run)
+        widen_operand(p.bias, offset + runs.start[run], runs.length[run], dst + runs.key[run]);
+      for (int64_t k = keys.count; k < kMostKeys && k < round_up(padded, kLanes); ++k) dst[k] = 0.0f;
+      scale_bias(dst, keys.count);
     }
     int64_t k = 0;
     for (; k + kLanes <= padded; k += kLanes) transpose_square(square + k, kMostKeys, bias + k * kRows + i0, kRows);
