@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import math
 import re
+import threading
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ DIVIDED = (
     "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with StateDictOptions(full_state_dict=True)), "
     "or a folder (torch.distributed.checkpoint.save)"
 )
+
+
+_loading = threading.Lock()
 
 
 class Tensors:
@@ -109,7 +113,7 @@ def load_pickle(path: Path, *, stand_in: bool = False) -> Any:
     `stand_in` a Stand takes the place of whatever else there is.
     """
     try:
-        with _standing_in(path) if stand_in else torch.serialization.safe_globals([argparse.Namespace]):
+        with _declared(path, stand_in):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever a broken file makes the unpickler raise
         cause = error.__context__ or error  # torch's own message would advise to run what the file holds
@@ -128,17 +132,22 @@ def load_pickle(path: Path, *, stand_in: bool = False) -> Any:
 
 
 @contextlib.contextmanager
-def _standing_in(path: Path) -> Iterator[None]:
-    """Within it torch makes a Stand of what it does not know itself, even if this process has declared it harmless:
-    importing Megatron-core does that with its enumerations, which need not have the members that the file names."""
-    declared = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        stands = [(Stand, name) for name in _foreign(path)]
-        with torch.serialization.safe_globals([argparse.Namespace, *stands]):
+def _declared(path: Path, stand_in: bool) -> Iterator[None]:
+    """Within it torch makes an argparse.Namespace; with `stand_in` a Stand of all else that it does not know itself,
+    even if this process has declared it harmless: importing Megatron-core does that with its enumerations, which need
+    not have the members that the file names. A process has one list of what is harmless: loads of other threads
+    meanwhile go by this one."""
+    with _loading:
+        before = torch.serialization.get_safe_globals()
+        try:
+            if stand_in:
+                torch.serialization.clear_safe_globals()
+            stands = [(Stand, name) for name in _foreign(path)] if stand_in else []
+            torch.serialization.add_safe_globals([argparse.Namespace, *stands])
             yield
-    finally:
-        torch.serialization.add_safe_globals(declared)
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
 
 
 def _foreign(path: Path) -> set[str]:
