@@ -219,9 +219,10 @@ def kind_of(
     return None
 
 
-def home_of(module: nn.Module, kind: str) -> str:
-    """The name of the Python module in which the class `kind` is defined that the module is of."""
-    return next(x.__module__ for x in type(module).__mro__ if x.__qualname__ == kind)
+def computes_alone(module: nn.Module, homes: tuple[str, ...] = ("torch.",)) -> bool:
+    """Whether its class's forward comes from elsewhere than from Python modules whose names begin so."""
+    kind = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    return not kind.__module__.startswith(homes)
 
 
 def class_names(module: nn.Module) -> list[str]:

@@ -212,9 +212,8 @@ def is_weights(names: Mapping[str, Any]) -> bool:
 
 
 def describe(model: Any) -> dict[str, Any]:
-    home = base.home_of(model, "RetroModel")
     for name, module in model.named_modules():
-        kind = kind_of(module) or (type(module).__qualname__ if type(module).__module__ == home else None)
+        kind = kind_of(module) or (type(module).__qualname__ if base.computes_alone(module) else None)
         if kind is None:
             continue
         reason = refusal(module) if kind in ATTENTIONS else _change(module, kind)

@@ -27,7 +27,17 @@ from ..ops.chunked_cross_attention import chunked_cross_attention
 from ..ops.compiling import readable
 from ..ops.neighbour_attention import neighbour_cross_attention, neighbour_self_attention
 from ..ops.verification.classes import Class, tile
-from .base import FusedForward, Looked, class_names, describe_change, is_changed, random_text, warn_once
+from .base import (
+    FusedForward,
+    Looked,
+    class_names,
+    computes_alone,
+    describe_change,
+    describe_unevenness,
+    is_changed,
+    random_text,
+    warn_once,
+)
 from .tensors import Tensors
 
 NAME = "megatron"
@@ -378,12 +388,20 @@ UNLIKE_ARGUMENTS = {
     "num_experts": None,
     "quick_geglu": False,
 }
+HOMES = ("torch.", "megatron.", "transformer_engine.", "apex.")
+"""Where its parts' forwards are."""
+COMMON = {"eps": "model", "num_attention_heads_per_partition": "model"}
+"""What its config gives to all layers alike, and whoever changes a layer may not."""
 # What no state dict tells, and why.
-UNTOLD = dict.fromkeys(("chunk_size", "num_heads"), "which Megatron's weights do not tell, expected the model's")
+REQUIRED = dict.fromkeys(("chunk_size", "num_heads"), "which Megatron's weights do not tell, expected the model's")
 
 
 def describe(model: Any) -> dict[str, Any]:
     reason = _describe(MODEL, type(model).forward)
+    for name, part in model.named_modules():
+        if reason is None and computes_alone(part, HOMES):
+            reason = f"{name} is a {type(part).__qualname__}, of neither {' nor '.join(HOMES)}"
+    reason = reason or describe_unevenness(model, COMMON)
     if reason is not None:
         raise ValueError(f"source: got a {type(model).__name__}, expected one of {VERSION}, but {reason}")
     c = model.config
@@ -561,7 +579,7 @@ def convert(tensors: Tensors, options: dict[str, Any]) -> tuple[RetroConfig, dic
     if legacy:
         names = modern_names(tensors.left)
         tensors.left = {names[name]: x for name, x in tensors.left.items()}
-    for name, reason in {**UNTOLD, **options.pop("untold", {})}.items():
+    for name, reason in {**REQUIRED, **options.pop("untold", {})}.items():
         if name not in options:
             raise ValueError(f"{name}: got none, {reason}: give it")
     for name in [x for x in tensors.left if x.endswith("_extra_state")]:  # of fp8 scales, no weights

@@ -384,6 +384,19 @@ def test_generation_of_a_swapped_model(build):
         assert int(logits[0, -1].argmax()) == sequence[n]
 
 
+def test_a_part_of_ones_own_is_refused(build):
+    """Which a layer spec may put there, with weights of the same names."""
+    model = build(1)
+    part = model.decoder.layers[0].mlp
+    part.__class__ = type("OtherMLP", (type(part),), {"forward": lambda self, x: (2 * x, None)})
+    with pytest.raises(ValueError, match=r"decoder\.layers\.0\.mlp is a OtherMLP, of neither torch\. nor megatron\."):
+        Retro.from_peer(model)
+    model = build(1)
+    model.decoder.layers[1].input_layernorm.eps = 1.0
+    with pytest.raises(ValueError, match=r"eps is 1\.0 in decoder\.layers\.1\.input_layernorm"):
+        Retro.from_peer(model)
+
+
 def test_half_matching_checkpoints_are_refused(build, tmp_path):
     model = build(8)
 
