@@ -30,6 +30,7 @@ from .base import (
     FusedForward,
     Looked,
     class_names,
+    computes_alone,
     describe_change,
     describe_unevenness,
     is_changed,
@@ -60,6 +61,7 @@ KNOWN_SOURCES = {
     "RetroModelLMHead.forward": "2d0c1bcf2cde9082182aeb91be92e12563a79c8168f51b3f087b211c903a8b40",
 }
 UNTOLD = ("pad_token_id", "num_neighbours", "retrieved_length", "dropout", "hidden_dropout", "feed_forward_dropout")
+ACTIVATION = "NewGELUActivation"  # of transformers
 COMMON = {"chunk_size": "model", "num_heads": "half", "eps": "model", "p": "class"}
 """What its constructor gives to all layers alike, and whoever changes a layer may not."""
 
@@ -98,11 +100,13 @@ def describe(model: Any) -> dict[str, Any]:
     for name, part in model.named_modules():
         kinds = [x.rpartition(".")[2] for x in class_names(part)]
         kind = next((x for x in kinds if f"{x}.forward" in KNOWN_SOURCES), None)
+        if kind is None and reason is None and computes_alone(part) and type(part).__name__ != ACTIVATION:
+            reason = f"{name} is a {type(part).__qualname__}, which it has not"
         if kind is not None and reason is None:
             known = KNOWN_SOURCES[f"{kind}.forward"]
             reason = describe_change(f"{kind}.forward", type(part).forward, known, VERSION)
-            if kind == "RetroFeedForward" and type(part.gelu_act).__name__ != "NewGELUActivation":
-                reason = f"gelu_act of {name} is a {type(part.gelu_act).__name__}, expected NewGELUActivation"
+            if kind == "RetroFeedForward" and type(part.gelu_act).__name__ != ACTIVATION:
+                reason = f"gelu_act of {name} is a {type(part.gelu_act).__name__}, expected {ACTIVATION}"
             if kind == "RMSNorm" and (part.eps, part.p, part.bias) != (1e-8, -1.0, False):
                 reason = f"{name} has eps = {part.eps}, p = {part.p}, bias = {part.bias}, expected 1e-8, -1.0, False"
     reason = reason or describe_unevenness(model.base, COMMON)
@@ -270,9 +274,10 @@ def fused_forward(module: nn.Module, positions: str) -> FusedForward:
 class Fused(FusedForward):
     """Norms, projections, the bias and the last dropout stay calls of the module's parts."""
 
-    def __init__(self, module: nn.Module, positions: str | None) -> None:
-        super().__init__(module, positions)
-        self.looked = Looked()
+    looked: Looked
+
+    def __init_subclass__(cls) -> None:
+        cls.looked = Looked()
 
     def __call__(self, x: torch.Tensor, *given: torch.Tensor, **named: torch.Tensor) -> tuple[torch.Tensor, Any]:
         module: Any = self.module

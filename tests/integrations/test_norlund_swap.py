@@ -4,8 +4,10 @@ NORLUND=.../src/modeling_retro.py of a clone (github.com/TobiasNorlund/retro @ 6
 
 import contextlib
 import copy
+import pickle
 import random
 
+import norlund_attentions
 import pytest
 import torch
 from norlund_attentions import KINDS, D, E, M, MultiHead, know
@@ -74,6 +76,15 @@ def test_swapped_modules_agree(monkeypatch, kind, dtype):
         torch.testing.assert_close(compiled(*given)[0], module(*given)[0], rtol=1e-4, atol=1e-5)
     report.undo()
     assert torch.equal(swapped(*given)[0], module(*given)[0])
+
+
+@pytest.mark.parametrize("kind", norlund.ATTENTIONS)
+def test_a_swapped_module_that_was_called_can_be_pickled(monkeypatch, kind):
+    monkeypatch.setattr(norlund_attentions, kind, KINDS[kind], raising=False)
+    module, given = KINDS[kind](), arguments(kind)
+    swap(module)
+    want = module(*given)[0]
+    assert torch.equal(pickle.loads(pickle.dumps(module))(*given)[0], want)
 
 
 def test_calls_that_are_not_covered_run_its_own_code():
@@ -161,6 +172,11 @@ def test_its_own_whole_model_agrees(peer):
         if seed == 0:
             told = {"num_neighbours": k, "retrieved_length": r}
             Retro.from_peer(model, **told)
+            given = model.base.decoder[0][2].__class__
+            model.base.decoder[0][2].__class__ = type("Other", (nn.Module,), {"forward": given.forward})
+            with pytest.raises(ValueError, match=r"base\.decoder\.0\.2 is a Other, which it has not"):
+                Retro.from_peer(model, **told)
+            model.base.decoder[0][2].__class__ = given
             model.base.final_layer_norm.eps = 1.0
             with pytest.raises(ValueError, match=r"base\.final_layer_norm has eps = 1\.0"):
                 Retro.from_peer(model, **told)
