@@ -131,9 +131,8 @@ def _find_weights(
     for name, x in named(tree).items():
         for cut in [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]:
             parts.setdefault(name[:cut], {})[name[cut:]] = x
-    if prefix is not None:
-        given = prefix if prefix.endswith(".") or not prefix else f"{prefix}."
-        parts = {start.removeprefix(given): x for start, x in parts.items() if start.startswith(given)}
+    given = f"{prefix}." if prefix and not prefix.endswith(".") else prefix or ""
+    parts = {start: x for start, x in parts.items() if start.startswith(given)}
     found: dict[str, str] = {}
     for start in sorted(parts, key=len):
         if not start.startswith(tuple(found)):
@@ -141,13 +140,14 @@ def _find_weights(
                 if peer in (None, name) and integration.is_weights(parts[start]):
                     found.setdefault(start, name)
     if not found:
-        shown = ", ".join(sorted(parts.get("", {}))[:5]) or "none"
+        shown = ", ".join(sorted(parts.get(given, {}))[:5]) or "none"
         where = "" if prefix is None else f" under {prefix!r}"
         expected = ", ".join(PEERS) if peer is None else peer
         raise ValueError(f"{source}: got tensors named {shown} ...{where}, expected those of {expected}")
     if len(found) > 1:
+        given = "none" if prefix is None else repr(prefix)
         raise ValueError(
-            f"prefix: got none, and {source} holds {len(found)} models, expected which: "
+            f"prefix: got {given}, and {source} holds {len(found)} models, expected which: "
             + " or ".join(f"{start!r} ({len(parts[start])} tensors)" for start in found)
         )
     ((start, name),) = found.items()

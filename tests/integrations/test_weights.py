@@ -197,6 +197,13 @@ def test_the_names_under_which_people_save(tmp_path):
     close(Retro.from_peer(compiled)(tokens, retrieved), want)
 
 
+def test_what_a_process_has_declared_harmless_stays_so(tmp_path):
+    torch.save(peer().state_dict(), tmp_path / "saved.pt")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        Retro.from_peer(tmp_path / "saved.pt", chunk_size=8)
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
+
+
 def test_of_several_models_in_a_file_the_caller_says_which(tmp_path):
     model, average = peer(), peer(1)
     tokens, retrieved = torch.randint(1, 50, (1, 20)), torch.randint(1, 50, (1, 2, 2, 16))
@@ -211,6 +218,9 @@ def test_of_several_models_in_a_file_the_caller_says_which(tmp_path):
         close(found(tokens, retrieved), meant(tokens, retrieved))
     with pytest.raises(ValueError, match=r"got tensors named none .* under 'mean', expected those of"):
         Retro.from_peer(tmp_path / "both.pt", prefix="mean", chunk_size=8)
+    torch.save({"all": both}, tmp_path / "deeper.pt")
+    with pytest.raises(ValueError, match=r"prefix: got 'all', .*'all\.model\.' .* or 'all\.ema\.shadow\.'"):
+        Retro.from_peer(tmp_path / "deeper.pt", prefix="all", chunk_size=8)
     with pytest.raises(TypeError, match="prefix: got int"):
         Retro.from_peer(tmp_path / "both.pt", prefix=3)
     with pytest.raises(ValueError, match="prefix: got 'model' with a module"):
@@ -274,6 +284,11 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Tripled(nn.Module):
+    def forward(self, x):
+        return 3 * self.ff(x)
+
+
 def test_what_the_weights_do_not_tell_is_refused_by_name():
     """A layer that was changed alone: its settings, its class, its forward."""
     for change, message in (
@@ -289,6 +304,10 @@ def test_what_the_weights_do_not_tell_is_refused_by_name():
         (
             lambda x: setattr(x.to_logits, "__class__", Doubled),
             "to_logits is a Doubled, a Linear with a forward of its own",
+        ),
+        (
+            lambda x: setattr(x.decoder.layers[1][2].fn, "__class__", Tripled),
+            r"decoder\.layers\.1\.2\.fn, Tripled\.forward is not that of",
         ),
         (lambda x: setattr(x.to_logits, "forward", lambda y: y), "something else has replaced forward on to_logits"),
     ):
