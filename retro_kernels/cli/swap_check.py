@@ -24,8 +24,9 @@ def model_of(name: str) -> Any:
 
 
 def compare(model: Any, call: Any, rounds: int) -> tuple[Any, dict[str, Any]]:
-    """Swaps the model -> the report; largest differences of outputs and gradients, each over the largest value of the
-    unswapped model's; and the median milliseconds of a step (forward and backward) of both, in turn."""
+    """Swaps the model, which may be swapped already -> the report; largest differences of outputs and gradients, each
+    over the largest value of the unswapped model's; and the median milliseconds of a step (forward and backward) of
+    both, in turn."""
     import torch
 
     from ..integrations import swap, unswap
@@ -33,6 +34,7 @@ def compare(model: Any, call: Any, rounds: int) -> tuple[Any, dict[str, Any]]:
     outs: list[Any] = []
     gradients: list[Any] = []
     times: list[Any] = []
+    unswap(model)
     for swapped in (False, True):
         report = swap(model) if swapped else None
         model.zero_grad()
