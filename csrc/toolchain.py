@@ -47,6 +47,8 @@ LEVELS = {
     "avx512_bf16": AVX512_BF16,
     "amx_bf16": AVX512_BF16 + ["-mamx-tile", "-mamx-bf16"],
 }
+# A compiler may be newer than the assembler that it calls, and emit what that does not know.
+NEWEST = {"avx512_bf16": "vdpbf16ps %zmm0, %zmm0, %zmm0", "amx_bf16": "tdpbf16ps %tmm0, %tmm1, %tmm2"}
 
 
 class CannotBuild(Exception):
@@ -106,10 +108,10 @@ def compiler() -> tuple[list[str], str]:
     raise CannotBuild(f"there is no C++ compiler ({', '.join(names)})", remedy)
 
 
-def accepts(command: list[str], flags: list[str]) -> bool:
+def accepts(command: list[str], flags: list[str], instruction: str = "") -> bool:
     result = subprocess.run(
-        [*command, *flags, "-x", "c++", "-fsyntax-only", "-"],
-        input="int main() {}",
+        [*command, *flags, "-x", "c++", "-c", "-", "-o", os.devnull],
+        input=f'int main() {{ __asm__("{instruction}"); }}',
         capture_output=True,
         text=True,
         check=False,
@@ -121,7 +123,7 @@ def levels(command: list[str]) -> dict[str, list[str]]:
     """Instruction-set level -> flags, of those this compiler knows."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return {"portable": []}
-    return {name: flags for name, flags in LEVELS.items() if accepts(command, flags)}
+    return {name: flags for name, flags in LEVELS.items() if accepts(command, flags, NEWEST.get(name, ""))}
 
 
 @functools.cache

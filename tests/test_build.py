@@ -430,6 +430,13 @@ def build(monkeypatch, tmp_path):
 
 
 @source_tree
+def test_an_assembler_may_be_older_than_its_compiler(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    old = script(tmp_path / "c++", 'case "$(cat)" in *tdpbf16ps*) exit 1;; esac')
+    assert list(build.levels([str(old)])) == ["portable", "avx2", "avx512", "avx512_bf16"]
+
+
+@source_tree
 def test_build_isolation_does_not_hide_torch(tmp_path):
     """pip takes the environment's own packages off the path of the process that builds."""
     fake_torch(tmp_path / "venv", "2.13.0+cu130", "13.0")
