@@ -274,6 +274,7 @@ def table(document: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # before the folder is named by them
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="'report', or words of the peers' names; all by default")
     parser.add_argument("--rounds", type=int, default=5)
@@ -289,7 +290,6 @@ def main() -> None:
         parser.error(f"got {' '.join(given.what)}, expected words of these names: {'; '.join(PEERS)}")
     if given.rounds < 1:
         parser.error(f"--rounds: got {given.rounds}, expected at least 1")
-    torch.set_num_threads(1)
     document = {"environment": environment.collect("cpu"), "sizes": SIZES, "rows": []}
     for name in names:
         document["rows"] += measure(name, given.rounds, SIZES)
