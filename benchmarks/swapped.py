@@ -253,8 +253,9 @@ def difference(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 
 def table(document: dict[str, Any]) -> str:
     about, s = document["environment"], document["sizes"]
+    tiles = " with AMX" if "amx_bf16" in about["cpu_features"] else ""
     lines = [
-        f"{about['device']}, torch {about['packages']['torch']}, commit {about['commit']}: CPU seconds of "
+        f"{about['device']}{tiles}, torch {about['packages']['torch']}, commit {about['commit']}: CPU seconds of "
         f"a step (forward and backward), unswapped and swapped in turns, {len(document['rows'][0]['seconds'])} rounds "
         f"on a machine that others used too; {s['layers']} layers of width {s['width']}, {s['tokens']} tokens, chunks "
         f"of {s['m']}, {s['k']} neighbours of {s['r']}; bf16 by autocast, Megatron's by its weights.",
