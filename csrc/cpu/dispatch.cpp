@@ -109,8 +109,8 @@ const Level* find(const std::string& name) {
   for (int i = 0; i < n; ++i) {
     if (name != list[i].name) continue;
     if (!list[i].runs)
-      throw std::runtime_error("the instruction set \"" + name + "\" was asked for (RETRO_KERNELS_CPU_ISA), but this CPU "
-                               "does not have it; it can run: " + usable_levels());
+      throw std::runtime_error("the instruction set \"" + name + "\" was asked for (RETRO_KERNELS_CPU_ISA), but this CPU, "
+                               "or its operating system, does not have it; it can run: " + usable_levels());
     if (!list[i].level)
       throw std::runtime_error("the instruction set \"" + name + "\" was asked for (RETRO_KERNELS_CPU_ISA), but it was not "
                                "built (the compiler was too old); there are: " + usable_levels());

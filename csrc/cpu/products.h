@@ -164,7 +164,7 @@ RK_INLINE void multiply_tiles(int64_t depth, const float* a, int64_t step, int64
   if constexpr (kTall && kWide) _tile_stored(3, c + 16 * ldc + 16, bytes_c);
 }
 
-// Whole tiles: `rows` and `depth` are multiples of 16.
+// Whole tiles: `rows` and `depth` are multiples of 16, and with kDown `depth` is at most kDepth.
 template <bool kDown, bool kAdd>
 RK_INLINE void multiply_registers(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda,
                                   const float* b, int64_t ldb, int64_t panel, float* c, int64_t ldc, Prefetch* next) {

@@ -76,7 +76,7 @@ def read_folder(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
                     "shards of one run"
                 )
     version = first.get("checkpoint_version", 3.0)
-    if version < 2.0:
+    if not isinstance(version, (int, float)) or version < 2.0:
         raise ValueError(f"{folder}: got checkpoint_version {version}, expected 2 or 3: its heads lie in another order")
     shards = [dict(_weights(y["model"], str(x / FILE))) for x, y in zip(ranks, loaded)]
     for rank, shard in enumerate(shards):
@@ -85,7 +85,15 @@ def read_folder(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             raise ValueError(f"{folder}: got {odd[0]} in some of the shards only, expected it in all (rank {rank})")
     new = modern_names(shards[0])
     gated = bool(getattr(args, "swiglu", False))
-    merged = {name: merge(str(folder), new[name], [x[name] for x in shards], gated) for name in shards[0]}
+    apart: dict[str, float] = {}
+    merged = {name: merge(str(folder), new[name], [x[name] for x in shards], gated, apart) for name in shards[0]}
+    if apart:
+        worst = max(apart, key=lambda name: apart[name])
+        warnings.warn(
+            f"{folder}: the shards' copies of {len(apart)} tensors have drifted apart, those of {worst} by "
+            f"{apart[worst]:.1e} of the largest element: their means are taken",
+            stacklevel=2,
+        )
     return merged, describe_arguments(args, is_legacy(merged))
 
 
@@ -129,11 +137,14 @@ def _weights(tree: Mapping[str, Any], source: str, prefix: str = "") -> Iterator
             )
 
 
-def merge(folder: str, name: str, parts: list[torch.Tensor], gated: bool) -> torch.Tensor:
+def merge(folder: str, name: str, parts: list[torch.Tensor], gated: bool, apart: dict[str, float]) -> torch.Tensor:
     """The tensor of which these are the shards. Of one that every shard has whole, copies may have drifted apart in
-    training; then it is their mean, with a warning. Raises ValueError where they are not of one run."""
+    training; then it is their mean, and `apart` is told. Raises ValueError where they are not of one run."""
     if len(parts) == 1:
         return parts[0]
+    if any(x.shape != parts[0].shape for x in parts):
+        shapes = " and ".join(str(list(x.shape)) for x in parts)
+        raise ValueError(f"{folder}: got {name} of shapes {shapes} in its shards, expected shards of one run")
     if any(mark in name for mark in BY_ROWS) and ".layer_norm_" not in name:
         if gated and ".linear_fc1." in name:  # each shard holds its part of the gate and of the rest
             return torch.cat([x.chunk(2)[i] for i in range(2) for x in parts])
@@ -143,11 +154,8 @@ def merge(folder: str, name: str, parts: list[torch.Tensor], gated: bool) -> tor
     if all(torch.equal(x, parts[0]) for x in parts):
         return parts[0]
     copies = torch.stack([x.double() for x in parts])
-    apart = ((copies - copies[0]).abs().max() / copies.abs().max()).item()
-    if not apart <= DRIFT:
+    drift = ((copies - copies[0]).abs().max() / copies.abs().max()).item()
+    if not drift <= DRIFT:
         raise ValueError(f"{folder}: got {name} that differs between shards, expected shards of one run")
-    warnings.warn(
-        f"{folder}: the shards' copies of {name} are apart by {apart:.1e} of its largest element: their mean is taken",
-        stacklevel=2,
-    )
+    apart[name] = drift
     return copies.mean(0).to(parts[0].dtype)

@@ -260,11 +260,13 @@ def test_an_optimizers_state_is_not_read(monkeypatch, tmp_path):
 
 def test_copies_in_shards_may_drift_apart_but_not_be_of_other_runs():
     """Norms are kept whole in every tensor-parallel shard, and trained in each by itself."""
-    norm, name = torch.rand(8) + 1, "decoder.layers.0.input_layernorm.weight"
+    norm, name, apart = torch.rand(8) + 1, "decoder.layers.0.input_layernorm.weight", {}
     parts = [norm, norm * 1.001, norm]
-    with pytest.warns(UserWarning, match=rf"copies of {name} are apart by 1\.0e-03"):
-        torch.testing.assert_close(merge("run", name, parts, False), norm * (1 + 0.001 / 3))
+    torch.testing.assert_close(merge("run", name, parts, False, apart), norm * (1 + 0.001 / 3))
+    assert apart == {name: pytest.approx(0.001, rel=1e-3)}
     for other in (norm + 0.1, norm * torch.nan):
         with pytest.raises(ValueError, match=f"{name} that differs between shards, expected shards of one run"):
-            merge("run", name, [norm, other], False)
-    assert merge("run", name, [norm, norm.clone(), norm], False) is norm
+            merge("run", name, [norm, other], False, apart)
+    with pytest.raises(ValueError, match=r"of shapes \[8\] and \[4\] in its shards"):
+        merge("run", name, [norm, norm[:4]], False, apart)
+    assert merge("run", name, [norm, norm.clone(), norm], False, apart) is norm

@@ -447,3 +447,6 @@ def test_half_matching_checkpoints_are_refused(build, tmp_path):
     ):
         with pytest.raises(kind, match=message):
             Retro.from_peer(folder)
+    scale = lambda x: x["model"]["decoder.layers.0.input_layernorm.weight"].mul_(1.001)  # noqa: E731
+    with pytest.warns(UserWarning, match="copies of 1 tensors have drifted apart"):
+        Retro.from_peer(changed("drift", scale))

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from ... import machine
+from ... import extension, machine
 from ..compiling import constant
 
 CONSTANTS = Path(__file__).with_name("constants.json")
@@ -185,7 +185,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def _cpu_name(threads: int) -> str:
-    tiles = ", AMX" if "amx_bf16" in machine.cpu_features() else ""  # of which torch's word does not tell
+    tiles = ", AMX" if extension.why_not() is None and extension.isa() == "amx_bf16" else ""  # torch's word is silent
     return f"{machine.cpu_model()}, {threads} threads, {torch.backends.cpu.get_cpu_capability()}{tiles}"
 
 
