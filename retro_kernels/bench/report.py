@@ -59,11 +59,8 @@ def readme_markdown(document: dict) -> str:
         *_heading(document),
         *_markdown_table(tables.README_HEAD, tables.readme_cells(document), left=3),
         "",
-        tables.README_LEGEND,
-        "",
-        f"[benchmarks/results/{slug}.md](benchmarks/results/{slug}.md) has every table of this run: forward "
-        "alone, more sizes, relative positions, dropout, projections by either strategy, decoding, a decoder's step, a "
-        f"model on real text; [{slug}.csv](benchmarks/results/{slug}.csv) has every variant.",
+        f"[benchmarks/results/{slug}.md](benchmarks/results/{slug}.md) has every table of this run, "
+        f"[{slug}.csv](benchmarks/results/{slug}.csv) every variant.",
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -303,7 +300,7 @@ def readme_block(folder: Path) -> str:
     documents = [results.load(path) for path in results.committed(folder)]
     if not documents:
         return "No results are committed yet.\n"
-    return "\n".join(map(readme_markdown, documents))
+    return "\n".join([*map(readme_markdown, documents), tables.README_LEGEND, ""])
 
 
 def pages(root: Path) -> dict[Path, str]:
