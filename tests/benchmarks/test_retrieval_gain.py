@@ -127,7 +127,8 @@ def test_a_run_that_is_stopped_goes_on_and_gives_the_same(corpus, tmp_path, monk
     assert len(whole["gates"][experiment.FEW]) == 1
 
 
-def test_in_context_is_the_neighbours_and_then_the_text():
+def test_in_context_is_the_neighbours_and_then_the_text(monkeypatch):
+    monkeypatch.setattr(experiment, "FAST_BF16", False)  # which a processor with bf16 would compute in
     torch.manual_seed(0)
     model = decoder(vocab_size=256, num_hidden_layers=2, max_position_embeddings=2048)
     text, neighbours = torch.randint(256, (LENGTH,)), torch.randint(256, (CHUNKS, 2, R))
