@@ -219,7 +219,7 @@ def kind_of(
     return None
 
 
-def computes_alone(module: nn.Module, homes: tuple[str, ...] = ("torch.",)) -> bool:
+def is_foreign(module: nn.Module, homes: tuple[str, ...] = ("torch.",)) -> bool:
     """Whether its class's forward comes from elsewhere than from Python modules whose names begin so."""
     kind = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     return not kind.__module__.startswith(homes)

@@ -212,8 +212,9 @@ def is_weights(names: Mapping[str, Any]) -> bool:
 
 
 def describe(model: Any) -> dict[str, Any]:
+    """As `retro_pytorch.describe`."""
     for name, module in model.named_modules():
-        kind = kind_of(module) or (type(module).__qualname__ if base.computes_alone(module) else None)
+        kind = kind_of(module) or (type(module).__qualname__ if base.is_foreign(module) else None)
         if kind is None:
             continue
         reason = refusal(module) if kind in ATTENTIONS else _change(module, kind)

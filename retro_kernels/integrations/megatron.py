@@ -31,10 +31,10 @@ from .base import (
     FusedForward,
     Looked,
     class_names,
-    computes_alone,
     describe_change,
     describe_unevenness,
     is_changed,
+    is_foreign,
     random_text,
     warn_once,
 )
@@ -397,9 +397,10 @@ REQUIRED = dict.fromkeys(("chunk_size", "num_heads"), "which Megatron's weights 
 
 
 def describe(model: Any) -> dict[str, Any]:
+    """As `retro_pytorch.describe`."""
     reason = _describe(MODEL, type(model).forward)
     for name, part in model.named_modules():
-        if reason is None and computes_alone(part, HOMES):
+        if reason is None and is_foreign(part, HOMES):
             reason = f"{name} is a {type(part).__qualname__}, of neither {' nor '.join(HOMES)}"
     reason = reason or describe_unevenness(model, COMMON)
     if reason is not None:

@@ -30,10 +30,10 @@ from .base import (
     FusedForward,
     Looked,
     class_names,
-    computes_alone,
     describe_change,
     describe_unevenness,
     is_changed,
+    is_foreign,
     random_text,
     warn_once,
 )
@@ -100,7 +100,7 @@ def describe(model: Any) -> dict[str, Any]:
     for name, part in model.named_modules():
         kinds = [x.rpartition(".")[2] for x in class_names(part)]
         kind = next((x for x in kinds if f"{x}.forward" in KNOWN_SOURCES), None)
-        if kind is None and reason is None and computes_alone(part) and type(part).__name__ != ACTIVATION:
+        if kind is None and reason is None and is_foreign(part) and type(part).__name__ != ACTIVATION:
             reason = f"{name} is a {type(part).__qualname__}, which it has not"
         if kind is not None and reason is None:
             known = KNOWN_SOURCES[f"{kind}.forward"]

@@ -800,7 +800,7 @@ def _parts_refusal(model: nn.Module) -> str | None:
     """Why a part of an encoder, or of a whole model, is not known to compute what it did in VERSION."""
     for path, module in model.named_modules():
         name = plain_name(path)
-        kind = kind_of(module) or (type(module).__qualname__ if base.computes_alone(module) else None)
+        kind = kind_of(module) or (type(module).__qualname__ if base.is_foreign(module) else None)
         if kind is None:
             continue
         if not isinstance(vars(module).get("forward", None), (FusedForward, type(None))):

@@ -93,10 +93,20 @@ class _RetroPytorch:
             return None
         found = np.memmap(path, np.int32, mode="r")
         # Its data set maps rows for chunks beyond the last, by which the file grows by zeros once training has begun.
-        k = int(np.max(np.flatnonzero(found), initial=0)) // self.count + 1
+        k = _last_nonzero(found) // self.count + 1
         if len(found) % k or len(found) < k * self.count:
             raise DatabaseError(f"{path}: {len(found):,} numbers are no rows of {self.count:,} chunks")
         return found[: k * self.count].reshape(self.count, k)
+
+
+def _last_nonzero(numbers: np.ndarray, block: int = 1 << 22) -> int:
+    """Its place, or 0; a block at a time, since the file may be larger than the memory."""
+    for stop in range(len(numbers), 0, -block):
+        start = max(stop - block, 0)
+        places = np.flatnonzero(numbers[start:stop])
+        if len(places):
+            return start + int(places[-1])
+    return 0
 
 
 class _Megatron:

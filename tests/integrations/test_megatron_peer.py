@@ -323,6 +323,8 @@ def test_distributed_checkpoints(build, tmp_path, monkeypatch, gated):
     try:
         dist_checkpointing.save({**held, "model": model.sharded_state_dict()}, str(folder))
     except RuntimeError as error:
+        if "_write_item()" not in str(error):
+            raise
         pytest.skip(f"this release cannot save with this torch: {error}")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     tokens, neighbours = text(10)
